@@ -1,0 +1,1 @@
+"""The job: enforces the policy inside the training step and submits what happened."""
