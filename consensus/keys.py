@@ -1,0 +1,163 @@
+"""Identity signatures: Ed25519 (RFC 8032) and ML-DSA-65 (FIPS 204).
+
+Every verifier must accept exactly the same signatures, or one set of votes splits the members in two.
+Ed25519 is therefore verified by libsodium alone, which refuses non-canonical ``S``, non-canonical and
+small-order public keys; other libraries accept some of them. A key is further checked to lie in the
+prime-order subgroup before it enters a membership.
+
+ML-DSA-65 signatures are hedged: signing the same message twice gives different bytes, both valid.
+Key storage and randomness for seeds are left to the node.
+"""
+
+from enum import IntEnum
+from typing import Protocol
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, MLDSA65PublicKey
+from nacl.bindings import crypto_core_ed25519_is_valid_point, crypto_sign_open
+from nacl.exceptions import BadSignatureError
+from nacl.signing import SigningKey
+
+from consensus.rejection import Reason, Rejected
+
+SEED_BYTES = 32
+ED25519_KEY_BYTES = 32
+ED25519_SIGNATURE_BYTES = 64
+ML_DSA_65_KEY_BYTES = 1_952
+ML_DSA_65_SIGNATURE_BYTES = 3_309
+
+
+class SignatureScheme(IntEnum):
+    """How a member or an author signs; the value is on the wire."""
+
+    ED25519 = 1
+    ML_DSA_65 = 2
+
+
+class Signer(Protocol):
+    """A signing key that can name itself."""
+
+    @property
+    def scheme(self) -> SignatureScheme:
+        """How it signs."""
+
+    @property
+    def public_key(self) -> bytes:
+        """What its signatures are verified with."""
+
+    def sign(self, message: bytes) -> bytes:
+        """Signature over ``message``."""
+
+
+class Ed25519SigningKey:
+    """An Ed25519 key from its 32-byte seed (RFC 8032 §5.1.5)."""
+
+    __slots__ = ("_key", "_public_key")
+
+    def __init__(self, seed: bytes) -> None:
+        _check_seed(seed)
+        self._key = SigningKey(seed)
+        self._public_key = bytes(self._key.verify_key)
+
+    @property
+    def scheme(self) -> SignatureScheme:
+        """``ED25519``."""
+        return SignatureScheme.ED25519
+
+    @property
+    def public_key(self) -> bytes:
+        """32 bytes."""
+        return self._public_key
+
+    def sign(self, message: bytes) -> bytes:
+        """64 bytes, the same for the same message."""
+        return bytes(self._key.sign(message).signature)
+
+    def __repr__(self) -> str:
+        return f"Ed25519SigningKey(public_key={self._public_key.hex()})"
+
+
+class MlDsa65SigningKey:
+    """An ML-DSA-65 key from its 32-byte seed (FIPS 204 §5.1)."""
+
+    __slots__ = ("_key", "_public_key")
+
+    def __init__(self, seed: bytes) -> None:
+        _check_seed(seed)
+        self._key = MLDSA65PrivateKey.from_seed_bytes(seed)
+        self._public_key = self._key.public_key().public_bytes_raw()
+
+    @property
+    def scheme(self) -> SignatureScheme:
+        """``ML_DSA_65``."""
+        return SignatureScheme.ML_DSA_65
+
+    @property
+    def public_key(self) -> bytes:
+        """1,952 bytes."""
+        return self._public_key
+
+    def sign(self, message: bytes) -> bytes:
+        """3,309 bytes, different each time."""
+        return self._key.sign(message)
+
+    def __repr__(self) -> str:
+        return f"MlDsa65SigningKey(public_key={self._public_key[:16].hex()}…)"
+
+
+def check_public_key(scheme: int, key: bytes) -> None:
+    """``key`` is a usable public key of ``scheme``.
+
+    Ed25519: canonical, on the curve, in the prime-order subgroup, not the identity.
+
+    Raises:
+        Rejected: ``BAD_KEY``.
+    """
+    if scheme == SignatureScheme.ED25519:
+        _check_key_length(key, ED25519_KEY_BYTES)
+        if not crypto_core_ed25519_is_valid_point(key):
+            raise Rejected(Reason.BAD_KEY, f"{key.hex()} is no Ed25519 public key of prime order")
+    elif scheme == SignatureScheme.ML_DSA_65:
+        # Any 1,952 bytes decode to a key (FIPS 204 §7.2: ten-bit coefficients are all in range).
+        _check_key_length(key, ML_DSA_65_KEY_BYTES)
+    else:
+        raise Rejected(Reason.BAD_KEY, f"signature scheme {scheme} is unknown")
+
+
+def verify(scheme: int, key: bytes, message: bytes, signature: bytes) -> None:
+    """``signature`` is one of ``key`` over ``message``.
+
+    Raises:
+        Rejected: ``BAD_KEY`` for an unknown scheme or a key of the wrong length; ``BAD_SIGNATURE``.
+    """
+    if scheme == SignatureScheme.ED25519:
+        _check_key_length(key, ED25519_KEY_BYTES)
+        _check_signature_length(signature, ED25519_SIGNATURE_BYTES)
+        try:
+            crypto_sign_open(signature + message, key)
+        except BadSignatureError as error:
+            raise Rejected(Reason.BAD_SIGNATURE, f"no Ed25519 signature by {key.hex()}") from error
+    elif scheme == SignatureScheme.ML_DSA_65:
+        _check_key_length(key, ML_DSA_65_KEY_BYTES)
+        _check_signature_length(signature, ML_DSA_65_SIGNATURE_BYTES)
+        try:
+            MLDSA65PublicKey.from_public_bytes(key).verify(signature, message)
+        except InvalidSignature as error:
+            raise Rejected(Reason.BAD_SIGNATURE, f"no ML-DSA-65 signature by {key[:16].hex()}…") from error
+    else:
+        raise Rejected(Reason.BAD_KEY, f"signature scheme {scheme} is unknown")
+
+
+def _check_seed(seed: bytes) -> None:
+    if len(seed) != SEED_BYTES:
+        raise Rejected(Reason.BAD_KEY, f"a seed has {SEED_BYTES} bytes, not {len(seed)}")
+
+
+def _check_key_length(key: bytes, expected: int) -> None:
+    if len(key) != expected:
+        raise Rejected(Reason.BAD_KEY, f"public key of {len(key)} bytes, expected {expected}")
+
+
+def _check_signature_length(signature: bytes, expected: int) -> None:
+    if len(signature) != expected:
+        raise Rejected(Reason.BAD_SIGNATURE, f"signature of {len(signature)} bytes, expected {expected}")
