@@ -1,0 +1,452 @@
+"""What a job may write into its campaign: steps, refusals, rollbacks, abandon, release.
+
+The second half of admission (``admission.py`` dispatches here). A campaign's head in the state says where it
+stands; every event here is by the campaign's job key, next in sequence, and moves that head by one:
+
+* *step*: inside an open grant, chained to the last event and parameter root; presented examples exactly the
+  sampler's; admitted ones granted, refused ones recorded before; profiles at or below the policy's; a
+  parameter block that no admitted example may touch has not moved.
+* *refusal*: the true reason, before its step. *rollback*: restores a root on the log, and must follow a step
+  whose memorization signal is above the policy's threshold. *release*: the root on the log.
+"""
+
+from collections import Counter
+
+import msgspec
+
+from consensus import portions as p
+from consensus.event import CheckedEvent
+from consensus.membership import Committee
+from consensus.policy import DISCRETIONARY_REFUSALS, REVOCATION_VOID, check_profile, why_refused
+from consensus.rejection import Reason, Rejected
+from consensus.sampler import presented_examples
+from consensus.state import (
+    CAMPAIGN_HEAD_TABLE,
+    CAMPAIGN_TABLE,
+    DELEGATION_TABLE,
+    GRANT_TABLE,
+    POLICY_TABLE,
+    SOURCE_TABLE,
+    CampaignHead,
+    CampaignRecord,
+    DelegationRecord,
+    GrantRecord,
+    PendingRefusal,
+    PolicyRecord,
+    SourceCounts,
+    SourceRecord,
+    StateView,
+    Usage,
+    merge_counts,
+    usage_key,
+)
+
+ROLLBACK_REASONS = frozenset(
+    {
+        Reason.MEMORIZATION_ABOVE_THRESHOLD.value,
+        Reason.GRANT_CLOSED.value,
+        "step-not-admitted",
+        "operator-decision",
+    }
+)
+
+
+def admit_step(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    governance, operation = event.governance, event.operation
+    assert isinstance(governance, p.StepGovernance)
+    assert isinstance(operation, p.StepOperation)
+    campaign, head = _job_event(view, event, timestamp_ms)
+    if head.rollback_required:
+        raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
+    grant, policy = _open_grant(view, event, governance.grant, governance.policy, operation.index, timestamp_ms)
+    _check_step_chain(operation, campaign, head)
+    uses = tuple(item for item in event.items if isinstance(item, p.SourceUse))
+    _check_uses(view, event, uses, campaign, head, grant, operation.index)
+    _check_step_totals(uses, governance)
+    _check_profiles(uses, governance, operation, policy, campaign)
+    flagged = _check_memorization(event, uses, operation, policy)
+    counts = tuple(SourceCounts(use.source, use.presented, use.admitted, use.refused) for use in uses)
+    for use in uses:
+        _record_usage(view, event.entry.campaign, use, operation.index)
+    view.put(
+        CAMPAIGN_HEAD_TABLE + event.entry.campaign,
+        changed(
+            head,
+            next_sequence=head.next_sequence + 1,
+            steps=operation.index,
+            root=operation.root_after,
+            last_event=event.id,
+            undo_root=operation.root_before,
+            undo_counts=counts,
+            rollback_required=flagged,
+            pending=(),
+            presented=head.presented + governance.presented,
+            admitted=head.admitted + governance.admitted,
+            refused=head.refused + sum(count.count for count in governance.refused),
+        ),
+    )
+
+
+def _check_step_chain(operation: p.StepOperation, campaign: CampaignRecord, head: CampaignHead) -> None:
+    if operation.index != head.steps + 1:
+        raise Rejected(Reason.STEP_CHAIN_BROKEN, f"step {operation.index}, the campaign's next is {head.steps + 1}")
+    if operation.index > campaign.planned_steps:
+        raise Rejected(Reason.OUTSIDE_GRANT, f"the campaign plans {campaign.planned_steps} steps")
+    if operation.previous != head.last_event:
+        raise Rejected(
+            Reason.STEP_CHAIN_BROKEN,
+            f"previous is {operation.previous.hex()}, the campaign's last event is {head.last_event.hex()}",
+        )
+    if operation.root_before != head.root:
+        raise Rejected(
+            Reason.PARAMETER_ROOT_BROKEN,
+            f"starts from {operation.root_before.hex()}, the campaign stands at {head.root.hex()}",
+        )
+
+
+def _check_uses(
+    view: StateView,
+    event: CheckedEvent,
+    uses: tuple[p.SourceUse, ...],
+    campaign: CampaignRecord,
+    head: CampaignHead,
+    grant: GrantRecord,
+    index: int,
+) -> None:
+    """Presented = admitted + refused, example by example, and admitted sources are granted."""
+    assert event.portions.data is not None
+    sources = [use.source for use in uses]
+    if sources != sorted(set(sources)):
+        raise Rejected(Reason.BAD_FIELD, "sources of a step are not in strictly increasing order")
+    accounted: Counter[tuple[bytes, int]] = Counter()
+    refused: dict[bytes, Counter[str]] = {}
+    for pending in head.pending:
+        accounted.update((pending.source, example) for example in pending.examples)
+        refused.setdefault(pending.source, Counter())[pending.reason] += len(pending.examples)
+    for use, item in zip(uses, event.portions.data.items, strict=True):
+        record = view.get(SOURCE_TABLE + use.source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
+        if use.content_class != record.claim.content_class:
+            raise Rejected(
+                Reason.BAD_FIELD,
+                f"class of '{record.claim.name}' is '{record.claim.content_class}', not '{use.content_class}'",
+            )
+        if use.admitted and use.source not in grant.sources:
+            raise Rejected(Reason.SOURCE_NOT_GRANTED, f"'{record.claim.name}' was trained on without a grant")
+        expected = tuple(p.Count(reason, count) for reason, count in sorted(refused.pop(use.source, {}).items()))
+        if use.refused != expected:
+            raise Rejected(
+                Reason.COUNTS_NOT_CONSERVED,
+                f"refusals of '{record.claim.name}' are not those recorded before the step",
+            )
+        if use.presented != use.admitted + sum(count.count for count in use.refused):
+            raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"presented of '{record.claim.name}' is not admitted + refused")
+        accounted.update((use.source, example) for example in item.examples)
+    presented = Counter(presented_examples(campaign.manifest, campaign.sampler_seed, campaign.batch_size, index))
+    if refused or accounted != presented:
+        raise Rejected(
+            Reason.COUNTS_NOT_CONSERVED,
+            f"step {index} accounts for {accounted.total()} examples, {presented.total()} were presented; "
+            f"{(accounted - presented).total()} too many, {(presented - accounted).total()} missing",
+        )
+
+
+def _check_step_totals(uses: tuple[p.SourceUse, ...], governance: p.StepGovernance) -> None:
+    refused: tuple[p.Count, ...] = ()
+    for use in uses:
+        refused = merge_counts(refused, use.refused)
+    totals = (sum(use.presented for use in uses), sum(use.admitted for use in uses), refused)
+    if totals != (governance.presented, governance.admitted, governance.refused):
+        raise Rejected(Reason.COUNTS_NOT_CONSERVED, "the step's totals are not the sums over its sources")
+
+
+def _check_profiles(
+    uses: tuple[p.SourceUse, ...],
+    governance: p.StepGovernance,
+    operation: p.StepOperation,
+    policy: p.Policy,
+    campaign: CampaignRecord,
+) -> None:
+    applied = [profile.content_class for profile in governance.profiles]
+    if applied != sorted({use.content_class for use in uses if use.admitted}):
+        raise Rejected(Reason.BAD_FIELD, "a step states the profile of each admitted class once, in order")
+    for profile in governance.profiles:
+        check_profile(policy, profile, campaign.blocks)
+    if len(operation.deltas) != len(campaign.blocks):
+        raise Rejected(
+            Reason.BAD_FIELD,
+            f"{len(operation.deltas)} deltas, the campaign has {len(campaign.blocks)} parameter blocks",
+        )
+    for number, (block, delta) in enumerate(zip(campaign.blocks, operation.deltas, strict=True)):
+        if delta.norm_micro and not any(profile.weights_permille[number] for profile in governance.profiles):
+            raise Rejected(Reason.DEPTH_ABOVE_MAXIMUM, f"block '{block}' moved, no admitted example may touch it")
+
+
+def _check_memorization(
+    event: CheckedEvent, uses: tuple[p.SourceUse, ...], operation: p.StepOperation, policy: p.Policy
+) -> bool:
+    assert event.portions.data is not None
+    admitted = {
+        (use.source, example)
+        for use, item in zip(uses, event.portions.data.items, strict=True)
+        for example in item.examples
+    }
+    for signal in operation.memorization:
+        if (signal.source, signal.example) not in admitted:
+            raise Rejected(Reason.BAD_FIELD, f"a memorization signal names example {signal.example}, not in this step")
+    return any(signal.signal_permille > policy.memorization_threshold_permille for signal in operation.memorization)
+
+
+def _record_usage(view: StateView, campaign: bytes, use: p.SourceUse, index: int) -> None:
+    key = usage_key(campaign, use.source)
+    held = view.find(key, Usage) or Usage(campaign, use.source, 0, 0, (), 0, index, index)
+    view.put(
+        key,
+        Usage(
+            campaign,
+            use.source,
+            held.presented + use.presented,
+            held.admitted + use.admitted,
+            merge_counts(held.refused, use.refused),
+            held.discarded,
+            held.first_step,
+            max(held.last_step, index),
+        ),
+    )
+
+
+def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    governance, operation = event.governance, event.operation
+    assert isinstance(governance, p.RefusalGovernance)
+    assert isinstance(operation, p.RefusalOperation)
+    campaign, head = _job_event(view, event, timestamp_ms)
+    if head.rollback_required:
+        raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
+    if operation.index != head.steps + 1:
+        raise Rejected(Reason.STEP_CHAIN_BROKEN, f"refusal for step {operation.index}, the next is {head.steps + 1}")
+    grant, policy = _open_grant(view, event, governance.grant, governance.policy, operation.index, timestamp_ms)
+    refusals = tuple(item for item in event.items if isinstance(item, p.SourceRefusal))
+    named = [(refusal.source, refusal.reason) for refusal in refusals]
+    if named != sorted(set(named)):
+        raise Rejected(Reason.BAD_FIELD, "refusals are not in strictly increasing order of source and reason")
+    assert event.portions.data is not None
+    pending = {(held.source, held.reason): held for held in head.pending}
+    taken = {(held.source, example) for held in head.pending for example in held.examples}
+    presented = set(presented_examples(campaign.manifest, campaign.sampler_seed, campaign.batch_size, operation.index))
+    totals: Counter[str] = Counter()
+    for refusal, item in zip(refusals, event.portions.data.items, strict=True):
+        _check_refusal_reason(view, refusal, campaign, grant, policy)
+        for example in item.examples:
+            if (refusal.source, example) in taken or (refusal.source, example) not in presented:
+                raise Rejected(
+                    Reason.COUNTS_NOT_CONSERVED,
+                    f"example {example} of source {refusal.source.hex()} is refused twice or was not presented",
+                )
+            taken.add((refusal.source, example))
+        totals[refusal.reason] += refusal.count
+        earlier = pending.get((refusal.source, refusal.reason))
+        examples = tuple(sorted((*(earlier.examples if earlier else ()), *item.examples)))
+        pending[(refusal.source, refusal.reason)] = PendingRefusal(refusal.source, refusal.reason, examples)
+    if governance.refused != tuple(p.Count(reason, count) for reason, count in sorted(totals.items())):
+        raise Rejected(Reason.COUNTS_NOT_CONSERVED, "the refusal's totals are not the sums over its sources")
+    view.put(
+        CAMPAIGN_HEAD_TABLE + event.entry.campaign,
+        changed(
+            head,
+            next_sequence=head.next_sequence + 1,
+            pending=tuple(held for _, held in sorted(pending.items())),
+            refusal_events=head.refusal_events + 1,
+        ),
+    )
+
+
+def _check_refusal_reason(
+    view: StateView, refusal: p.SourceRefusal, campaign: CampaignRecord, grant: GrantRecord, policy: p.Policy
+) -> None:
+    record = view.get(SOURCE_TABLE + refusal.source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
+    if refusal.source in grant.sources:
+        allowed = DISCRETIONARY_REFUSALS
+    else:
+        revoked = bool(record.revocation) and record.revoked_at_ms <= grant.opened_at_ms
+        reason = why_refused(policy, record.claim, revoked, campaign.purpose, grant.opened_at_ms, grant.closes_at_ms)
+        allowed = frozenset({(reason or Reason.SOURCE_NOT_GRANTED).value})
+    if refusal.reason not in allowed:
+        raise Rejected(
+            Reason.BAD_FIELD,
+            f"'{record.claim.name}' refused as '{refusal.reason}', expected {' or '.join(sorted(allowed))}",
+        )
+
+
+def admit_rollback(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    governance, rollback = event.governance, event.operation
+    assert isinstance(governance, p.RollbackGovernance)
+    assert isinstance(rollback, p.Rollback)
+    _, head = _job_event(view, event, timestamp_ms)
+    grant = view.get(GRANT_TABLE + governance.grant, GrantRecord, Reason.UNKNOWN_GRANT, "grant")
+    if (grant.campaign, grant.policy) != (event.entry.campaign, governance.policy):
+        raise Rejected(Reason.UNKNOWN_GRANT, "the grant is another campaign's or under another policy")
+    if rollback.reason not in ROLLBACK_REASONS:
+        raise Rejected(Reason.BAD_FIELD, f"reason '{rollback.reason}', expected {', '.join(sorted(ROLLBACK_REASONS))}")
+    if rollback.next_attempt != head.attempt + 1:
+        raise Rejected(Reason.STEP_CHAIN_BROKEN, f"the next attempt is {head.attempt + 1}")
+    undoes_last = head.last_event in rollback.discarded
+    if head.rollback_required and not undoes_last:
+        raise Rejected(Reason.ROLLBACK_REQUIRED, f"the rollback must discard step {head.last_event.hex()}")
+    if rollback.reason == Reason.MEMORIZATION_ABOVE_THRESHOLD and not head.rollback_required:
+        raise Rejected(Reason.NOTHING_TO_ROLL_BACK, "no step on the log is above the memorization threshold")
+    if undoes_last and not head.undo_root:
+        raise Rejected(Reason.NOTHING_TO_ROLL_BACK, "the campaign's last event is not a step")
+    restored = head.undo_root if undoes_last else head.root
+    if rollback.restored_root != restored:
+        raise Rejected(
+            Reason.PARAMETER_ROOT_BROKEN,
+            f"restores {rollback.restored_root.hex()}, expected {restored.hex()}",
+        )
+    steps = head.steps - 1 if undoes_last else head.steps
+    if rollback.next_index != steps + 1:
+        raise Rejected(Reason.STEP_CHAIN_BROKEN, f"the next step is {steps + 1}, not {rollback.next_index}")
+    presented = admitted = refused = 0
+    if undoes_last:
+        for counts in head.undo_counts:
+            _take_back(view, event.entry.campaign, counts)
+            presented += counts.presented
+            admitted += counts.admitted
+            refused += sum(count.count for count in counts.refused)
+    view.put(
+        CAMPAIGN_HEAD_TABLE + event.entry.campaign,
+        changed(
+            head,
+            next_sequence=head.next_sequence + 1,
+            attempt=rollback.next_attempt,
+            steps=steps,
+            root=restored,
+            last_event=event.id,
+            undo_root=b"",
+            undo_counts=(),
+            rollback_required=False,
+            pending=(),
+            presented=head.presented - presented,
+            admitted=head.admitted - admitted,
+            refused=head.refused - refused,
+            discarded_steps=head.discarded_steps + len(rollback.discarded),
+            rollbacks=head.rollbacks + 1,
+        ),
+    )
+
+
+def _take_back(view: StateView, campaign: bytes, counts: SourceCounts) -> None:
+    key = usage_key(campaign, counts.source)
+    held = view.get(key, Usage, Reason.UNKNOWN_SOURCE, "usage")
+    view.put(
+        key,
+        Usage(
+            campaign,
+            counts.source,
+            held.presented - counts.presented,
+            held.admitted - counts.admitted,
+            merge_counts(held.refused, counts.refused, sign=-1),
+            held.discarded + counts.admitted,
+            held.first_step,
+            held.last_step,
+        ),
+    )
+
+
+def admit_abandon(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    _, head = _job_event(view, event, timestamp_ms)
+    view.put(
+        CAMPAIGN_HEAD_TABLE + event.entry.campaign,
+        changed(head, next_sequence=head.next_sequence + 1, closed="abandoned"),
+    )
+
+
+def admit_release(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    release = event.operation
+    assert isinstance(release, p.Release)
+    _, head = _job_event(view, event, timestamp_ms)
+    if head.rollback_required:
+        raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
+    if head.pending:
+        raise Rejected(Reason.COUNTS_NOT_CONSERVED, "refusals are recorded for a step that is not on the log")
+    if (release.parameter_root, release.steps) != (head.root, head.steps):
+        raise Rejected(
+            Reason.ROOT_NOT_FINAL,
+            f"releases {release.parameter_root.hex()} after {release.steps} steps, the log stands at "
+            f"{head.root.hex()} after {head.steps}",
+        )
+    view.put(
+        CAMPAIGN_HEAD_TABLE + event.entry.campaign,
+        changed(head, next_sequence=head.next_sequence + 1, closed="released", release=event.id),
+    )
+
+
+def check_sequence(found: int, expected: int, what: str) -> None:
+    if found < expected:
+        raise Rejected(Reason.DUPLICATE, f"{what} {found} is already on the log")
+    if found > expected:
+        raise Rejected(Reason.SEQUENCE_GAP, f"{what} {found}, the next is {expected}")
+
+
+def check_job_key(view: StateView, event: CheckedEvent, job_key: bytes, timestamp_ms: int) -> None:
+    """The event's one signature is by ``job_key``, delegated by its author for its campaign, now."""
+    signer = event.entry.signatures[0].signer
+    delegation = view.get(DELEGATION_TABLE + signer, DelegationRecord, Reason.UNKNOWN_JOB_KEY, "job key")
+    if signer != job_key or delegation.replaced:
+        raise Rejected(Reason.UNKNOWN_JOB_KEY, f"signed by {signer.hex()}, the campaign's job key is {job_key.hex()}")
+    if delegation.operator != event.entry.author:
+        raise Rejected(Reason.WRONG_AUTHOR, "the job key was delegated by another operator")
+    if delegation.campaign != event.entry.campaign:
+        raise Rejected(Reason.UNKNOWN_JOB_KEY, "the job key was delegated for another campaign")
+    if not delegation.not_before_ms <= timestamp_ms < delegation.expires_at_ms:
+        raise Rejected(
+            Reason.JOB_KEY_EXPIRED,
+            f"valid from {delegation.not_before_ms} until {delegation.expires_at_ms} ms, it is {timestamp_ms} ms",
+        )
+
+
+def open_campaign(view: StateView, event: CheckedEvent) -> tuple[CampaignRecord, CampaignHead]:
+    identifier = event.entry.campaign
+    campaign = view.get(CAMPAIGN_TABLE + identifier, CampaignRecord, Reason.UNKNOWN_CAMPAIGN, "campaign")
+    head = view.get(CAMPAIGN_HEAD_TABLE + identifier, CampaignHead, Reason.UNKNOWN_CAMPAIGN, "campaign")
+    if event.entry.author != campaign.operator:
+        raise Rejected(Reason.WRONG_AUTHOR, "the campaign is another operator's")
+    if head.closed:
+        raise Rejected(Reason.CAMPAIGN_CLOSED, f"the campaign is {head.closed}")
+    return campaign, head
+
+
+def _job_event(view: StateView, event: CheckedEvent, timestamp_ms: int) -> tuple[CampaignRecord, CampaignHead]:
+    """Checks common to what a job key writes: open campaign, its key, next in sequence, right attempt."""
+    campaign, head = open_campaign(view, event)
+    check_job_key(view, event, head.job_key, timestamp_ms)
+    check_sequence(event.entry.sequence, head.next_sequence, "event")
+    if event.entry.attempt != head.attempt:
+        raise Rejected(Reason.STEP_CHAIN_BROKEN, f"attempt {event.entry.attempt}, the campaign is at {head.attempt}")
+    return campaign, head
+
+
+def _open_grant(
+    view: StateView, event: CheckedEvent, grant_id: bytes, policy_id: bytes, index: int, timestamp_ms: int
+) -> tuple[GrantRecord, p.Policy]:
+    """The grant a step or refusal names is open and covers it."""
+    grant = view.get(GRANT_TABLE + grant_id, GrantRecord, Reason.UNKNOWN_GRANT, "grant")
+    if grant.campaign != event.entry.campaign:
+        raise Rejected(Reason.OUTSIDE_GRANT, "the grant is another campaign's")
+    if grant.policy != policy_id:
+        raise Rejected(Reason.POLICY_NOT_IN_FORCE, f"the grant is under policy {grant.policy.hex()}")
+    if grant.job_key != event.entry.signatures[0].signer:
+        raise Rejected(Reason.UNKNOWN_JOB_KEY, "the grant is for another job key")
+    if not grant.first_step <= index <= grant.last_step:
+        raise Rejected(Reason.OUTSIDE_GRANT, f"step {index}, the grant is for {grant.first_step} to {grant.last_step}")
+    if timestamp_ms > grant.closes_at_ms:
+        raise Rejected(Reason.GRANT_CLOSED, f"closed at {grant.closes_at_ms} ms, it is {timestamp_ms} ms")
+    policy = view.get(POLICY_TABLE + grant.policy, PolicyRecord, Reason.UNKNOWN_POLICY, "policy").policy
+    if policy.revocation == REVOCATION_VOID:
+        for source in grant.sources:
+            record = view.get(SOURCE_TABLE + source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
+            if record.revocation:
+                raise Rejected(Reason.SOURCE_REVOKED, f"'{record.claim.name}' was revoked, which voids the grant")
+    return grant, policy
+
+
+def changed(head: CampaignHead, **fields: object) -> CampaignHead:
+    return msgspec.structs.replace(head, **fields)

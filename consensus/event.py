@@ -1,0 +1,369 @@
+"""Events: the log's entries, their kinds, signatures, and every check that needs no state.
+
+A *signed event* travels as one MessagePack array: the leaf entry's bytes and the portions' bytes. The
+entry's bytes are the log's leaf, exactly as received. An event's *id* is the hash of its entry without
+signatures; a leaf hash covers them.
+
+Who signs (◆ of the design: one member never speaks for its role):
+
+=============================  ==========================================================
+policy                         ``t_r`` governance members, the author among them
+source, revocation             the author, a data-source member
+delegation                     the author, an operator
+grant                          the author (operator), ``t_r`` governance members, every
+                               data-source authority whose source it names
+campaign, step, refusal,       the operator's delegated job key
+rollback, abandon, release
+=============================  ==========================================================
+
+``check_event`` does all that needs only the event and the members; ``admission.py`` does what needs state.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from consensus import portions as p
+from consensus.codec import decode, encode
+from consensus.identifiers import ChainId, Digest, MemberId, Role, Tag, tagged_hash, tagged_message
+from consensus.keys import SignatureScheme, Signer, verify
+from consensus.membership import Committee
+from consensus.merkle import leaf_hash
+from consensus.rejection import Reason, Rejected
+
+VERSION = 1
+MAX_ENTRY_BYTES = 65_535
+MAX_EVENT_BYTES = MAX_ENTRY_BYTES + p.MAX_PORTIONS_BYTES + 16
+JOB_SIGNER_ROLE = "job"
+
+
+class Kind(StrEnum):
+    """What an event says."""
+
+    POLICY = "policy"
+    SOURCE = "source"
+    REVOCATION = "revocation"
+    DELEGATION = "delegation"
+    CAMPAIGN = "campaign"
+    GRANT = "grant"
+    STEP = "step"
+    REFUSAL = "refusal"
+    ROLLBACK = "rollback"
+    ABANDON = "abandon"
+    RELEASE = "release"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a kind is made of: who authors it, who signs it, the types of its portions."""
+
+    author: Role
+    signed_by_job: bool
+    in_campaign: bool
+    data: type[p.Wire] | None
+    governance: type[p.Wire] | None
+    operation: type[p.Wire] | None
+
+
+SHAPES: Mapping[Kind, Shape] = {
+    Kind.POLICY: Shape(Role.GOVERNANCE, False, False, None, p.Policy, None),
+    Kind.SOURCE: Shape(Role.DATA_SOURCE, False, False, p.SourceClaim, None, None),
+    Kind.REVOCATION: Shape(Role.DATA_SOURCE, False, False, p.SourceRevocation, None, None),
+    Kind.DELEGATION: Shape(Role.OPERATOR, False, True, None, None, p.Delegation),
+    Kind.CAMPAIGN: Shape(Role.OPERATOR, True, True, p.ManifestRange, None, p.Campaign),
+    Kind.GRANT: Shape(Role.OPERATOR, False, True, p.GrantedSource, p.GrantTerms, p.GrantOperation),
+    Kind.STEP: Shape(Role.OPERATOR, True, True, p.SourceUse, p.StepGovernance, p.StepOperation),
+    Kind.REFUSAL: Shape(Role.OPERATOR, True, True, p.SourceRefusal, p.RefusalGovernance, p.RefusalOperation),
+    Kind.ROLLBACK: Shape(Role.OPERATOR, True, True, None, p.RollbackGovernance, p.Rollback),
+    Kind.ABANDON: Shape(Role.OPERATOR, True, True, None, None, p.Abandon),
+    Kind.RELEASE: Shape(Role.OPERATOR, True, True, None, None, p.Release),
+}
+
+SINGLE_ITEM_KINDS = frozenset({Kind.SOURCE, Kind.REVOCATION})
+
+
+class EventSignature(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """``signer`` is a member id, or the job key itself."""
+
+    signer: p.Bytes32
+    signature: Annotated[bytes, Meta(min_length=64, max_length=3_309)]
+
+
+class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="event"):
+    """The log's leaf: who says what about which campaign, by commitments, with signatures.
+
+    ``campaign`` is 32 zero bytes outside campaigns. Within one, the job key's events are numbered by
+    ``sequence`` from 0 (the ``campaign`` event), grants by their own from 1; ``attempt`` counts rollbacks.
+    """
+
+    version: Annotated[int, Meta(ge=1, le=1)]
+    chain_id: p.Bytes32
+    kind: Kind
+    author: p.Bytes32
+    campaign: p.Bytes32
+    sequence: p.Natural
+    attempt: p.Natural
+    data: p.OptionalBytes32
+    governance: p.OptionalBytes32
+    operation: p.OptionalBytes32
+    signatures: Annotated[tuple[EventSignature, ...], Meta(max_length=64)]
+
+
+class SignedEvent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An event on the wire: the entry's bytes and the portions' bytes, each canonical."""
+
+    entry: bytes
+    portions: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedEvent:
+    """An event that passed ``check_event``: bytes as received, and their decoded content."""
+
+    entry_bytes: bytes
+    portions_bytes: bytes
+    entry: Entry
+    portions: p.Portions
+    id: Digest
+    leaf_hash: Digest
+    signers: frozenset[bytes]
+    items: tuple[p.Wire, ...]
+    governance: p.Wire | None
+    operation: p.Wire | None
+
+
+def event_id(entry: Entry) -> Digest:
+    """Hash of the entry without its signatures."""
+    return tagged_hash(
+        Tag.EVENT,
+        encode(
+            Entry(
+                entry.version,
+                entry.chain_id,
+                entry.kind,
+                entry.author,
+                entry.campaign,
+                entry.sequence,
+                entry.attempt,
+                entry.data,
+                entry.governance,
+                entry.operation,
+                (),
+            )
+        ),
+    )
+
+
+def signature_message(entry: Entry, identifier: Digest, signer_role: str) -> bytes:
+    """What a signer signs: chain, kind, version, its role (``job`` for a job key), and the event's id."""
+    return tagged_message(
+        Tag.EVENT_SIGNATURE,
+        entry.chain_id,
+        entry.kind.value.encode(),
+        entry.version.to_bytes(4, "big"),
+        signer_role.encode(),
+        identifier,
+    )
+
+
+def make_entry(
+    chain_id: ChainId,
+    kind: Kind,
+    author: MemberId,
+    portions: p.Portions,
+    *,
+    campaign: bytes = bytes(32),
+    sequence: int = 0,
+    attempt: int = 0,
+) -> Entry:
+    """An unsigned entry committing to ``portions``."""
+    data, governance, operation = p.commitments(kind.value, portions)
+    return Entry(VERSION, chain_id, kind, author, campaign, sequence, attempt, data, governance, operation, ())
+
+
+def sign_entry(entry: Entry, signer_id: bytes, signer_role: str, signer: Signer) -> Entry:
+    """The entry with one more signature, in signer order. A signer's earlier signature is replaced."""
+    signature = signer.sign(signature_message(entry, event_id(entry), signer_role))
+    return add_signature(entry, EventSignature(signer_id, signature))
+
+
+def add_signature(entry: Entry, signature: EventSignature) -> Entry:
+    """The entry with this signature, in signer order. A signer's earlier signature is replaced."""
+    others = [held for held in entry.signatures if held.signer != signature.signer]
+    signatures = tuple(sorted([*others, signature], key=lambda held: held.signer))
+    return Entry(
+        entry.version,
+        entry.chain_id,
+        entry.kind,
+        entry.author,
+        entry.campaign,
+        entry.sequence,
+        entry.attempt,
+        entry.data,
+        entry.governance,
+        entry.operation,
+        signatures,
+    )
+
+
+def pack(entry: Entry, portions: p.Portions) -> bytes:
+    """The wire form of a signed event."""
+    return encode(SignedEvent(encode(entry), encode(portions)))
+
+
+def pack_parts(entry: bytes, portions: bytes) -> bytes:
+    """The wire form of a signed event whose two byte strings are already canonical."""
+    return encode(SignedEvent(entry, portions))
+
+
+def unpack(encoded: bytes) -> SignedEvent:
+    """A signed event's two byte strings, not yet checked.
+
+    Raises:
+        Rejected: as ``codec.decode``.
+    """
+    return decode(encoded, SignedEvent, MAX_EVENT_BYTES)
+
+
+def check_event(encoded: bytes, committee: Committee) -> CheckedEvent:
+    """Every check of an event that needs no state, in order of cost.
+
+    1. canonical bytes and sizes, 2. chain, 3. shape of its kind, 4. author and role, 5. commitments and
+    the content of each portion, 6. signatures.
+
+    Raises:
+        Rejected: the first rule broken.
+    """
+    wire = unpack(encoded)
+    return check_parts(wire.entry, wire.portions, committee)
+
+
+def check_parts(entry_bytes: bytes, portions_bytes: bytes, committee: Committee) -> CheckedEvent:
+    """``check_event`` for an event whose two byte strings are already apart."""
+    event = check_unsigned(entry_bytes, portions_bytes, committee)
+    _check_signatures(event.entry, event.id, committee)
+    return event
+
+
+def check_unsigned(entry_bytes: bytes, portions_bytes: bytes, committee: Committee) -> CheckedEvent:
+    """All of ``check_event`` except signatures: what a countersigner checks before it adds its own.
+
+    Raises:
+        Rejected: the first rule broken.
+    """
+    entry = decode(entry_bytes, Entry, MAX_ENTRY_BYTES)
+    portions = p.decode_portions(portions_bytes)
+    if entry.chain_id != committee.chain_id:
+        raise Rejected(Reason.WRONG_CHAIN, f"event of chain {entry.chain_id.hex()}, this is {committee.chain_id.hex()}")
+    shape = SHAPES[entry.kind]
+    if (entry.campaign != bytes(32)) != shape.in_campaign:
+        raise Rejected(Reason.BAD_FIELD, f"campaign of a {entry.kind.value} event: {entry.campaign.hex()}")
+    if not shape.in_campaign and (entry.sequence or entry.attempt):
+        raise Rejected(Reason.BAD_FIELD, f"a {entry.kind.value} event has sequence and attempt 0")
+    author = committee.member(MemberId(entry.author))
+    if author.role != shape.author:
+        raise Rejected(
+            Reason.WRONG_ROLE,
+            f"a {entry.kind.value} event is authored by a {shape.author.value}, {author.name} is a {author.role}",
+        )
+    expected = p.commitments(entry.kind.value, portions)
+    if expected != (entry.data, entry.governance, entry.operation):
+        raise Rejected(Reason.PORTION_MISMATCH, "the entry's commitments are not those of its portions")
+    items = _decode_items(entry.kind, portions.data, shape.data)
+    governance = _decode_portion(entry.kind, portions.governance, shape.governance, "governance")
+    operation = _decode_portion(entry.kind, portions.operation, shape.operation, "operation")
+    return CheckedEvent(
+        entry_bytes=entry_bytes,
+        portions_bytes=portions_bytes,
+        entry=entry,
+        portions=portions,
+        id=event_id(entry),
+        leaf_hash=Digest(leaf_hash(entry_bytes)),
+        signers=frozenset(held.signer for held in entry.signatures),
+        items=items,
+        governance=governance,
+        operation=operation,
+    )
+
+
+def check_signature(entry: Entry, identifier: Digest, held: EventSignature, committee: Committee) -> None:
+    """One signature of a member is valid.
+
+    Raises:
+        Rejected: ``UNKNOWN_MEMBER`` or ``BAD_SIGNATURE``.
+    """
+    member = committee.member(MemberId(held.signer))
+    message = signature_message(entry, identifier, member.role.value)
+    verify(SignatureScheme(member.scheme), member.identity_key, message, held.signature)
+
+
+def _decode_items(kind: Kind, portion: p.DataPortion | None, item_type: type[p.Wire] | None) -> tuple[p.Wire, ...]:
+    if (portion is None) != (item_type is None):
+        raise Rejected(Reason.PORTION_MISMATCH, f"data portion of a {kind.value} event")
+    if portion is None or item_type is None:
+        return ()
+    if not portion.items or (kind in SINGLE_ITEM_KINDS and len(portion.items) != 1):
+        raise Rejected(Reason.PORTION_MISMATCH, f"{len(portion.items)} items in a {kind.value} event")
+    items = tuple(decode(item.content, item_type, p.MAX_PORTIONS_BYTES) for item in portion.items)
+    for number, item in enumerate(items):
+        if isinstance(item, p.SourceUse | p.SourceRefusal):
+            p.check_examples(portion, number, item.examples_root)
+            expected = item.admitted if isinstance(item, p.SourceUse) else item.count
+            if len(portion.items[number].examples) != expected:
+                raise Rejected(
+                    Reason.COUNTS_NOT_CONSERVED,
+                    f"item {number} counts {expected} examples and lists {len(portion.items[number].examples)}",
+                )
+        elif portion.items[number].examples:
+            raise Rejected(Reason.PORTION_MISMATCH, f"an item of a {kind.value} event lists no examples")
+    return items
+
+
+def _decode_portion(
+    kind: Kind, portion: p.SaltedPortion | None, content_type: type[p.Wire] | None, name: str
+) -> p.Wire | None:
+    if (portion is None) != (content_type is None):
+        raise Rejected(Reason.PORTION_MISMATCH, f"{name} portion of a {kind.value} event")
+    if portion is None or content_type is None:
+        return None
+    return decode(portion.content, content_type, p.MAX_PORTIONS_BYTES)
+
+
+def _check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> None:
+    signers = [held.signer for held in entry.signatures]
+    if signers != sorted(set(signers)):
+        raise Rejected(Reason.BAD_FIELD, "signatures are not in strictly increasing order of signer")
+    if SHAPES[entry.kind].signed_by_job:
+        if len(signers) != 1:
+            raise Rejected(Reason.MISSING_SIGNATURE, f"a {entry.kind.value} event has one signature, its job key's")
+        job_key = entry.signatures[0].signer
+        message = signature_message(entry, identifier, JOB_SIGNER_ROLE)
+        verify(SignatureScheme.ED25519, job_key, message, entry.signatures[0].signature)
+        return
+    if entry.author not in signers:
+        raise Rejected(Reason.MISSING_SIGNATURE, "the author has not signed")
+    if entry.kind is Kind.POLICY:
+        _check_signer_roles(signers, committee, {Role.GOVERNANCE})
+    elif entry.kind is Kind.GRANT:
+        _check_signer_roles(signers, committee, {Role.GOVERNANCE, Role.DATA_SOURCE, Role.OPERATOR})
+    elif len(signers) != 1:
+        raise Rejected(Reason.SURPLUS_SIGNATURE, f"a {entry.kind.value} event is signed by its author alone")
+    if entry.kind in (Kind.POLICY, Kind.GRANT):
+        governance = sum(committee.member(MemberId(signer)).role == Role.GOVERNANCE for signer in signers)
+        threshold = committee.threshold(Role.GOVERNANCE)
+        if governance < threshold:
+            raise Rejected(Reason.MISSING_SIGNATURE, f"{governance} governance signatures, {threshold} are needed")
+    for held in entry.signatures:
+        check_signature(entry, identifier, held, committee)
+
+
+def _check_signer_roles(signers: list[bytes], committee: Committee, roles: set[Role]) -> None:
+    for signer in signers:
+        member = committee.member(MemberId(signer))
+        if member.role not in roles:
+            raise Rejected(
+                Reason.SURPLUS_SIGNATURE, f"{member.name} is a {member.role}, its signature has no place here"
+            )

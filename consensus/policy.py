@@ -1,0 +1,125 @@
+"""What a policy means: pure evaluation of sources, depth profiles and grants.
+
+The trainer client and every validator call the same functions, so that what the job refuses and what
+the log requires to be refused are one rule.
+"""
+
+from consensus.identifiers import Digest
+from consensus.portions import ClassProfile, ClassRule, GrantTerms, Policy, SourceClaim
+from consensus.rejection import Reason, Rejected
+
+REVOCATION_DRAIN = "drain"
+REVOCATION_VOID = "void"
+ROUTING_GRANULARITIES = ("block", "layer", "head")
+EVENT_GRANULARITIES = ("epoch", "batch", "example")
+
+DISCRETIONARY_REFUSALS = frozenset({Reason.MEMORIZATION_ABOVE_THRESHOLD.value})
+"""Reasons for which a job may refuse an example that the policy alone would admit."""
+
+
+def check_policy(policy: Policy) -> None:
+    """The policy is one: known words, nothing listed twice.
+
+    Raises:
+        Rejected: ``BAD_FIELD``.
+    """
+    if policy.revocation not in (REVOCATION_DRAIN, REVOCATION_VOID):
+        raise Rejected(Reason.BAD_FIELD, f"revocation is '{policy.revocation}', expected drain or void")
+    for known, listed, what in (
+        (ROUTING_GRANULARITIES, policy.routing_granularities, "routing granularity"),
+        (EVENT_GRANULARITIES, policy.event_granularities, "event granularity"),
+    ):
+        unknown = sorted(set(listed) - set(known))
+        if unknown or not listed:
+            raise Rejected(Reason.BAD_FIELD, f"{what}: expected some of {', '.join(known)}, found {unknown or 'none'}")
+    for what, names in (
+        ("licence", policy.licences),
+        ("purpose", policy.purposes),
+        ("class", tuple(rule.content_class for rule in policy.classes)),
+        ("routing granularity", policy.routing_granularities),
+        ("event granularity", policy.event_granularities),
+        *((f"block of class {rule.content_class}", tuple(b.block for b in rule.blocks)) for rule in policy.classes),
+    ):
+        if len(set(names)) != len(names):
+            raise Rejected(Reason.BAD_FIELD, f"a {what} is listed twice")
+
+
+def why_refused(
+    policy: Policy, claim: SourceClaim, revoked: bool, purpose: str, from_ms: int, until_ms: int
+) -> Reason | None:
+    """Why a source may not be used for ``purpose`` from ``from_ms`` until ``until_ms``; None if it may."""
+    if revoked:
+        return Reason.SOURCE_REVOKED
+    if from_ms < claim.valid_from_ms:
+        return Reason.SOURCE_NOT_YET_VALID
+    if until_ms > claim.valid_until_ms:
+        return Reason.SOURCE_EXPIRED
+    if claim.licence not in policy.licences:
+        return Reason.LICENCE_NOT_ADMITTED
+    if purpose not in claim.purposes or purpose not in policy.purposes:
+        return Reason.PURPOSE_NOT_ADMITTED
+    if class_rule(policy, claim.content_class) is None:
+        return Reason.CLASS_NOT_ADMITTED
+    return None
+
+
+def class_rule(policy: Policy, content_class: str) -> ClassRule | None:
+    """The policy's rule for a content class, if it has one."""
+    return next((rule for rule in policy.classes if rule.content_class == content_class), None)
+
+
+def maximum_profile(policy: Policy, content_class: str, blocks: tuple[str, ...]) -> ClassProfile:
+    """The deepest profile a class may have over these parameter blocks, in their order.
+
+    Raises:
+        Rejected: ``CLASS_NOT_ADMITTED``.
+    """
+    rule = class_rule(policy, content_class)
+    if rule is None:
+        raise Rejected(Reason.CLASS_NOT_ADMITTED, f"the policy has no rule for class '{content_class}'")
+    exceptions = {weight.block: weight.weight_permille for weight in rule.blocks}
+    weights = tuple(exceptions.get(block, rule.default_weight_permille) for block in blocks)
+    return ClassProfile(content_class=content_class, weights_permille=weights)
+
+
+def check_profile(policy: Policy, applied: ClassProfile, blocks: tuple[str, ...]) -> None:
+    """An applied profile stays at or below the class's maximum in every parameter block.
+
+    Raises:
+        Rejected: ``BAD_FIELD``, ``CLASS_NOT_ADMITTED`` or ``DEPTH_ABOVE_MAXIMUM``.
+    """
+    if len(applied.weights_permille) != len(blocks):
+        raise Rejected(
+            Reason.BAD_FIELD,
+            f"profile of class '{applied.content_class}' has {len(applied.weights_permille)} weights, "
+            f"the campaign has {len(blocks)} parameter blocks",
+        )
+    maximum = maximum_profile(policy, applied.content_class, blocks)
+    for block, weight, most in zip(blocks, applied.weights_permille, maximum.weights_permille, strict=True):
+        if weight > most:
+            raise Rejected(
+                Reason.DEPTH_ABOVE_MAXIMUM,
+                f"class '{applied.content_class}' in block '{block}': weight {weight} ‰, at most {most} ‰",
+            )
+
+
+def check_grant_terms(policy_id: Digest, policy: Policy, terms: GrantTerms, now_ms: int) -> None:
+    """A grant stays inside its policy's bounds and is not already closed.
+
+    Raises:
+        Rejected: ``GRANT_EXCEEDS_POLICY`` or ``GRANT_CLOSED``.
+    """
+    steps = terms.last_step - terms.first_step + 1
+    if not 1 <= steps <= policy.maximum_grant_steps:
+        raise Rejected(
+            Reason.GRANT_EXCEEDS_POLICY,
+            f"{steps} steps, policy {policy_id.hex()} allows {policy.maximum_grant_steps}",
+        )
+    if terms.closes_at_ms <= now_ms:
+        raise Rejected(Reason.GRANT_CLOSED, f"closes at {terms.closes_at_ms} ms, it is {now_ms} ms")
+    duration_ms = terms.closes_at_ms - now_ms
+    if duration_ms > policy.maximum_grant_duration_ms:
+        raise Rejected(
+            Reason.GRANT_EXCEEDS_POLICY,
+            f"open for {duration_ms} ms, policy {policy_id.hex()} allows {policy.maximum_grant_duration_ms} ms",
+        )

@@ -1,0 +1,498 @@
+"""Portions: the three parts of an event, what each kind puts in them, and their salted commitments.
+
+An event's *leaf entry* on the log is small; what it says stands in up to three *portions*, one for each
+role that answers for it. The entry holds a commitment to each portion, so members check everything and
+outsiders see only what a bundle discloses:
+
+* governance and operation portions: SHA-256 over tag, kind, role, a 32-byte salt and the content;
+* data portion: an RFC 9162 tree over its items, one per source, each leaf salted on its own, and below
+  an item that names examples another tree with a salt per example. Disclosing one source's item (or one
+  example of it) reveals nothing of any other.
+
+An *example* is named by its source and its index in the tree under the source's content root; no digest
+of an example ever stands on the log. All quantities are integers with their unit in the name; weights
+and signals are permille (0 to 1000).
+"""
+
+from itertools import pairwise
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from consensus.codec import decode, encode
+from consensus.identifiers import Digest, Role, Tag, tagged_hash
+from consensus.merkle import root_of
+from consensus.rejection import Reason, Rejected
+
+Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+OptionalBytes32 = Annotated[bytes, Meta(max_length=32)]
+Natural = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+Permille = Annotated[int, Meta(ge=0, le=1_000)]
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Text = Annotated[str, Meta(max_length=8_192)]
+
+MAX_ITEMS = 4_096
+MAX_EXAMPLES = 65_536
+MAX_BLOCKS = 4_096
+MAX_TENSORS = 65_536
+MAX_PORTIONS_BYTES = 4 * 1024 * 1024
+
+
+class Wire(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of every portion's structs: encoded as a MessagePack array, unknown fields refused."""
+
+
+class Count(Wire, frozen=True):
+    """How often one reason applied."""
+
+    reason: Name
+    count: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+
+
+Counts = Annotated[tuple[Count, ...], Meta(max_length=64)]
+
+
+# Data portion: one item per source.
+
+
+class SourceClaim(Wire, frozen=True):
+    """What a data-source authority claims about one source. It proves who claimed, not who owns.
+
+    ``content_root`` is the RFC 9162 root over the source's examples (``content_leaf``), ``licence`` an
+    SPDX identifier, the window Unix milliseconds (``valid_until_ms`` exclusive).
+    """
+
+    name: Name
+    content_root: Bytes32
+    example_count: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    size_bytes: Natural
+    licence: Name
+    rights_basis: Name
+    purposes: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=64)]
+    content_class: Name
+    valid_from_ms: Natural
+    valid_until_ms: Natural
+    statement: Text
+
+
+class SourceRevocation(Wire, frozen=True):
+    """The author takes one source back; what that does to open grants is the policy's to say."""
+
+    source: Bytes32
+    reason: Text
+
+
+class ManifestRange(Wire, frozen=True):
+    """Examples ``first`` to ``first + count - 1`` of a source, presented to a campaign in this order."""
+
+    source: Bytes32
+    first: Natural
+    count: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+
+
+class GrantedSource(Wire, frozen=True):
+    """One source a grant admits."""
+
+    source: Bytes32
+
+
+class SourceUse(Wire, frozen=True):
+    """One source's part in a step; ``presented == admitted + sum(refused)``.
+
+    ``examples_root`` commits to the admitted examples; members hold the list beside the item.
+    """
+
+    source: Bytes32
+    content_class: Name
+    presented: Annotated[int, Meta(ge=1, le=MAX_EXAMPLES)]
+    admitted: Annotated[int, Meta(ge=0, le=MAX_EXAMPLES)]
+    refused: Counts
+    examples_root: Bytes32
+
+
+class SourceRefusal(Wire, frozen=True):
+    """Examples of one source kept from a step for one reason; ``examples_root`` commits to them."""
+
+    source: Bytes32
+    reason: Name
+    count: Annotated[int, Meta(ge=1, le=MAX_EXAMPLES)]
+    examples_root: Bytes32
+
+
+# Governance portion.
+
+
+class BlockWeight(Wire, frozen=True):
+    """A weight for one named parameter block."""
+
+    block: Name
+    weight_permille: Permille
+
+
+class ClassRule(Wire, frozen=True):
+    """How deeply a content class may move the parameters: a default and exceptions by block name."""
+
+    content_class: Name
+    default_weight_permille: Permille
+    blocks: Annotated[tuple[BlockWeight, ...], Meta(max_length=MAX_BLOCKS)]
+
+
+class Policy(Wire, frozen=True):
+    """A signed governance artifact; ``policy.py`` evaluates it.
+
+    ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once).
+    """
+
+    name: Name
+    licences: Annotated[tuple[Name, ...], Meta(max_length=256)]
+    purposes: Annotated[tuple[Name, ...], Meta(max_length=64)]
+    classes: Annotated[tuple[ClassRule, ...], Meta(max_length=256)]
+    memorization_threshold_permille: Permille
+    routing_granularities: Annotated[tuple[Name, ...], Meta(max_length=8)]
+    event_granularities: Annotated[tuple[Name, ...], Meta(max_length=8)]
+    maximum_grant_steps: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    maximum_grant_duration_ms: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    revocation: Name
+    rationale: Text
+
+
+class GrantTerms(Wire, frozen=True):
+    """What a grant permits: steps ``first_step`` to ``last_step``, on the log by ``closes_at_ms``."""
+
+    policy: Bytes32
+    first_step: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    last_step: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    closes_at_ms: Natural
+
+
+class ClassProfile(Wire, frozen=True):
+    """The depth profile applied to one content class: a weight per parameter block, in table order."""
+
+    content_class: Name
+    weights_permille: Annotated[tuple[Permille, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
+
+
+class StepGovernance(Wire, frozen=True):
+    """Under which grant and policy a step ran, the profiles it applied, and its totals."""
+
+    grant: Bytes32
+    policy: Bytes32
+    profiles: Annotated[tuple[ClassProfile, ...], Meta(max_length=256)]
+    presented: Natural
+    admitted: Natural
+    refused: Counts
+
+
+class RefusalGovernance(Wire, frozen=True):
+    """Under which grant and policy examples were refused, with exact counts by reason."""
+
+    grant: Bytes32
+    policy: Bytes32
+    refused: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=64)]
+
+
+class RollbackGovernance(Wire, frozen=True):
+    """The policy a discarded step would have broken."""
+
+    grant: Bytes32
+    policy: Bytes32
+
+
+# Operation portion.
+
+
+class Delegation(Wire, frozen=True):
+    """The operator lets ``job_key`` write one campaign for a while.
+
+    To replace a lost or stolen key, ``replaces`` names it and ``head`` the campaign's last event exactly;
+    both are empty otherwise.
+    """
+
+    campaign: Bytes32
+    job_key: Bytes32
+    not_before_ms: Natural
+    expires_at_ms: Natural
+    replaces: OptionalBytes32
+    head: OptionalBytes32
+
+
+class Tensor(Wire, frozen=True):
+    """A parameter tensor: name, safetensors dtype name, shape."""
+
+    name: Name
+    dtype: Annotated[str, Meta(min_length=1, max_length=16)]
+    shape: Annotated[tuple[Natural, ...], Meta(max_length=16)]
+
+
+class ParameterBlock(Wire, frozen=True):
+    """A named group of tensors at the campaign's routing granularity."""
+
+    name: Name
+    tensors: Annotated[tuple[Tensor, ...], Meta(min_length=1, max_length=MAX_TENSORS)]
+
+
+class Setting(Wire, frozen=True):
+    """A named value, as text: a hyperparameter or a fact about the environment."""
+
+    name: Name
+    value: Text
+
+
+Settings = Annotated[tuple[Setting, ...], Meta(max_length=4_096)]
+
+
+class Campaign(Wire, frozen=True):
+    """One fine-tune, fixed before its first step.
+
+    ``base_root`` is the base model's parameter root; ``base_provenance`` the event that released it on
+    another log, or empty. The presented examples of every step follow from the manifest (data portion),
+    ``sampler_seed`` and ``batch_size`` (``sampler.py``), so refusals = presented − admitted is checkable.
+    """
+
+    name: Name
+    purpose: Name
+    policy: Bytes32
+    job_key: Bytes32
+    base_model: Name
+    base_root: Bytes32
+    base_provenance: OptionalBytes32
+    parameter_blocks: Annotated[tuple[ParameterBlock, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
+    routing_granularity: Name
+    event_granularity: Name
+    sampler_seed: Bytes32
+    batch_size: Annotated[int, Meta(ge=1, le=MAX_EXAMPLES)]
+    planned_steps: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    hyperparameters: Settings
+    environment: Settings
+    factors_digest: OptionalBytes32
+
+
+class GrantOperation(Wire, frozen=True):
+    """The job a grant is for."""
+
+    job_key: Bytes32
+
+
+class BlockDelta(Wire, frozen=True):
+    """One parameter block's change in a step: its L2 norm in millionths, and a digest of the change."""
+
+    norm_micro: Natural
+    digest: Bytes32
+
+
+class MemorizationSignal(Wire, frozen=True):
+    """How strongly the model now reproduces one example, 0 to 1000."""
+
+    source: Bytes32
+    example: Natural
+    signal_permille: Permille
+
+
+class StepOperation(Wire, frozen=True):
+    """What one optimizer step did to the parameters. Claims of the operator, chained and countable.
+
+    ``previous`` is the campaign's last step, rollback or opening event. ``loss_micro`` and
+    ``learning_rate_nano`` are millionths and billionths.
+    """
+
+    index: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    previous: Bytes32
+    root_before: Bytes32
+    root_after: Bytes32
+    deltas: Annotated[tuple[BlockDelta, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
+    optimizer_digest: Bytes32
+    learning_rate_nano: Natural
+    loss_micro: Natural
+    rng_digest: Bytes32
+    memorization: Annotated[tuple[MemorizationSignal, ...], Meta(max_length=MAX_EXAMPLES)]
+    sketch_root: OptionalBytes32
+    step_microseconds: Natural
+
+
+class RefusalOperation(Wire, frozen=True):
+    """The step the examples were presented to."""
+
+    index: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+
+
+class Rollback(Wire, frozen=True):
+    """Steps undone. ``discarded`` names their events, newest first, whether on the log or not.
+
+    ``restored_root`` is the parameter root the job stands at again; steps from ``next_index`` on follow
+    with ``next_attempt``.
+    """
+
+    discarded: Annotated[tuple[Bytes32, ...], Meta(min_length=1, max_length=1_024)]
+    reason: Name
+    restored_root: Bytes32
+    next_index: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    next_attempt: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    memorization: Annotated[tuple[MemorizationSignal, ...], Meta(max_length=MAX_EXAMPLES)]
+
+
+class Abandon(Wire, frozen=True):
+    """The campaign ends without a release."""
+
+    reason: Text
+
+
+class Release(Wire, frozen=True):
+    """The final weights: ``parameter_root`` must be the campaign's, on the log.
+
+    ``file_sha256`` is the SHA-256 of the released safetensors file.
+    """
+
+    parameter_root: Bytes32
+    steps: Natural
+    file_name: Name
+    file_sha256: Bytes32
+
+
+# Wire form and commitments.
+
+
+class DataItem(Wire, frozen=True):
+    """One source's item: its canonical content, and the examples under its ``examples_root``."""
+
+    content: bytes
+    examples: Annotated[tuple[Natural, ...], Meta(max_length=MAX_EXAMPLES)] = ()
+
+
+class DataPortion(Wire, frozen=True):
+    """A data portion as members hold it. Salts of items and examples derive from ``salt``."""
+
+    salt: Bytes32
+    items: Annotated[tuple[DataItem, ...], Meta(max_length=MAX_ITEMS)]
+
+
+class SaltedPortion(Wire, frozen=True):
+    """A governance or operation portion as members hold it."""
+
+    salt: Bytes32
+    content: bytes
+
+
+class Portions(Wire, frozen=True):
+    """The portions of one event; ``None`` where its kind has none."""
+
+    data: DataPortion | None
+    governance: SaltedPortion | None
+    operation: SaltedPortion | None
+
+
+def item_salt(salt: bytes, item: int) -> Digest:
+    """The salt of a data portion's item; reveals no other item's."""
+    return tagged_hash(Tag.SALT, salt, b"item", item.to_bytes(8, "big"))
+
+
+def example_salt(salt: bytes, item: int, position: int) -> Digest:
+    """The salt of the example at ``position`` of an item's list; reveals no other example's."""
+    return tagged_hash(Tag.SALT, salt, b"example", item.to_bytes(8, "big"), position.to_bytes(8, "big"))
+
+
+def item_leaf(salt: bytes, content: bytes) -> Digest:
+    """Leaf of a data portion's tree: ``salt`` is the item's own."""
+    return tagged_hash(Tag.SOURCE_ENTRY, salt, content)
+
+
+def example_leaf(salt: bytes, example: int) -> Digest:
+    """Leaf of an item's example tree: ``salt`` is the example's own."""
+    return tagged_hash(Tag.EXAMPLE, salt, example.to_bytes(8, "big"))
+
+
+def content_leaf(salt: bytes, example: bytes) -> Digest:
+    """Leaf of a source's content tree. ``salt`` keeps short examples from being guessed by their digest."""
+    return tagged_hash(Tag.CONTENT, salt, example)
+
+
+def examples_root(salt: bytes, item: int, examples: tuple[int, ...]) -> Digest:
+    """Root over an item's examples; ``salt`` is the portion's."""
+    return Digest(
+        root_of(
+            [example_leaf(example_salt(salt, item, position), example) for position, example in enumerate(examples)]
+        )
+    )
+
+
+def data_items_root(portion: DataPortion) -> Digest:
+    """Root of the tree over a data portion's salted items."""
+    return Digest(
+        root_of([item_leaf(item_salt(portion.salt, number), item.content) for number, item in enumerate(portion.items)])
+    )
+
+
+def data_commitment(kind: str, items_root: bytes, item_count: int) -> Digest:
+    """Commitment to a data portion, from the root and size of its item tree."""
+    return tagged_hash(Tag.PORTION, kind.encode(), Role.DATA_SOURCE.encode(), items_root, item_count.to_bytes(8, "big"))
+
+
+def portion_commitment(kind: str, role: Role, salt: bytes, content: bytes) -> Digest:
+    """Commitment to a governance or operation portion."""
+    return tagged_hash(Tag.PORTION, kind.encode(), role.encode(), salt, content)
+
+
+def commitments(kind: str, portions: Portions) -> tuple[bytes, bytes, bytes]:
+    """The three commitments of an event's entry, data, governance, operation; empty where absent."""
+    data = governance = operation = b""
+    if portions.data is not None:
+        data = data_commitment(kind, data_items_root(portions.data), len(portions.data.items))
+    if portions.governance is not None:
+        held = portions.governance
+        governance = portion_commitment(kind, Role.GOVERNANCE, held.salt, held.content)
+    if portions.operation is not None:
+        held = portions.operation
+        operation = portion_commitment(kind, Role.OPERATOR, held.salt, held.content)
+    return data, governance, operation
+
+
+def decode_portions(encoded: bytes) -> Portions:
+    """Portions from their wire form.
+
+    Raises:
+        Rejected: as ``codec.decode``.
+    """
+    return decode(encoded, Portions, MAX_PORTIONS_BYTES)
+
+
+def use_item(
+    portion_salt: bytes,
+    number: int,
+    source: bytes,
+    content_class: str,
+    refused: tuple[Count, ...],
+    admitted: tuple[int, ...],
+) -> DataItem:
+    """The item of a step for one source: ``admitted`` are example indexes, ``refused`` counts by reason."""
+    use = SourceUse(
+        source=source,
+        content_class=content_class,
+        presented=len(admitted) + sum(count.count for count in refused),
+        admitted=len(admitted),
+        refused=refused,
+        examples_root=examples_root(portion_salt, number, admitted),
+    )
+    return DataItem(encode(use), admitted)
+
+
+def refusal_item(portion_salt: bytes, number: int, source: bytes, reason: str, examples: tuple[int, ...]) -> DataItem:
+    """The item of a refusal for one source and reason."""
+    refusal = SourceRefusal(
+        source=source,
+        reason=reason,
+        count=len(examples),
+        examples_root=examples_root(portion_salt, number, examples),
+    )
+    return DataItem(encode(refusal), examples)
+
+
+def check_examples(portion: DataPortion, number: int, root: bytes) -> None:
+    """An item's listed examples are strictly increasing and hash to its root.
+
+    Raises:
+        Rejected: ``PORTION_MISMATCH`` or ``BAD_FIELD``.
+    """
+    examples = portion.items[number].examples
+    if any(first >= second for first, second in pairwise(examples)):
+        raise Rejected(Reason.BAD_FIELD, f"examples of item {number} are not strictly increasing")
+    if examples_root(portion.salt, number, examples) != root:
+        raise Rejected(Reason.PORTION_MISMATCH, f"examples of item {number} do not hash to its root")

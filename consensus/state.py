@@ -1,0 +1,242 @@
+"""What the log implies, as an authenticated map: every fact later admission or a verifier needs.
+
+Each fact is a record in the sorted state map (``state_map.py``) under a 33-byte key: a table byte and a
+32-byte digest. The map's root stands in every header, so that presence *and absence* have proofs.
+
+========  ==================  ==================================================
+table     key                 record
+========  ==================  ==================================================
+1         zero                ``PolicyHead``: the policy in force
+2         policy id           ``PolicyRecord``
+3         source id           ``SourceRecord``: claim, author, revocation
+4         job key             ``DelegationRecord``
+5         campaign id         ``CampaignRecord``: what was fixed when it opened
+6         campaign id         ``CampaignHead``: where it stands
+7         grant id            ``GrantRecord``
+8         campaign ‖ source   ``Usage``: exact counts of one source in one campaign
+========  ==================  ==================================================
+"""
+
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from consensus.codec import encode
+from consensus.identifiers import Tag as DomainTag
+from consensus.identifiers import tagged_hash
+from consensus.portions import (
+    Bytes32,
+    Count,
+    Counts,
+    ManifestRange,
+    Name,
+    Natural,
+    OptionalBytes32,
+    Policy,
+    SourceClaim,
+    Wire,
+)
+from consensus.rejection import Reason, Rejected
+from consensus.state_map import StateMap
+
+POLICY_HEAD_KEY = b"\x01" + bytes(32)
+POLICY_TABLE = b"\x02"
+SOURCE_TABLE = b"\x03"
+DELEGATION_TABLE = b"\x04"
+CAMPAIGN_TABLE = b"\x05"
+CAMPAIGN_HEAD_TABLE = b"\x06"
+GRANT_TABLE = b"\x07"
+USAGE_TABLE = b"\x08"
+
+R = TypeVar("R", bound=Wire)
+
+
+class PolicyHead(Wire, frozen=True):
+    """The policy in force, since when, and how many there have been."""
+
+    policy: Bytes32
+    since_ms: Natural
+    count: Natural
+
+
+class PolicyRecord(Wire, frozen=True):
+    """A policy that is or was in force."""
+
+    policy: Policy
+    since_ms: Natural
+
+
+class SourceRecord(Wire, frozen=True):
+    """A registered source; ``revoked_at_ms`` is 0 and ``revocation`` empty until its author revokes it."""
+
+    author: Bytes32
+    claim: SourceClaim
+    registered_at_ms: Natural
+    revoked_at_ms: Natural
+    revocation: OptionalBytes32
+
+
+class DelegationRecord(Wire, frozen=True):
+    """A job key: whose, for which campaign, for how long, whether another replaced it."""
+
+    operator: Bytes32
+    campaign: Bytes32
+    not_before_ms: Natural
+    expires_at_ms: Natural
+    replaced: bool
+
+
+class CampaignRecord(Wire, frozen=True):
+    """What a campaign fixed when it opened, as far as later events are judged by it."""
+
+    event: Bytes32
+    operator: Bytes32
+    purpose: Name
+    base_root: Bytes32
+    blocks: tuple[Name, ...]
+    manifest: tuple[ManifestRange, ...]
+    sampler_seed: Bytes32
+    batch_size: Natural
+    planned_steps: Natural
+    event_granularity: Name
+
+
+class SourceCounts(Wire, frozen=True):
+    """One source's counts in the last step, so that a rollback can take them back."""
+
+    source: Bytes32
+    presented: Natural
+    admitted: Natural
+    refused: Counts
+
+
+class PendingRefusal(Wire, frozen=True):
+    """Examples refused for the next step, not yet accounted for by its event."""
+
+    source: Bytes32
+    reason: Name
+    examples: tuple[Natural, ...]
+
+
+class CampaignHead(Wire, frozen=True):
+    """Where a campaign stands. ``closed`` is empty, ``released`` or ``abandoned``.
+
+    ``last_event`` is the last step, rollback or opening event; ``undo_root`` the parameter root before
+    the last step, empty where there is none to undo.
+    """
+
+    job_key: Bytes32
+    next_sequence: Natural
+    next_grant: Natural
+    attempt: Natural
+    steps: Natural
+    root: Bytes32
+    last_event: Bytes32
+    undo_root: OptionalBytes32
+    undo_counts: tuple[SourceCounts, ...]
+    rollback_required: bool
+    pending: tuple[PendingRefusal, ...]
+    presented: Natural
+    admitted: Natural
+    refused: Natural
+    refusal_events: Natural
+    discarded_steps: Natural
+    rollbacks: Natural
+    closed: Annotated[str, Meta(max_length=16)]
+    release: OptionalBytes32
+
+
+class GrantRecord(Wire, frozen=True):
+    """A grant on the log; ``opened_at_ms`` is its ledger block's timestamp, at which sources are judged."""
+
+    campaign: Bytes32
+    policy: Bytes32
+    job_key: Bytes32
+    sources: tuple[Bytes32, ...]
+    first_step: Natural
+    last_step: Natural
+    opened_at_ms: Natural
+    closes_at_ms: Natural
+
+
+class Usage(Wire, frozen=True):
+    """Exact counts of one source in one campaign, rolled-back steps taken out and counted apart."""
+
+    campaign: Bytes32
+    source: Bytes32
+    presented: Natural
+    admitted: Natural
+    refused: Counts
+    discarded: Natural
+    first_step: Natural
+    last_step: Natural
+
+
+def usage_key(campaign: bytes, source: bytes) -> bytes:
+    """Key of a source's usage in a campaign."""
+    return USAGE_TABLE + tagged_hash(DomainTag.CAMPAIGN, campaign, source)
+
+
+def read_record(encoded: bytes, record: type[R]) -> R:
+    """A record from a value of the state map. The map is ours or proved, so its bytes are canonical."""
+    try:
+        return msgspec.msgpack.decode(encoded, type=record)
+    except msgspec.DecodeError as error:
+        raise Rejected(Reason.BAD_PROOF, f"a state value is not a {record.__name__}") from error
+
+
+class StateView:
+    """The state while a ledger block is applied: the parent's map under the changes made so far.
+
+    An event's changes are put only after all its checks, so a refused event leaves the view untouched.
+    """
+
+    def __init__(self, parent: StateMap) -> None:
+        self._parent = parent
+        self._records: dict[bytes, Wire | None] = {}
+        self._changed: set[bytes] = set()
+
+    def find(self, key: bytes, record: type[R]) -> R | None:
+        """The record under ``key``, or None."""
+        if key in self._records:
+            held = self._records[key]
+            assert held is None or isinstance(held, record)
+            return held
+        encoded = self._parent.get(key)
+        found = None if encoded is None else read_record(encoded, record)
+        self._records[key] = found
+        return found
+
+    def get(self, key: bytes, record: type[R], missing: Reason, what: str) -> R:
+        """The record under ``key``.
+
+        Raises:
+            Rejected: ``missing`` where there is none.
+        """
+        found = self.find(key, record)
+        if found is None:
+            raise Rejected(missing, f"{what} {key[1:].hex()} is not on the log")
+        return found
+
+    def put(self, key: bytes, record: Wire) -> None:
+        """Set the record under ``key``."""
+        self._records[key] = record
+        self._changed.add(key)
+
+    def changes(self) -> dict[bytes, bytes]:
+        """Encoded records set so far, by key."""
+        changed = {}
+        for key in sorted(self._changed):
+            record = self._records[key]
+            assert record is not None
+            changed[key] = encode(record)
+        return changed
+
+
+def merge_counts(first: tuple[Count, ...], second: tuple[Count, ...], sign: int = 1) -> tuple[Count, ...]:
+    """Counts by reason of both, sorted by reason; ``sign=-1`` subtracts. Zero counts are left out."""
+    totals = {count.reason: count.count for count in first}
+    for count in second:
+        totals[count.reason] = totals.get(count.reason, 0) + sign * count.count
+    return tuple(Count(reason, total) for reason, total in sorted(totals.items()) if total)
