@@ -1,0 +1,234 @@
+"""A node's configuration: one TOML file, checked whole before anything starts.
+
+Unknown keys and wrong types are refused with file, key, expected and found, because a misspelt rule that is
+silently ignored countersigns what its owner did not mean to. Relative paths are relative to the file. The
+examples in ``configs/`` document every key; a test holds them complete.
+
+Secrets stay out of it: passphrase and API tokens can stand in files of their own, which ``keystore.py`` and
+``api_tokens`` read. That the genesis matches ``chain_id`` is checked by who loads the genesis.
+"""
+
+import difflib
+import ipaddress
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from consensus.identifiers import ChainId
+from consensus.rejection import ConfigError
+from node.files import read_private
+
+ANY = "*"
+MIN_TOKEN_CHARACTERS = 16
+
+_Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
+_Positive = Annotated[int, Meta(ge=1, le=2**53 - 1)]
+_Token = Annotated[str, Meta(min_length=MIN_TOKEN_CHARACTERS)]
+_T = TypeVar("_T")
+
+
+class Address:
+    """A host and TCP port, written ``host:port`` or ``[IPv6]:port``; port 0 lets the system choose."""
+
+    __slots__ = ("host", "port")
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.port = port
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """The address written as ``text``.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        host, separator, port = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = str(ipaddress.IPv6Address(host[1:-1]))
+        elif ":" in host:
+            raise ValueError(f'expected "host:port" or "[IPv6]:port", found "{text}"')
+        if not separator or not host or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
+            raise ValueError(f'expected "host:port" with a port from 0 to 65535, found "{text}"')
+        return cls(host, int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"Address({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Address) and (self.host, self.port) == (other.host, other.port)
+
+    def __hash__(self) -> int:
+        return hash((self.host, self.port))
+
+
+class NodeSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who this node is and where its files are."""
+
+    name: _Name
+    genesis: Path
+    chain_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    data_directory: Path
+    keystore: Path
+    passphrase_file: Path | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def pinned_chain(self) -> ChainId:
+        """The chain id as bytes: this node's trust anchor."""
+        return ChainId(bytes.fromhex(self.chain_id))
+
+
+class NetworkSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where other members reach this node, and where it reaches them, by member name."""
+
+    listen: Address
+    peers: dict[_Name, Address] = {}
+
+
+class ApiSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """The HTTP interface for trainers and people."""
+
+    listen: Address = Address("127.0.0.1", 0)
+    tokens: tuple[_Token, ...] = ()
+    tokens_file: Path | None = None
+    max_body_bytes: _Positive = 8 << 20
+
+    def __repr__(self) -> str:
+        return f"ApiSection(listen={self.listen!r}, tokens=hidden, max_body_bytes={self.max_body_bytes})"
+
+
+class CountersignSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """The owner's rules for countersigning grants without asking; without ``auto`` every grant waits."""
+
+    auto: bool = False
+    purposes: tuple[str, ...] = ()
+    max_steps: _Positive = 1_000
+    max_duration_seconds: _Positive = 3_600
+    sources: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
+
+
+class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds on what waits in memory."""
+
+    mempool_events: _Positive = 20_000
+    mempool_bytes: _Positive = 64 << 20
+
+
+class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole configuration file; every path absolute."""
+
+    node: NodeSection
+    network: NetworkSection
+    api: ApiSection = ApiSection()
+    countersign: CountersignSection = CountersignSection()
+    limits: LimitsSection = LimitsSection()
+
+
+def load_config(path: Path) -> NodeConfig:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigError: missing, not TOML, an unknown key, a wrong type or value, or sections that contradict
+            each other; names file, key, expected and found.
+    """
+    path = path.absolute()
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a configuration file, found: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected TOML, found: {error}") from error
+    _refuse_unknown_keys(path, table)
+
+    def resolve(kind: type, found: object) -> object:
+        if not isinstance(found, str) or not found:
+            raise ValueError(f"expected a non-empty string, found {found!r}")
+        if kind is Address:
+            return Address.parse(found)
+        return path.parent / Path(found).expanduser()
+
+    try:
+        config = msgspec.convert(table, NodeConfig, dec_hook=resolve)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_readable(str(error))}") from error
+    _check_together(path, config)
+    return config
+
+
+def api_tokens(api: ApiSection) -> tuple[str, ...]:
+    """The API tokens of the configuration and of ``tokens_file``: one a line, ``#`` starts a comment line.
+
+    Raises:
+        ConfigError: the file is missing, readable by others, or holds a token that is too short.
+    """
+    if api.tokens_file is None:
+        return api.tokens
+    lines = read_private(api.tokens_file, "token file").decode("utf-8", errors="replace").splitlines()
+    listed = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    for number, token in enumerate(listed, start=1):
+        if len(token) < MIN_TOKEN_CHARACTERS:
+            raise ConfigError(
+                f"{api.tokens_file}: expected tokens of at least {MIN_TOKEN_CHARACTERS} characters, "
+                f"found token {number} with {len(token)}"
+            )
+    return api.tokens + listed
+
+
+def _refuse_unknown_keys(path: Path, table: dict[str, object]) -> None:
+    sections = {field.name: field.type for field in msgspec.structs.fields(NodeConfig)}
+    _refuse_unknown(path, "", table, tuple(sections))
+    for section, content in table.items():
+        if isinstance(content, dict):
+            known = tuple(field.name for field in msgspec.structs.fields(sections[section]))
+            _refuse_unknown(path, f"{section}.", content, known)
+
+
+def _refuse_unknown(path: Path, prefix: str, table: dict[str, object], known: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            suggestion = f" (did you mean {prefix}{close[0]}?)" if close else ""
+            raise ConfigError(f"{path}: unknown key {prefix}{key}{suggestion}; expected one of: {', '.join(known)}")
+
+
+def _readable(message: str) -> str:
+    """msgspec's message with the key first: its "... - at `$.api.listen`" becomes "api.listen: ..."."""
+    text, _, place = message.partition(" - at `$.")
+    key = place.removesuffix("`") or "file"
+    return f"{key}: {text[:1].lower()}{text[1:].replace('`', '')}"
+
+
+def _check_together(path: Path, config: NodeConfig) -> None:
+    api, countersign = config.api, config.countersign
+    if not api.listen.is_loopback and not api.tokens and api.tokens_file is None:
+        raise ConfigError(
+            f"{path}: api.listen: expected a loopback address, or api.tokens or api.tokens_file; "
+            f"found {api.listen} without tokens"
+        )
+    if config.node.name in config.network.peers:
+        raise ConfigError(f"{path}: network.peers: expected other members, found this node, {config.node.name}")
+    for name, address in config.network.peers.items():
+        if address.port == 0:
+            raise ConfigError(f"{path}: network.peers.{name}: expected a port from 1 to 65535, found {address}")
+    if countersign.auto:
+        for key in ("purposes", "sources", "operators"):
+            if not getattr(countersign, key):
+                raise ConfigError(f"{path}: countersign.{key}: expected at least one with countersign.auto, found none")

@@ -1,0 +1,207 @@
+"""Where the store keeps what: column families, keys and the write of one ledger block.
+
+Numbers are 8 bytes big-endian, so that RocksDB's byte order is their order. ``entries`` and ``portions``
+are by log index; ``headers``, ``bodies``, ``certificates`` and ``votes`` by height; ``nodes`` by level (one
+byte) and index; ``state`` by the state's own keys; ``lookup`` finds indexes and heights by digest or log
+size; ``index`` lists log indexes by term; ``meta`` holds schema version, chain, head and vote mark.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rocksdict import (
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    DBCompressionType,
+    DBRecoveryMode,
+    Options,
+    Rdict,
+    WriteBatch,
+)
+
+from consensus.identifiers import Digest, Height
+from consensus.rejection import InvariantBroken
+
+SCHEMA_VERSION = 1
+MAX_TERM_BYTES = 255
+
+_FAMILIES = (
+    "entries",
+    "portions",
+    "nodes",
+    "headers",
+    "bodies",
+    "certificates",
+    "votes",
+    "state",
+    "lookup",
+    "index",
+    "meta",
+)
+_BLOCK_CACHE_BYTES = 64 << 20
+_WRITE_BUFFERS_BYTES = 64 << 20
+_MAX_WRITE_AHEAD_BYTES = 256 << 20
+_MAX_OPEN_FILES = 256
+
+SCHEMA_KEY = b"schema-version"
+CHAIN_KEY = b"chain-id"
+HEAD_KEY = b"head"
+VOTE_MARK_KEY = b"vote-mark"
+BY_EVENT, BY_LEAF, BY_BLOCK, BY_LOG_SIZE = b"e", b"l", b"b", b"s"
+
+
+@dataclass(frozen=True, slots=True)
+class EntryWrite:
+    """One event of a ledger block. ``terms`` are what it is listed under (``Store.scan``)."""
+
+    index: int
+    entry: bytes
+    portions: bytes
+    event_id: Digest
+    leaf_hash: Digest
+    terms: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWrite:
+    """Everything one finalized ledger block adds.
+
+    ``certificate`` is None for a ledger block that is final through a descendant's certificate.
+    ``nodes`` are complete tree nodes as (level, index, hash); level 0 holds leaf hashes. In
+    ``state_changes`` None deletes a key. ``log_size`` and ``frontier`` describe the log after the block.
+    """
+
+    height: Height
+    digest: Digest
+    header: bytes
+    body: bytes
+    certificate: bytes | None
+    votes: bytes
+    entries: tuple[EntryWrite, ...]
+    nodes: tuple[tuple[int, int, bytes], ...]
+    state_changes: Mapping[bytes, bytes | None]
+    log_size: int
+    frontier: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest ledger block committed, and the log after it."""
+
+    height: Height
+    digest: Digest
+    log_size: int
+    frontier: bytes
+
+    def encode(self) -> bytes:
+        """Bytes kept in the database."""
+        return u64(self.height) + self.digest + u64(self.log_size) + self.frontier
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> "Head":
+        """The head of ``encode``'s bytes."""
+        return cls(Height(to_int(encoded[:8])), Digest(encoded[8:40]), to_int(encoded[40:48]), encoded[48:])
+
+
+@dataclass(slots=True)
+class Database:
+    """What must be dropped, column families first, before RocksDB releases its own lock."""
+
+    root: Rdict
+    families: dict[str, Rdict] = field(default_factory=dict)
+    handles: dict[str, object] = field(default_factory=dict)
+
+
+def open_database(path: Path, create: bool, access: AccessType) -> Database:
+    """Open RocksDB with every column family.
+
+    Raises:
+        InvariantBroken: it does not open: a damaged file, or a write-ahead log damaged before its tail.
+    """
+    cache = Cache(_BLOCK_CACHE_BYTES)
+    families = {name: _family_options(cache) for name in _FAMILIES}
+    options = Options(raw_mode=True)
+    options.create_if_missing(create)
+    options.create_missing_column_families(create)
+    options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
+    options.set_atomic_flush(True)
+    options.set_db_write_buffer_size(_WRITE_BUFFERS_BYTES)
+    options.set_max_total_wal_size(_MAX_WRITE_AHEAD_BYTES)
+    options.set_max_open_files(_MAX_OPEN_FILES)
+    options.set_keep_log_file_num(4)
+    options.set_max_log_file_size(16 << 20)
+    try:
+        root = Rdict(str(path), options=options, column_families=families, access_type=access)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise InvariantBroken(f"{path}: the database does not open: {error}") from error
+    database = Database(root)
+    for name in _FAMILIES:
+        database.families[name] = root.get_column_family(name)
+        database.handles[name] = root.get_column_family_handle(name)
+    return database
+
+
+def _family_options(cache: Cache) -> Options:
+    table = BlockBasedOptions()
+    table.set_block_cache(cache)
+    table.set_bloom_filter(10, False)
+    options = Options(raw_mode=True)
+    options.set_block_based_table_factory(table)
+    options.set_compression_type(DBCompressionType.lz4())
+    return options
+
+
+def fill_batch(batch: WriteBatch, block: BlockWrite, handles: Mapping[str, object]) -> None:
+    """Put everything but the head of one ledger block into ``batch``."""
+    height = u64(block.height)
+    entries, portions, nodes = handles["entries"], handles["portions"], handles["nodes"]
+    lookup, index, state = handles["lookup"], handles["index"], handles["state"]
+    batch.put(height, block.header, handles["headers"])
+    batch.put(height, block.body, handles["bodies"])
+    batch.put(height, block.votes, handles["votes"])
+    batch.put(BY_BLOCK + block.digest, height, lookup)
+    if block.certificate is not None:
+        batch.put(height, block.certificate, handles["certificates"])
+    if block.entries:
+        batch.put(BY_LOG_SIZE + u64(block.log_size), height, lookup)
+    for event in block.entries:
+        at = u64(event.index)
+        batch.put(at, event.entry, entries)
+        batch.put(at, event.portions, portions)
+        batch.put(BY_EVENT + event.event_id, at, lookup)
+        batch.put(BY_LEAF + event.leaf_hash, at, lookup)
+        for term in event.terms:
+            batch.put(term_prefix(term) + at, b"", index)
+    for level, node_index, node_hash in block.nodes:
+        batch.put(bytes([level]) + u64(node_index), node_hash, nodes)
+    for key, value in sorted(block.state_changes.items()):
+        if value is None:
+            batch.delete(key, state)
+        else:
+            batch.put(key, value, state)
+
+
+def term_prefix(term: bytes) -> bytes:
+    """The term with its length ahead, so that no term is a prefix of another's keys."""
+    if len(term) > MAX_TERM_BYTES:
+        raise InvariantBroken(f"index term of {len(term)} bytes, at most {MAX_TERM_BYTES}")
+    return bytes([len(term)]) + term
+
+
+def u64(number: int) -> bytes:
+    """A number as a key."""
+    return number.to_bytes(8, "big")
+
+
+def to_int(encoded: bytes) -> int:
+    """The number of ``u64``."""
+    return int.from_bytes(encoded, "big")
+
+
+def optional_int(encoded: bytes | None) -> int | None:
+    """The number of ``u64``, None for none."""
+    return None if encoded is None else to_int(encoded)
