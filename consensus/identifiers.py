@@ -82,16 +82,16 @@ class Tag(StrEnum):
 
 def tagged_hash(tag: Tag, *parts: bytes) -> Digest:
     """SHA-256 over the tag and each part, each prefixed by its length as 8 bytes big-endian."""
-    hasher = hashlib.sha256()
-    encoded = tag.value.encode()
-    hasher.update(len(encoded).to_bytes(8, "big"))
-    hasher.update(encoded)
+    framed = [_TAG_PREFIXES[tag]]
     for part in parts:
-        hasher.update(len(part).to_bytes(8, "big"))
-        hasher.update(part)
-    return Digest(hasher.digest())
+        framed.append(len(part).to_bytes(8, "big"))
+        framed.append(part)
+    return Digest(hashlib.sha256(b"".join(framed)).digest())
 
 
 def tagged_message(tag: Tag, *parts: bytes) -> bytes:
     """The bytes to sign for ``parts`` under ``tag``: the tag, a zero byte, then their tagged hash."""
     return tag.value.encode() + b"\x00" + tagged_hash(tag, *parts)
+
+
+_TAG_PREFIXES = {tag: len(tag.value.encode()).to_bytes(8, "big") + tag.value.encode() for tag in Tag}
