@@ -1,0 +1,146 @@
+"""Events on their way to the log: checked once, pooled, passed on, and told about.
+
+An event enters through the API (``submit``) or by gossip (``receive``); either way ``check_event`` runs once.
+What was submitted here is flooded to all peers, many events to a frame when many wait (no timer: whatever
+has gathered while the last frame was written goes into the next). Whoever waits for an event to be final is
+woken when its ledger block is durable.
+"""
+
+from collections import OrderedDict
+
+import trio
+
+from consensus.event import CheckedEvent, check_event, pack_parts
+from consensus.identifiers import Digest, MemberId
+from consensus.membership import Committee
+from consensus.rejection import Reason, Rejected
+from node.clock import Clock
+from node.mempool import Mempool
+from node.messages import GOSSIP_BYTES, GOSSIP_EVENTS, pack_gossip, unpack_gossip
+from node.network import Lane, Network
+from node.store import Store
+
+FINALITY_SAMPLES = 10_000
+
+
+class Intake:
+    """The pool's only door."""
+
+    def __init__(
+        self, committee: Committee, store: Store, mempool: Mempool, network: Network, clock: Clock, max_event_bytes: int
+    ) -> None:
+        self._committee = committee
+        self._store = store
+        self._mempool = mempool
+        self._network = network
+        self._clock = clock
+        self._max_event_bytes = max_event_bytes
+        self._outgoing: list[bytes] = []
+        self._outgoing_wake = trio.Event()
+        self._waiters: dict[Digest, trio.Event] = {}
+        self._submitted_ms: OrderedDict[Digest, int] = OrderedDict()
+        self.arrived = trio.Event()
+        self.finality_ms: list[int] = []
+        """Milliseconds from submission here to durable finality here, the last ``FINALITY_SAMPLES``."""
+        self.refused: dict[str, int] = {}
+        """Events refused, by reason."""
+
+    def submit(self, encoded: bytes) -> CheckedEvent:
+        """Take an event from a client; pass it on to all peers.
+
+        Raises:
+            Rejected: the rule it breaks, ``DUPLICATE`` if it is on the log, ``OVERLOADED``.
+        """
+        try:
+            event, added = self._take(encoded)
+        except Rejected as error:
+            self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
+            raise
+        if added:
+            self._submitted_ms[event.id] = self._clock.monotonic_ms()
+            if len(self._submitted_ms) > 2 * FINALITY_SAMPLES:
+                self._submitted_ms.popitem(last=False)
+            self._outgoing.append(encoded)
+            self._outgoing_wake.set()
+        return event
+
+    def receive(self, sender: MemberId, frame: bytes) -> int:
+        """Take gossip; returns how many events were new. Bad ones are counted, the rest taken."""
+        taken = 0
+        for encoded in unpack_gossip(frame):
+            try:
+                taken += self._take(encoded)[1]
+            except Rejected as error:
+                self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
+        return taken
+
+    def check(self, encoded: bytes) -> CheckedEvent:
+        """Check an event without pooling it.
+
+        Raises:
+            Rejected: the rule it breaks.
+        """
+        if len(encoded) > self._max_event_bytes:
+            raise Rejected(Reason.OVERSIZED, f"{len(encoded)} bytes, at most {self._max_event_bytes} allowed")
+        return check_event(encoded, self._committee)
+
+    def _take(self, encoded: bytes) -> tuple[CheckedEvent, bool]:
+        event = self.check(encoded)
+        if self._store.index_of_event(event.id) is not None:
+            return event, False
+        added = self._mempool.add(event, self._clock.monotonic_ms())
+        if added:
+            arrived, self.arrived = self.arrived, trio.Event()
+            arrived.set()
+        return event, added
+
+    async def run(self) -> None:
+        """Flood submitted events until cancelled."""
+        while True:
+            await self._outgoing_wake.wait()
+            self._outgoing_wake = trio.Event()
+            while self._outgoing:
+                count = size_bytes = 0
+                for encoded in self._outgoing[:GOSSIP_EVENTS]:
+                    if count and size_bytes + len(encoded) > GOSSIP_BYTES:
+                        break
+                    count += 1
+                    size_bytes += len(encoded) + 4
+                batch, self._outgoing = self._outgoing[:count], self._outgoing[count:]
+                self._network.broadcast(Lane.EVENTS, pack_gossip(batch))
+                await trio.lowlevel.checkpoint()
+
+    def offer_again(self) -> None:
+        """Flood all pending events once more: a peer came back, or an event seems lost."""
+        self._outgoing.extend(
+            pack_parts(event.entry_bytes, event.portions_bytes) for event in self._mempool.candidates()
+        )
+        if self._outgoing:
+            self._outgoing_wake.set()
+
+    def appended(self, events: tuple[CheckedEvent, ...]) -> None:
+        """These are durable on the log: forget them and wake whoever waits."""
+        now_ms = self._clock.monotonic_ms()
+        for event in events:
+            since_ms = self._submitted_ms.pop(event.id, None)
+            if since_ms is not None:
+                self.finality_ms.append(now_ms - since_ms)
+            self._tell(event.id)
+        del self.finality_ms[:-FINALITY_SAMPLES]
+
+    def rejected(self, event: CheckedEvent, why: Rejected) -> None:
+        """This can never be admitted: say so to whoever waits."""
+        self._mempool.reject(event, why)
+        self._submitted_ms.pop(event.id, None)
+        self.refused[why.reason.value] = self.refused.get(why.reason.value, 0) + 1
+        self._tell(event.id)
+
+    async def wait(self, event_id: Digest) -> None:
+        """Until the event is durable on the log or rejected; the caller bounds the time and asks which."""
+        waiter = self._waiters.setdefault(event_id, trio.Event())
+        await waiter.wait()
+
+    def _tell(self, event_id: Digest) -> None:
+        waiter = self._waiters.pop(event_id, None)
+        if waiter is not None:
+            waiter.set()

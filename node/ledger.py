@@ -1,0 +1,299 @@
+"""The finalized log on disk and the branches above it in memory.
+
+Opening checks what the disk says before it is used: the head's header against its certificate and the
+pinned genesis, the state map's root and the tree's root against the header. A write-ahead log that
+vanished, a restored backup or a flipped byte in the state ends here, by name, not in a fork.
+
+One ledger block is one atomic write (``store.commit``), durable after ``sync``. Branches that are not
+final live in ``overlays`` and never touch the disk.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from consensus import merkle
+from consensus.block import Body, Header, decode_header
+from consensus.certificate import Certificate, CertificateScheme, verify_certificate
+from consensus.codec import decode, encode
+from consensus.event import CheckedEvent, check_event, check_parts, pack_parts
+from consensus.identifiers import Digest, Height
+from consensus.membership import Committee, Genesis, committee
+from consensus.merkle import Frontier
+from consensus.portions import GrantedSource, ManifestRange, SourceClaim, SourceRefusal, SourceRevocation, SourceUse
+from consensus.receipt import Receipt, StateReceipt
+from consensus.rejection import InvariantBroken, Reason, Rejected
+from consensus.state_map import StateMap
+from consensus.transition import Built, LedgerState, apply, genesis_state
+from consensus.vote import Vote
+from node.store import Store
+from node.store_layout import BlockWrite, EntryWrite
+
+MAX_CERTIFICATE_BYTES = 1 << 20
+MAX_BODY_BYTES = 1 << 18
+KIND_TERM, CAMPAIGN_TERM, SOURCE_TERM, AUTHOR_TERM = b"k", b"c", b"s", b"a"
+_SOURCE_ITEMS = (GrantedSource, ManifestRange, SourceRefusal, SourceRevocation, SourceUse)
+
+
+@dataclass(frozen=True, slots=True)
+class Finalized:
+    """What one ledger block appended, for those who wait for it."""
+
+    header: Header
+    events: tuple[CheckedEvent, ...]
+
+
+class Ledger:
+    """One chain's log: finalized on disk, branches in memory."""
+
+    def __init__(self, store: Store, genesis: Genesis, scheme: CertificateScheme) -> None:
+        """Read the head and check it.
+
+        Raises:
+            InvariantBroken: the disk does not hold what its head's certificate vouches for; run
+                ``countersign log fsck``.
+        """
+        self.store = store
+        self.genesis = genesis
+        self.scheme = scheme
+        self.committee: Committee = committee(genesis)
+        self.certificate: Certificate | None = None
+        self.final = self._load()
+        self.overlays: dict[Digest, Built] = {}
+
+    def _load(self) -> LedgerState:
+        head = self.store.head()
+        start = genesis_state(self.genesis.chain_id, self.genesis.created_ms)
+        if head is None:
+            self.store.commit([_block_write(start, Built(start, Body(()), (), {}, (), ()), None, ())])
+            return start
+        if head.height == 0:
+            return start
+        try:
+            encoded_header, encoded_certificate = self.store.header(head.height), self.store.certificate(head.height)
+            if encoded_header is None or encoded_certificate is None:
+                raise Rejected(Reason.BAD_CERTIFICATE, f"ledger block {head.height} has no header or certificate")
+            header = decode_header(encoded_header, self.genesis.chain_id)
+            certificate = decode(encoded_certificate, Certificate, MAX_CERTIFICATE_BYTES)
+            if certificate.block != header.digest:
+                raise Rejected(Reason.BAD_CERTIFICATE, f"the certificate is not ledger block {head.height}'s")
+            verify_certificate(self.scheme, self.genesis.chain_id, certificate)
+            frontier = Frontier.from_bytes(head.frontier)
+            if (frontier.size, frontier.root) != (header.log_size, header.log_root):
+                raise Rejected(Reason.LOG_ROOT_MISMATCH, f"the tree on disk is not ledger block {head.height}'s")
+            state = StateMap().set_many(dict(self.store.state_items()))
+            if state.root != header.state_root:
+                raise Rejected(Reason.STATE_ROOT_MISMATCH, f"the state on disk is not ledger block {head.height}'s")
+        except Rejected as error:
+            raise InvariantBroken(f"the data directory is damaged ({error}): run 'countersign log fsck'") from error
+        self.certificate = certificate
+        return LedgerState(header, header.digest, frontier, state)
+
+    # Branches
+
+    def state_of(self, digest: Digest) -> LedgerState | None:
+        """The state after a ledger block: the finalized head or one on a branch above it."""
+        if digest == self.final.digest:
+            return self.final
+        built = self.overlays.get(digest)
+        return built.state if built else None
+
+    def verify(self, parent: LedgerState, header: Header, body: Body, events: Sequence[CheckedEvent]) -> LedgerState:
+        """Apply a proposed ledger block to its branch, keep the result and return the state after it.
+
+        Raises:
+            Rejected: the rule it breaks.
+        """
+        built = apply(parent, header, body, events, self.committee)
+        self.overlays[built.state.digest] = built
+        return built.state
+
+    def keep(self, built: Built) -> None:
+        """Keep a ledger block of our own making as a branch."""
+        self.overlays[built.state.digest] = built
+
+    # Finality
+
+    def commit(
+        self, headers: Sequence[Header], certificate: Certificate, votes: Iterable[Vote]
+    ) -> tuple[Finalized, ...]:
+        """Append finalized ledger blocks from their branch, oldest first, in one atomic write.
+
+        ``certificate`` and ``votes`` are the last one's. Those on the log already are skipped. Written, not
+        yet durable: ``store.sync`` makes it so.
+
+        Raises:
+            InvariantBroken: they do not follow the head, or their branch is unknown.
+        """
+        written: list[BlockWrite] = []
+        appended: list[Finalized] = []
+        final = self.final
+        for header in headers:
+            if header.height <= final.header.height:
+                continue
+            built = self.overlays.get(header.digest)
+            if built is None or header.parent != final.digest:
+                raise InvariantBroken(f"ledger block {header.height} is final but its branch is not here")
+            last = header is headers[-1]
+            written.append(_block_write(final, built, encode(certificate) if last else None, votes if last else ()))
+            appended.append(Finalized(header, built.events))
+            final = built.state
+        if not written:
+            return ()
+        self.store.commit(written)
+        self.final = final
+        self.certificate = certificate
+        height = final.header.height
+        self.overlays = {
+            digest: branch for digest, branch in self.overlays.items() if branch.state.header.height > height
+        }
+        return tuple(appended)
+
+    # Reading
+
+    def event(self, index: int) -> tuple[bytes, bytes]:
+        """Entry and portions at a log index.
+
+        Raises:
+            Rejected: ``NOT_FOUND``.
+        """
+        entry, portions = self.store.entry(index), self.store.portions(index)
+        if entry is None or portions is None:
+            raise Rejected(Reason.NOT_FOUND, f"the log has no index {index}")
+        return entry, portions
+
+    def index_of(self, event_id: Digest) -> int:
+        """Log index of an event.
+
+        Raises:
+            Rejected: ``NOT_FOUND``.
+        """
+        index = self.store.index_of_event(event_id)
+        if index is None:
+            raise Rejected(Reason.NOT_FOUND, f"event {event_id.hex()} is not on the log")
+        return index
+
+    def block(self, height: int) -> tuple[bytes, bytes, list[bytes]]:
+        """Header, body and signed events (wire form) of a finalized ledger block.
+
+        Raises:
+            Rejected: ``NOT_FOUND``.
+        """
+        header, body = self.store.header(height), self.store.body(height)
+        if header is None or body is None:
+            raise Rejected(Reason.NOT_FOUND, f"the log has no ledger block {height}")
+        decoded = decode_header(header, self.genesis.chain_id)
+        first = decoded.log_size - decoded.event_count
+        return header, body, [pack_parts(*self.event(index)) for index in range(first, decoded.log_size)]
+
+    def node(self, level: int, index: int) -> bytes:
+        """A node of the Merkle tree.
+
+        Raises:
+            InvariantBroken: it is missing.
+        """
+        held = self.store.node(level, index)
+        if held is None:
+            raise InvariantBroken(f"tree node {level}/{index} is missing: run 'countersign log fsck'")
+        return held
+
+    def certified(self, height: int) -> tuple[bytes, bytes]:
+        """Header and certificate of the first certified ledger block from ``height`` on.
+
+        Raises:
+            Rejected: ``NOT_FOUND``.
+        """
+        certified = self.store.certified_at_or_after(height)
+        header = self.store.header(certified) if certified is not None else None
+        certificate = self.store.certificate(certified) if certified is not None else None
+        if header is None or certificate is None:
+            raise Rejected(Reason.NOT_FOUND, f"no certified ledger block from height {height} on")
+        return header, certificate
+
+    def receipt(self, event_id: Digest) -> Receipt:
+        """Proof that an event is on the log.
+
+        Raises:
+            Rejected: ``NOT_FOUND``.
+        """
+        index = self.index_of(event_id)
+        height = self.store.height_of_index(index)
+        assert height is not None
+        header, certificate = self.certified(height)
+        size = decode_header(header, self.genesis.chain_id).log_size
+        return Receipt(
+            1, self.event(index)[0], index, merkle.inclusion_proof(index, size, self.node), header, certificate
+        )
+
+    def state_receipt(self, key: bytes) -> StateReceipt:
+        """Proof of what the finalized state holds under a key, or that it holds nothing.
+
+        Raises:
+            Rejected: ``NOT_FOUND`` on an empty log.
+        """
+        if self.certificate is None:
+            raise Rejected(Reason.NOT_FOUND, "no ledger block is final yet")
+        proof = self.final.state.prove(key)
+        return StateReceipt(1, key, proof, encode(self.final.header), encode(self.certificate))
+
+    def check(self, signed_event: bytes) -> CheckedEvent:
+        """``check_event`` against this chain's members.
+
+        Raises:
+            Rejected: the first rule broken.
+        """
+        return check_event(signed_event, self.committee)
+
+    def checked(self, index: int) -> CheckedEvent:
+        """The event at a log index, checked again."""
+        return check_parts(*self.event(index), self.committee)
+
+
+def _block_write(parent: LedgerState, built: Built, certificate: bytes | None, votes: Iterable[Vote]) -> BlockWrite:
+    header = built.state.header
+    first_index = parent.header.log_size
+    return BlockWrite(
+        height=Height(header.height),
+        digest=built.state.digest,
+        header=encode(header),
+        body=encode(built.body),
+        certificate=certificate,
+        votes=b"".join(framed(encode(vote)) for vote in votes),
+        entries=tuple(
+            EntryWrite(
+                first_index + offset,
+                event.entry_bytes,
+                event.portions_bytes,
+                event.id,
+                event.leaf_hash,
+                _terms(event),
+            )
+            for offset, event in enumerate(built.events)
+        ),
+        nodes=built.nodes,
+        state_changes=built.changes,
+        log_size=header.log_size,
+        frontier=built.state.frontier.to_bytes(),
+    )
+
+
+def framed(payload: bytes) -> bytes:
+    """``payload`` after its length as 4 bytes big-endian."""
+    return len(payload).to_bytes(4, "big") + payload
+
+
+def term(prefix: bytes, of: bytes) -> bytes:
+    """The term under which ``Store.scan`` lists log indexes."""
+    return prefix + of
+
+
+def _terms(event: CheckedEvent) -> tuple[bytes, ...]:
+    entry = event.entry
+    terms = {term(KIND_TERM, entry.kind.value.encode()), term(AUTHOR_TERM, entry.author)}
+    if entry.campaign != bytes(32):
+        terms.add(term(CAMPAIGN_TERM, entry.campaign))
+    for item in event.items:
+        if isinstance(item, _SOURCE_ITEMS):
+            terms.add(term(SOURCE_TERM, item.source))
+        elif isinstance(item, SourceClaim):
+            terms.add(term(SOURCE_TERM, event.id))
+    return tuple(sorted(terms))

@@ -1,0 +1,129 @@
+"""What nodes ask each other over the request protocol, and how events are packed for gossip.
+
+Requests and answers are wire Structs (``consensus.codec``: canonical, bounded). Nothing in an answer is
+believed: ledger blocks come with a certificate, events and proposals are checked like gossip.
+"""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from consensus.block import MAX_BLOCK_EVENTS, MAX_HEADER_BYTES
+from consensus.codec import decode
+from consensus.event import MAX_EVENT_BYTES, EventSignature
+from consensus.portions import Bytes32, Natural, Text, Wire
+from consensus.rejection import Reason, Rejected
+
+MAX_REQUEST_BYTES = 1 << 20
+MAX_ANSWER_BYTES = 4 << 20
+ANSWER_TARGET_BYTES = 2 << 20
+"""What a server aims at in one answer; one ledger block may be more."""
+
+GOSSIP_EVENTS = 32
+GOSSIP_BYTES = 256 << 10
+
+
+class GetBlocks(Wire, frozen=True, tag="get-blocks"):
+    """Finalized ledger blocks from this height on, as many as fit, up to a certified one."""
+
+    from_height: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+
+
+class BlockRecord(Wire, frozen=True):
+    """A finalized ledger block with its signed events (wire form), in order."""
+
+    header: Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
+    body: bytes
+    events: Annotated[tuple[bytes, ...], Meta(max_length=MAX_BLOCK_EVENTS)]
+
+
+class Blocks(Wire, frozen=True, tag="blocks"):
+    """Consecutive ledger blocks; ``certificate`` is the last one's, empty with none."""
+
+    blocks: Annotated[tuple[BlockRecord, ...], Meta(max_length=4_096)]
+    certificate: bytes
+    head_height: Natural
+
+
+class GetEvents(Wire, frozen=True, tag="get-events"):
+    """Events by leaf hash, pending or final."""
+
+    leaf_hashes: Annotated[tuple[Bytes32, ...], Meta(min_length=1, max_length=MAX_BLOCK_EVENTS)]
+
+
+class Events(Wire, frozen=True, tag="events"):
+    """Those that were at hand and fitted."""
+
+    events: Annotated[tuple[bytes, ...], Meta(max_length=MAX_BLOCK_EVENTS)]
+
+
+class GetProposal(Wire, frozen=True, tag="get-proposal"):
+    """A proposal by its ledger block's digest."""
+
+    block: Bytes32
+
+
+class FoundProposal(Wire, frozen=True, tag="proposal-found"):
+    """The proposal's bytes, empty if unknown."""
+
+    proposal: bytes
+
+
+class AskCountersign(Wire, frozen=True, tag="ask-countersign"):
+    """An unsigned grant and its portions, for the receiver to countersign by its owner's rules."""
+
+    event: Annotated[bytes, Meta(max_length=MAX_EVENT_BYTES)]
+
+
+class Countersigned(Wire, frozen=True, tag="countersigned"):
+    """A countersignature; or, with none, the reason it is withheld (``waiting`` for one by hand)."""
+
+    signature: EventSignature | None
+    reason: Text
+    detail: Text
+
+
+class DeliverSignature(Wire, frozen=True, tag="deliver-signature"):
+    """A countersignature given later, by hand, to the operator's node."""
+
+    event_id: Bytes32
+    signature: EventSignature
+
+
+class Done(Wire, frozen=True, tag="done"):
+    """Taken."""
+
+
+Request = GetBlocks | GetEvents | GetProposal | AskCountersign | DeliverSignature
+
+
+def decode_request(encoded: bytes) -> Request:
+    """A request.
+
+    Raises:
+        Rejected: as ``codec.decode``.
+    """
+    request: Request = decode(encoded, Request, MAX_EVENT_BYTES + 1024)  # type: ignore[arg-type]
+    return request
+
+
+def pack_gossip(events: list[bytes]) -> bytes:
+    """Signed events as one frame: each after its length as 4 bytes big-endian."""
+    return b"".join(len(event).to_bytes(4, "big") + event for event in events)
+
+
+def unpack_gossip(frame: bytes) -> list[bytes]:
+    """The signed events of a frame of ``pack_gossip``.
+
+    Raises:
+        Rejected: ``MALFORMED``.
+    """
+    events = []
+    position = 0
+    while position < len(frame):
+        end = position + 4 + int.from_bytes(frame[position : position + 4], "big")
+        if len(frame) < position + 4 or end > len(frame):
+            raise Rejected(Reason.MALFORMED, f"frame ends inside an event at byte {position}")
+        events.append(frame[position + 4 : end])
+        position = end
+    return events

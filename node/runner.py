@@ -1,0 +1,363 @@
+"""A running node: every part put together from one configuration file.
+
+Start, in order, each step naming what is wrong if it fails: genesis against the pinned chain id; keystore
+against the genesis; data directory (lock, chain, head against its certificate); vote journal; network and
+HTTP interface listening; then the replica. A voter whose journal is lost or rolled back runs on without
+voting and says why.
+"""
+
+import logging
+import os
+import signal
+import statistics
+from dataclasses import dataclass
+
+import trio
+
+from consensus import bls
+from consensus.certificate import BlsThreshold, Ed25519List, scheme_for
+from consensus.checkpoint import checkpoint_text, sign_note
+from consensus.engine import Timing
+from consensus.event import CheckedEvent
+from consensus.genesis import genesis_from_json, signer_for
+from consensus.identifiers import VOTING_ROLES, Digest, MemberId
+from consensus.keys import Ed25519SigningKey, SignatureScheme, Signer
+from consensus.membership import Genesis, Member, check_genesis
+from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
+from node.api import serve
+from node.clock import Clock, SystemClock
+from node.config import NodeConfig
+from node.countersign import CountersignDesk
+from node.intake import Intake
+from node.journal import Journal, JournalLost, VoteMark, check_not_lost
+from node.keystore import Keystore, Secrets, read_passphrase
+from node.ledger import Ledger
+from node.mempool import Mempool
+from node.messages import AskCountersign, DeliverSignature, decode_request
+from node.network import Network, Peer
+from node.replica import Replica
+from node.service import EventState, EventStatus, FinalityFigures, NodeStatus
+from node.store import Store
+from node.voter import Voter, VotingKeys
+
+log = logging.getLogger("countersign")
+
+JOURNAL_FILE = "votes.journal"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """This node's member and what it signs with."""
+
+    member: Member
+    signer: Signer
+    secrets: Secrets
+
+
+def load_genesis(config: NodeConfig) -> Genesis:
+    """The genesis file, checked and held against the pinned chain id.
+
+    Raises:
+        ConfigError: unreadable, not a genesis, or another chain's.
+    """
+    path = config.node.genesis
+    try:
+        genesis = genesis_from_json(path.read_bytes())
+        check_genesis(genesis)
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a genesis file, found: {error.strerror}") from error
+    except Rejected as error:
+        raise ConfigError(f"{path}: expected a genesis, found {error}") from error
+    if genesis.chain_id.hex() != config.node.chain_id:
+        raise ConfigError(
+            f"{path}: expected chain id {config.node.chain_id} (node.chain_id), found {genesis.chain_id.hex()}"
+        )
+    return genesis
+
+
+def load_identity(config: NodeConfig, genesis: Genesis) -> Identity:
+    """The member this node is, by its keystore.
+
+    Raises:
+        ConfigError: wrong passphrase, or keys that are not the named member's.
+    """
+    member = next((held for held in genesis.members if held.name == config.node.name), None)
+    if member is None:
+        names = ", ".join(held.name for held in genesis.members)
+        raise ConfigError(f"node.name: expected a member of the genesis ({names}), found '{config.node.name}'")
+    passphrase = read_passphrase(config.node.passphrase_file, os.environ)
+    secrets = Keystore.open(config.node.keystore, passphrase).secrets
+    signer = signer_for(SignatureScheme(member.scheme), secrets.identity_seed)
+    if signer.public_key != member.identity_key:
+        raise ConfigError(f"{config.node.keystore}: its identity is not {member.name}'s of the genesis")
+    if Ed25519SigningKey(secrets.transport_seed).public_key != member.transport_key:
+        raise ConfigError(f"{config.node.keystore}: its transport key is not {member.name}'s of the genesis")
+    return Identity(member, signer, secrets)
+
+
+def open_peers(config: NodeConfig, genesis: Genesis) -> list[Peer]:
+    """The other members this node talks to.
+
+    Raises:
+        ConfigError: an address for a name that is no member.
+    """
+    members = {member.name: member for member in genesis.members}
+    for name in config.network.peers:
+        if name not in members or name == config.node.name:
+            raise ConfigError(f"network.peers.{name}: expected another member of the genesis ({', '.join(members)})")
+    return [
+        Peer(members[name].id, members[name].transport_key, str(address))
+        for name, address in sorted(config.network.peers.items())
+    ]
+
+
+class Node:
+    """The service behind the HTTP interface."""
+
+    def __init__(self, config: NodeConfig, genesis: Genesis, identity: Identity, clock: Clock) -> None:
+        """Open data directory and journal, connect the parts; nothing runs yet.
+
+        Raises:
+            ConfigError, InvariantBroken: as ``Store.open`` and ``Ledger``.
+        """
+        self.config = config
+        self._identity = identity
+        self._clock = clock
+        self._why_not_voting = ""
+        store = Store.open(config.node.data_directory, genesis.chain_id, create=True)
+        try:
+            scheme = scheme_for(genesis)
+            self._ledger = Ledger(store, genesis, scheme)
+            self._mempool = Mempool(config.limits.mempool_events, config.limits.mempool_bytes)
+            self.network = Network(
+                identity.secrets.transport_seed,
+                str(config.network.listen),
+                open_peers(config, genesis),
+                protocol_suffix=genesis.chain_id.hex()[:32],
+            )
+            self._intake = Intake(
+                self._ledger.committee,
+                store,
+                self._mempool,
+                self.network,
+                clock,
+                genesis.parameters.max_event_bytes,
+            )
+            self._voter = self._open_voter(store, scheme)
+            self.replica = Replica(
+                self._ledger,
+                self.network,
+                self._mempool,
+                self._intake,
+                clock,
+                self._voter,
+                Timing(heartbeat_ms=genesis.parameters.heartbeat_ms),
+            )
+        except BaseException:
+            store.close()
+            raise
+        self.desk = CountersignDesk(
+            self._ledger,
+            self.network,
+            clock,
+            identity.member,
+            identity.signer,
+            config.countersign,
+            self.submit,
+            self.status_of,
+        )
+        self._note: tuple[int, bytes] | None = None
+
+    def _open_voter(self, store: Store, scheme: BlsThreshold | Ed25519List) -> Voter | None:
+        member, secrets = self._identity.member, self._identity.secrets
+        if member.role not in VOTING_ROLES:
+            self._why_not_voting = "a verifier never votes"
+            return None
+        share: bls.Secret | Signer = self._identity.signer
+        if isinstance(scheme, BlsThreshold):
+            if secrets.bls_share is None:
+                raise ConfigError(f"{self.config.node.keystore}: expected a BLS key share, found none")
+            share = bls.Secret.from_bytes(secrets.bls_share)
+        path = self.config.node.data_directory / JOURNAL_FILE
+        remembered = store.vote_mark()
+        head = store.head()
+        try:
+            if not path.exists() and remembered is None and (head is None or head.height == 0):
+                journal = Journal.create(path, self._ledger.genesis.chain_id, member.id)
+            else:
+                journal = Journal.open(path, self._ledger.genesis.chain_id, member.id)
+            mark = VoteMark.decode(remembered) if remembered else None
+            check_not_lost(journal.mark, mark, 0)
+        except JournalLost as error:
+            self._why_not_voting = str(error)
+            log.critical("this node does not vote: %s", error)
+            return None
+        keys = VotingKeys(member.id, self._identity.signer, share)
+        return Voter(keys, self._ledger.committee, scheme, journal, store)
+
+    # Service
+
+    @property
+    def name(self) -> str:
+        """This member's name in the genesis."""
+        return self._identity.member.name
+
+    @property
+    def role(self) -> str:
+        """This member's role."""
+        return self._identity.member.role.value
+
+    @property
+    def ledger(self) -> Ledger:
+        """The finalized log and state."""
+        return self._ledger
+
+    @property
+    def mempool(self) -> Mempool:
+        """Events that wait."""
+        return self._mempool
+
+    @property
+    def grants(self) -> CountersignDesk:
+        """The grant desk."""
+        return self.desk
+
+    def submit(self, encoded: bytes) -> CheckedEvent:
+        """Take an event from a client.
+
+        Raises:
+            Rejected: the first rule broken; ``OVERLOADED``.
+            Unavailable: the node has halted.
+        """
+        if self.replica.halted:
+            raise Unavailable(f"the node has halted: {self.replica.halted}")
+        return self._intake.submit(encoded)
+
+    def status_of(self, event_id: Digest) -> EventStatus:
+        """What became of an event."""
+        index = self._ledger.store.index_of_event(event_id)
+        if index is not None:
+            return EventStatus(EventState.FINAL, index, self._ledger.store.height_of_index(index))
+        if self._mempool.find(event_id) is not None:
+            return EventStatus(EventState.PENDING)
+        why = self._mempool.rejection(event_id)
+        if why is not None:
+            return EventStatus(EventState.REJECTED, reason=why.reason, detail=why.detail)
+        return EventStatus(EventState.UNKNOWN)
+
+    async def wait_final(self, event_id: Digest, timeout_seconds: float) -> EventStatus:
+        """What became of an event, once it is final or rejected or the time is over."""
+        status = self.status_of(event_id)
+        if status.state in (EventState.PENDING, EventState.UNKNOWN):
+            with trio.move_on_after(timeout_seconds):
+                await self._intake.wait(event_id)
+            status = self.status_of(event_id)
+        return status
+
+    def snapshot(self) -> NodeStatus:
+        """The node at this moment."""
+        final = self._ledger.final
+        names = {member.id: member.name for member in self._ledger.genesis.members}
+        samples = self._intake.finality_ms
+        finality = FinalityFigures()
+        if samples:
+            ordered = sorted(samples)
+            finality = FinalityFigures(
+                len(ordered),
+                statistics.median(ordered),
+                float(ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]),
+            )
+        return NodeStatus(
+            view=self.replica.engine.view,
+            height=final.header.height,
+            log_size=final.header.log_size,
+            log_root=Digest(final.header.log_root),
+            state_root=Digest(final.header.state_root),
+            head=final.digest,
+            timestamp_ms=final.header.timestamp_ms,
+            peers_connected=tuple(sorted(names[member] for member in self.network.connected)),
+            peers_total=len(self.config.network.peers),
+            mempool_events=len(self._mempool),
+            mempool_bytes=self._mempool.held_bytes,
+            voting=self._voter is not None and not self.replica.halted,
+            why_not_voting=self._why_not_voting,
+            halted=self.replica.halted or "",
+            catching_up=self.replica.catch_up.running,
+            votes_sent=self._voter.votes_cast if self._voter else 0,
+            finality=finality,
+        )
+
+    def checkpoint_note(self) -> bytes:
+        """The C2SP signed note over the newest final log, signed by this member's log key.
+
+        Raises:
+            Rejected: ``NOT_FOUND`` on an empty log.
+        """
+        header = self._ledger.final.header
+        if header.log_size == 0:
+            raise Rejected(Reason.NOT_FOUND, "the log is empty")
+        if self._note is None or self._note[0] != header.log_size:
+            origin = self._ledger.genesis.name
+            text = checkpoint_text(origin, header.log_size, header.log_root)
+            signer = Ed25519SigningKey(self._identity.secrets.log_seed)
+            self._note = (header.log_size, sign_note(text, f"{origin}/{self.name}", signer))
+        return self._note[1]
+
+    # Peers
+
+    async def answer(self, member: MemberId, payload: bytes) -> bytes:
+        """The answer to a peer's request.
+
+        Raises:
+            Rejected: not a request, or one whose answer is no.
+        """
+        request = decode_request(payload)
+        if isinstance(request, AskCountersign | DeliverSignature):
+            return await self.desk.answer(member, request)
+        return await self.replica.answer(member, request)
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        try:
+            async with self.network.open(self.answer), trio.open_nursery() as nursery:
+                address = await nursery.start(serve, self, self.config.api)
+                log.info(
+                    "%s (%s) serves http://%s, chain %s",
+                    self.name,
+                    self.role,
+                    address,
+                    self._ledger.genesis.chain_id.hex(),
+                )
+                nursery.start_soon(self.desk.run)
+                nursery.start_soon(self._intake.run)
+                nursery.start_soon(self.replica.run)
+        finally:
+            self._ledger.store.sync()
+            self._ledger.store.close()
+
+
+def run_node(config: NodeConfig) -> None:
+    """Run a node until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: the configuration, the keystore, the data directory or an address is wrong.
+        InvariantBroken: disk or journal failed, or the data directory is damaged.
+    """
+    genesis = load_genesis(config)
+    identity = load_identity(config, genesis)
+    trio.run(_run, config, genesis, identity)
+
+
+async def _run(config: NodeConfig, genesis: Genesis, identity: Identity) -> None:
+    node = Node(config, genesis, identity, SystemClock())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+        await node.run()
+
+
+async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            log.info("stopping on %s", signal.Signals(number).name)
+            scope.cancel()
+            return

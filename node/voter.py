@@ -1,0 +1,139 @@
+"""This member's vote: signed, journalled with fsync, only then sent.
+
+Votes are cast in the order the engine asks for them. All that wait are journalled with one sync. A BLS share
+is the slow part of a finalize vote (0.4 ms), so it is computed in a worker thread while the notarize vote of
+the same ledger block is on its way to disk; it leaves memory only inside the journalled finalize vote.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from consensus import bls
+from consensus.certificate import CertificateScheme, certificate_message
+from consensus.codec import decode, encode
+from consensus.effect import CastVote
+from consensus.identifiers import Digest, MemberId, View
+from consensus.keys import Signer
+from consensus.membership import Committee
+from consensus.vote import Proposal, Vote, VoteKind, sign_vote
+from node.journal import Journal, VoteRecord
+from node.store import Store
+
+MAX_JOURNALLED_BYTES = 8 << 20
+COMPACT_AT_BYTES = 4 << 20
+MAX_SHARES_AHEAD = 64
+
+
+@dataclass(frozen=True, slots=True)
+class VotingKeys:
+    """What a voter signs with: its identity, and what its certificate shares are made with."""
+
+    member: MemberId
+    identity: Signer
+    share_secret: bls.Secret | Signer
+
+
+class Voter:
+    """Casts this member's votes."""
+
+    def __init__(
+        self, keys: VotingKeys, committee: Committee, scheme: CertificateScheme, journal: Journal, store: Store
+    ) -> None:
+        self.keys = keys
+        self._committee = committee
+        self._scheme = scheme
+        self._journal = journal
+        self._store = store
+        self._waiting: list[CastVote] = []
+        self._wake = trio.Event()
+        self._shares: dict[tuple[View, Digest], bytes] = {}
+        self.votes_cast = 0
+
+    def restored(self) -> tuple[list[Vote], list[Proposal]]:
+        """The journal's votes and proposals, in the order they were cast.
+
+        Raises:
+            JournalLost, Rejected: the journal is damaged.
+        """
+        votes: list[Vote] = []
+        proposals: list[Proposal] = []
+        for record in self._journal.records():
+            held: Vote | Proposal = decode(record.vote, Vote | Proposal, MAX_JOURNALLED_BYTES)  # type: ignore[arg-type]
+            if isinstance(held, Vote):
+                votes.append(held)
+            else:
+                proposals.append(held)
+        return votes, proposals
+
+    def cast(self, effect: CastVote) -> None:
+        """Queue a vote the engine decided on."""
+        self._waiting.append(effect)
+        self._wake.set()
+
+    async def run(
+        self,
+        send: Callable[[list[Proposal | Vote]], None],
+        counted: Callable[[Vote], None],
+        finalized_view: Callable[[], int],
+    ) -> None:
+        """Cast votes until cancelled: ``send`` gets what is journalled, then ``counted`` each vote.
+
+        Raises:
+            InvariantBroken: the journal did not take a vote; a voter that cannot journal stops.
+        """
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            while self._waiting:
+                casting, self._waiting = self._waiting, []
+                await self._cast_all(casting, send, counted)
+            if self._journal.size_bytes > COMPACT_AT_BYTES:
+                await trio.to_thread.run_sync(self._journal.compact, finalized_view() + 1)
+
+    async def _cast_all(
+        self, casting: list[CastVote], send: Callable[[list[Proposal | Vote]], None], counted: Callable[[Vote], None]
+    ) -> None:
+        messages: list[Proposal | Vote] = []
+        records: list[VoteRecord] = []
+        for effect in casting:
+            share = await self._share(effect.view, effect.block) if effect.kind == VoteKind.FINALIZE else b""
+            vote = sign_vote(
+                self._committee,
+                self.keys.member,
+                effect.kind,
+                effect.view,
+                effect.block,
+                share=share,
+                sign=self.keys.identity.sign,
+            )
+            for message in (vote,) if effect.proposal is None else (effect.proposal, vote):
+                messages.append(message)
+                records.append(VoteRecord(effect.view, encode(message)))
+        async with trio.open_nursery() as nursery:
+            for effect in casting:
+                if effect.kind == VoteKind.NOTARIZE:
+                    nursery.start_soon(self._prepare_share, effect.view, effect.block)
+            mark = await trio.to_thread.run_sync(self._journal.append, records)
+            self._store.write_vote_mark(mark.encode())
+            send(messages)
+            self.votes_cast += len(casting)
+            for message in messages:
+                if isinstance(message, Vote):
+                    counted(message)
+
+    async def _prepare_share(self, view: View, block: Digest) -> None:
+        if len(self._shares) >= MAX_SHARES_AHEAD:
+            self._shares.clear()
+        self._shares[view, block] = await trio.to_thread.run_sync(self._make_share, view, block)
+
+    async def _share(self, view: View, block: Digest) -> bytes:
+        prepared = self._shares.pop((view, block), None)
+        if prepared is not None:
+            return prepared
+        return await trio.to_thread.run_sync(self._make_share, view, block)
+
+    def _make_share(self, view: View, block: Digest) -> bytes:
+        message = certificate_message(self._committee.chain_id, self._committee.epoch, view, block)
+        return self._scheme.share(self.keys.share_secret, message)

@@ -1,0 +1,106 @@
+"""The replica over real sockets and disks: agreement, restart, catching up, what stops a vote."""
+
+from pathlib import Path
+
+import pytest
+import trio
+from node_fixtures import Consortium, running, until
+
+from consensus.rejection import InvariantBroken, Reason, Rejected
+from node.runner import JOURNAL_FILE
+from node.service import EventState
+
+pytestmark = pytest.mark.trio
+
+NAMES = ("data-source-1", "data-source-2", "governance-1", "operator-1", "verifier-1")
+
+
+async def test_every_node_ends_at_the_same_log_and_state(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    async with running(nodes):
+        events = [nodes[number % 2].submit(consortium.source_event(NAMES[number % 2], number)) for number in range(40)]
+        for event in events:
+            assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+        await until(lambda: len({node.snapshot().head for node in nodes}) == 1)
+        assert {node.snapshot().log_size for node in nodes} == {40}
+        assert len({(node.snapshot().log_root, node.snapshot().state_root) for node in nodes}) == 1
+        assert not nodes[4].snapshot().voting
+
+
+async def test_restarted_voter_keeps_the_log_and_goes_on_voting(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    others = [consortium.node(name) for name in NAMES if name != "operator-1"]
+    async with running(others):
+        operator = consortium.node("operator-1")
+        async with running([operator]):
+            first = others[0].submit(consortium.source_event("data-source-1", 1))
+            assert (await others[0].wait_final(first.id, 20)).state is EventState.FINAL
+            await until(lambda: operator.status_of(first.id).state is EventState.FINAL)
+        pending = others[0].submit(consortium.source_event("data-source-1", 2))
+        assert (await others[0].wait_final(pending.id, 0.5)).state is EventState.PENDING
+        again = consortium.node("operator-1")
+        assert again.snapshot().log_size == 1
+        async with running([again]):
+            assert (await others[0].wait_final(pending.id, 20)).state is EventState.FINAL
+            assert again.snapshot().voting
+
+
+async def test_late_verifier_catches_up_and_agrees(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    voting = [name for name in NAMES if name != "verifier-1"]
+    voters = [consortium.node(name) for name in voting]
+    async with running(voters):
+        events = [voters[0].submit(consortium.source_event("data-source-1", number)) for number in range(100)]
+        for event in events:
+            assert (await voters[0].wait_final(event.id, 20)).state is EventState.FINAL
+        await until(lambda: {node.snapshot().log_size for node in voters} == {100})
+    again = [consortium.node(name) for name in NAMES]
+    async with running(again):
+        verifier = again[-1]
+        await until(lambda: verifier.snapshot().log_size == 100)
+        assert verifier.ledger.receipt(events[50].id).index == again[0].ledger.receipt(events[50].id).index
+        assert verifier.replica.catch_up.events_fetched == 100
+
+
+async def test_voter_without_its_journal_follows_but_never_votes_again(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    async with running(nodes):
+        event = nodes[0].submit(consortium.source_event("data-source-1", 1))
+        assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+    (consortium.folder / "data-source-1" / JOURNAL_FILE).unlink()
+    reborn = consortium.node("data-source-1")
+    assert not reborn.snapshot().voting
+    assert "vote journal" in reborn.snapshot().why_not_voting
+    reborn.ledger.store.close()
+
+
+async def test_refused_event_changes_nothing_and_says_why(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    async with running(nodes):
+        good = consortium.source_event("data-source-1", 1)
+        with pytest.raises(Rejected) as altered:
+            nodes[0].submit(good[:-1] + bytes([good[-1] ^ 1]))
+        assert altered.value.reason in (Reason.PORTION_MISMATCH, Reason.MALFORMED, Reason.NON_CANONICAL)
+        event = nodes[0].submit(good)
+        assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+        size = nodes[0].snapshot().log_size
+        nodes[1].submit(good)
+        await trio.sleep(0.5)
+        assert nodes[0].snapshot().log_size == size == 1
+
+
+async def test_data_directory_with_a_lost_state_value_is_recognised_at_start(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    async with running(nodes):
+        event = nodes[0].submit(consortium.source_event("data-source-1", 1))
+        assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+    node = consortium.node("data-source-1")
+    key = next(key for key, _ in node.ledger.store.state_items())
+    node.ledger.store._family("state").delete(key)
+    node.ledger.store.close()
+    with pytest.raises(InvariantBroken, match="fsck"):
+        consortium.node("data-source-1")

@@ -1,0 +1,110 @@
+"""Whole nodes in one process, over real sockets and real disks, for tests of the replica.
+
+``Consortium`` makes a genesis, a data directory per member and the ``Node`` objects; ``running`` runs some
+of them. Processes are for ``tests/processes``; this is for what must be looked at from inside.
+"""
+
+import hashlib
+import socket
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+from consensus_fixtures import SMALLEST, make_genesis
+
+from consensus import portions as p
+from consensus.codec import encode
+from consensus.event import Kind, make_entry, pack, sign_entry
+from consensus.identifiers import MemberId
+from consensus.membership import Parameters
+from node.clock import SystemClock
+from node.config import Address, ApiSection, CountersignSection, NetworkSection, NodeConfig, NodeSection
+from node.keystore import Secrets
+from node.runner import Identity, Node
+
+YEAR_MS = 365 * 86_400_000
+FAST = Parameters(heartbeat_ms=2_000)
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Consortium:
+    """Members with their data directories under one folder."""
+
+    def __init__(self, folder: Path, counts: Mapping[str, int] = SMALLEST, parameters: Parameters = FAST) -> None:
+        self.folder = folder
+        self.genesis, self.secrets = make_genesis(counts, parameters=parameters)
+        self.ports = {member.name: free_port() for member in self.genesis.members}
+
+    def node(self, name: str) -> Node:
+        """A node over the member's data directory, not yet running."""
+        member = next(held for held in self.genesis.members if held.name == name)
+        held = self.secrets[name]
+        config = NodeConfig(
+            node=NodeSection(
+                name=name,
+                genesis=self.folder / "genesis.json",
+                chain_id=self.genesis.chain_id.hex(),
+                data_directory=self.folder / name,
+                keystore=self.folder / f"{name}.keystore",
+            ),
+            network=NetworkSection(
+                listen=Address("127.0.0.1", self.ports[name]),
+                peers={other: Address("127.0.0.1", port) for other, port in self.ports.items() if other != name},
+            ),
+            api=ApiSection(listen=Address("127.0.0.1", 0)),
+            countersign=CountersignSection(auto=True, purposes=("*",), sources=("*",), operators=("*",)),
+        )
+        secrets = Secrets(
+            identity_seed=held.identity_seed,
+            transport_seed=held.transport_seed,
+            log_seed=held.log_seed or bytes(32),
+            bls_share=held.key_share.to_bytes() if held.key_share else None,
+        )
+        return Node(config, self.genesis, Identity(member, held.identity, secrets), SystemClock())
+
+    def source_event(self, owner: str, number: int) -> bytes:
+        """A signed source of ``owner``; ``number`` makes it different."""
+        member = next(held for held in self.genesis.members if held.name == owner)
+        claim = p.SourceClaim(
+            name=f"source {number}",
+            content_root=hashlib.sha256(f"content {number}".encode()).digest(),
+            example_count=10,
+            size_bytes=1_000,
+            licence="PSF-2.0",
+            rights_basis="owner",
+            purposes=("research",),
+            content_class="documentation",
+            valid_from_ms=0,
+            valid_until_ms=2_000_000_000_000 + 100 * YEAR_MS,
+            statement="",
+        )
+        salt = hashlib.sha256(f"salt {number}".encode()).digest()
+        portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)
+        entry = make_entry(self.genesis.chain_id, Kind.SOURCE, MemberId(member.id), portions)
+        return pack(sign_entry(entry, member.id, member.role, self.secrets[owner].identity), portions)
+
+
+@asynccontextmanager
+async def running(nodes: Iterable[Node]) -> AsyncIterator[trio.Nursery]:
+    """Run nodes until the block is left."""
+    async with trio.open_nursery() as nursery:
+        for node in nodes:
+            nursery.start_soon(node.run)
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+async def until(condition: object, seconds: float = 20.0) -> None:
+    """Wait for ``condition()`` to hold; the test fails after ``seconds``."""
+    assert callable(condition)
+    with trio.fail_after(seconds):
+        while not condition():
+            await trio.sleep(0.02)
