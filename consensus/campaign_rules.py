@@ -52,6 +52,11 @@ ROLLBACK_REASONS = frozenset(
 
 
 def admit_step(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    """Check a step against grant, chain, sampler and policy, and move the campaign's head by it.
+
+    Raises:
+        Rejected: with the rule it breaks.
+    """
     governance, operation = event.governance, event.operation
     assert isinstance(governance, p.StepGovernance)
     assert isinstance(operation, p.StepOperation)
@@ -215,6 +220,11 @@ def _record_usage(view: StateView, campaign: bytes, use: p.SourceUse, index: int
 
 
 def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    """Check refusals of examples presented to the next step; they wait in the head for that step.
+
+    Raises:
+        Rejected: with the rule it breaks.
+    """
     governance, operation = event.governance, event.operation
     assert isinstance(governance, p.RefusalGovernance)
     assert isinstance(operation, p.RefusalOperation)
@@ -277,6 +287,11 @@ def _check_refusal_reason(
 
 
 def admit_rollback(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    """Check a rollback and put the campaign back where it stood before the step it discards.
+
+    Raises:
+        Rejected: with the rule it breaks.
+    """
     governance, rollback = event.governance, event.operation
     assert isinstance(governance, p.RollbackGovernance)
     assert isinstance(rollback, p.Rollback)
@@ -352,6 +367,11 @@ def _take_back(view: StateView, campaign: bytes, counts: SourceCounts) -> None:
 
 
 def admit_abandon(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    """Close a campaign without a release.
+
+    Raises:
+        Rejected: with the rule it breaks.
+    """
     _, head = _job_event(view, event, timestamp_ms)
     view.put(
         CAMPAIGN_HEAD_TABLE + event.entry.campaign,
@@ -360,6 +380,11 @@ def admit_abandon(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
 
 
 def admit_release(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    """Close a campaign with the root that the log holds for it.
+
+    Raises:
+        Rejected: with the rule it breaks.
+    """
     release = event.operation
     assert isinstance(release, p.Release)
     _, head = _job_event(view, event, timestamp_ms)
@@ -380,6 +405,11 @@ def admit_release(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
 
 
 def check_sequence(found: int, expected: int, what: str) -> None:
+    """The number found is the next one expected.
+
+    Raises:
+        Rejected: ``DUPLICATE`` for an earlier number, ``SEQUENCE_GAP`` for a later one.
+    """
     if found < expected:
         raise Rejected(Reason.DUPLICATE, f"{what} {found} is already on the log")
     if found > expected:
@@ -404,6 +434,11 @@ def check_job_key(view: StateView, event: CheckedEvent, job_key: bytes, timestam
 
 
 def open_campaign(view: StateView, event: CheckedEvent) -> tuple[CampaignRecord, CampaignHead]:
+    """Record and head of the event's campaign, which is its author's and still open.
+
+    Raises:
+        Rejected: ``UNKNOWN_CAMPAIGN``, ``WRONG_AUTHOR`` or ``CAMPAIGN_CLOSED``.
+    """
     identifier = event.entry.campaign
     campaign = view.get(CAMPAIGN_TABLE + identifier, CampaignRecord, Reason.UNKNOWN_CAMPAIGN, "campaign")
     head = view.get(CAMPAIGN_HEAD_TABLE + identifier, CampaignHead, Reason.UNKNOWN_CAMPAIGN, "campaign")
@@ -449,4 +484,5 @@ def _open_grant(
 
 
 def changed(head: CampaignHead, **fields: object) -> CampaignHead:
+    """The head with ``fields`` replaced."""
     return msgspec.structs.replace(head, **fields)
