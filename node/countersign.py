@@ -70,16 +70,31 @@ class _Grant:
 
     event: CheckedEvent
     entry: Entry
-    needed: dict[MemberId, Member]
+    needed: "_Needed"
     asked_by: MemberId | None
     refusals: dict[MemberId, GrantRefusal] = field(default_factory=dict)
     submitted: bool = False
 
     @property
     def missing(self) -> list[Member]:
-        """Members whose signature is needed and not here."""
-        held = {signature.signer for signature in self.entry.signatures}
-        return [member for identifier, member in self.needed.items() if identifier not in held]
+        """Members to ask: each owner that has not signed, and all of governance while too few have."""
+        held = {MemberId(signature.signer) for signature in self.entry.signatures}
+        missing = [member for member in self.needed.each if member.id not in held]
+        if sum(member.id in held for member in self.needed.governance) < self.needed.governance_threshold:
+            missing += [member for member in self.needed.governance if member.id not in held]
+        return missing
+
+
+@dataclass(frozen=True, slots=True)
+class _Needed:
+    """Whose signatures a grant needs: each of ``each``, and ``governance_threshold`` of ``governance``."""
+
+    each: tuple[Member, ...]
+    governance: tuple[Member, ...]
+    governance_threshold: int
+
+    def __contains__(self, member: object) -> bool:
+        return any(held.id == member for held in (*self.each, *self.governance))
 
 
 class CountersignDesk:
@@ -116,7 +131,7 @@ class CountersignDesk:
     # The operator's side
 
     async def request(self, encoded_unsigned: bytes) -> Digest:
-        """Sign an unsigned grant event and start to gather countersignatures.
+        """Sign an unsigned grant event by the operator's own rules and start to gather countersignatures.
 
         Raises:
             Rejected: the rule it breaks; ``WRONG_AUTHOR`` for another operator's.
@@ -128,7 +143,11 @@ class CountersignDesk:
             return event.id
         self._check_admissible(event)
         grant = _Grant(event, event.entry, self._needed(event), None)
-        grant.entry = sign_entry(event.entry, self._member.id, self._member.role, self._identity)
+        withheld = self._why_withheld(event)
+        if withheld is None:
+            grant.entry = sign_entry(event.entry, self._member.id, self._member.role, self._identity)
+        else:
+            log.info("grant %s waits for a signature by hand: %s", event.id.hex()[:16], withheld)
         self._keep(event.id, grant)
         assert self._nursery is not None
         self._nursery.start_soon(self._gather, event.id)
@@ -138,8 +157,12 @@ class CountersignDesk:
         while (grant := self._grants.get(event_id)) is not None and not grant.submitted:
             async with trio.open_nursery() as nursery:
                 for member in grant.missing:
-                    nursery.start_soon(self._ask, grant, member)
-            self._submit_if_complete(event_id)
+                    if member.id != self._member.id:
+                        nursery.start_soon(self._ask, grant, member)
+            try:
+                self._submit_if_complete(event_id)
+            except (Rejected, Unavailable) as error:
+                log.warning("grant %s is complete and could not be submitted: %s", event_id.hex()[:16], error)
             terms = grant.event.governance
             assert isinstance(terms, p.GrantTerms)
             if grant.submitted or terms.closes_at_ms < self._clock.now_ms() or self._is_refused(grant):
@@ -220,10 +243,13 @@ class CountersignDesk:
             Rejected: ``NOT_FOUND``, or the rule of the log it breaks by now.
         """
         grant = self._grants.get(event_id)
-        if grant is None or grant.asked_by is None:
+        if grant is None:
             raise Rejected(Reason.NOT_FOUND, f"no grant {event_id.hex()} waits here")
         self._check_admissible(grant.event)
         grant.entry = sign_entry(grant.entry, self._member.id, self._member.role, self._identity)
+        if grant.asked_by is None:
+            self._submit_if_complete(event_id)
+            return self.status(event_id)
         given = self._given(grant)
         assert given is not None
         message = encode(DeliverSignature(event_id, given))
@@ -295,8 +321,7 @@ class CountersignDesk:
         sources = tuple(item.source for item in event.items if isinstance(item, p.GrantedSource))
         check_granted_sources(view, campaign, policy, sources, now_ms, terms.closes_at_ms)
 
-    def _needed(self, event: CheckedEvent) -> dict[MemberId, Member]:
-        """The operator, the owner of every named source, and ``t_r`` governance members (the first that can)."""
+    def _needed(self, event: CheckedEvent) -> _Needed:
         committee = self._ledger.committee
         view = StateView(self._ledger.final.state)
         owners = {
@@ -304,9 +329,12 @@ class CountersignDesk:
             for item in event.items
             if isinstance(item, p.GrantedSource)
         }
-        governance = committee.role_members(Role.GOVERNANCE)[: committee.threshold(Role.GOVERNANCE)]
-        identifiers = [MemberId(event.entry.author), *sorted(owners), *(member.id for member in governance)]
-        return {identifier: committee.member(identifier) for identifier in identifiers}
+        each = (MemberId(event.entry.author), *sorted(owners))
+        return _Needed(
+            each=tuple(committee.member(identifier) for identifier in each),
+            governance=committee.role_members(Role.GOVERNANCE),
+            governance_threshold=committee.threshold(Role.GOVERNANCE),
+        )
 
     def _keep(self, event_id: Digest, grant: _Grant) -> None:
         self._grants[event_id] = grant
@@ -319,11 +347,14 @@ class CountersignDesk:
         Raises:
             Rejected: ``NOT_FOUND``.
         """
-        grant = self._grants.get(event_id)
-        if grant is None:
-            raise Rejected(Reason.NOT_FOUND, f"no grant {event_id.hex()} is known here")
         committee = self._ledger.committee
         on_log = self._status_of(event_id)
+        grant = self._grants.get(event_id)
+        if grant is None:
+            event = self._ledger.checked(on_log.index) if on_log.index is not None else None
+            if event is None or event.entry.kind is not Kind.GRANT:
+                raise Rejected(Reason.NOT_FOUND, f"no grant {event_id.hex()} is known here")
+            grant = _Grant(event, event.entry, self._needed(event), None, submitted=True)
         refusals = list(grant.refusals.values())
         if on_log.state is EventState.FINAL:
             state = GrantState.FINAL
