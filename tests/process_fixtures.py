@@ -1,0 +1,128 @@
+"""Five real node processes for tests: provisioned, started, killed and asked over HTTP."""
+
+import os
+import signal
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from consensus.event import Kind, make_entry, pack, sign_entry
+from consensus.identifiers import MemberId, Role
+from consensus.membership import Member, Parameters
+from consensus.portions import Portions
+from node.keystore import Keystore
+from node.provision import MemberRequest, Provisioned, provision
+from node.runner import signer_for
+
+MEMBERS = (
+    MemberRequest("library", Role.DATA_SOURCE),
+    MemberRequest("press", Role.DATA_SOURCE),
+    MemberRequest("council", Role.GOVERNANCE),
+    MemberRequest("laboratory", Role.OPERATOR),
+    MemberRequest("guild", Role.VERIFIER),
+)
+START_SECONDS = 30.0
+COUNTERSIGN = str(Path(sysconfig.get_path("scripts")) / "countersign")
+
+
+class Processes:
+    """A provisioned consortium whose nodes are separate processes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.provisioned: Provisioned = provision(
+            directory,
+            "countersign.example/processes",
+            MEMBERS,
+            created_ms=time.time_ns() // 1_000_000,
+            parameters=Parameters(heartbeat_ms=1_000),
+        )
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.client = httpx.Client(timeout=30.0)
+
+    def start(self, *names: str) -> None:
+        """Start nodes and wait until each answers."""
+        for name in names:
+            member = self.provisioned.members[name]
+            log = (member.directory / "node.log").open("ab")
+            self.running[name] = subprocess.Popen(
+                [COUNTERSIGN, "node", "run", "--config", str(member.config)],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            log.close()
+        for name in names:
+            self.wait_until(lambda name=name: self.get(name, "/v1/health") is not None)  # type: ignore[misc]
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """End a node with a signal and wait for it."""
+        process = self.running.pop(name)
+        os.killpg(process.pid, number)
+        process.wait(timeout=20)
+
+    def close(self) -> None:
+        """Kill all that still run."""
+        for name in list(self.running):
+            self.kill(name)
+        self.client.close()
+
+    def get(self, name: str, path: str) -> dict[str, object] | None:
+        """A node's JSON answer, None while it does not answer with 200."""
+        try:
+            response = self.client.get(self.provisioned.members[name].api_url + path)
+        except httpx.TransportError:
+            return None
+        return response.json() if response.status_code == 200 else None
+
+    def status(self, name: str) -> dict[str, object]:
+        """``/v1/status`` of a node that must answer."""
+        found = self.get(name, "/v1/status")
+        assert found is not None, self.log(name)
+        return found
+
+    def post(self, name: str, event: bytes, wait_seconds: int = 0) -> httpx.Response:
+        """Submit one event."""
+        path = f"/v1/events?wait={wait_seconds}" if wait_seconds else "/v1/events"
+        return self.client.post(self.provisioned.members[name].api_url + path, content=event)
+
+    def log(self, name: str) -> str:
+        """The end of a node's log, for a failing assertion."""
+        return (self.provisioned.members[name].directory / "node.log").read_text()[-4_000:]
+
+    def member(self, name: str) -> Member:
+        """The genesis's entry of a member."""
+        return next(member for member in self.provisioned.genesis.members if member.name == name)
+
+    def sign(self, name: str, kind: Kind, portions: Portions) -> bytes:
+        """An event signed with a member's own keystore."""
+        held = self.provisioned.members[name]
+        member = self.member(name)
+        secrets = Keystore.open(held.keystore, held.passphrase.read_bytes().strip()).secrets
+        signer = signer_for(member.scheme, secrets.identity_seed)  # type: ignore[arg-type]
+        entry = make_entry(self.provisioned.chain_id, kind, MemberId(member.id), portions)
+        return pack(sign_entry(entry, member.id, member.role, signer), portions)
+
+    @staticmethod
+    def wait_until(condition: object, seconds: float = START_SECONDS) -> None:
+        """Poll until ``condition()`` holds; fail after ``seconds``."""
+        assert callable(condition)
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s"
+            time.sleep(0.05)
+
+
+@contextmanager
+def processes(directory: Path, *start: str) -> Iterator[Processes]:
+    """A consortium with some of its nodes running, all gone afterwards."""
+    consortium = Processes(directory)
+    try:
+        consortium.start(*start)
+        yield consortium
+    finally:
+        consortium.close()
