@@ -244,7 +244,7 @@ def check_event(encoded: bytes, committee: Committee) -> CheckedEvent:
 def check_parts(entry_bytes: bytes, portions_bytes: bytes, committee: Committee) -> CheckedEvent:
     """``check_event`` for an event whose two byte strings are already apart."""
     event = check_unsigned(entry_bytes, portions_bytes, committee)
-    _check_signatures(event.entry, event.id, committee)
+    check_signatures(event.entry, event.id, committee)
     return event
 
 
@@ -307,6 +307,9 @@ def _decode_items(kind: Kind, portion: p.DataPortion | None, item_type: type[p.W
         return ()
     if not portion.items or (kind in SINGLE_ITEM_KINDS and len(portion.items) != 1):
         raise Rejected(Reason.PORTION_MISMATCH, f"{len(portion.items)} items in a {kind.value} event")
+    listed = sum(len(item.examples) for item in portion.items)
+    if listed > p.MAX_EVENT_EXAMPLES:
+        raise Rejected(Reason.OVERSIZED, f"{listed} examples in one event, at most {p.MAX_EVENT_EXAMPLES} allowed")
     items = tuple(decode(item.content, item_type, p.MAX_PORTIONS_BYTES) for item in portion.items)
     for number, item in enumerate(items):
         if isinstance(item, p.SourceUse | p.SourceRefusal):
@@ -332,7 +335,12 @@ def _decode_portion(
     return decode(portion.content, content_type, p.MAX_PORTIONS_BYTES)
 
 
-def _check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> None:
+def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> None:
+    """The signatures its kind needs, in order, none more, all valid.
+
+    Raises:
+        Rejected: ``BAD_FIELD``, ``MISSING_SIGNATURE``, ``SURPLUS_SIGNATURE``, ``UNKNOWN_MEMBER``, ``BAD_SIGNATURE``.
+    """
     signers = [held.signer for held in entry.signatures]
     if signers != sorted(set(signers)):
         raise Rejected(Reason.BAD_FIELD, "signatures are not in strictly increasing order of signer")

@@ -1,0 +1,115 @@
+"""Typed verification: a predicate, a bundle, a verdict with numbered steps.
+
+``verify(bundle, weights)`` answers the predicate the bundle was made for:
+
+=====================  ===========================================================================
+``included``           this event is on the log, by whom it was authored and signed
+``consistent``         the log only grew between two certified ledger blocks
+``policy-in-force``    every step ran under a grant of the policy then in force, within its depths
+``source-honored``     every use of a source was granted by its owner, and these are all uses
+``source-unused``      no example of a source was trained on
+``delta-exact``        the released file is what the recorded steps, one after the other, ended in
+``refusals-complete``  every presented example was admitted, or refused for the true reason
+=====================  ===========================================================================
+
+A bundle that is malformed, of another chain, or lacks an event or record the predicate needs raises
+``Rejected``. Pure, like everything in ``consensus``: the caller reads files and hashes weights.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+
+from consensus.bundle import OpenBundle
+from consensus.identifiers import VOTING_ROLES
+from consensus.predicates.delta_exact import ReleasedFile, delta_exact
+from consensus.predicates.log import consistent, included
+from consensus.predicates.policy_in_force import policy_in_force
+from consensus.predicates.refusals_complete import refusals_complete
+from consensus.predicates.source_honored import source_honored
+from consensus.predicates.source_unused import source_unused
+from consensus.predicates.verdict import Answer, AsOf, CheckedStep, Status, Steps, Verdict
+from consensus.rejection import Reason, Rejected
+
+
+class Predicate(StrEnum):
+    """What can be asked of a bundle."""
+
+    INCLUDED = "included"
+    CONSISTENT = "consistent"
+    POLICY_IN_FORCE = "policy-in-force"
+    SOURCE_HONORED = "source-honored"
+    SOURCE_UNUSED = "source-unused"
+    DELTA_EXACT = "delta-exact"
+    REFUSALS_COMPLETE = "refusals-complete"
+
+
+_PREDICATES: dict[Predicate, Callable[[OpenBundle, Steps], None]] = {
+    Predicate.INCLUDED: included,
+    Predicate.CONSISTENT: consistent,
+    Predicate.POLICY_IN_FORCE: policy_in_force,
+    Predicate.SOURCE_HONORED: source_honored,
+    Predicate.SOURCE_UNUSED: source_unused,
+    Predicate.REFUSALS_COMPLETE: refusals_complete,
+}
+
+
+def predicate_named(name: str) -> Predicate:
+    """The predicate of that name.
+
+    Raises:
+        Rejected: ``UNKNOWN_PREDICATE``.
+    """
+    try:
+        return Predicate(name)
+    except ValueError as error:
+        known = ", ".join(predicate.value for predicate in Predicate)
+        raise Rejected(Reason.UNKNOWN_PREDICATE, f"no predicate is called {name!a}; known are {known}") from error
+
+
+def verify(bundle: OpenBundle, predicate: Predicate, files: Sequence[ReleasedFile] = ()) -> Verdict:
+    """The answer to ``predicate``, which must be the one the bundle was made for.
+
+    ``files`` are the weights that ``delta-exact`` compares with the release; other predicates use none.
+
+    Raises:
+        Rejected: ``UNKNOWN_PREDICATE`` for a bundle of another predicate; ``BUNDLE_INCOMPLETE``;
+            ``NOT_FOUND`` when what it is about is not on the log.
+    """
+    if bundle.predicate != predicate.value:
+        raise Rejected(
+            Reason.UNKNOWN_PREDICATE, f"the bundle was made for {bundle.predicate!a}, not for '{predicate.value}'"
+        )
+    steps = Steps()
+    _opened(bundle, steps)
+    if predicate is Predicate.DELTA_EXACT:
+        delta_exact(bundle, steps, files)
+    else:
+        _PREDICATES[predicate](bundle, steps)
+    return steps.verdict(predicate.value, bundle.header)
+
+
+def _opened(bundle: OpenBundle, steps: Steps) -> None:
+    """What ``open_bundle`` has checked already."""
+    trusted = bundle.trusted
+    quorums = ", ".join(f"{trusted.committee.threshold(role)} {role.value}" for role in VOTING_ROLES)
+    steps.checked(f"the genesis is that of the pinned chain {trusted.chain_id.hex()}")
+    steps.checked(f"ledger block {bundle.header.height} is certified by a quorum of every role ({quorums})")
+    if bundle.events:
+        steps.checked(f"{len(bundle.events)} events stand in that log, signed by all who must sign them")
+    proved = len(bundle.records) + sum(len(entries) for entries in bundle.ranges.values())
+    if proved:
+        steps.checked(f"{proved} records are proved in that ledger block's state")
+
+
+__all__ = [
+    "Answer",
+    "AsOf",
+    "CheckedStep",
+    "Predicate",
+    "ReleasedFile",
+    "Status",
+    "Steps",
+    "Verdict",
+    "predicate_named",
+    "verify",
+]

@@ -1,0 +1,208 @@
+"""``source-honored``: every use of one source in a campaign was granted by its owner, and these are all uses.
+
+Completeness rests on the state's usage record: its exact totals of the source in the campaign must be the
+sums over the uses disclosed, so that a use left out, or counted twice, shows. Order rests on the log: a
+grant stands before or after a revocation. Of the campaign's other sources nothing is needed, so nothing of
+them is in the bundle; where a rollback's portion names one it stays closed (``history.py``).
+"""
+
+from dataclasses import dataclass, field
+
+from consensus import portions as p
+from consensus.bundle import OpenBundle, OpenEvent
+from consensus.event import Kind
+from consensus.policy import REVOCATION_VOID, why_refused
+from consensus.predicates.history import PlacedStep, job_events, member_name, place_steps
+from consensus.predicates.verdict import Steps
+from consensus.rejection import Reason, Rejected
+from consensus.state import (
+    POLICY_TABLE,
+    SOURCE_TABLE,
+    PolicyRecord,
+    SourceRecord,
+    Usage,
+    merge_counts,
+    usage_key,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    step: PlacedStep
+    content: p.SourceUse
+
+    @property
+    def where(self) -> str:
+        return f"event {self.step.event.entry.sequence} (step {self.step.highest})"
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What was found against the grants, their terms and the revocation; and what could not be seen."""
+
+    consent: list[str] = field(default_factory=list)
+    terms: list[str] = field(default_factory=list)
+    revocation: list[str] = field(default_factory=list)
+    undisclosed: int = 0
+    grants: set[bytes] = field(default_factory=set)
+
+
+def source_honored(bundle: OpenBundle, steps: Steps) -> None:
+    """The source's claim, its uses and their totals, their grants, and its revocation.
+
+    Raises:
+        Rejected: ``BUNDLE_INCOMPLETE``.
+    """
+    record = _check_claim(bundle, steps)
+    events = job_events(bundle)
+    operator = member_name(bundle, events[0].entry.author)
+    uses = [
+        _Use(step, item.content)
+        for step in place_steps(events)
+        for item in step.event.items
+        if isinstance(item.content, p.SourceUse) and item.content.source == bundle.source
+    ]
+    _check_totals(bundle, steps, uses)
+    owner = member_name(bundle, record.author)
+    revocation = bundle.event_of(record.revocation, "revocation") if record.revocation else None
+    findings = _Findings()
+    for use in uses:
+        if use.content.admitted:
+            _check_use(bundle, use, record, revocation, events[0], findings)
+    if not any(use.content.admitted for use in uses):
+        steps.checked("no step trained on it, so none needed a grant")
+    else:
+        steps.check(
+            f"every step that trained on it ran inside one of {len(findings.grants)} grants that name it, "
+            f"each signed by {owner}",
+            findings.consent,
+            findings.undisclosed,
+        )
+        steps.check(
+            "licence, purpose, class and validity window of the claim are admitted by each grant's policy",
+            findings.terms,
+            findings.undisclosed,
+        )
+    if revocation is None:
+        steps.checked(f"{owner} has not revoked it")
+    else:
+        steps.check(
+            f"{owner} revoked it (entry {revocation.index}): no grant opened later covers a use",
+            findings.revocation,
+            findings.undisclosed,
+        )
+    steps.attested(f"that the job trained on nothing but what it recorded: {operator}")
+    steps.attested("that each step was on the log before its grant closed: the members that certified the log")
+    steps.not_covered("other campaigns: each has its own bundle")
+
+
+def _check_claim(bundle: OpenBundle, steps: Steps) -> SourceRecord:
+    event = bundle.event_of(bundle.source, "source")
+    record = bundle.record(SOURCE_TABLE + bundle.source, SourceRecord)
+    claim = record.claim
+    owner = member_name(bundle, record.author)
+    problems = []
+    if event.kind is not Kind.SOURCE or event.entry.author != record.author:
+        problems.append("the state records another author")
+    if any(item.content != claim for item in event.items):
+        problems.append("the state records another claim than was signed")
+    steps.check(
+        f"source '{claim.name}' is claimed and signed by {owner}: licence {claim.licence}, "
+        f"purposes {', '.join(claim.purposes)}, class {claim.content_class}",
+        problems,
+        not event.items,
+    )
+    steps.attested(f"that the claim is true (rights basis '{claim.rights_basis}'): {owner}")
+    return record
+
+
+def _check_totals(bundle: OpenBundle, steps: Steps, uses: list[_Use]) -> None:
+    usage = bundle.find(usage_key(bundle.campaign, bundle.source), Usage)
+    text = f"{len(uses)} steps were presented with it, all of them in the bundle"
+    if usage is None:
+        steps.check(text, ["the state has no usage record of it"] if uses else [])
+        return
+    text += (
+        f": {usage.presented} presented, {usage.admitted} admitted, {usage.discarded} more admitted in discarded "
+        "steps, as the state counts"
+    )
+    trained = sum(use.content.admitted for use in uses)
+    if trained != usage.admitted + usage.discarded:
+        steps.check(text, [f"the bundle shows {trained} admitted"])
+        return
+    kept = [use.content for use in uses if use.step.discarded is False]
+    refused: tuple[p.Count, ...] = ()
+    for content in kept:
+        refused = merge_counts(refused, content.refused)
+    found = (sum(use.presented for use in kept), sum(use.admitted for use in kept), refused)
+    problems = []
+    if found != (usage.presented, usage.admitted, usage.refused):
+        problems.append(f"the bundle shows {found[0]} presented and {found[1]} admitted in steps not discarded")
+    if problems and any(use.step.discarded is None for use in uses):
+        # All examples trained on are accounted for; which of the steps count as discarded is not to be seen.
+        steps.check(text, [], 1)
+        return
+    steps.check(text, problems)
+
+
+def _check_use(
+    bundle: OpenBundle,
+    use: _Use,
+    record: SourceRecord,
+    revocation: OpenEvent | None,
+    campaign: OpenEvent,
+    findings: _Findings,
+) -> None:
+    governance = use.step.event.governance
+    if not isinstance(governance, p.StepGovernance) or not isinstance(campaign.operation, p.Campaign):
+        findings.undisclosed += 1
+        return
+    if use.content.content_class != record.claim.content_class:
+        findings.terms.append(f"{use.where} uses it as class '{use.content.content_class}'")
+    grant = bundle.event_of(governance.grant, "grant")
+    if grant.kind is not Kind.GRANT or grant.entry.campaign != bundle.campaign:
+        raise Rejected(Reason.BUNDLE_INCOMPLETE, f"{use.where} names no grant of the campaign")
+    number = grant.entry.sequence
+    findings.grants.add(grant.id)
+    if record.author not in {held.signer for held in grant.entry.signatures}:
+        findings.consent.append(f"{use.where} names grant {number}, which the owner has not signed")
+    if grant.entry.author != campaign.entry.author or grant.index > use.step.event.index:
+        findings.consent.append(f"{use.where} names grant {number}, of another operator or opened later")
+    named = {item.content.source for item in grant.items if isinstance(item.content, p.GrantedSource)}
+    if bundle.source not in named:
+        if not grant.whole_data:
+            findings.undisclosed += 1
+            return
+        findings.consent.append(f"{use.where} names grant {number}, which does not name the source")
+    terms, job = grant.governance, grant.operation
+    if not isinstance(terms, p.GrantTerms) or not isinstance(job, p.GrantOperation):
+        findings.undisclosed += 1
+        return
+    if job.job_key != use.step.event.entry.signatures[0].signer:
+        findings.consent.append(f"{use.where} is not by the job key that grant {number} names")
+    if use.step.highest < terms.first_step or use.step.lowest > terms.last_step:
+        findings.consent.append(f"{use.where} is outside grant {number}, {terms.first_step} to {terms.last_step}")
+    elif use.step.lowest < terms.first_step or use.step.highest > terms.last_step:
+        findings.undisclosed += 1
+    _check_terms(bundle, use, record, terms, campaign.operation.purpose, findings)
+    if revocation is not None:
+        policy = bundle.record(POLICY_TABLE + terms.policy, PolicyRecord).policy
+        if grant.index > revocation.index:
+            findings.revocation.append(f"{use.where} ran under grant {number}, opened after the revocation")
+        elif policy.revocation == REVOCATION_VOID and use.step.event.index > revocation.index:
+            findings.revocation.append(f"{use.where} came after the revocation, which voids grant {number}")
+
+
+def _check_terms(
+    bundle: OpenBundle, use: _Use, record: SourceRecord, terms: p.GrantTerms, purpose: str, findings: _Findings
+) -> None:
+    held = bundle.record(POLICY_TABLE + terms.policy, PolicyRecord)
+    claim = record.claim
+    # A grant's own time is in a record that names other sources; it opened no earlier than all of these.
+    opened_ms = max(record.registered_at_ms, held.since_ms, terms.closes_at_ms - held.policy.maximum_grant_duration_ms)
+    if opened_ms < claim.valid_from_ms:
+        findings.undisclosed += 1
+    from_ms = max(opened_ms, claim.valid_from_ms)
+    reason = why_refused(held.policy, claim, False, purpose, from_ms, terms.closes_at_ms)
+    if reason is not None:
+        findings.terms.append(f"{use.where}: {reason.value}")

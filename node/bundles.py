@@ -1,0 +1,388 @@
+"""Making bundles: what a predicate needs, taken from one consistent reading of the log.
+
+The export side of ``consensus/bundle.py``. Nothing here decides an answer: the bundle is checked by whoever
+reads it. What is disclosed is decided here, and no more than the predicate needs:
+
+=====================  ================================================================================
+``included``           the entry; no portion
+``consistent``         two certified headers
+``policy-in-force``    governance portions of policies and steps
+``source-honored``     the one source's items; governance portions of the steps that used it
+``source-unused``      nothing
+``delta-exact``        operation portions of the campaign's events
+``refusals-complete``  all portions of steps, refusals and rollbacks
+=====================  ================================================================================
+
+In the narrow ones a rollback's operation portion is disclosed only if its memorization signals name no
+source (but the one asked about); a step's only if, without it, its index could not be told.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from consensus import merkle
+from consensus import portions as p
+from consensus.block import Header, decode_header
+from consensus.bundle import (
+    VERSION,
+    Bundle,
+    BundleEvent,
+    DisclosedItem,
+    DisclosedItems,
+    EarlierHeader,
+    RangeProof,
+    StateProof,
+    encode_bundle,
+)
+from consensus.codec import decode
+from consensus.event import MAX_ENTRY_BYTES, SHAPES, Entry, Kind, event_id
+from consensus.membership import Genesis
+from consensus.predicates import Predicate, predicate_named
+from consensus.rejection import Reason, Rejected
+from consensus.state import (
+    CAMPAIGN_HEAD_TABLE,
+    CAMPAIGN_TABLE,
+    DELEGATION_TABLE,
+    GRANT_TABLE,
+    POLICY_HEAD_KEY,
+    POLICY_TABLE,
+    SOURCE_TABLE,
+    CampaignRecord,
+    GrantRecord,
+    SourceRecord,
+    read_record,
+    usage_key,
+)
+from consensus.state_map import StateMap
+
+
+class LogReader(Protocol):
+    """One consistent reading of a log: everything as of ``header``. Indexes count from 0."""
+
+    @property
+    def genesis(self) -> Genesis:
+        """The chain's genesis."""
+
+    @property
+    def header(self) -> bytes:
+        """Canonical bytes of a certified header, the "as of" of what is exported."""
+
+    @property
+    def certificate(self) -> bytes:
+        """Canonical bytes of its certificate."""
+
+    @property
+    def state(self) -> StateMap:
+        """The state whose root the header names."""
+
+    def entry(self, index: int) -> bytes:
+        """The entry at ``index``."""
+
+    def portions(self, index: int) -> bytes:
+        """The portions of the entry at ``index``, in their wire form."""
+
+    def index_of_event(self, identifier: bytes) -> int | None:
+        """Where the event of that id stands, if it does."""
+
+    def campaign_indexes(self, campaign: bytes) -> Sequence[int]:
+        """Where the campaign's events stand, in rising order."""
+
+    def node(self, level: int, index: int) -> bytes:
+        """A perfect node of the log's tree (``consensus/merkle.py``)."""
+
+
+def export_bundle(
+    reader: LogReader,
+    predicate: str,
+    *,
+    campaign: bytes = b"",
+    source: bytes = b"",
+    event: bytes = b"",
+    earlier: tuple[bytes, bytes] | None = None,
+) -> bytes:
+    """The bytes of a bundle for ``predicate``. ``earlier`` is an older header and its certificate.
+
+    Raises:
+        Rejected: ``UNKNOWN_PREDICATE``; ``BAD_FIELD`` when what it is about is not given; ``NOT_FOUND``,
+            ``UNKNOWN_CAMPAIGN`` or ``UNKNOWN_SOURCE`` when it is not on the log.
+    """
+    asked = predicate_named(predicate)
+    needed = _NEEDED[asked]
+    for name, identifier in (("campaign", campaign), ("source", source), ("event", event)):
+        if len(identifier) != (32 if name in needed else 0):
+            raise Rejected(
+                Reason.BAD_FIELD,
+                f"'{predicate}' is asked about {' and '.join(needed) or 'no event'}, "
+                f"the {name} given has {len(identifier)} bytes",
+            )
+    export = _Export(reader, campaign, source, event)
+    if (earlier is not None) != (asked is Predicate.CONSISTENT):
+        raise Rejected(Reason.BAD_FIELD, "an earlier header belongs to 'consistent', which needs one")
+    _COLLECTORS[asked](export)
+    return encode_bundle(
+        Bundle(
+            version=VERSION,
+            chain_id=reader.genesis.chain_id,
+            predicate=asked.value,
+            campaign=campaign,
+            source=source,
+            event=event,
+            header=reader.header,
+            certificate=reader.certificate,
+            earlier=None if earlier is None else export.earlier(*earlier),
+            events=tuple(held for _, held in sorted(export.events.items())),
+            records=tuple(StateProof(key, reader.state.prove(key)) for key in sorted(export.keys)),
+            ranges=tuple(RangeProof(prefix, reader.state.prove_prefix(prefix)) for prefix in sorted(export.prefixes)),
+        )
+    )
+
+
+class _Export:
+    """A bundle in the making."""
+
+    def __init__(self, reader: LogReader, campaign: bytes, source: bytes, event: bytes) -> None:
+        self.reader = reader
+        self.campaign = campaign
+        self.source = source
+        self.event = event
+        self.header: Header = decode_header(reader.header, reader.genesis.chain_id)
+        self.events: dict[int, BundleEvent] = {}
+        self.keys: set[bytes] = set()
+        self.prefixes: set[bytes] = set()
+
+    def earlier(self, header: bytes, certificate: bytes) -> EarlierHeader:
+        older = decode_header(header, self.reader.genesis.chain_id)
+        proof = merkle.consistency_proof(older.log_size, self.header.log_size, self.reader.node)
+        return EarlierHeader(header, certificate, proof)
+
+    def index_of(self, identifier: bytes, missing: Reason, what: str) -> int:
+        index = self.reader.index_of_event(identifier)
+        if index is None or index >= self.header.log_size:
+            raise Rejected(missing, f"{what} {identifier.hex()} is not on the log")
+        return index
+
+    def campaign_events(self) -> list[tuple[int, Entry]]:
+        """The campaign's events under the header, in order."""
+        indexes = [index for index in self.reader.campaign_indexes(self.campaign) if index < self.header.log_size]
+        events = [(index, self.entry(index)) for index in indexes]
+        if not any(entry.kind is Kind.CAMPAIGN for _, entry in events):
+            raise Rejected(Reason.UNKNOWN_CAMPAIGN, f"campaign {self.campaign.hex()} is not on the log")
+        return events
+
+    def entry(self, index: int) -> Entry:
+        return decode(self.reader.entry(index), Entry, MAX_ENTRY_BYTES)
+
+    def portions(self, index: int) -> p.Portions:
+        return p.decode_portions(self.reader.portions(index))
+
+    def add(
+        self,
+        index: int,
+        *,
+        data: p.DataPortion | None = None,
+        items: DisclosedItems | None = None,
+        governance: p.SaltedPortion | None = None,
+        operation: p.SaltedPortion | None = None,
+    ) -> None:
+        proof = merkle.inclusion_proof(index, self.header.log_size, self.reader.node)
+        entry = self.reader.entry(index)
+        self.events[index] = BundleEvent(entry, index, proof, data, items, governance, operation)
+
+    def add_job_events(self, disclose: Callable[[int, Entry, p.Portions], None]) -> None:
+        """All events of the campaign's job keys, and that these were delegated."""
+        for index, entry in self.campaign_events():
+            if SHAPES[entry.kind].signed_by_job:
+                disclose(index, entry, self.portions(index))
+                self.keys.add(DELEGATION_TABLE + entry.signatures[0].signer)
+
+    def grants(self) -> list[tuple[int, Entry]]:
+        return [(index, entry) for index, entry in self.campaign_events() if entry.kind is Kind.GRANT]
+
+
+def _included(export: _Export) -> None:
+    index = export.index_of(export.event, Reason.NOT_FOUND, "event")
+    export.add(index)
+    entry = export.entry(index)
+    if SHAPES[entry.kind].signed_by_job:
+        export.keys.add(DELEGATION_TABLE + entry.signatures[0].signer)
+
+
+def _consistent(export: _Export) -> None:
+    """Two headers say it all."""
+
+
+def _policy_in_force(export: _Export) -> None:
+    def disclose(index: int, entry: Entry, portions: p.Portions) -> None:
+        governance = portions.governance if entry.kind is Kind.STEP else None
+        operation = portions.operation if entry.kind is Kind.ROLLBACK and _names_only(portions, ()) else None
+        export.add(index, governance=governance, operation=operation)
+
+    export.add_job_events(disclose)
+    for index, _ in export.grants():
+        export.add(index)
+        export.keys.add(GRANT_TABLE + _event_id(export, index))
+    for key, _ in export.reader.state.items_with_prefix(POLICY_TABLE):
+        index = export.index_of(key[1:], Reason.UNKNOWN_POLICY, "policy")
+        export.add(index, governance=export.portions(index).governance)
+    export.prefixes.add(POLICY_TABLE)
+    export.keys |= {POLICY_HEAD_KEY, CAMPAIGN_TABLE + export.campaign, CAMPAIGN_HEAD_TABLE + export.campaign}
+
+
+def _source_honored(export: _Export) -> None:
+    sources = (export.source,)
+    _add_source(export)
+    entries = [entry for _, entry in export.campaign_events() if SHAPES[entry.kind].signed_by_job]
+    portions_of = {
+        entry.sequence: export.portions(index)
+        for index, entry in export.campaign_events()
+        if SHAPES[entry.kind].signed_by_job
+    }
+    hidden = any(
+        entry.kind is Kind.ROLLBACK and not _names_only(portions_of[entry.sequence], sources) for entry in entries
+    )
+
+    used: set[bytes] = set()
+
+    def disclose(index: int, entry: Entry, portions: p.Portions) -> None:
+        items = _items_of(portions, p.SourceUse, export.source) if entry.kind is Kind.STEP else None
+        governance = None
+        if items is not None and portions.governance is not None and _trained_on(items):
+            governance = portions.governance
+            used.add(decode(governance.content, p.StepGovernance, p.MAX_PORTIONS_BYTES).grant)
+        tells = entry.kind is Kind.ROLLBACK or (entry.kind is Kind.STEP and hidden)
+        shown = entry.kind is Kind.CAMPAIGN or (tells and _names_only(portions, sources))
+        export.add(
+            index,
+            items=items,
+            governance=governance,
+            operation=portions.operation if shown else None,
+        )
+
+    export.add_job_events(disclose)
+    for index, _ in export.grants():
+        portions = export.portions(index)
+        items = _items_of(portions, p.GrantedSource, export.source)
+        if portions.governance is None or (items is None and _event_id(export, index) not in used):
+            continue
+        export.add(index, items=items, governance=portions.governance, operation=portions.operation)
+        terms = decode(portions.governance.content, p.GrantTerms, p.MAX_PORTIONS_BYTES)
+        export.keys.add(POLICY_TABLE + terms.policy)
+    export.keys |= {SOURCE_TABLE + export.source, usage_key(export.campaign, export.source)}
+
+
+def _source_unused(export: _Export) -> None:
+    export.add(export.index_of(export.source, Reason.UNKNOWN_SOURCE, "source"))
+    export.add(next(index for index, entry in export.campaign_events() if entry.kind is Kind.CAMPAIGN))
+    export.keys.add(usage_key(export.campaign, export.source))
+
+
+def _delta_exact(export: _Export) -> None:
+    export.add_job_events(
+        lambda index, entry, portions: export.add(
+            index, operation=None if entry.kind is Kind.REFUSAL else portions.operation
+        )
+    )
+    export.keys.add(CAMPAIGN_HEAD_TABLE + export.campaign)
+
+
+def _refusals_complete(export: _Export) -> None:
+    def disclose(index: int, entry: Entry, portions: p.Portions) -> None:
+        if entry.kind in (Kind.STEP, Kind.REFUSAL, Kind.ROLLBACK):
+            export.add(index, data=portions.data, governance=portions.governance, operation=portions.operation)
+        else:
+            export.add(index)
+
+    export.add_job_events(disclose)
+    for index, _ in export.grants():
+        key = GRANT_TABLE + _event_id(export, index)
+        export.keys.add(key)
+        value = export.reader.state.get(key)
+        if value is not None:
+            export.keys.add(POLICY_TABLE + read_record(value, GrantRecord).policy)
+    key = CAMPAIGN_TABLE + export.campaign
+    value = export.reader.state.get(key)
+    if value is None:
+        raise Rejected(Reason.UNKNOWN_CAMPAIGN, f"campaign {export.campaign.hex()} is not on the log")
+    for presented in read_record(value, CampaignRecord).manifest:
+        export.keys |= {SOURCE_TABLE + presented.source, usage_key(export.campaign, presented.source)}
+    export.keys |= {key, CAMPAIGN_HEAD_TABLE + export.campaign}
+
+
+def _add_source(export: _Export) -> None:
+    """The source's event with its claim, and its revocation."""
+    index = export.index_of(export.source, Reason.UNKNOWN_SOURCE, "source")
+    export.add(index, data=export.portions(index).data)
+    value = export.reader.state.get(SOURCE_TABLE + export.source)
+    if value is None:
+        raise Rejected(Reason.UNKNOWN_SOURCE, f"source {export.source.hex()} is not on the log")
+    revocation = read_record(value, SourceRecord).revocation
+    if revocation:
+        export.add(export.index_of(revocation, Reason.NOT_FOUND, "revocation"))
+
+
+def _event_id(export: _Export, index: int) -> bytes:
+    return event_id(export.entry(index))
+
+
+def _items_of(
+    portions: p.Portions, content: type[p.SourceUse | p.GrantedSource], source: bytes
+) -> DisclosedItems | None:
+    """The items about one source, each with its own salt and place; ``None`` where there is none."""
+    portion = portions.data
+    assert portion is not None
+    numbers = [
+        number
+        for number, item in enumerate(portion.items)
+        if decode(item.content, content, p.MAX_PORTIONS_BYTES).source == source
+    ]
+    if not numbers:
+        return None
+    leaves = [p.item_leaf(p.item_salt(portion.salt, number), item.content) for number, item in enumerate(portion.items)]
+    return DisclosedItems(
+        root=merkle.root_of(leaves),
+        item_count=len(leaves),
+        items=tuple(
+            DisclosedItem(
+                number=number,
+                salt=p.item_salt(portion.salt, number),
+                content=portion.items[number].content,
+                proof=merkle.inclusion_proof_of(leaves, number),
+                examples=(),
+            )
+            for number in numbers
+        ),
+    )
+
+
+def _trained_on(items: DisclosedItems) -> bool:
+    """Whether any of a step's disclosed items admits an example."""
+    return any(decode(item.content, p.SourceUse, p.MAX_PORTIONS_BYTES).admitted for item in items.items)
+
+
+def _names_only(portions: p.Portions, sources: Iterable[bytes]) -> bool:
+    """Whether the memorization signals of a step's or rollback's operation portion name only ``sources``."""
+    assert portions.operation is not None
+    content: type[p.StepOperation | p.Rollback] = p.Rollback if portions.data is None else p.StepOperation
+    signals = decode(portions.operation.content, content, p.MAX_PORTIONS_BYTES).memorization
+    return {signal.source for signal in signals} <= set(sources)
+
+
+_NEEDED: dict[Predicate, tuple[str, ...]] = {
+    Predicate.INCLUDED: ("event",),
+    Predicate.CONSISTENT: (),
+    Predicate.POLICY_IN_FORCE: ("campaign",),
+    Predicate.SOURCE_HONORED: ("campaign", "source"),
+    Predicate.SOURCE_UNUSED: ("campaign", "source"),
+    Predicate.DELTA_EXACT: ("campaign",),
+    Predicate.REFUSALS_COMPLETE: ("campaign",),
+}
+
+_COLLECTORS: dict[Predicate, Callable[[_Export], None]] = {
+    Predicate.INCLUDED: _included,
+    Predicate.CONSISTENT: _consistent,
+    Predicate.POLICY_IN_FORCE: _policy_in_force,
+    Predicate.SOURCE_HONORED: _source_honored,
+    Predicate.SOURCE_UNUSED: _source_unused,
+    Predicate.DELTA_EXACT: _delta_exact,
+    Predicate.REFUSALS_COMPLETE: _refusals_complete,
+}

@@ -1,0 +1,200 @@
+"""``countersign verify``: one predicate, one file, one command, no network.
+
+Reads the files, hashes the weights, prints what ``consensus.predicates`` finds. It trusts nothing but the
+chain id it is given: a genesis that is another chain's is refused whatever stands beside it. Imports neither
+network, database nor tensor libraries, so that it runs from a bare installation; a test holds it to that.
+
+Exit codes: 0 yes; 1 no, or refused (a bundle that is malformed, altered, incomplete or another chain's, a
+file that cannot be read); 2 unknown, because something the answer needs is not disclosed or not given.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+from blake3 import blake3
+from safetensors import SafetensorError, deserialize
+
+from consensus.bundle import MAX_BUNDLE_BYTES, OpenBundle, open_bundle
+from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
+from consensus.identifiers import DIGEST_BYTES, ChainId
+from consensus.parameters import TensorDescriptor
+from consensus.predicates import Answer, Predicate, ReleasedFile, Verdict, predicate_named, verify
+from consensus.receipt import anchor
+from consensus.rejection import Reason, Rejected
+
+MAX_WEIGHTS_BYTES = 1 << 40
+LATEST_PRINTABLE_MS = 253_402_300_799_999
+"""The end of the year 9999, the last that a calendar date is printed for."""
+
+
+@click.command("verify")
+@click.argument("predicate", metavar="PREDICATE")
+@click.option("--bundle", "bundle_path", required=True, type=click.Path(path_type=Path), help="The bundle file.")
+@click.option("--genesis", "genesis_path", required=True, type=click.Path(path_type=Path), help="genesis.json.")
+@click.option("--chain-id", "chain_id", required=True, help="The pinned chain id, 64 hex digits: what you trust.")
+@click.option(
+    "--weights",
+    "weights",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="For delta-exact: a .safetensors file; default ../release/*.safetensors beside the bundle's folder.",
+)
+@click.option("--campaign", default="", help="Refuse a bundle about another campaign (hex).")
+@click.option("--source", default="", help="Refuse a bundle about another source (hex).")
+@click.option("--event", default="", help="Refuse a bundle about another event (hex).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def verify_command(
+    context: click.Context,
+    predicate: str,
+    bundle_path: Path,
+    genesis_path: Path,
+    chain_id: str,
+    weights: tuple[Path, ...],
+    campaign: str,
+    source: str,
+    event: str,
+    as_json: bool,
+) -> None:
+    """Check PREDICATE offline over a bundle file, with numbered steps.
+
+    PREDICATE is one of included, consistent, policy-in-force, source-honored, source-unused, delta-exact,
+    refusals-complete. Exits 0 for yes, 1 for no or a refused bundle, 2 for unknown.
+    """
+    subjects = {"campaign": campaign, "source": source, "event": event}
+    try:
+        bundle, verdict, hint = check_files(predicate, bundle_path, genesis_path, chain_id, weights, subjects)
+    except Rejected as error:
+        if as_json:
+            refused = {"predicate": predicate, "answer": "refused", "error": error.reason.value, "detail": error.detail}
+            click.echo(json.dumps(refused, indent=2))
+        else:
+            click.echo(printable(f"refused: {error.reason.value}: {error.detail}"), err=True)
+        context.exit(Answer.NO.exit_code)
+    click.echo(json.dumps(verdict_object(bundle, verdict), indent=2) if as_json else verdict_text(bundle, verdict))
+    if hint:
+        click.echo(printable(hint), err=True)
+    context.exit(verdict.answer.exit_code)
+
+
+def check_files(
+    predicate: str,
+    bundle_path: Path,
+    genesis_path: Path,
+    chain_id: str,
+    weights: Sequence[Path],
+    subjects: dict[str, str],
+) -> tuple[OpenBundle, Verdict, str]:
+    """The opened bundle, its verdict, and what to do about an unknown one.
+
+    Raises:
+        Rejected: whatever is wrong with a file or with what it holds.
+    """
+    asked = predicate_named(predicate)
+    pinned = ChainId(_unhex("chain id", chain_id))
+    trusted = anchor(genesis_from_json(_read(genesis_path, MAX_JSON_BYTES)), pinned)
+    bundle = open_bundle(trusted, _read(bundle_path, MAX_BUNDLE_BYTES))
+    for name, wanted in subjects.items():
+        found = {"campaign": bundle.campaign, "source": bundle.source, "event": bundle.event}[name]
+        if wanted and found != _unhex(name, wanted):
+            raise Rejected(Reason.BAD_FIELD, f"the bundle is about {name} {found.hex() or 'none'}, not {wanted}")
+    files: list[ReleasedFile] = []
+    hint = ""
+    if asked is Predicate.DELTA_EXACT:
+        release = bundle_path.resolve().parent.parent / "release"
+        paths = list(weights) or sorted(release.glob("*.safetensors"))
+        if not paths:
+            hint = f"no weights to compare: give --weights FILE.safetensors, or put the file into {release}"
+        files = [read_weights(path) for path in paths]
+    elif weights:
+        raise Rejected(Reason.BAD_FIELD, f"'{asked.value}' compares no weights")
+    return bundle, verify(bundle, asked, files), hint
+
+
+def read_weights(path: Path) -> ReleasedFile:
+    """A safetensors file's SHA-256, and name, dtype, shape and BLAKE3 of each of its tensors.
+
+    Raises:
+        Rejected: ``NOT_FOUND`` or ``MALFORMED``.
+    """
+    content = _read(path, MAX_WEIGHTS_BYTES)
+    try:
+        tensors = deserialize(content)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise Rejected(Reason.MALFORMED, f"{path}: not a safetensors file: {error}") from error
+    return ReleasedFile(
+        name=str(path),
+        sha256=hashlib.sha256(content).digest(),
+        tensors=tuple(
+            TensorDescriptor(name, tensor["dtype"], tuple(tensor["shape"]), blake3(tensor["data"]).digest())
+            for name, tensor in tensors
+        ),
+    )
+
+
+def verdict_text(bundle: OpenBundle, verdict: Verdict) -> str:
+    """What a person reads: what it is about, the steps, as of when, the answer."""
+    lines = [f"{verdict.predicate}, chain {bundle.trusted.chain_id.hex()}"]
+    for name, subject in (("campaign", bundle.campaign), ("source", bundle.source), ("event", bundle.event)):
+        if subject:
+            lines.append(f"about {name} {subject.hex()}")
+    lines.append("")
+    lines += [f"{step.number:>3}  {step.status.value:<11}  {printable(step.text)}" for step in verdict.steps]
+    as_of = verdict.as_of
+    lines += [
+        "",
+        f"as of ledger block {as_of.height}, log size {as_of.log_size}, time {_time(as_of.timestamp_ms)} (UTC)",
+        f"answer: {verdict.answer.value}",
+    ]
+    return "\n".join(lines)
+
+
+def verdict_object(bundle: OpenBundle, verdict: Verdict) -> dict[str, object]:
+    """What a program reads."""
+    return {
+        "predicate": verdict.predicate,
+        "answer": verdict.answer.value,
+        "chain_id": bundle.trusted.chain_id.hex(),
+        "campaign": bundle.campaign.hex(),
+        "source": bundle.source.hex(),
+        "event": bundle.event.hex(),
+        "as_of": {
+            "height": verdict.as_of.height,
+            "log_size": verdict.as_of.log_size,
+            "timestamp_ms": verdict.as_of.timestamp_ms,
+        },
+        "steps": [{"number": step.number, "status": step.status.value, "text": step.text} for step in verdict.steps],
+    }
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: names in a bundle are other people's words."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def _time(timestamp_ms: int) -> str:
+    if timestamp_ms > LATEST_PRINTABLE_MS:
+        return f"{timestamp_ms} ms"
+    return datetime.fromtimestamp(timestamp_ms / 1_000, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _unhex(name: str, text: str) -> bytes:
+    if len(text) != 2 * DIGEST_BYTES or set(text) - set("0123456789abcdef"):
+        raise Rejected(Reason.MALFORMED, f"{name} {text!a:.80}: expected {2 * DIGEST_BYTES} lower-case hex digits")
+    return bytes.fromhex(text)
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes > max_bytes:
+                raise Rejected(Reason.OVERSIZED, f"{path} has {size_bytes} bytes, at most {max_bytes} allowed")
+            return file.read()
+    except OSError as error:
+        raise Rejected(Reason.NOT_FOUND, f"{path} cannot be read: {error.strerror}") from error
