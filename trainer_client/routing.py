@@ -1,0 +1,388 @@
+"""Per-example depth profiles, enforced on parameter gradients in one backward pass.
+
+A *depth profile* gives each parameter block an integer weight from 0 to 1000 permille. With example i's
+weight ``w_ib`` for block b, its gradient ``g_ib`` and the committed number of presented examples c, one
+backward pass leaves in block b
+
+    grad_b = sum_i (w_ib / 1000) * g_ib / c
+
+and nothing else. What the policy blocks never enters the sum:
+
+* **The forward pass and the gradients of activations are untouched.** A weight limits what an example
+  writes into a block, not what flows through it to blocks below. Zero means "no direct update".
+* **Blocked rows are left out, not multiplied by zero**, because 0 times infinity is not 0. Which rows enter
+  a product depends on weights alone, so that replacing a blocked example leaves every bit as it was.
+* **c is fixed in advance** (``routed_loss``). A mean over admitted examples, or over unmasked tokens, would
+  let the number or length of blocked examples scale everyone's gradient. Examples with zero weight for every
+  block may be left out of the batch altogether: c still counts them, the gradient stays the same.
+* **A block that no example of a step may move has no gradient at all** (``None``). AdamW moves a parameter
+  with a zero gradient, by its momentum and by weight decay; it skips one without.
+* **Clipping is per block** (``clip_block_gradients``). A global norm lets a blocked example's other blocks
+  shrink the update of this one.
+* **Default deny.** Trainable parameters may be owned only by the module types of ``routed_modules.census``,
+  called with the examples along dimension 0. Anything else is refused by name, before the first step:
+  parameters held by other modules, shared batch statistics, forwards that somebody else replaced. ``probe``
+  then shows on the real model that nothing bypasses the census (``functional.linear(x, layer.weight)``) and
+  that no loss term or operation couples examples.
+* **A backward pass runs under the weights of its forward pass.** Each micro-batch is a token; a gradient that
+  arrives under another one raises. Gradient checkpointing recomputes inside the same micro-batch, or raises.
+
+Forwards are replaced on module instances inside ``with Routing(...)`` and put back on exit, whatever happens.
+
+Left to others: which weights a policy allows (``consensus/policy.py``), optimizer and event
+(``governed.py``). Not covered here: sharded parameters, ``torch.compile``, double backward.
+
+Shape suffixes: B examples, K parameter blocks, N rows (examples times positions), I inputs, O outputs, V
+vocabulary. A ``*`` stands for any number of positions between B and the features.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trainer_client.routed_modules import (
+    FULL_PERMILLE,
+    ROUTED_FORWARDS,
+    Route,
+    RoutingError,
+    RoutingLeak,
+    RoutingUnsupported,
+    Weights,
+    census,
+)
+
+__all__ = [
+    "MicroBatch",
+    "Routing",
+    "RoutingError",
+    "RoutingLeak",
+    "RoutingUnsupported",
+    "StepWeights",
+    "clip_block_gradients",
+    "probe",
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """One forward and backward pass: a token, compared by identity."""
+
+    weights_KB: tuple[Weights, ...]
+    example_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """What was routed between two calls of ``finish_step``: total permille per block, and examples."""
+
+    total_permille_K: tuple[int, ...]
+    example_count: int
+    micro_batch_count: int
+
+
+class Routing:
+    """Routes the gradients of ``model``'s trainable parameters by per-example weights.
+
+    Args:
+        model: its trainable parameters must all appear in ``block_of_parameter``.
+        block_of_parameter: name as in ``model.named_parameters()`` (a tied tensor under its first name)
+            to the index of its parameter block, from 0 without gaps.
+
+    Raises:
+        RoutingUnsupported: a trainable parameter has no block or a module outside the census, or names or
+            indexes are left over.
+    """
+
+    def __init__(self, model: nn.Module, block_of_parameter: Mapping[str, int]) -> None:
+        self._model = model
+        self._block_of = _checked_blocks(model, block_of_parameter)
+        self.block_count = max(self._block_of.values()) + 1
+        self._modules = census(model)
+        self._active: MicroBatch | None = None
+        self._installed = False
+        self._reset_step()
+
+    def __enter__(self) -> Self:
+        """Replaces the forwards of the census.
+
+        Raises:
+            RoutingUnsupported: somebody replaced one since.
+        """
+        if self._installed:
+            raise RoutingError("this Routing is already installed")
+        self._modules = census(self._model)
+        forwards = [self._routed_forward(name, module) for name, module in self._modules.items()]
+        self._installed = True
+        for module, forward in zip(self._modules.values(), forwards, strict=True):
+            module.forward = forward
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for module in self._modules.values():
+            module.__dict__.pop("forward", None)
+        self._active = None
+        self._installed = False
+
+    @contextmanager
+    def micro_batch(self, weights_permille_BK: Sequence[Sequence[int]]) -> Iterator[MicroBatch]:
+        """Weights for the forward *and* backward pass of one micro-batch: a row per example.
+
+        Raises:
+            RoutingError: outside ``with routing``, inside another micro-batch, or not B rows of K
+                integers from 0 to 1000.
+        """
+        if not self._installed or self._active is not None:
+            raise RoutingError("a micro-batch runs inside 'with routing' and outside any other micro-batch")
+        token = MicroBatch(_columns(weights_permille_BK, self.block_count), len(weights_permille_BK))
+        self._active = token
+        try:
+            yield token
+            for block, weights_B in enumerate(token.weights_KB):
+                self._total_permille_K[block] += sum(weights_B)
+            self._example_count += token.example_count
+            self._micro_batch_count += 1
+        finally:
+            self._active = None
+
+    def routed_loss(self, loss_B: Tensor, presented_count: int) -> Tensor:
+        """The scalar to call ``backward`` on: the sum of ``loss_B`` over ``presented_count`` (c).
+
+        ``loss_B`` has one loss per example of this micro-batch, each normalised by constants alone (the
+        mean over a fixed number of tokens). ``presented_count`` is the same for every micro-batch of a step.
+
+        Raises:
+            RoutingError: outside a micro-batch or of another length.
+        """
+        token = self._active
+        if token is None or loss_B.shape != (token.example_count,):
+            raise RoutingError(f"expected one loss per example of the micro-batch, found {tuple(loss_B.shape)}")
+        if presented_count < 1:
+            raise RoutingError(f"expected a positive number of presented examples, found {presented_count}")
+        checked_B: Tensor = _TokenCheck.apply(loss_B, partial(self.check_token, token))  # type: ignore[no-untyped-call]
+        return checked_B.sum() / presented_count
+
+    def finish_step(self) -> StepWeights:
+        """Ends a step, before ``optimizer.step()``: blocks of total weight 0 are left without gradient.
+
+        Raises:
+            RoutingLeak: such a block holds a gradient that is not zero.
+        """
+        finished = StepWeights(tuple(self._total_permille_K), self._example_count, self._micro_batch_count)
+        self._reset_step()
+        for name, parameter in self._model.named_parameters():
+            block = self._block_of.get(name)
+            if block is None or finished.total_permille_K[block] or parameter.grad is None:
+                continue
+            if parameter.grad.count_nonzero().item():
+                raise RoutingLeak(f"parameter {name!r} of blocked parameter block {block} has a gradient")
+            parameter.grad = None
+        return finished
+
+    def check_token(self, token: MicroBatch) -> None:
+        """Raises ``RoutingLeak`` unless ``token`` is the micro-batch now running."""
+        if self._active is not token:
+            raise RoutingLeak("a backward pass outside the micro-batch of its forward pass")
+
+    def _reset_step(self) -> None:
+        self._total_permille_K = [0] * self.block_count
+        self._example_count = 0
+        self._micro_batch_count = 0
+
+    def _routed_forward(self, module_name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The replacement for ``module.forward``: routed where gradients are recorded, else the original."""
+        original = module.forward
+        routed = ROUTED_FORWARDS[type(module).forward]
+        name_of = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        blocks = {
+            self._block_of[name_of[id(parameter)]]
+            for parameter in module.parameters(recurse=False)
+            if parameter.requires_grad
+        }
+        if len(blocks) != 1:
+            raise RoutingUnsupported(f"module {module_name!r} is split between parameter blocks {sorted(blocks)}")
+        block = blocks.pop()
+
+        def forward(input: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return original(input)  # type: ignore[no-any-return]
+            token = self._active
+            if token is None:
+                raise RoutingError(f"module {module_name!r} ran with gradients outside a micro-batch")
+            rows_first = input.dim() >= 2 and input.shape[0] == token.example_count
+            if not rows_first:
+                raise RoutingUnsupported(
+                    f"module {module_name!r} expects {token.example_count} examples along dimension 0 and at"
+                    f" least 2 dimensions, found shape {tuple(input.shape)}"
+                )
+            return routed(module, input, Route(token.weights_KB[block], partial(self.check_token, token)))
+
+        return forward
+
+
+def clip_block_gradients(
+    model: nn.Module, block_of_parameter: Mapping[str, int], maximum_norm: float
+) -> tuple[float | None, ...]:
+    """Scales each parameter block's gradient to an L2 norm of at most ``maximum_norm``, each on its own.
+
+    Returns:
+        The norm of each block before clipping; ``None`` for a block without gradient.
+
+    Raises:
+        RoutingError: a norm is not finite (an admitted example overflowed; blocked ones cannot).
+    """
+    gradients_K: list[list[Tensor]] = [[] for _ in range(max(block_of_parameter.values()) + 1)]
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients_K[block_of_parameter[name]].append(parameter.grad)
+    norms: list[float | None] = []
+    for block, gradients in enumerate(gradients_K):
+        if not gradients:
+            norms.append(None)
+            continue
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise RoutingError(f"the gradient of parameter block {block} has norm {norm.item()}")
+        scale = torch.clamp(maximum_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(gradients, scale)
+        norms.append(norm.item())
+    return tuple(norms)
+
+
+def probe(
+    model: nn.Module,
+    block_of_parameter: Mapping[str, int],
+    loss_of_examples: Callable[[nn.Module, Tensor], Tensor],
+    examples: Tensor,
+    replacement: Tensor,
+) -> None:
+    """Shows on the real model, before the first step, that nothing bypasses the routing.
+
+    Args:
+        loss_of_examples: model and ``[B, …]`` examples to a loss per example ``[B]``.
+        examples: at least two.
+        replacement: one example unlike ``examples[0]``, without the batch dimension.
+
+    1. With every weight zero no parameter has a gradient.
+    2. A batch with one example less runs too: no module takes another dimension for that of examples.
+    3. With example 0 blocked, replacing it changes no bit of any gradient or buffer.
+
+    Gradients, buffers and torch's random state are as before afterwards.
+
+    Raises:
+        RoutingUnsupported: a module is outside the census or is not called with examples first.
+        RoutingLeak: one of the three does not hold; the message names the parameter or buffer.
+    """
+    example_count = examples.shape[0]
+    if example_count < 2:
+        raise RoutingError(f"the probe needs at least two examples, found {example_count}")
+    parameters = dict(model.named_parameters())
+    gradients_before = {name: parameter.grad for name, parameter in parameters.items()}
+    buffers_before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    random_before = _random_states()
+
+    def outcome(routing: Routing, shown: Tensor, weights_BK: list[list[int]]) -> dict[str, Tensor]:
+        _set_random_states(random_before)
+        _restore_buffers(model, buffers_before)
+        for parameter in parameters.values():
+            parameter.grad = None
+        with routing.micro_batch(weights_BK):
+            routing.routed_loss(loss_of_examples(model, shown), example_count).backward()  # type: ignore[no-untyped-call]
+        found = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return found | {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+    try:
+        with Routing(model, block_of_parameter) as routing:
+            blocked = [[0] * routing.block_count]
+            uneven = [
+                [1 + (137 * row + 61 * block) % FULL_PERMILLE for block in range(routing.block_count)]
+                for row in range(1, example_count)
+            ]
+            leaked = outcome(routing, examples, blocked * example_count).keys() - buffers_before.keys()
+            if leaked:
+                raise RoutingLeak(f"every weight is zero, yet gradients arrived at {sorted(leaked)}")
+            outcome(routing, examples[1:], uneven)
+            first = outcome(routing, examples, blocked + uneven)
+            replaced = examples.clone()
+            replaced[0] = replacement
+            second = outcome(routing, replaced, blocked + uneven)
+    finally:
+        _set_random_states(random_before)
+        _restore_buffers(model, buffers_before)
+        for name, parameter in parameters.items():
+            parameter.grad = gradients_before[name]
+    changed = [name for name in sorted(first) if not _same_bits(first[name], second[name])]
+    if changed:
+        raise RoutingLeak(f"replacing a blocked example changes: {changed}")
+
+
+class _TokenCheck(torch.autograd.Function):
+    """The identity; its backward, the first of a pass, checks the micro-batch."""
+
+    @staticmethod
+    def forward(ctx, loss_B, check_token):  # type: ignore[no-untyped-def]
+        ctx.check_token = check_token
+        return loss_B.view_as(loss_B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, delta_B):  # type: ignore[no-untyped-def]
+        ctx.check_token()
+        return delta_B, None
+
+
+def _checked_blocks(model: nn.Module, block_of_parameter: Mapping[str, int]) -> dict[str, int]:
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    known = {name for name, _ in model.named_parameters()}
+    if not trainable:
+        raise RoutingUnsupported("the model has no trainable parameter")
+    without, unknown = trainable - block_of_parameter.keys(), block_of_parameter.keys() - known
+    if without or unknown:
+        raise RoutingUnsupported(f"parameters without block: {sorted(without)}; unknown: {sorted(unknown)}")
+    found = sorted(set(block_of_parameter.values()))
+    if found != list(range(len(found))):
+        raise RoutingUnsupported(f"expected block indexes 0 to {len(found) - 1}, found {found}")
+    return dict(block_of_parameter)
+
+
+def _columns(weights_permille_BK: Sequence[Sequence[int]], block_count: int) -> tuple[Weights, ...]:
+    """The rows per example as one tuple per block, checked."""
+    if not weights_permille_BK:
+        raise RoutingError("a micro-batch needs at least one example")
+    for example, row_K in enumerate(weights_permille_BK):
+        if len(row_K) != block_count:
+            raise RoutingError(f"example {example}: expected {block_count} weights, found {len(row_K)}")
+        for weight in row_K:
+            if type(weight) is not int or not 0 <= weight <= FULL_PERMILLE:
+                raise RoutingError(f"example {example}: expected integers from 0 to 1000, found {weight!r}")
+    return tuple(zip(*weights_permille_BK, strict=True))
+
+
+def _random_states() -> list[Tensor]:
+    """torch's global random states: the CPU's, then each CUDA device's."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def _set_random_states(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def _restore_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(saved[name])
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    """Equal in every bit, NaN included."""
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
