@@ -7,6 +7,7 @@ woken when its ledger block is durable.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import trio
 
@@ -42,6 +43,8 @@ class Intake:
         self.arrived = trio.Event()
         self.finality_ms: list[int] = []
         """Milliseconds from submission here to durable finality here, the last ``FINALITY_SAMPLES``."""
+        self.on_final: Callable[[float], None] = lambda seconds: None
+        """Told the seconds each event submitted here took."""
         self.refused: dict[str, int] = {}
         """Events refused, by reason."""
 
@@ -125,6 +128,7 @@ class Intake:
             since_ms = self._submitted_ms.pop(event.id, None)
             if since_ms is not None:
                 self.finality_ms.append(now_ms - since_ms)
+                self.on_final((now_ms - since_ms) / 1_000)
             self._tell(event.id)
         del self.finality_ms[:-FINALITY_SAMPLES]
 
@@ -138,7 +142,11 @@ class Intake:
     async def wait(self, event_id: Digest) -> None:
         """Until the event is durable on the log or rejected; the caller bounds the time and asks which."""
         waiter = self._waiters.setdefault(event_id, trio.Event())
-        await waiter.wait()
+        try:
+            await waiter.wait()
+        finally:
+            if not waiter.statistics().tasks_waiting:
+                self._waiters.pop(event_id, None)
 
     def _tell(self, event_id: Digest) -> None:
         waiter = self._waiters.pop(event_id, None)

@@ -16,7 +16,7 @@ import trio
 
 from consensus import bls
 from consensus.certificate import BlsThreshold, Ed25519List, scheme_for
-from consensus.checkpoint import checkpoint_text, sign_note
+from consensus.checkpoint import assemble_note, checkpoint_text, sign_note
 from consensus.engine import Timing
 from consensus.event import CheckedEvent
 from consensus.genesis import genesis_from_json, signer_for
@@ -33,6 +33,7 @@ from node.journal import Journal, JournalLost, VoteMark, check_not_lost
 from node.keystore import Keystore, Secrets, read_passphrase
 from node.ledger import Ledger
 from node.mempool import Mempool
+from node.metrics import Metrics
 from node.messages import AskCountersign, DeliverSignature, decode_request
 from node.network import Network, Peer
 from node.replica import Replica
@@ -300,7 +301,8 @@ class Node:
             origin = self._ledger.genesis.name
             text = checkpoint_text(origin, header.log_size, header.log_root)
             signer = Ed25519SigningKey(self._identity.secrets.log_seed)
-            self._note = (header.log_size, sign_note(text, f"{origin}/{self.name}", signer))
+            line = sign_note(text, f"{origin}/{self.name}", signer)
+            self._note = (header.log_size, assemble_note(text, [line]))
         return self._note[1]
 
     # Peers
@@ -320,7 +322,9 @@ class Node:
         """Serve until cancelled."""
         try:
             async with self.network.open(self.answer), trio.open_nursery() as nursery:
-                address = await nursery.start(serve, self, self.config.api)
+                metrics = Metrics(self, {"network": self.network.counters, "round": self.replica.counters})
+                self._intake.on_final = metrics.event_final
+                address = await nursery.start(serve, self, self.config.api, metrics)
                 log.info(
                     "%s (%s) serves http://%s, chain %s",
                     self.name,

@@ -1,0 +1,276 @@
+"""HTTP/1.1 over trio: h11 parses, this file moves bytes and bounds what a client can hold.
+
+Rules:
+
+1. Only HTTP/1.1. An ``Upgrade`` is ignored (RFC 9110 §7.8), so neither HTTP/2 nor WebSocket code is reachable.
+2. A connection's failure ends that connection alone; only ``InvariantBroken`` leaves ``serve_http``.
+3. Time is bounded: for the head, for the body as a whole, for each part of a reply the client takes, and
+   between requests. Cancellation ends every connection at once, one whose client does not read included.
+4. Memory is bounded: head, body, the sum of all bodies being read, the number of connections.
+5. Path and query are taken literally. Nothing this interface names needs percent-encoding, so every resource
+   has one spelling.
+
+Common ASGI servers break rules 1 to 3 before any application code runs: malformed HTTP/2 settings in an upgrade
+raise out of the whole server, and writes are shielded from cancellation.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import h11
+import trio
+
+from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
+from node.config import Address
+from node.errors_http import HttpFault, HttpReply, SlowClient, error_reply, reply_to
+
+__all__ = ["AddressReport", "HttpLimits", "HttpRequest", "serve_http"]
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BYTES = 64 << 10
+SEND_BYTES = 256 << 10
+BACKLOG = 512
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """What one client, and all of them together, may hold."""
+
+    connections: int = 512
+    head_bytes: int = 16 << 10
+    bodies_bytes: int = 64 << 20
+    """All bodies that are being read, together."""
+    head_seconds: float = 10.0
+    body_seconds: float = 30.0
+    send_seconds: float = 30.0
+    """For each ``SEND_BYTES`` of a reply."""
+    idle_seconds: float = 75.0
+    linger_seconds: float = 2.0
+
+
+class _Server:
+    def __init__(self, handler: "Handler", limits: HttpLimits) -> None:
+        self.handler = handler
+        self.limits = limits
+        self.connections = 0
+        self.held_bytes = 0
+
+
+class HttpRequest:
+    """One request. ``headers`` have lower-case names; ``path`` and ``query`` are as sent."""
+
+    __slots__ = ("_connection", "headers", "method", "path", "query")
+
+    def __init__(self, connection: "_Connection", event: h11.Request) -> None:
+        self._connection = connection
+        self.method = event.method.decode("ascii")
+        target = event.target.decode("ascii")
+        self.path, _, self.query = target.partition("?")
+        self.headers: dict[str, str] = {}
+        for name, value in event.headers:
+            key = name.decode("ascii")
+            if key in self.headers and key in ("authorization", "host", "origin"):
+                raise Rejected(Reason.MALFORMED, f"header {key} stands twice")
+            self.headers[key] = value.decode("latin-1")
+
+    async def body(self, max_bytes: int) -> bytes:
+        """The whole body; asked for once.
+
+        Raises:
+            Rejected: ``OVERSIZED`` as soon as it is known to be; ``MALFORMED`` framing; ``OVERLOADED`` when all
+                clients together send too much at once.
+            SlowClient: it did not arrive in time.
+        """
+        return await self._connection.read_body(self.headers.get("content-length"), max_bytes)
+
+
+class AddressReport(Protocol):
+    """A trio task status: told the address once it is listened on."""
+
+    def started(self, value: Address, /) -> None:
+        """Called once."""
+
+
+Handler = Callable[[HttpRequest], Awaitable[HttpReply]]
+"""Answers a request. What it raises becomes a reply; ``InvariantBroken`` is then raised on."""
+
+
+async def serve_http(
+    handler: Handler,
+    address: Address,
+    what: str,
+    limits: HttpLimits | None = None,
+    *,
+    task_status: AddressReport = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Listen on ``address`` and serve until cancelled; tells the address with the port it got.
+
+    Raises:
+        ConfigError: the address cannot be listened on; names it and ``what``, the configuration's key.
+        InvariantBroken: what a handler found (within an exception group).
+    """
+    try:
+        # Without SO_REUSEPORT, with which two nodes would silently share a port.
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot listen on {address}: {error.strerror or error}") from error
+    if address.port == 0:
+        for surplus in listeners[1:]:  # of a name with several addresses: each would have a port of its own
+            await surplus.aclose()
+        listeners = listeners[:1]
+    server = _Server(handler, limits or HttpLimits())
+
+    async def serve_stream(stream: trio.SocketStream) -> None:
+        async with stream:
+            if server.connections >= server.limits.connections:
+                return
+            server.connections += 1
+            try:
+                await _Connection(server, stream).run()
+            finally:
+                server.connections -= 1
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, serve_stream, listeners)
+        task_status.started(Address(address.host, listeners[0].socket.getsockname()[1]))
+
+
+class _Connection:
+    def __init__(self, server: _Server, stream: trio.SocketStream) -> None:
+        self._server = server
+        self._limits = server.limits
+        self._stream = stream
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
+
+    async def run(self) -> None:
+        """Serve requests until the client, a limit or an error ends the connection."""
+        try:
+            while True:
+                try:
+                    event = await self._next_request()
+                except h11.RemoteProtocolError as error:
+                    status = error.error_status_hint if error.error_status_hint >= 400 else 400
+                    reason = Reason.OVERSIZED if status in (413, 431) else Reason.MALFORMED
+                    await self._send("GET", error_reply(status, reason.value, str(error)))
+                    await self._linger()
+                    return
+                if not isinstance(event, h11.Request):
+                    return
+                if event.http_version not in (b"1.0", b"1.1"):
+                    refusal = error_reply(505, Reason.UNSUPPORTED_VERSION.value, "only HTTP/1.1 is spoken here")
+                    await self._send("GET", refusal)
+                    await self._linger()
+                    return
+                await self._answer(event)
+                if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+                    await self._linger()
+                    return
+                self._http.start_next_cycle()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, SlowClient):
+            return
+        except h11.LocalProtocolError as error:  # the client's bytes left h11 where no reply can be sent
+            log.debug("connection ended: %s", error)
+
+    async def _next_request(self) -> object:
+        event = self._http.next_event()
+        if event is h11.NEED_DATA:
+            with trio.fail_after(self._limits.idle_seconds):
+                await self._receive()
+            with trio.fail_after(self._limits.head_seconds):
+                while (event := self._http.next_event()) is h11.NEED_DATA:
+                    await self._receive()
+        return event
+
+    async def _receive(self) -> None:
+        self._http.receive_data(await self._stream.receive_some(RECEIVE_BYTES))
+
+    async def read_body(self, content_length: str | None, max_bytes: int) -> bytes:
+        """``HttpRequest.body``."""
+        if content_length is not None and (len(content_length) > 18 or int(content_length) > max_bytes):
+            raise Rejected(Reason.OVERSIZED, f"a body of {content_length[:20]} bytes, at most {max_bytes} allowed")
+        if self._http.they_are_waiting_for_100_continue:
+            await self._write(self._http.send(h11.InformationalResponse(status_code=100, headers=[])))
+        body = bytearray()
+        server = self._server
+        try:
+            with trio.fail_after(self._limits.body_seconds):
+                while True:
+                    event = self._http.next_event()
+                    if event is h11.NEED_DATA:
+                        await self._receive()
+                    elif isinstance(event, h11.Data):
+                        server.held_bytes += len(event.data)
+                        body += event.data
+                        if len(body) > max_bytes:
+                            raise Rejected(Reason.OVERSIZED, f"a body over {max_bytes} bytes")
+                        if server.held_bytes > self._limits.bodies_bytes:
+                            raise Rejected(Reason.OVERLOADED, "too many bodies are being sent at once; retry")
+                    else:
+                        return bytes(body)
+        except trio.TooSlowError:
+            raise SlowClient(f"the body did not arrive in {self._limits.body_seconds:g} seconds") from None
+        except h11.RemoteProtocolError as error:
+            raise Rejected(Reason.MALFORMED, f"body: {error}") from error
+        finally:
+            server.held_bytes -= len(body)
+
+    async def _answer(self, event: h11.Request) -> None:
+        method = event.method.decode("ascii")
+        try:
+            reply = await self._server.handler(HttpRequest(self, event))
+        except (Rejected, Unavailable, SlowClient) as error:
+            reply = reply_to(error)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise
+        except InvariantBroken:
+            log.critical("a request met a broken invariant: the node stops")
+            await self._send(method, error_reply(500, HttpFault.INTERNAL, "the node stops: see its log"))
+            raise
+        except Exception:  # the border to clients: a fault of ours costs one reply
+            log.exception("request failed")
+            reply = error_reply(500, HttpFault.INTERNAL, "see the node's log")
+        await self._send(method, reply)
+
+    async def _send(self, method: str, reply: HttpReply) -> None:
+        headers = [
+            ("content-type", reply.content_type),
+            ("content-length", str(len(reply.body))),
+            ("x-content-type-options", "nosniff"),
+            *reply.headers,
+        ]
+        if not self._body_is_over():
+            headers.append(("connection", "close"))
+        head = self._http.send(h11.Response(status_code=reply.status, headers=headers))
+        body = b"" if method == "HEAD" else reply.body
+        if len(body) <= SEND_BYTES:
+            if body:
+                head += self._http.send(h11.Data(data=body))
+            await self._write(head + self._http.send(h11.EndOfMessage()))
+            return
+        await self._write(head)
+        for start in range(0, len(body), SEND_BYTES):
+            await self._write(self._http.send(h11.Data(data=body[start : start + SEND_BYTES])))
+        await self._write(self._http.send(h11.EndOfMessage()))
+
+    def _body_is_over(self) -> bool:
+        """Whether nothing of the request is left unread."""
+        if self._http.their_state is h11.SEND_BODY:
+            try:
+                self._http.next_event()
+            except h11.RemoteProtocolError as error:
+                log.debug("what is left of a body is malformed: %s", error)
+        return self._http.their_state is h11.DONE
+
+    async def _linger(self) -> None:
+        """Take what the client still sends, for a moment: closing at once would reset the reply away."""
+        with trio.move_on_after(self._limits.linger_seconds):
+            await self._stream.send_eof()
+            while await self._stream.receive_some(RECEIVE_BYTES):
+                pass
+
+    async def _write(self, chunk: bytes) -> None:
+        with trio.fail_after(self._limits.send_seconds):
+            await self._stream.send_all(chunk)

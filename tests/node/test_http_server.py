@@ -1,0 +1,270 @@
+"""What a client can do to the HTTP server before anyone asks who it is: nothing that outlives its connection."""
+
+import functools
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from consensus.rejection import ConfigError
+from node.config import Address
+from node.errors_http import HttpReply, json_reply
+from node.http_server import Handler, HttpLimits, HttpRequest, serve_http
+
+LOOPBACK = Address("127.0.0.1", 0)
+HEAD = b"host: localhost\r\n"
+BRISK = HttpLimits(
+    connections=4,
+    head_bytes=2_048,
+    bodies_bytes=1_000,
+    head_seconds=0.3,
+    body_seconds=0.3,
+    send_seconds=0.3,
+    idle_seconds=0.6,
+    linger_seconds=0.1,
+)
+
+
+async def echo(request: HttpRequest) -> HttpReply:
+    """Says what it was asked, with a body of the length the query names."""
+    if request.path == "/fault":
+        raise KeyError("a fault of ours")
+    if request.path == "/large":
+        return HttpReply(200, bytes(32 << 20), "application/octet-stream")
+    body = await request.body(1_000) if request.method == "POST" else b""
+    return json_reply({"method": request.method, "path": request.path, "body": body.decode("latin-1")})
+
+
+@asynccontextmanager
+async def listening(limits: HttpLimits = BRISK, handler: Handler = echo) -> AsyncIterator[Address]:
+    async with trio.open_nursery() as nursery:
+        address: Address = await nursery.start(functools.partial(serve_http, handler, LOOPBACK, "api.listen", limits))
+        yield address
+        nursery.cancel_scope.cancel()
+
+
+async def exchange(address: Address, *parts: bytes, pause_seconds: float = 0.0, limit_seconds: float = 5.0) -> bytes:
+    """Send the parts, then read until the server closes."""
+    answer = b""
+    with trio.fail_after(limit_seconds):
+        async with await trio.open_tcp_stream(address.host, address.port) as stream:
+            try:
+                for part in parts:
+                    await stream.send_all(part)
+                    await trio.sleep(pause_seconds)
+                while chunk := await stream.receive_some():
+                    answer += chunk
+            except trio.BrokenResourceError:
+                pass
+    return answer
+
+
+async def still_serves(address: Address) -> None:
+    answer = await exchange(address, b"GET /alive HTTP/1.1\r\n" + HEAD + b"connection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def settings(frame: bytes) -> bytes:
+    """An upgrade to HTTP/2 over clear text with these settings."""
+    return (
+        b"GET / HTTP/1.1\r\n"
+        + HEAD
+        + b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: "
+        + frame
+        + b"\r\n\r\n"
+    )
+
+
+WEBSOCKET = (
+    b"GET / HTTP/1.1\r\n" + HEAD + b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+    b"sec-websocket-key: YWFhYWFhYWFhYWFhYWFhYQ==\r\n"
+)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("status", "request_bytes"),
+    [
+        pytest.param(200, settings(b"abcde"), id="h2c-padding"),
+        pytest.param(200, settings(b"AAAA"), id="h2c-short"),
+        pytest.param(200, settings(b"AAIAAABk"), id="h2c-setting"),
+        pytest.param(200, WEBSOCKET + b"sec-websocket-extensions: \xff;;=\r\n\r\n", id="websocket-extensions"),
+        pytest.param(200, WEBSOCKET + b"content-length: 5\r\n\r\nhello", id="websocket-body"),
+        pytest.param(505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 100, id="http2-preface"),
+        pytest.param(400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", id="tls"),
+        pytest.param(400, b"GET /\xff HTTP/1.1\r\n" + HEAD + b"\r\n", id="target-not-ascii"),
+        pytest.param(400, b"GET / HTTP/1.1\r\n\r\n", id="no-host"),
+        pytest.param(400, b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", id="two-hosts"),
+        pytest.param(400, b"GET / HTTP/1.1\r\n" + HEAD + b"a b: c\r\n\r\n", id="header-name"),
+        pytest.param(
+            400, b"GET / HTTP/1.1\r\n" + HEAD + b"authorization: a\r\nauthorization: b\r\n\r\n", id="two-tokens"
+        ),
+        pytest.param(400, b"POST / HTTP/1.1\r\n" + HEAD + b"content-length: 1_0\r\n\r\n", id="length-underscore"),
+        pytest.param(400, b"POST / HTTP/1.1\r\n" + HEAD + b"content-length: -1\r\n\r\n", id="length-negative"),
+        pytest.param(
+            400, b"POST / HTTP/1.1\r\n" + HEAD + b"content-length: 1\r\ncontent-length: 2\r\n\r\n", id="two-lengths"
+        ),
+        pytest.param(400, b"POST / HTTP/1.1\r\n" + HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n", id="chunk-size"),
+        pytest.param(501, b"POST / HTTP/1.1\r\n" + HEAD + b"transfer-encoding: gzip\r\n\r\n", id="encoding"),
+        pytest.param(431, b"GET / HTTP/1.1\r\n" + HEAD + b"a: " + b"b" * 5_000, id="head-too-long"),
+        pytest.param(500, b"GET /fault HTTP/1.1\r\n" + HEAD + b"\r\n", id="handler-fault"),
+    ],
+)
+async def test_malformed_bytes_cost_one_reply_and_nothing_else(
+    status: int, request_bytes: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    async with listening() as address:
+        answer = await exchange(address, request_bytes)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status), answer
+        assert b"Traceback" not in answer
+        assert b"KeyError" not in answer
+        if status != 200:
+            assert set(json.loads(body)) == {"error", "detail"}
+        await still_serves(address)
+
+
+@pytest.mark.trio
+async def test_pipelined_requests_are_answered_in_order_on_one_connection() -> None:
+    async with listening() as address:
+        one = b"POST /%d HTTP/1.1\r\n" + HEAD + b"content-length: 2\r\n\r\n%02d"
+        requests = b"".join(one % (number, number) for number in range(40))
+        answer = await exchange(address, requests)
+        assert [b'"path":"/%d","body":"%02d"' % (number, number) in answer for number in range(40)] == [True] * 40
+        assert answer.count(b"HTTP/1.1 200 ") == 40
+
+
+@pytest.mark.trio
+async def test_connection_outlives_two_thousand_requests() -> None:
+    async with listening() as address, await trio.open_tcp_stream(address.host, address.port) as stream:
+        for _ in range(2_000):
+            await stream.send_all(b"GET / HTTP/1.1\r\n" + HEAD + b"\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += await stream.receive_some()
+            assert b"connection: close" not in answer
+
+
+@pytest.mark.trio
+async def test_expected_continue_is_sent_only_when_the_body_is_wanted() -> None:
+    async with listening() as address:
+        head = b"POST / HTTP/1.1\r\n" + HEAD + b"expect: 100-continue\r\nconnection: close\r\ncontent-length: "
+        wanted = await exchange(address, head + b"5\r\n\r\n", b"hello", pause_seconds=0.05)
+        assert wanted.startswith(b"HTTP/1.1 100 ")
+        assert b'"body":"hello"' in wanted
+        refused = await exchange(address, head + b"5000\r\n\r\n")
+        assert refused.startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.trio
+async def test_client_that_dribbles_a_head_is_cut_off() -> None:
+    async with listening() as address:
+        before = trio.current_time()
+        answer = await exchange(address, b"GET / HT", *[b"T"] * 30, pause_seconds=0.05)
+        assert answer == b""
+        assert trio.current_time() - before < 3
+        await still_serves(address)
+
+
+@pytest.mark.trio
+async def test_client_that_dribbles_a_body_is_answered_408() -> None:
+    async with listening() as address:
+        head = b"POST / HTTP/1.1\r\n" + HEAD + b"content-length: 900\r\n\r\n"
+        answer = await exchange(address, head, *[b"x"] * 8, pause_seconds=0.05)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"too-slow"' in answer
+        await still_serves(address)
+
+
+@pytest.mark.trio
+async def test_silent_connection_is_closed() -> None:
+    async with listening() as address:
+        assert await exchange(address) == b""
+        assert (await exchange(address, b"GET / HTTP/1.1\r\n" + HEAD + b"\r\n")).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.trio
+async def test_client_that_does_not_read_a_large_reply_is_cut_off() -> None:
+    async with listening() as address, await trio.open_tcp_stream(address.host, address.port) as stream:
+        await stream.send_all(b"GET /large HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await trio.sleep(1)
+        received = 0
+        with trio.fail_after(5):
+            try:
+                while chunk := await stream.receive_some(1 << 20):
+                    received += len(chunk)
+            except trio.BrokenResourceError:
+                pass
+        assert received < 32 << 20
+
+
+@pytest.mark.trio
+async def test_shutdown_does_not_wait_for_a_client_that_does_not_read() -> None:
+    patient = HttpLimits(send_seconds=3_600)
+    with trio.fail_after(5):
+        async with listening(patient) as address:
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            await stream.send_all(b"GET /large HTTP/1.1\r\n" + HEAD + b"\r\n")
+            await trio.sleep(0.2)
+        await stream.aclose()
+
+
+@pytest.mark.trio
+async def test_bodies_sent_at_once_are_bounded_together() -> None:
+    async with listening() as address, trio.open_nursery() as nursery:
+        answers = []
+        head = b"POST / HTTP/1.1\r\n" + HEAD + b"connection: close\r\ncontent-length: 600\r\n\r\n"
+
+        async def send() -> None:
+            answers.append(await exchange(address, head + b"x" * 550, b"x" * 50, pause_seconds=0.1))
+
+        nursery.start_soon(send)
+        nursery.start_soon(send)
+        while len(answers) < 2:
+            await trio.sleep(0.05)
+        assert sorted(answer[:13] for answer in answers) == [b"HTTP/1.1 200 ", b"HTTP/1.1 429 "]
+        await still_serves(address)
+
+
+@pytest.mark.trio
+async def test_connections_over_the_limit_are_closed_and_earlier_ones_kept() -> None:
+    async with listening() as address:
+        streams = [await trio.open_tcp_stream(address.host, address.port) for _ in range(4)]
+        await trio.sleep(0.05)
+        assert await exchange(address, b"") == b""
+        await streams[0].send_all(b"GET / HTTP/1.1\r\n" + HEAD + b"\r\n")
+        assert (await streams[0].receive_some()).startswith(b"HTTP/1.1 200 ")
+        for stream in streams:
+            await stream.aclose()
+        await trio.sleep(0.05)
+        await still_serves(address)
+
+
+@pytest.mark.trio
+async def test_port_in_use_is_a_configuration_error_that_names_address_and_key() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = Address("127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=rf"api\.listen: cannot listen on {address}"):
+            await serve_http(echo, address, "api.listen")
+
+
+@pytest.mark.trio
+async def test_address_that_does_not_exist_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"api\.listen: cannot listen on 192\.0\.2\.1:0"):
+        await serve_http(echo, Address("192.0.2.1", 0), "api.listen")
+
+
+@pytest.mark.trio
+async def test_name_with_two_addresses_gets_one_port() -> None:
+    async with trio.open_nursery() as nursery:
+        start = functools.partial(serve_http, echo, Address("localhost", 0), "api.listen", BRISK)
+        address: Address = await nursery.start(start)
+        await still_serves(address)
+        nursery.cancel_scope.cancel()
