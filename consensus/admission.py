@@ -44,7 +44,7 @@ from consensus.state import (
 )
 
 MAX_MANIFEST_SOURCES = 512
-MAX_BATCH_SIZE = 4_096
+MAX_BATCH_SIZE = p.MAX_EVENT_EXAMPLES
 MAX_POLICY_BYTES = 32_768
 
 RETRYABLE = frozenset(
@@ -66,7 +66,12 @@ def admit(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Co
     Raises:
         Rejected: the first rule it breaks; the view is then unchanged.
     """
-    _HANDLERS[event.entry.kind](view, event, timestamp_ms, committee)
+    try:
+        _HANDLERS[event.entry.kind](view, event, timestamp_ms, committee)
+        view.commit()
+    except Rejected:
+        view.discard()
+        raise
 
 
 def _admit_policy(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
@@ -158,10 +163,7 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
     policy = _policy_in_force(view, campaign.policy)
     if campaign.purpose not in policy.purposes:
         raise Rejected(Reason.PURPOSE_NOT_ADMITTED, f"the policy does not admit purpose '{campaign.purpose}'")
-    if campaign.routing_granularity not in policy.routing_granularities:
-        raise Rejected(Reason.GRANULARITY_NOT_ADMITTED, f"routing granularity '{campaign.routing_granularity}'")
-    if campaign.event_granularity not in policy.event_granularities:
-        raise Rejected(Reason.GRANULARITY_NOT_ADMITTED, f"event granularity '{campaign.event_granularity}'")
+    _check_granularities(policy, campaign.routing_granularity, campaign.event_granularity)
     blocks = tuple(block.name for block in campaign.parameter_blocks)
     tensors = [tensor.name for block in campaign.parameter_blocks for tensor in block.tensors]
     if len(set(blocks)) != len(blocks) or len(set(tensors)) != len(tensors):
@@ -180,6 +182,7 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
             sampler_seed=campaign.sampler_seed,
             batch_size=campaign.batch_size,
             planned_steps=campaign.planned_steps,
+            routing_granularity=campaign.routing_granularity,
             event_granularity=campaign.event_granularity,
         ),
     )
@@ -248,6 +251,7 @@ def _admit_grant(view: StateView, event: CheckedEvent, timestamp_ms: int, commit
             Reason.JOB_KEY_EXPIRED, f"the job key expires at {delegation.expires_at_ms} ms, before the grant"
         )
     policy = _policy_in_force(view, terms.policy)
+    _check_granularities(policy, campaign.routing_granularity, campaign.event_granularity)
     check_grant_terms(Digest(terms.policy), policy, terms, timestamp_ms)
     sources = tuple(item.source for item in event.items if isinstance(item, p.GrantedSource))
     check_granted_sources(view, campaign, policy, sources, timestamp_ms, terms.closes_at_ms)
@@ -300,6 +304,13 @@ def check_granted_sources(
         reason = why_refused(policy, record.claim, bool(record.revocation), campaign.purpose, from_ms, until_ms)
         if reason is not None:
             raise Rejected(reason, f"source '{record.claim.name}'")
+
+
+def _check_granularities(policy: p.Policy, routing: str, event: str) -> None:
+    if routing not in policy.routing_granularities:
+        raise Rejected(Reason.GRANULARITY_NOT_ADMITTED, f"routing granularity '{routing}'")
+    if event not in policy.event_granularities:
+        raise Rejected(Reason.GRANULARITY_NOT_ADMITTED, f"event granularity '{event}'")
 
 
 def _policy_in_force(view: StateView, policy: bytes) -> p.Policy:

@@ -118,4 +118,3 @@ __all__ = [
     "genesis_header",
     "header_digest",
 ]
-

@@ -66,6 +66,8 @@ def admit_step(view: StateView, event: CheckedEvent, timestamp_ms: int, committe
     grant, policy = _open_grant(view, event, governance.grant, governance.policy, operation.index, timestamp_ms)
     _check_step_chain(operation, campaign, head)
     uses = tuple(item for item in event.items if isinstance(item, p.SourceUse))
+    for held in head.pending:
+        _check_refusal_reason(view, held.source, held.reason, campaign, grant, policy)
     _check_uses(view, event, uses, campaign, head, grant, operation.index)
     _check_step_totals(uses, governance)
     _check_profiles(uses, governance, operation, policy, campaign)
@@ -184,6 +186,12 @@ def _check_profiles(
     for number, (block, delta) in enumerate(zip(campaign.blocks, operation.deltas, strict=True)):
         if delta.norm_micro and not any(profile.weights_permille[number] for profile in governance.profiles):
             raise Rejected(Reason.DEPTH_ABOVE_MAXIMUM, f"block '{block}' moved, no admitted example may touch it")
+    may_move = any(any(profile.weights_permille) for profile in governance.profiles)
+    if not may_move and operation.root_after != operation.root_before:
+        raise Rejected(
+            Reason.PARAMETER_ROOT_BROKEN,
+            f"the root became {operation.root_after.hex()}, no admitted example may touch any parameter block",
+        )
 
 
 def _check_memorization(
@@ -244,7 +252,7 @@ def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     presented = set(presented_examples(campaign.manifest, campaign.sampler_seed, campaign.batch_size, operation.index))
     totals: Counter[str] = Counter()
     for refusal, item in zip(refusals, event.portions.data.items, strict=True):
-        _check_refusal_reason(view, refusal, campaign, grant, policy)
+        _check_refusal_reason(view, refusal.source, refusal.reason, campaign, grant, policy)
         for example in item.examples:
             if (refusal.source, example) in taken or (refusal.source, example) not in presented:
                 raise Rejected(
@@ -270,19 +278,20 @@ def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
 
 
 def _check_refusal_reason(
-    view: StateView, refusal: p.SourceRefusal, campaign: CampaignRecord, grant: GrantRecord, policy: p.Policy
+    view: StateView, source: bytes, named: str, campaign: CampaignRecord, grant: GrantRecord, policy: p.Policy
 ) -> None:
-    record = view.get(SOURCE_TABLE + refusal.source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
-    if refusal.source in grant.sources:
+    """The reason named is the one that holds under the grant (which the step must share with its refusals)."""
+    record = view.get(SOURCE_TABLE + source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
+    if source in grant.sources:
         allowed = DISCRETIONARY_REFUSALS
     else:
         revoked = bool(record.revocation) and record.revoked_at_ms <= grant.opened_at_ms
         reason = why_refused(policy, record.claim, revoked, campaign.purpose, grant.opened_at_ms, grant.closes_at_ms)
         allowed = frozenset({(reason or Reason.SOURCE_NOT_GRANTED).value})
-    if refusal.reason not in allowed:
+    if named not in allowed:
         raise Rejected(
             Reason.BAD_FIELD,
-            f"'{record.claim.name}' refused as '{refusal.reason}', expected {' or '.join(sorted(allowed))}",
+            f"'{record.claim.name}' refused as '{named}', expected {' or '.join(sorted(allowed))}",
         )
 
 
@@ -303,7 +312,11 @@ def admit_rollback(view: StateView, event: CheckedEvent, timestamp_ms: int, comm
         raise Rejected(Reason.BAD_FIELD, f"reason '{rollback.reason}', expected {', '.join(sorted(ROLLBACK_REASONS))}")
     if rollback.next_attempt != head.attempt + 1:
         raise Rejected(Reason.STEP_CHAIN_BROKEN, f"the next attempt is {head.attempt + 1}")
+    if len(set(rollback.discarded)) != len(rollback.discarded):
+        raise Rejected(Reason.DUPLICATE, "a discarded step is named twice")
     undoes_last = head.last_event in rollback.discarded
+    if undoes_last and rollback.discarded[-1] != head.last_event:
+        raise Rejected(Reason.BAD_FIELD, "discarded steps are not newest first: the one on the log comes last")
     if head.rollback_required and not undoes_last:
         raise Rejected(Reason.ROLLBACK_REQUIRED, f"the rollback must discard step {head.last_event.hex()}")
     if rollback.reason == Reason.MEMORIZATION_ABOVE_THRESHOLD and not head.rollback_required:

@@ -203,6 +203,25 @@ def verify_note(note: bytes, keys: Mapping[str, bytes]) -> frozenset[str]:
 # Keys
 
 
+def verify_note_by(note: bytes, name: str, keys: Mapping[str, bytes]) -> frozenset[str]:
+    """The holders in ``keys`` (each with its 32-byte Ed25519 public key) who signed the note under one ``name``.
+
+    The members of a consortium sign their log's checkpoints under its origin name, each with its own key.
+    At least one must have.
+
+    Raises:
+        Rejected: ``BAD_CHECKPOINT`` as ``verify_note``.
+    """
+    _, signatures = _split_note(note)
+    present = {stamped[:KEY_ID_BYTES] for signer, stamped in signatures if signer == name}
+    signed = {holder: key for holder, key in keys.items() if key_id(name, key) in present}
+    if not signed:
+        raise _rejected(f"a note that nobody known signed as '{name}'")
+    for key in signed.values():
+        verify_note(note, {name: key})
+    return frozenset(signed)
+
+
 def key_id(name: str, public_key: bytes) -> bytes:
     """The 4-byte id of a name's Ed25519 key.
 

@@ -47,12 +47,12 @@ def check_policy(policy: Policy) -> None:
 def why_refused(
     policy: Policy, claim: SourceClaim, revoked: bool, purpose: str, from_ms: int, until_ms: int
 ) -> Reason | None:
-    """Why a source may not be used for ``purpose`` from ``from_ms`` until ``until_ms``; None if it may."""
+    """Why a source may not be used for ``purpose`` from ``from_ms`` through ``until_ms``; None if it may."""
     if revoked:
         return Reason.SOURCE_REVOKED
     if from_ms < claim.valid_from_ms:
         return Reason.SOURCE_NOT_YET_VALID
-    if until_ms > claim.valid_until_ms:
+    if until_ms >= claim.valid_until_ms:
         return Reason.SOURCE_EXPIRED
     if claim.licence not in policy.licences:
         return Reason.LICENCE_NOT_ADMITTED

@@ -33,9 +33,19 @@ Text = Annotated[str, Meta(max_length=8_192)]
 
 MAX_ITEMS = 4_096
 MAX_EXAMPLES = 65_536
+MAX_EVENT_EXAMPLES = 4_096
+"""Examples one event may list, over all its items: as many as a campaign may present to a step."""
+
 MAX_BLOCKS = 4_096
 MAX_TENSORS = 65_536
 MAX_PORTIONS_BYTES = 4 * 1024 * 1024
+
+
+def _require_whole(*digests: bytes) -> None:
+    """Optional digests are 32 bytes or none; what a length bound cannot say. Decoding makes it ``MALFORMED``."""
+    for digest in digests:
+        if len(digest) not in (0, 32):
+            raise ValueError(f"a digest of {len(digest)} bytes, expected 32 or none")
 
 
 class Wire(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -215,6 +225,9 @@ class Delegation(Wire, frozen=True):
     replaces: OptionalBytes32
     head: OptionalBytes32
 
+    def __post_init__(self) -> None:
+        _require_whole(self.replaces, self.head)
+
 
 class Tensor(Wire, frozen=True):
     """A parameter tensor: name, safetensors dtype name, shape."""
@@ -266,6 +279,9 @@ class Campaign(Wire, frozen=True):
     environment: Settings
     factors_digest: OptionalBytes32
 
+    def __post_init__(self) -> None:
+        _require_whole(self.base_provenance, self.factors_digest)
+
 
 class GrantOperation(Wire, frozen=True):
     """The job a grant is for."""
@@ -307,6 +323,9 @@ class StepOperation(Wire, frozen=True):
     memorization: Annotated[tuple[MemorizationSignal, ...], Meta(max_length=MAX_EXAMPLES)]
     sketch_root: OptionalBytes32
     step_microseconds: Natural
+
+    def __post_init__(self) -> None:
+        _require_whole(self.sketch_root)
 
 
 class RefusalOperation(Wire, frozen=True):
@@ -403,6 +422,11 @@ def example_leaf(salt: bytes, example: int) -> Digest:
 def content_leaf(salt: bytes, example: bytes) -> Digest:
     """Leaf of a source's content tree. ``salt`` keeps short examples from being guessed by their digest."""
     return tagged_hash(Tag.CONTENT, salt, example)
+
+
+def content_salt(source_salt: bytes, index: int) -> Digest:
+    """The salt of the example at ``index`` of a source's content tree; reveals no other example's."""
+    return tagged_hash(Tag.SALT, source_salt, b"content", index.to_bytes(8, "big"))
 
 
 def examples_root(salt: bytes, item: int, examples: tuple[int, ...]) -> Digest:

@@ -38,7 +38,7 @@ from consensus.portions import (
     Wire,
 )
 from consensus.rejection import Reason, Rejected
-from consensus.state_map import StateMap
+from consensus.state_map import MAX_VALUE_BYTES, StateMap
 
 POLICY_HEAD_KEY = b"\x01" + bytes(32)
 POLICY_TABLE = b"\x02"
@@ -99,6 +99,7 @@ class CampaignRecord(Wire, frozen=True):
     sampler_seed: Bytes32
     batch_size: Natural
     planned_steps: Natural
+    routing_granularity: Name
     event_granularity: Name
 
 
@@ -189,16 +190,22 @@ def read_record(encoded: bytes, record: type[R]) -> R:
 class StateView:
     """The state while a ledger block is applied: the parent's map under the changes made so far.
 
-    An event's changes are put only after all its checks, so a refused event leaves the view untouched.
+    An event's changes are *put* while it is judged, and *committed* together or *discarded* together, so a
+    refused event leaves the view untouched.
     """
 
     def __init__(self, parent: StateMap) -> None:
         self._parent = parent
         self._records: dict[bytes, Wire | None] = {}
-        self._changed: set[bytes] = set()
+        self._put: dict[bytes, Wire] = {}
+        self._changed: dict[bytes, bytes] = {}
 
     def find(self, key: bytes, record: type[R]) -> R | None:
         """The record under ``key``, or None."""
+        if key in self._put:
+            put = self._put[key]
+            assert isinstance(put, record)
+            return put
         if key in self._records:
             held = self._records[key]
             assert held is None or isinstance(held, record)
@@ -220,18 +227,31 @@ class StateView:
         return found
 
     def put(self, key: bytes, record: Wire) -> None:
-        """Set the record under ``key``."""
-        self._records[key] = record
-        self._changed.add(key)
+        """Set the record under ``key``, once committed."""
+        self._put[key] = record
+
+    def commit(self) -> None:
+        """Keep what was put since the last commit.
+
+        Raises:
+            Rejected: ``OVERSIZED`` for a record the state map cannot hold; nothing is then kept.
+        """
+        encoded = {key: encode(record) for key, record in self._put.items()}
+        for key, value in sorted(encoded.items()):
+            if len(value) > MAX_VALUE_BYTES:
+                name = type(self._put[key]).__name__
+                raise Rejected(Reason.OVERSIZED, f"a {name} of {len(value)} bytes, at most {MAX_VALUE_BYTES} allowed")
+        self._records.update(self._put)
+        self._changed.update(encoded)
+        self._put = {}
+
+    def discard(self) -> None:
+        """Forget what was put since the last commit."""
+        self._put = {}
 
     def changes(self) -> dict[bytes, bytes]:
-        """Encoded records set so far, by key."""
-        changed = {}
-        for key in sorted(self._changed):
-            record = self._records[key]
-            assert record is not None
-            changed[key] = encode(record)
-        return changed
+        """Encoded records committed so far, by key."""
+        return dict(sorted(self._changed.items()))
 
 
 def merge_counts(first: tuple[Count, ...], second: tuple[Count, ...], sign: int = 1) -> tuple[Count, ...]:

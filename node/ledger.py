@@ -265,7 +265,7 @@ def _block_write(parent: LedgerState, built: Built, certificate: bytes | None, v
                 event.portions_bytes,
                 event.id,
                 event.leaf_hash,
-                _terms(event),
+                index_terms(event),
             )
             for offset, event in enumerate(built.events)
         ),
@@ -286,7 +286,8 @@ def term(prefix: bytes, of: bytes) -> bytes:
     return prefix + of
 
 
-def _terms(event: CheckedEvent) -> tuple[bytes, ...]:
+def index_terms(event: CheckedEvent) -> tuple[bytes, ...]:
+    """What an event is listed under: kind, author, campaign, each source it names."""
     entry = event.entry
     terms = {term(KIND_TERM, entry.kind.value.encode()), term(AUTHOR_TERM, entry.author)}
     if entry.campaign != bytes(32):

@@ -7,10 +7,8 @@ voting and says why.
 """
 
 import logging
-import os
 import signal
 import statistics
-from dataclasses import dataclass
 
 import trio
 
@@ -19,22 +17,21 @@ from consensus.certificate import BlsThreshold, Ed25519List, scheme_for
 from consensus.checkpoint import assemble_note, checkpoint_text, sign_note
 from consensus.engine import Timing
 from consensus.event import CheckedEvent
-from consensus.genesis import genesis_from_json, signer_for
 from consensus.identifiers import VOTING_ROLES, Digest, MemberId
-from consensus.keys import Ed25519SigningKey, SignatureScheme, Signer
-from consensus.membership import Genesis, Member, check_genesis
+from consensus.keys import Ed25519SigningKey, Signer
+from consensus.membership import Genesis
 from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 from node.api import serve
 from node.clock import Clock, SystemClock
 from node.config import NodeConfig
 from node.countersign import CountersignDesk
+from node.identity import Identity, load_genesis, load_identity
 from node.intake import Intake
 from node.journal import Journal, JournalLost, VoteMark, check_not_lost
-from node.keystore import Keystore, Secrets, read_passphrase
 from node.ledger import Ledger
 from node.mempool import Mempool
-from node.metrics import Metrics
 from node.messages import AskCountersign, DeliverSignature, decode_request
+from node.metrics import Metrics
 from node.network import Network, Peer
 from node.replica import Replica
 from node.service import EventState, EventStatus, FinalityFigures, NodeStatus
@@ -44,56 +41,6 @@ from node.voter import Voter, VotingKeys
 log = logging.getLogger("countersign")
 
 JOURNAL_FILE = "votes.journal"
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """This node's member and what it signs with."""
-
-    member: Member
-    signer: Signer
-    secrets: Secrets
-
-
-def load_genesis(config: NodeConfig) -> Genesis:
-    """The genesis file, checked and held against the pinned chain id.
-
-    Raises:
-        ConfigError: unreadable, not a genesis, or another chain's.
-    """
-    path = config.node.genesis
-    try:
-        genesis = genesis_from_json(path.read_bytes())
-        check_genesis(genesis)
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a genesis file, found: {error.strerror}") from error
-    except Rejected as error:
-        raise ConfigError(f"{path}: expected a genesis, found {error}") from error
-    if genesis.chain_id.hex() != config.node.chain_id:
-        raise ConfigError(
-            f"{path}: expected chain id {config.node.chain_id} (node.chain_id), found {genesis.chain_id.hex()}"
-        )
-    return genesis
-
-
-def load_identity(config: NodeConfig, genesis: Genesis) -> Identity:
-    """The member this node is, by its keystore.
-
-    Raises:
-        ConfigError: wrong passphrase, or keys that are not the named member's.
-    """
-    member = next((held for held in genesis.members if held.name == config.node.name), None)
-    if member is None:
-        names = ", ".join(held.name for held in genesis.members)
-        raise ConfigError(f"node.name: expected a member of the genesis ({names}), found '{config.node.name}'")
-    passphrase = read_passphrase(config.node.passphrase_file, os.environ)
-    secrets = Keystore.open(config.node.keystore, passphrase).secrets
-    signer = signer_for(SignatureScheme(member.scheme), secrets.identity_seed)
-    if signer.public_key != member.identity_key:
-        raise ConfigError(f"{config.node.keystore}: its identity is not {member.name}'s of the genesis")
-    if Ed25519SigningKey(secrets.transport_seed).public_key != member.transport_key:
-        raise ConfigError(f"{config.node.keystore}: its transport key is not {member.name}'s of the genesis")
-    return Identity(member, signer, secrets)
 
 
 def open_peers(config: NodeConfig, genesis: Genesis) -> list[Peer]:
@@ -301,7 +248,7 @@ class Node:
             origin = self._ledger.genesis.name
             text = checkpoint_text(origin, header.log_size, header.log_root)
             signer = Ed25519SigningKey(self._identity.secrets.log_seed)
-            line = sign_note(text, f"{origin}/{self.name}", signer)
+            line = sign_note(text, origin, signer)
             self._note = (header.log_size, assemble_note(text, [line]))
         return self._note[1]
 

@@ -1,0 +1,165 @@
+"""``countersign``: the root of the command line.
+
+Commands are loaded only when asked for, so that ``countersign verify`` runs where neither libp2p nor RocksDB
+nor an HTTP client is installed. A command whose libraries are missing says which extra brings them.
+
+Exit codes: 0 yes or done, 1 no or refused, 2 not known (a node that does not answer, a usage or configuration
+error, a missing extra). Errors are one line on standard error, ``error: REASON: detail``, never a traceback.
+
+What each command does is in ``commands/``; ``every_command`` lists them all for the tests that hold help and
+documentation complete.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import IO
+
+import click
+
+from consensus.rejection import ConfigError, CountersignError, InvariantBroken, Rejected, Unavailable
+
+EXIT_REFUSED = 1
+EXIT_UNKNOWN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LazyCommand:
+    """Where a command is, and its line in the overview."""
+
+    module: str
+    attribute: str
+    summary: str
+
+
+COMMANDS: Mapping[str, LazyCommand] = {
+    "demo": LazyCommand("node.demo.command", "demo_command", "Run a whole consortium and one governed fine-tune."),
+    "network": LazyCommand("node.commands.network", "network", "Make the files of a network for a trial."),
+    "node": LazyCommand("node.commands.process", "node", "Run a node, or ask one how it is."),
+    "policy": LazyCommand("node.commands.policy", "policy", "Sign and read the policy in force."),
+    "source": LazyCommand("node.commands.source", "source", "Claim, list and revoke data sources."),
+    "job": LazyCommand("node.commands.job", "job", "Let a training job write a campaign."),
+    "grant": LazyCommand("node.commands.grant", "grant", "See and countersign grants."),
+    "log": LazyCommand("node.commands.log", "log", "Read, prove and check the log."),
+    "verify": LazyCommand("node.verify", "verify_command", "Check a bundle offline, trusting nobody in it."),
+}
+
+_OURS = ("consensus", "node", "trainer_client")
+_TRAINER_MODULES = ("numpy", "torch")
+
+
+class Refused(click.ClickException):
+    """The answer is no. Shown as one line."""
+
+    exit_code = EXIT_REFUSED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+    def show(self, file: IO[str] | None = None) -> None:
+        """Print it on standard error."""
+        click.echo(f"error: {self.message}", err=True)
+
+
+class NotKnown(Refused):
+    """There is no answer: wrongly asked, or nobody to ask."""
+
+    exit_code = EXIT_UNKNOWN
+
+
+class LazyGroup(click.Group):
+    """The root group: imports a command's module when it is called, and words every error."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """In the order in which people meet them."""
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command called ``name``, its module imported."""
+        found = COMMANDS.get(name)
+        if found is None:
+            return None
+        command = getattr(importlib.import_module(found.module), found.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """The overview, from the table: nothing is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
+
+    def invoke(self, context: click.Context) -> object:
+        """Run a command; what it raises becomes one line and an exit code."""
+        try:
+            return super().invoke(context)
+        except ExceptionGroup as group:
+            # A node's tasks fail together; the first that says why is the one to show.
+            worded = _first_worded(group)
+            if worded is None:
+                raise
+            raise worded from group
+        except (CountersignError, ModuleNotFoundError, OSError) as error:
+            failure = _worded(error)
+            if failure is None:
+                raise
+            raise failure from error
+
+
+def _first_worded(group: ExceptionGroup[Exception]) -> Refused | None:
+    for error in group.exceptions:
+        found = _first_worded(error) if isinstance(error, ExceptionGroup) else _worded(error)
+        if found is not None:
+            return found
+    return None
+
+
+def _worded(error: Exception) -> Refused | None:
+    """The line and exit code for an error; None for one that is a fault of ours and deserves its traceback."""
+    if isinstance(error, ConfigError):
+        return NotKnown(f"config: {error}")
+    if isinstance(error, Rejected):
+        return Refused(str(error))
+    if isinstance(error, Unavailable):
+        return NotKnown(f"unavailable: {error}")
+    if isinstance(error, InvariantBroken):
+        return Refused(f"invariant-broken: {error}")
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").partition(".")[0]
+        if missing in _OURS:
+            return None
+        extra = "trainer" if missing in _TRAINER_MODULES else "node"
+        return NotKnown(f"this command needs the {extra} extra: pip install 'countersign[{extra}]'")
+    if isinstance(error, OSError):
+        return NotKnown(f"file: {error.filename or 'input or output'}: {error.strerror or error}")
+    return None
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(version("countersign"), prog_name="countersign")
+def main() -> None:
+    """Every fine-tuning step, countersigned by the parties that answer for it.
+
+    \b
+    Try it:     countersign demo
+    Check it:   countersign verify included --bundle FILE --genesis FILE --chain-id HEX
+
+    Exit codes: 0 yes or done, 1 no or refused, 2 not known or wrongly asked.
+    """
+
+
+def every_command() -> Iterator[tuple[str, click.Command]]:
+    """Every command with its full name (``countersign log prove``), groups before what is in them."""
+    context = click.Context(main, info_name="countersign")
+    yield "countersign", main
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        yield from _walk(f"countersign {name}", command)
+
+
+def _walk(path: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from _walk(f"{path} {name}", inner)

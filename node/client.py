@@ -1,0 +1,301 @@
+"""A small HTTP client of a node, for the command line.
+
+Answers come back typed; a node's refusal comes back as the ``Rejected`` it is, with the node's own reason and
+detail. What a node says is believed only where a command says so: proofs are checked by ``consensus``.
+
+A node that does not answer, is not ready or has too much to do raises ``Unavailable``. Answers are read to a
+bound. Proxies of the environment are not used: a token is for the node alone.
+"""
+
+from types import TracebackType
+from typing import TypeVar
+
+import httpx
+import msgspec
+from msgspec import Raw, Struct
+
+from consensus.bundle import MAX_BUNDLE_BYTES
+from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
+
+DEFAULT_TIMEOUT_SECONDS = 30.0
+MAX_JSON_BYTES = 64 << 20
+
+A = TypeVar("A")
+
+
+class ErrorAnswer(Struct, frozen=True):
+    """Every refusal's body."""
+
+    error: str
+    detail: str = ""
+
+
+class EventAnswer(Struct, frozen=True):
+    """What became of an event."""
+
+    id: str
+    status: str
+    leaf_hash: str | None = None
+    index: int | None = None
+    height: int | None = None
+    error: str | None = None
+    detail: str | None = None
+
+
+class EventRow(Struct, frozen=True):
+    """One event of the log's listing."""
+
+    index: int
+    id: str
+    kind: str
+    author: str
+    author_name: str = ""
+    campaign: str = ""
+    sequence: int = 0
+    attempt: int = 0
+    size_bytes: int = 0
+
+
+class EventPage(Struct, frozen=True):
+    """Part of the listing; ``next`` is where it goes on, None at its end."""
+
+    events: tuple[EventRow, ...]
+    next: int | None = None
+
+
+class SourceRow(Struct, frozen=True):
+    """One registered source."""
+
+    id: str
+    name: str
+    author: str
+    author_name: str
+    licence: str
+    purposes: tuple[str, ...]
+    content_class: str = msgspec.field(name="class")
+    example_count: int = 0
+    revoked_at_ms: int = 0
+
+
+class SourceList(Struct, frozen=True):
+    """All registered sources."""
+
+    sources: tuple[SourceRow, ...]
+
+
+class PolicyAnswer(Struct, frozen=True):
+    """The policy in force; ``policy`` is its content as JSON."""
+
+    id: str
+    since_ms: int
+    policy: Raw
+
+
+class GrantRefusalRow(Struct, frozen=True):
+    """Why one member will not countersign."""
+
+    member: str
+    error: str
+    detail: str = ""
+
+
+class GrantAnswer(Struct, frozen=True):
+    """How far a grant has come, by member names."""
+
+    id: str
+    status: str
+    campaign: str | None = None
+    signers: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    refusals: tuple[GrantRefusalRow, ...] = ()
+
+
+class GrantList(Struct, frozen=True):
+    """Grants that are gathered, wait for a hand, or are open."""
+
+    grants: tuple[GrantAnswer, ...]
+
+
+class CampaignAnswer(Struct, frozen=True):
+    """Where a campaign stands, as far as a replacement of its job key needs it."""
+
+    last_event: str
+    job_key: str
+    steps: int = 0
+    closed: str = ""
+
+
+class NodeClient:
+    """One node's HTTP interface. Use it in a ``with`` block."""
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    ) -> None:
+        """Nothing is sent yet.
+
+        Raises:
+            ConfigError: ``url`` is no http or https address.
+        """
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"expected a node's address like http://127.0.0.1:7480, found {url}")
+        self.url = url.rstrip("/")
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._client = httpx.Client(headers=headers, timeout=timeout_seconds, trust_env=False)
+
+    def __enter__(self) -> "NodeClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    # Events
+
+    def submit(self, event: bytes, wait_seconds: float = 0.0) -> EventAnswer:
+        """Hand in a signed event; with ``wait_seconds`` wait that long for its finality.
+
+        Raises:
+            Rejected: the node's reason. Unavailable: no answer, or not now.
+        """
+        answer = self._request("POST", "/v1/events", _wait(wait_seconds), event, wait_seconds)
+        return _refused_if_rejected(_decoded(answer, EventAnswer))
+
+    def event(self, event_id: str, wait_seconds: float = 0.0) -> EventAnswer:
+        """What became of an event.
+
+        Raises:
+            Rejected: ``NOT_FOUND``. Unavailable: no answer.
+        """
+        path = f"/v1/events/{event_id}"
+        return _decoded(self._request("GET", path, _wait(wait_seconds), None, wait_seconds), EventAnswer)
+
+    def event_bytes(self, event_id: str) -> bytes:
+        """The signed event as it is on the log."""
+        return self._request("GET", f"/v1/events/{event_id}/raw")
+
+    def events(self, filters: dict[str, str], start: int, limit: int) -> EventPage:
+        """Part of the log's listing; ``filters`` are ``kind``, ``campaign``, ``source``."""
+        parameters = {**filters, "start": str(start), "limit": str(limit)}
+        return _decoded(self._request("GET", "/v1/events", parameters), EventPage)
+
+    # State
+
+    def sources(self) -> SourceList:
+        """All registered sources."""
+        return _decoded(self._request("GET", "/v1/sources"), SourceList)
+
+    def policy(self) -> PolicyAnswer:
+        """The policy in force."""
+        return _decoded(self._request("GET", "/v1/policy"), PolicyAnswer)
+
+    def campaign(self, campaign: str) -> CampaignAnswer:
+        """Where a campaign stands."""
+        return _decoded(self._request("GET", f"/v1/campaigns/{campaign}"), CampaignAnswer)
+
+    # Grants
+
+    def grants(self) -> GrantList:
+        """Grants being gathered, waiting for a hand, or open."""
+        return _decoded(self._request("GET", "/v1/grants"), GrantList)
+
+    def grant(self, grant_id: str) -> GrantAnswer:
+        """How far a grant has come."""
+        return _decoded(self._request("GET", f"/v1/grants/{grant_id}"), GrantAnswer)
+
+    def sign_grant(self, grant_id: str) -> GrantAnswer:
+        """Countersign a grant with the node's member key."""
+        return _decoded(self._request("POST", f"/v1/grants/{grant_id}/sign", content=b""), GrantAnswer)
+
+    # Proofs
+
+    def receipt(self, event_id: str, wait_seconds: float = 0.0) -> bytes:
+        """An event's receipt, not yet verified."""
+        return self._request("GET", f"/v1/receipts/{event_id}", _wait(wait_seconds), None, wait_seconds)
+
+    def bundle(self, predicate: str, subject: dict[str, str]) -> bytes:
+        """The bundle of a predicate about ``subject``, not yet verified."""
+        return self._request("GET", f"/v1/bundles/{predicate}", subject, max_bytes=MAX_BUNDLE_BYTES)
+
+    def checkpoint(self) -> bytes:
+        """The newest signed checkpoint, not yet verified."""
+        return self._request("GET", "/v1/checkpoint")
+
+    def status(self) -> dict[str, object]:
+        """The node's own account of itself."""
+        return _decoded(self._request("GET", "/v1/status"), dict[str, object])
+
+    # Inside
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        parameters: dict[str, str] | None = None,
+        content: bytes | None = None,
+        wait_seconds: float = 0.0,
+        max_bytes: int = MAX_JSON_BYTES,
+    ) -> bytes:
+        headers = {} if content is None else {"Content-Type": "application/octet-stream"}
+        timeout = self._client.timeout.read or DEFAULT_TIMEOUT_SECONDS
+        try:
+            with self._client.stream(
+                method,
+                self.url + path,
+                params=parameters,
+                content=content,
+                headers=headers,
+                timeout=timeout + wait_seconds,
+            ) as response:
+                body = bytearray()
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    if len(body) > max_bytes:
+                        raise Unavailable(f"the node at {self.url} sent more than {max_bytes} bytes for {path}")
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"expected a node's address, found {self.url}: {error}") from error
+        except httpx.HTTPError as error:
+            raise Unavailable(f"the node at {self.url} does not answer: {error}") from error
+        if response.status_code >= 400:
+            raise _failure(self.url, response.status_code, bytes(body))
+        return bytes(body)
+
+
+def _wait(seconds: float) -> dict[str, str]:
+    return {"wait": f"{seconds:g}"} if seconds else {}
+
+
+def _decoded(body: bytes, kind: type[A]) -> A:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Unavailable(f"the node's answer is not understood: {error}") from error
+
+
+def _refused_if_rejected(answer: EventAnswer) -> EventAnswer:
+    """An event that was taken and then refused by the state it met is a refusal all the same."""
+    if answer.status == "rejected":
+        raise Rejected(_reason(answer.error) or Reason.MALFORMED, answer.detail or f"event {answer.id}")
+    return answer
+
+
+def _failure(url: str, status: int, body: bytes) -> Rejected | Unavailable:
+    try:
+        answer = msgspec.json.decode(body, type=ErrorAnswer)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return Unavailable(f"{url} answered with status {status} and no reason: is it a Countersign node?")
+    reason = _reason(answer.error)
+    if status in (429, 503) or reason is None:
+        return Unavailable(f"the node at {url} answered {status} {answer.error}: {answer.detail}")
+    return Rejected(reason, answer.detail)
+
+
+def _reason(value: str | None) -> Reason | None:
+    return Reason(value) if value in set(Reason) else None

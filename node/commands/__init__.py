@@ -1,0 +1,1 @@
+"""The command families of ``countersign``; each file is one. ``cli.py`` loads them when they are called."""

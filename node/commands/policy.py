@@ -1,0 +1,170 @@
+"""``countersign policy``: sign a policy with other governance members, and read the one in force."""
+
+import os
+import tomllib
+from pathlib import Path
+
+import click
+import msgspec
+
+from consensus.codec import encode
+from consensus.event import CheckedEvent, Kind, check_event, make_entry
+from consensus.identifiers import MemberId, Role
+from consensus.policy import check_policy
+from consensus.portions import BlockWeight, ClassRule, Policy, Portions, SaltedPortion
+from consensus.rejection import ConfigError
+from node.commands.connection import connect, node_options
+from node.commands.member import LocalMember, load_member, read_event, signed_by
+from node.commands.output import print_json, utc
+from node.commands.submission import deliver
+
+
+class ClassTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[[class]]``: how deeply a content class may move the parameters, in permille."""
+
+    name: str
+    default_weight_permille: int
+    blocks: dict[str, int] = {}
+
+
+class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``policy.toml``."""
+
+    name: str
+    licences: tuple[str, ...]
+    purposes: tuple[str, ...]
+    classes: tuple[ClassTable, ...] = msgspec.field(name="class")
+    memorization_threshold_permille: int
+    maximum_grant_steps: int
+    maximum_grant_duration_seconds: int
+    revocation: str = "drain"
+    routing_granularities: tuple[str, ...] = ("block",)
+    event_granularities: tuple[str, ...] = ("batch",)
+    rationale: str = ""
+
+
+@click.group()
+def policy() -> None:
+    """Sign and read the policy in force."""
+
+
+@policy.command("sign")
+@click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), required=True, help="The member's configuration file."
+)
+@click.option("--policy", "policy_path", type=click.Path(path_type=Path), help="policy.toml: start a new event.")
+@click.option("--event", "event_path", type=click.Path(path_type=Path), help="Event file to add a signature to.")
+@click.option("--submit", is_flag=True, help="Hand it to the node of --config and wait until it is final.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the event, with this signature, to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def policy_sign(
+    config_path: Path,
+    policy_path: Path | None,
+    event_path: Path | None,
+    submit: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Sign a policy. As many governance members as the genesis says must sign the same event.
+
+    The first member starts from policy.toml, each further one adds a signature to the event file, the last
+    one submits. A policy is in force from its ledger block on, for grants that come after it.
+
+    \b
+    Examples:
+      countersign policy sign --config council/node.toml --policy policy.toml --submit
+      countersign policy sign --config council/node.toml --policy policy.toml --out policy.event
+      countersign policy sign --config senate/node.toml --event policy.event --submit
+    """
+    if (policy_path is None) == (event_path is None):
+        raise click.UsageError("give either --policy FILE or --event FILE")
+    if not submit and out is None:
+        raise click.UsageError("give --submit, --out FILE or both")
+    own = load_member(config_path)
+    own.require(Role.GOVERNANCE, "a policy")
+    if policy_path is not None:
+        event, encoded = _new_event(own, read_policy(policy_path))
+    else:
+        assert event_path is not None
+        event, encoded = _with_own_signature(own, read_event(event_path, own.committee), event_path)
+    signers = sorted(own.committee.member(MemberId(signer)).name for signer in event.signers)
+    missing = own.committee.threshold(Role.GOVERNANCE) - len(signers)
+    if not as_json:
+        assert isinstance(event.governance, Policy)
+        click.echo(f"policy '{event.governance.name}', signed by {', '.join(signers)}")
+        if missing > 0:
+            click.echo(f"{missing} more governance members must sign")
+    if submit:
+        check_event(encoded, own.committee)
+    deliver(event, encoded, submit_with=config_path if submit else None, out=out, as_json=as_json)
+
+
+@policy.command("show")
+@node_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def policy_show(config_path: Path | None, url: str | None, token_file: Path | None, as_json: bool) -> None:
+    """Show the policy in force.
+
+    \b
+    Example:
+      countersign policy show --config council/node.toml
+    """
+    with connect(config_path, url, token_file) as client:
+        found = client.policy()
+    content = msgspec.json.decode(found.policy)
+    if as_json:
+        print_json({"id": found.id, "since_ms": found.since_ms, "policy": content})
+        return
+    click.echo(f"policy {found.id}, in force since {utc(found.since_ms)}")
+    print_json(content)
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy of a ``policy.toml``.
+
+    Raises:
+        ConfigError: missing, not TOML, or an unknown or missing key.
+        Rejected: ``BAD_FIELD`` where its values make no policy.
+    """
+    try:
+        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), PolicyFile)
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a policy file, found: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path}: expected a policy in TOML, found: {error}") from error
+    made = Policy(
+        name=file.name,
+        licences=file.licences,
+        purposes=file.purposes,
+        classes=tuple(
+            ClassRule(
+                content_class=table.name,
+                default_weight_permille=table.default_weight_permille,
+                blocks=tuple(BlockWeight(block, weight) for block, weight in table.blocks.items()),
+            )
+            for table in file.classes
+        ),
+        memorization_threshold_permille=file.memorization_threshold_permille,
+        routing_granularities=file.routing_granularities,
+        event_granularities=file.event_granularities,
+        maximum_grant_steps=file.maximum_grant_steps,
+        maximum_grant_duration_ms=1_000 * file.maximum_grant_duration_seconds,
+        revocation=file.revocation,
+        rationale=file.rationale,
+    )
+    check_policy(made)
+    return made
+
+
+def _new_event(own: LocalMember, content: Policy) -> tuple[CheckedEvent, bytes]:
+    portions = Portions(
+        data=None, governance=SaltedPortion(salt=os.urandom(32), content=encode(content)), operation=None
+    )
+    return signed_by(own, make_entry(own.committee.chain_id, Kind.POLICY, own.member.id, portions), portions)
+
+
+def _with_own_signature(own: LocalMember, event: CheckedEvent, path: Path) -> tuple[CheckedEvent, bytes]:
+    if event.entry.kind is not Kind.POLICY or not isinstance(event.governance, Policy):
+        raise ConfigError(f"{path}: expected a policy event, found a {event.entry.kind.value} event")
+    check_policy(event.governance)
+    return signed_by(own, event.entry, event.portions)

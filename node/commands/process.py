@@ -1,0 +1,77 @@
+"""``countersign node``: run a node, and ask one how it is."""
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from node.commands.connection import connect, node_options
+from node.commands.member import load_member
+from node.commands.output import print_json
+from node.config import api_tokens, load_config
+
+
+@click.group()
+def node() -> None:
+    """Run a node, or ask one how it is."""
+
+
+@node.command("run")
+@click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), required=True, help="The node's configuration file."
+)
+@click.option("--check", is_flag=True, help="Check configuration, genesis and keystore, then stop.")
+def node_run(config_path: Path, check: bool) -> None:
+    """Run a node until it is interrupted.
+
+    \b
+    Examples:
+      countersign node run --config library/node.toml --check
+      countersign node run --config library/node.toml
+    """
+    config = load_config(config_path)
+    if check:
+        own = load_member(config_path)
+        api_tokens(config.api)
+        click.echo(f"{config_path}: {own.member.name}, {own.member.role.value}, chain {config.node.chain_id}: ready")
+        return
+    logging.basicConfig(
+        level=config.node.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    from node.runner import run_node  # noqa: PLC0415 (libp2p takes a second to import; only this command needs it)
+
+    run_node(config)
+
+
+@node.command("status")
+@node_options
+@click.option("--json", "as_json", is_flag=True, help="Print the node's answer as JSON.")
+def node_status(config_path: Path | None, url: str | None, token_file: Path | None, as_json: bool) -> None:
+    """Ask a node how it is: height, peers, whether it votes.
+
+    \b
+    Examples:
+      countersign node status --config library/node.toml
+      countersign node status --url http://127.0.0.1:7480 --json
+    """
+    with connect(config_path, url, token_file) as client:
+        status = client.status()
+    if as_json:
+        print_json(status)
+        return
+    for name, value in status.items():
+        click.echo(f"{name.replace('_', ' '):20} {_readable(value)}")
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, list):
+        separator = "; " if any(isinstance(item, dict) for item in value) else ", "
+        return separator.join(_readable(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {inner}" for name, inner in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) or "-"

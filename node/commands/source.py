@@ -1,0 +1,249 @@
+"""``countersign source``: what a data-source authority claims about its data, and takes back."""
+
+import os
+import tomllib
+from pathlib import Path
+
+import click
+import msgspec
+
+from consensus.codec import encode
+from consensus.event import Kind, make_entry
+from consensus.identifiers import Role
+from consensus.portions import DataItem, DataPortion, Portions, SourceClaim, SourceRevocation, Wire
+from consensus.rejection import ConfigError
+from node.clock import SystemClock
+from node.commands.connection import connect, node_options
+from node.commands.content import (
+    Splitter,
+    json_field,
+    lines,
+    measure,
+    pieces_of,
+    read_examples,
+    source_salt,
+    whole_files,
+)
+from node.commands.fields import digest_argument
+from node.commands.member import LocalMember, load_member, signed_by
+from node.commands.output import print_json, print_table, utc
+from node.commands.submission import deliver
+
+DAY_MS = 86_400_000
+BACKDATED_MS = 60_000
+"""A claim is valid from a minute ago: a ledger block's clock may be a little behind its owner's."""
+
+REQUIRED = ("name", "licence", "rights_basis", "purposes", "content_class")
+
+
+class ClaimFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``claim.toml``; every key can also be given, or overridden, by an option."""
+
+    name: str | None = None
+    licence: str | None = None
+    rights_basis: str | None = None
+    purposes: tuple[str, ...] = ()
+    content_class: str | None = msgspec.field(name="class", default=None)
+    valid_days: int | None = None
+    statement: str = ""
+
+
+@click.group()
+def source() -> None:
+    """Claim, list and revoke data sources."""
+
+
+@source.command("sign")
+@click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), required=True, help="The member's configuration file."
+)
+@click.option("--claim", "claim_path", type=click.Path(path_type=Path), help="claim.toml with any of the keys below.")
+@click.option("--name", help="Name of the source.")
+@click.option(
+    "--content",
+    "paths",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="File or directory with the examples; may be repeated. They are read here and never leave.",
+)
+@click.option("--example-bytes", type=click.IntRange(min=1), help="Every so many bytes of a file are one example.")
+@click.option("--lines", "by_line", is_flag=True, help="Every non-empty line is one example.")
+@click.option("--jsonl", "field", metavar="FIELD", help="Every line is a JSON object; its text FIELD is the example.")
+@click.option("--licence", help="SPDX identifier, as CC-BY-4.0.")
+@click.option("--rights-basis", help="On what the right to license rests, as licence, ownership, consent.")
+@click.option("--purpose", "purposes", multiple=True, help="A purpose it may be used for; may be repeated.")
+@click.option("--class", "content_class", help="Content class, which the policy gives a depth.")
+@click.option("--valid-days", type=click.IntRange(min=1), help="How long the claim stands. Default: 365.")
+@click.option("--statement", help="Free text for people.")
+@click.option(
+    "--salt-file",
+    type=click.Path(path_type=Path),
+    help="Secret for later proofs about single examples, 0600; made if missing. Default: NAME.salt.",
+)
+@click.option("--submit", is_flag=True, help="Hand it to the node of --config and wait until it is final.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def source_sign(
+    config_path: Path,
+    claim_path: Path | None,
+    name: str | None,
+    paths: tuple[Path, ...],
+    example_bytes: int | None,
+    by_line: bool,
+    field: str | None,
+    licence: str | None,
+    rights_basis: str | None,
+    purposes: tuple[str, ...],
+    content_class: str | None,
+    valid_days: int | None,
+    statement: str | None,
+    salt_file: Path | None,
+    submit: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Sign a claim about a data source.
+
+    The claim names the examples by a salted root; the examples themselves never leave this machine. Without
+    --lines, --jsonl or --example-bytes every file is one example. Keep the salt file: only with it can you
+    later prove that an example is among those claimed.
+
+    \b
+    Example:
+      countersign source sign --config library/node.toml --name sonnets --content sonnets/ \\
+        --lines --licence CC-BY-4.0 --rights-basis licence --purpose research --class open --submit
+    """
+    if not submit and out is None:
+        raise click.UsageError("give --submit, --out FILE or both")
+    split = _splitter(example_bytes, by_line, field)
+    file = _read_claim(claim_path)
+    claimed = ClaimFile(
+        name=name or file.name,
+        licence=licence or file.licence,
+        rights_basis=rights_basis or file.rights_basis,
+        purposes=purposes or file.purposes,
+        content_class=content_class or file.content_class,
+        valid_days=valid_days or file.valid_days or 365,
+        statement=statement or file.statement,
+    )
+    missing = [key for key in REQUIRED if not getattr(claimed, key)]
+    if missing:
+        wanted = ", ".join("class" if key == "content_class" else key.replace("_", "-") for key in missing)
+        raise ConfigError(f"a claim needs {wanted}: give them as options or in --claim FILE")
+    own = load_member(config_path)
+    own.require(Role.DATA_SOURCE, "a source claim")
+    salt_path = salt_file or Path(f"{claimed.name}.salt".replace(os.sep, "-"))
+    content = measure(read_examples(paths, split), source_salt(salt_path))
+    now_ms = SystemClock().now_ms()
+    assert claimed.name is not None
+    assert claimed.licence is not None
+    assert claimed.rights_basis is not None
+    assert claimed.content_class is not None
+    assert claimed.valid_days is not None
+    claim = SourceClaim(
+        name=claimed.name,
+        content_root=content.root,
+        example_count=content.example_count,
+        size_bytes=content.size_bytes,
+        licence=claimed.licence,
+        rights_basis=claimed.rights_basis,
+        purposes=claimed.purposes,
+        content_class=claimed.content_class,
+        valid_from_ms=now_ms - BACKDATED_MS,
+        valid_until_ms=now_ms + claimed.valid_days * DAY_MS,
+        statement=claimed.statement,
+    )
+    if not as_json:
+        click.echo(f"{content.example_count} examples, {content.size_bytes} bytes, root {content.root.hex()}")
+        click.echo(f"salt in {salt_path}: keep it secret and keep it safe")
+    _sign_single_item(own, Kind.SOURCE, claim, submit_with=config_path if submit else None, out=out, as_json=as_json)
+
+
+@source.command("revoke")
+@click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), required=True, help="The member's configuration file."
+)
+@click.argument("source_id", callback=digest_argument)
+@click.option("--reason", required=True, help="Why, for the log.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def source_revoke(config_path: Path, source_id: bytes, reason: str, out: Path | None, as_json: bool) -> None:
+    """Take a source back. Only its author can, and only once.
+
+    What that does to open grants is the policy's to say: they run out, or end at once.
+
+    \b
+    Example:
+      countersign source revoke --config library/node.toml SOURCE_ID --reason "consent withdrawn"
+    """
+    own = load_member(config_path)
+    own.require(Role.DATA_SOURCE, "a revocation")
+    revocation = SourceRevocation(source=source_id, reason=reason)
+    submit_with = config_path if out is None else None
+    _sign_single_item(own, Kind.REVOCATION, revocation, submit_with=submit_with, out=out, as_json=as_json)
+
+
+@source.command("list")
+@node_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def source_list(config_path: Path | None, url: str | None, token_file: Path | None, as_json: bool) -> None:
+    """List the registered sources.
+
+    \b
+    Example:
+      countersign source list --config library/node.toml
+    """
+    with connect(config_path, url, token_file) as client:
+        sources = client.sources().sources
+    if as_json:
+        print_json([msgspec.to_builtins(row) for row in sources])
+        return
+    print_table(
+        ("source", "name", "by", "licence", "purposes", "class", "examples", "revoked"),
+        [
+            (
+                row.id,
+                row.name,
+                row.author_name,
+                row.licence,
+                ",".join(row.purposes),
+                row.content_class,
+                str(row.example_count),
+                utc(row.revoked_at_ms) if row.revoked_at_ms else "no",
+            )
+            for row in sources
+        ],
+    )
+
+
+def _sign_single_item(
+    own: LocalMember, kind: Kind, item: Wire, *, submit_with: Path | None, out: Path | None, as_json: bool
+) -> None:
+    portions = Portions(
+        data=DataPortion(salt=os.urandom(32), items=(DataItem(encode(item)),)), governance=None, operation=None
+    )
+    entry = make_entry(own.committee.chain_id, kind, own.member.id, portions)
+    event, encoded = signed_by(own, entry, portions)
+    deliver(event, encoded, submit_with=submit_with, out=out, as_json=as_json)
+
+
+def _splitter(example_bytes: int | None, by_line: bool, field: str | None) -> Splitter:
+    if sum((example_bytes is not None, by_line, field is not None)) > 1:
+        raise click.UsageError("give at most one of --example-bytes, --lines and --jsonl")
+    if example_bytes is not None:
+        return pieces_of(example_bytes)
+    if field is not None:
+        return json_field(field)
+    return lines if by_line else whole_files
+
+
+def _read_claim(path: Path | None) -> ClaimFile:
+    if path is None:
+        return ClaimFile()
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), ClaimFile)
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a claim file, found: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path}: expected a claim in TOML, found: {error}") from error

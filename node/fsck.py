@@ -1,0 +1,398 @@
+"""``countersign log fsck``: recompute a stopped node's data directory from its genesis, and name what differs.
+
+Reads the database below ``Store``, so that damage which stops a node from starting does not stop the check, and
+changes nothing. In order, per ledger block:
+
+1. header: canonical, of this chain, at its height, naming its predecessor's digest;
+2. certificate, where there is one: of this header, by a quorum of every role; the head has one;
+3. body: the one the header names; votes: signed by members, for this view;
+4. events: bytes that hash to the body's leaves, portions that hash to the entry's commitments, signatures;
+5. tree: every complete node, and the root and size the header names;
+6. rules: the events applied again to the state since genesis, and the root the header names;
+7. lookups and listings of all of these.
+
+Then head, every value of the state, and that no column family holds anything more. After damage that a later
+check builds on, that check stops and says from where on; the others go on. The vote journal is not covered: the
+node itself refuses to vote with a damaged or older one.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rocksdict import AccessType
+
+from consensus.block import Body, Header, check_body, decode_header, header_digest
+from consensus.certificate import decode_certificate, scheme_for, verify_certificate
+from consensus.codec import decode, encode
+from consensus.event import MAX_ENTRY_BYTES, CheckedEvent, Entry, check_parts, event_id
+from consensus.identifiers import Digest
+from consensus.membership import Genesis
+from consensus.merkle import Frontier, leaf_hash
+from consensus.rejection import ConfigError, InvariantBroken, Rejected
+from consensus.state_map import StateMap
+from consensus.transition import LedgerState, apply, genesis_state
+from consensus.vote import Vote, check_vote
+from node.files import DirectoryLock
+from node.fsck_reader import Damage, Reader, Report
+from node.ledger import MAX_BODY_BYTES, index_terms
+from node.store_layout import (
+    BY_BLOCK,
+    BY_EVENT,
+    BY_LEAF,
+    BY_LOG_SIZE,
+    CHAIN_KEY,
+    HEAD_KEY,
+    SCHEMA_KEY,
+    SCHEMA_VERSION,
+    Head,
+    open_database,
+    term_prefix,
+    to_int,
+    u64,
+)
+
+MAX_VOTE_BYTES = 16_384
+HEAD_BYTES = 48
+
+ProgressReport = Callable[[str, int, int], None]
+"""Told the stage, how much of it is done, and how much it is in all."""
+
+
+def check_data_directory(directory: Path, genesis: Genesis, progress: ProgressReport) -> Report:
+    """Check the data directory of a stopped node against a genesis that ``check_genesis`` has accepted.
+
+    Raises:
+        ConfigError: no data directory there, another process holds it, or it is another chain's.
+    """
+    path = directory / "rocksdb"
+    if not (path / "CURRENT").exists():
+        raise ConfigError(f"{directory}: expected a Countersign data directory, found none")
+    report = Report()
+    lock = DirectoryLock.acquire(directory)
+    try:
+        try:
+            database = open_database(path, False, AccessType.read_only(False))
+        except InvariantBroken as error:
+            report.add("database", str(path), str(error))
+            return report
+        reader = Reader(database, report)
+        try:
+            _Check(reader, genesis, progress, report).run(directory)
+        finally:
+            reader.close()
+    finally:
+        lock.release()
+    return report
+
+
+class _Check:
+    """One run. ``None`` in ``_previous``, ``_frontier`` or ``_state`` says that damage cut that chain of checks."""
+
+    def __init__(self, reader: Reader, genesis: Genesis, progress: ProgressReport, report: Report) -> None:
+        self._reader = reader
+        self._genesis = genesis
+        self._scheme = scheme_for(genesis)
+        self._committee = self._scheme.committee
+        self._progress = progress
+        self._report = report
+        start = genesis_state(genesis.chain_id, genesis.created_ms)
+        self._state: LedgerState | None = start
+        self._frontier: Frontier | None = start.frontier
+        self._previous: Digest | None = start.digest
+        self._last_header: Header | None = start.header
+        self._log_size = 0
+        self._expected: Counter[str] = Counter()
+
+    def run(self, directory: Path) -> None:
+        self._check_meta(directory)
+        head = self._read_head()
+        height = head.height if head is not None else self._newest_header()
+        if head is not None or height:
+            self._check_genesis_block()
+        for at in range(1, height + 1):
+            self._check_block(at)
+            self._progress("ledger blocks", at, height)
+        self._report.height, self._report.log_size = height, self._log_size
+        if head is not None:
+            self._check_head(head)
+        self._check_state()
+        self._check_surplus(height)
+
+    # Meta
+
+    def _check_meta(self, directory: Path) -> None:
+        version = self._reader.need("meta", SCHEMA_KEY, "schema version")
+        if version is not None and to_int(version) != SCHEMA_VERSION:
+            raise ConfigError(f"{directory}: expected schema version {SCHEMA_VERSION}, found {to_int(version)}")
+        chain = self._reader.need("meta", CHAIN_KEY, "chain id")
+        if chain is not None and chain != self._genesis.chain_id:
+            raise ConfigError(f"{directory}: expected chain {self._genesis.chain_id.hex()}, found {chain.hex()}")
+
+    def _read_head(self) -> Head | None:
+        encoded = self._reader.get("meta", HEAD_KEY, "head")
+        if encoded is None:
+            if self._newest_header():
+                self._report.add("meta", "head", "missing, though there are ledger blocks")
+            return None
+        if len(encoded) < HEAD_BYTES:
+            self._report.add("meta", "head", f"{len(encoded)} bytes")
+            return None
+        return Head.decode(encoded)
+
+    def _newest_header(self) -> int:
+        return max((to_int(key) for key, _ in self._reader.items("headers")), default=0)
+
+    def _check_head(self, head: Head) -> None:
+        if self._previous is not None and head.digest != self._previous:
+            self._report.add("meta", "head", f"digest {head.digest.hex()}, header {head.height} is another")
+        if head.log_size != self._log_size:
+            self._report.add("meta", "head", f"log size {head.log_size}, the headers say {self._log_size}")
+        if self._frontier is not None and head.frontier != self._frontier.to_bytes():
+            self._report.add("meta", "head", "its frontier is not the tree's")
+        if head.height and self._reader.get("certificates", u64(head.height), f"height {head.height}") is None:
+            self._report.add("certificates", f"height {head.height}", "missing: nothing vouches for the head")
+
+    # Ledger blocks
+
+    def _check_genesis_block(self) -> None:
+        """Height 0 follows from the genesis, is certified by nobody and appends nothing."""
+        header = genesis_state(self._genesis.chain_id, self._genesis.created_ms).header
+        for family, expected in (("headers", encode(header)), ("bodies", encode(Body(()))), ("votes", b"")):
+            found = self._reader.need(family, u64(0), "height 0")
+            if found is not None and found != expected:
+                self._report.add(family, "height 0", "not what the genesis makes it")
+        self._check_lookup(BY_BLOCK + header.digest, f"ledger block {header.digest.hex()}", 0)
+
+    def _check_block(self, height: int) -> None:
+        name = f"height {height}"
+        encoded = self._reader.need("headers", u64(height), name)
+        header = self._checked_header(height, encoded) if encoded is not None else None
+        if header is None:
+            self._previous = self._last_header = None
+            self._cut_state(height)
+            return
+        after_gap = self._last_header is None
+        self._previous, self._last_header = header.digest, header
+        self._check_lookup(BY_BLOCK + header.digest, f"ledger block {header.digest.hex()}", height)
+        self._check_certificate(name, header)
+        self._check_votes(name, header)
+        body = self._checked_body(name, header)
+        first = header.log_size - header.event_count
+        if first != self._log_size and not after_gap:
+            self._report.add("headers", name, f"events from index {first} on, expected {self._log_size}")
+        if first != self._log_size:
+            self._cut_tree(name)
+        self._log_size = header.log_size
+        if header.event_count:
+            self._check_lookup(BY_LOG_SIZE + u64(header.log_size), f"log size {header.log_size}", height)
+        leaves = body.leaf_hashes if body is not None else (None,) * header.event_count
+        events = [self._checked_event(first + offset, leaf) for offset, leaf in enumerate(leaves)]
+        self._check_tree(name, header, first, leaves)
+        self._apply(height, header, body, events)
+
+    def _checked_header(self, height: int, encoded: bytes) -> Header | None:
+        name = f"height {height}"
+        try:
+            header = decode_header(encoded, self._genesis.chain_id)
+        except Rejected as error:
+            self._report.add("headers", name, str(error))
+            return None
+        if header.height != height:
+            self._report.add("headers", name, f"holds the header of height {header.height}")
+            return None
+        if self._previous is not None and header.parent != self._previous:
+            self._report.add("headers", name, f"parent {header.parent.hex()}, header {height - 1} is another")
+        return header
+
+    def _check_certificate(self, name: str, header: Header) -> None:
+        encoded = self._reader.get("certificates", u64(header.height), name)
+        if encoded is None:
+            return
+        try:
+            certificate = decode_certificate(encoded)
+            if (certificate.block, certificate.view) != (header.digest, header.view):
+                self._report.add("certificates", name, "of another ledger block")
+                return
+            verify_certificate(self._scheme, self._genesis.chain_id, certificate)
+        except Rejected as error:
+            self._report.add("certificates", name, str(error))
+
+    def _check_votes(self, name: str, header: Header) -> None:
+        encoded = self._reader.need("votes", u64(header.height), name)
+        at = 0
+        try:
+            while encoded and at < len(encoded):
+                end = at + 4 + to_int(encoded[at : at + 4])
+                vote = decode(encoded[at + 4 : end], Vote, MAX_VOTE_BYTES)
+                check_vote(vote, self._committee)
+                if vote.view != header.view:
+                    self._report.add("votes", name, f"a vote of view {vote.view}, expected {header.view}")
+                at = end
+        except Rejected as error:
+            self._report.add("votes", name, f"at byte {at}: {error}")
+
+    def _checked_body(self, name: str, header: Header) -> Body | None:
+        encoded = self._reader.need("bodies", u64(header.height), name)
+        if encoded is None:
+            return None
+        try:
+            body = decode(encoded, Body, MAX_BODY_BYTES)
+            check_body(header, body)
+        except Rejected as error:
+            self._report.add("bodies", name, str(error))
+            return None
+        return body
+
+    # Events
+
+    def _checked_event(self, index: int, leaf: bytes | None) -> CheckedEvent | None:
+        """The event at a log index; None where it is damaged. ``leaf`` is the body's, None where that is lost."""
+        name = f"index {index}"
+        self._expected["lookup"] += 2
+        entry = self._reader.need("entries", u64(index), name)
+        portions = self._reader.need("portions", u64(index), name)
+        if entry is None:
+            return None
+        found = leaf_hash(entry)
+        if leaf is not None and found != leaf:
+            self._report.add("entries", name, f"leaf hash {found.hex()}, the body has {leaf.hex()}")
+            return None
+        self._check_lookup(BY_LEAF + found, f"leaf {found.hex()}", index, counted=False)
+        if portions is None:
+            return None
+        try:
+            event = check_parts(entry, portions, self._committee)
+        except Rejected as error:
+            self._report.add("entries" if leaf is None else "portions", name, str(error))
+            return None
+        self._check_lookup(BY_EVENT + event.id, f"event {event.id.hex()}", index, counted=False)
+        for listed_under in index_terms(event):
+            self._expected["index"] += 1
+            key_name = f"term {listed_under.hex()} {name}"
+            self._reader.need("index", term_prefix(listed_under) + u64(index), key_name)
+        return event
+
+    def _check_lookup(self, key: bytes, name: str, value: int, counted: bool = True) -> None:
+        if counted:
+            self._expected["lookup"] += 1
+        found = self._reader.need("lookup", key, name)
+        if found is not None and to_int(found) != value:
+            self._report.add("lookup", name, f"says {to_int(found)}, expected {value}")
+
+    # Tree and state
+
+    def _check_tree(self, name: str, header: Header, first: int, leaves: Sequence[bytes | None]) -> None:
+        known = [leaf for leaf in leaves if leaf is not None]
+        if self._frontier is None or len(known) != len(leaves):
+            self._cut_tree(name)
+            return
+        grown, interior = self._frontier.append_with_nodes(known)
+        nodes = [*((0, first + offset, leaf) for offset, leaf in enumerate(known)), *interior]
+        for level, index, digest in nodes:
+            found = self._reader.need("nodes", bytes([level]) + u64(index), f"level {level} index {index}")
+            if found is not None and found != digest:
+                self._report.add("nodes", f"level {level} index {index}", f"{found.hex()}, expected {digest.hex()}")
+        if (grown.size, grown.root) != (header.log_size, header.log_root):
+            self._report.add("headers", name, f"log root {header.log_root.hex()}, the tree's is {grown.root.hex()}")
+        self._frontier = grown
+
+    def _cut_tree(self, name: str) -> None:
+        if self._frontier is not None:
+            self._report.add("nodes", f"from {name} on", "not re-checked: a ledger block is damaged")
+        self._frontier = None
+
+    def _apply(self, height: int, header: Header, body: Body | None, events: Sequence[CheckedEvent | None]) -> None:
+        if self._state is None:
+            return
+        intact = [event for event in events if event is not None]
+        if body is None or len(intact) != len(events):
+            self._cut_state(height)
+            return
+        try:
+            self._state = apply(self._state, header, body, intact, self._committee).state
+        except Rejected as error:
+            self._report.add("headers", f"height {height}", f"its events do not apply: {error}")
+            self._state = None
+
+    def _cut_state(self, height: int) -> None:
+        if self._state is not None:
+            self._report.add("state", f"from height {height} on", "rules not re-checked: a ledger block is damaged")
+        self._state = None
+
+    def _check_state(self) -> None:
+        """Every stored value against the recomputed state, or else all of them against the head's root."""
+        stored: dict[bytes, bytes] = {}
+        for key, value in self._reader.items("state"):
+            stored[key] = value
+            self._progress("state values", len(stored), len(stored))
+        self._report.state_values = len(stored)
+        if self._state is not None:
+            recomputed = dict(self._state.state.items())
+            for key in sorted(stored.keys() | recomputed.keys()):
+                name = f"key {key.hex()}"
+                if key not in stored:
+                    self._report.add("state", name, "missing")
+                elif key not in recomputed:
+                    self._report.add("state", name, "does not belong here")
+                elif stored[key] != recomputed[key]:
+                    self._report.add("state", name, "its value is not what the events make it")
+        elif self._last_header is not None:
+            try:
+                root = StateMap().set_many(stored).root
+            except InvariantBroken as error:
+                self._report.add("state", "all", str(error))
+                return
+            if root != self._last_header.state_root:
+                self._report.add("state", "all", f"root {root.hex()}, expected {self._last_header.state_root.hex()}")
+
+    # What does not belong here
+
+    def _check_surplus(self, height: int) -> None:
+        """Keys beyond the log by their number; lookups and listings, being costly, only where there are too many."""
+        for family in ("headers", "bodies", "votes", "certificates", "entries", "portions", "nodes"):
+            for key, _ in self._reader.items(family):
+                if not self._belongs(family, key, height):
+                    self._strange(family, key)
+        for family, check in (("lookup", self._lookup_belongs), ("index", self._listing_belongs)):
+            if sum(1 for _ in self._reader.items(family)) > self._expected[family]:
+                for key, value in self._reader.items(family):
+                    try:
+                        belongs = check(key, value)
+                    except Rejected:
+                        continue  # what it points to is damaged, and noted
+                    if not belongs:
+                        self._strange(family, key)
+
+    def _strange(self, family: str, key: bytes) -> None:
+        self._report.add(family, f"key {key.hex()}", "does not belong here")
+
+    def _belongs(self, family: str, key: bytes, height: int) -> bool:
+        if family == "nodes":
+            return len(key) == 9 and (to_int(key[1:]) + 1) << key[0] <= self._log_size
+        if family in ("entries", "portions"):
+            return len(key) == 8 and to_int(key) < self._log_size
+        return len(key) == 8 and (family == "certificates") <= to_int(key) <= height
+
+    def _lookup_belongs(self, key: bytes, value: bytes) -> bool:
+        table, found, at = key[:1], key[1:], to_int(value)
+        if table in (BY_BLOCK, BY_LOG_SIZE):
+            header = self._reader.get("headers", u64(at), f"height {at}")
+            if header is None or table == BY_BLOCK:
+                return header is not None and header_digest(header) == found
+            return decode_header(header, self._genesis.chain_id).log_size == to_int(found)
+        entry = self._reader.get("entries", u64(at), f"index {at}")
+        if entry is None or table == BY_LEAF:
+            return entry is not None and leaf_hash(entry) == found
+        return table == BY_EVENT and event_id(decode(entry, Entry, MAX_ENTRY_BYTES)) == found
+
+    def _listing_belongs(self, key: bytes, _value: bytes) -> bool:
+        at = key[-8:]
+        entry = self._reader.get("entries", at, f"index {to_int(at)}")
+        portions = self._reader.get("portions", at, f"index {to_int(at)}")
+        if entry is None or portions is None:
+            return False
+        return key[1:-8] in index_terms(check_parts(entry, portions, self._committee))
+
+
+__all__ = ["Damage", "Report", "check_data_directory"]
