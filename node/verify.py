@@ -65,6 +65,11 @@ def verify_command(
 
     PREDICATE is one of included, consistent, policy-in-force, source-honored, source-unused, delta-exact,
     refusals-complete. Exits 0 for yes, 1 for no or a refused bundle, 2 for unknown.
+
+    \b
+    Example:
+      countersign verify delta-exact --bundle bundles/delta-exact.bundle --genesis genesis.json \\
+        --chain-id 9691603b15437d1ae2fe384ba7552431dba59652775d8cb79e37e37c313cd1d6
     """
     subjects = {"campaign": campaign, "source": source, "event": event}
     try:

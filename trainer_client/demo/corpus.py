@@ -24,9 +24,9 @@ import re
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
-from consensus.identifiers import Digest, Tag, tagged_hash
+from consensus.identifiers import Digest
 from consensus.merkle import root_of
-from consensus.portions import content_leaf
+from consensus.portions import content_leaf, content_salt
 
 RECORD_BYTES = 128
 RECORDS_PER_SOURCE = 24
@@ -69,7 +69,7 @@ class Source:
         ``salt`` is the owner's secret: without it a short example could be guessed by its sibling's proof.
         """
         return root_of(
-            [content_leaf(example_salt(salt, index), example) for index, example in enumerate(self.examples)]
+            [content_leaf(content_salt(salt, index), example) for index, example in enumerate(self.examples)]
         )
 
 
@@ -93,11 +93,6 @@ class Corpus:
             if source.name == name:
                 return source
         raise KeyError(name)
-
-
-def example_salt(salt: bytes, index: int) -> Digest:
-    """The salt of the example at ``index`` of a source; reveals no other example's."""
-    return tagged_hash(Tag.SALT, salt, b"content", index.to_bytes(8, "big"))
 
 
 def demonstration_corpus(library: str, press: str) -> Corpus:
