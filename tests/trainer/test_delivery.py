@@ -1,0 +1,136 @@
+"""Delivery against a real HTTP server: order, retries of what may pass, and the end at what may not."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_node import FakeNode, running_node
+
+from consensus.event import CheckedEvent
+from consensus.rejection import Reason, Rejected
+from trainer_client.calls import Retries
+from trainer_client.delivery import Delivery
+from trainer_client.outbox import Outbox, State
+from trainer_client.submit import Client
+
+
+@pytest.fixture
+def node() -> Iterator[FakeNode]:
+    with running_node() as running:
+        yield running
+
+
+@pytest.fixture
+def events() -> list[tuple[bytes, bytes]]:
+    """Three sources as another node of the same chain logged them: ids and wire forms."""
+    elsewhere = FakeNode()
+    identifiers = [elsewhere.source(f"source {number}", [b"example"]) for number in range(3)]
+    return [(each, elsewhere.answer("GET", f"/v1/events/{each.hex()}/raw", b"")[1]) for each in identifiers]
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    with Outbox(tmp_path / "outbox.sqlite") as opened:
+        yield opened
+
+
+@pytest.fixture
+def delivery(node: FakeNode, outbox: Outbox) -> Iterator[Delivery]:
+    with Client(node.url, retries=Retries(1, 0.01, 0.01)) as client:
+        made = Delivery(outbox, client, retryable_limit_seconds=0.5)
+        yield made
+        made.stop()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_events_reach_the_log_in_order(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    outbox.put(events)
+    delivery.start()
+    assert outbox.wait_settled(events[-1][0], 10).state is State.FINAL
+    assert [event.id for event in node.order] == [identifier for identifier, _ in events]
+    assert delivery.failure is None
+
+
+def test_event_already_on_the_log_counts_as_delivered(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    node.take(events[0][1])
+    refused = {"id": events[0][0].hex(), "status": "rejected", "error": "duplicate"}
+    node.answers = [(200, {}, json.dumps({"results": [refused]}).encode())]
+    outbox.put(events[:1])
+    delivery.start()
+    assert outbox.wait_settled(events[0][0], 10).state is State.FINAL
+
+
+def test_refusal_that_may_pass_is_tried_again(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    times = 0
+
+    def twice(event: CheckedEvent) -> Rejected | None:
+        nonlocal times
+        times += 1
+        return Rejected(Reason.UNKNOWN_GRANT, "not here yet") if times <= 2 else None
+
+    node.refuse_step = twice
+    outbox.put(events[:1])
+    delivery.start()
+    assert outbox.wait_settled(events[0][0], 10).state is State.FINAL
+    assert times > 2
+
+
+def test_refusal_that_does_not_pass_in_time_is_a_failure(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    node.refuse_step = lambda event: Rejected(Reason.UNKNOWN_GRANT, "never")
+    outbox.put(events)
+    delivery.start()
+    eventually(lambda: delivery.failure is not None)
+    assert delivery.failure is not None
+    assert (delivery.failure.id, delivery.failure.reason) == (events[0][0], "unknown-grant")
+
+
+def test_nothing_is_sent_behind_a_refused_event_until_told_to(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    node.refuse_step = lambda event: Rejected(Reason.BAD_FIELD, "no") if event.id == events[0][0] else None
+    outbox.put(events[:1])
+    delivery.start()
+    eventually(lambda: delivery.failure is not None)
+    outbox.put(events[1:])
+    time.sleep(0.3)
+    assert node.order == []
+    delivery.resume()
+    assert outbox.wait_settled(events[2][0], 10).state is State.FINAL
+
+
+def test_event_rejected_after_it_was_accepted_is_a_failure_once_those_before_it_are_settled(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    node.hold = True
+    outbox.put(events)
+    delivery.start()
+    eventually(lambda: all(fate.state is State.ACCEPTED for fate in outbox.unsettled()))
+    with node.lock:
+        node.pending.pop(events[1][0])
+        node.rejected[events[1][0]] = Rejected(Reason.OUTSIDE_GRANT, "late")
+        held_back = node.pending.pop(events[2][0])
+    node.release_held()
+    eventually(lambda: delivery.failure is not None)
+    with node.lock:
+        node.pending[events[2][0]] = held_back
+    first = outbox.fate(events[0][0])
+    assert first is not None
+    assert first.state is State.FINAL
+    assert delivery.failure is not None
+    assert delivery.failure.reason == "outside-grant"

@@ -1,0 +1,120 @@
+"""The demonstration's job as the demonstration starts it: a process, a configuration file, lines on stdout."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_node import SALT, FakeNode, running_node
+from safetensors.torch import load_file
+
+from consensus.event import Kind
+from consensus.keys import Ed25519SigningKey
+from trainer_client.commitment import root_of_tensors
+from trainer_client.demo.corpus import demonstration_corpus
+from trainer_client.demo.job import main
+
+CAMPAIGN = bytes([7]) * 32
+SEED = bytes([9]) * 32
+
+
+def written_config(node: FakeNode, directory: Path, **changes: object) -> Path:
+    """Three of the demonstration's sources, registered and on disk, and a small job over them."""
+    corpus = demonstration_corpus("data-source-1", "data-source-2")
+    sources = []
+    for source in (corpus.source(name) for name in ("debugger-manual", "callers-weekly", "assignment-letters")):
+        identifier = node.source(
+            source.name,
+            list(source.examples),
+            owner=source.owner,
+            licence=source.licence,
+            content_class=source.content_class,
+            purposes=source.purposes,
+        )
+        (directory / f"{source.name}.txt").write_bytes(b"".join(source.examples))
+        described = {"id": identifier.hex(), "name": source.name, "file": f"{source.name}.txt"}
+        sources.append({**described, "content_salt": SALT.hex()})
+    node.delegate(CAMPAIGN, Ed25519SigningKey(SEED))
+    (directory / "job.key").write_text(SEED.hex() + "\n")
+    config = {
+        "node_url": node.url,
+        "chain_id": node.chain_id.hex(),
+        "operator": node.member_id("operator-1").hex(),
+        "campaign": CAMPAIGN.hex(),
+        "job_key_file": "job.key",
+        "run_directory": "job",
+        "release_file": "release/tuned.safetensors",
+        "cache_directory": "cache",
+        "steps": 6,
+        "batch_size": 4,
+        "base_steps": 2,
+        "check_memorization_every_steps": 3,
+        "sources": sources,
+        **changes,
+    }
+    path = directory / "job.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_job_process_trains_reports_and_releases(tmp_path: Path) -> None:
+    with running_node() as node:
+        node.policy()
+        config = written_config(node, tmp_path)
+        ran = subprocess.run(
+            [sys.executable, "-m", "trainer_client.demo.job", "--config", str(config)],
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr.decode()
+        head = node.head(CAMPAIGN)
+        releases = [event for event in node.order if event.entry.kind is Kind.RELEASE]
+    assert (head.closed, head.steps) == ("released", 6)
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert all(line["of"] == 6 and line["loss"] > 0 for line in lines if line["event"] == "step")
+    assert {"base", "campaign", "grant", "refusal", "release", "done"} <= {line["event"] for line in lines}
+    summary = json.loads((tmp_path / "job" / "summary.json").read_text())
+    assert summary["steps"] == len(summary["losses"]) == 6
+    assert summary["refused_examples"] == {"licence-not-admitted": head.refused}
+    assert summary["release"] == releases[0].id.hex()
+    assert {fact["source"] for fact in summary["facts"]} == {
+        "debugger-manual",
+        "callers-weekly",
+        "assignment-letters",
+    }
+    assert root_of_tensors(load_file(tmp_path / "release" / "tuned.safetensors")) == head.root
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"surprise": 1}, "unknown field"),
+        ({"chain_id": "xyz"}, "chain_id: expected 32 bytes"),
+        ({"job_key_file": "nowhere"}, "expected a readable file"),
+        ({"example_bytes": 100}, "expected examples of 100 bytes"),
+    ],
+)
+def test_wrong_configuration_is_named_and_exits_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], said: str
+) -> None:
+    with running_node() as node:
+        assert main(["--config", str(written_config(node, tmp_path, **change))]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_refused_campaign_is_named_and_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with running_node() as node:
+        node.policy(purposes=("evaluation",))
+        assert main(["--config", str(written_config(node, tmp_path))]) == 1
+    assert "purpose-not-admitted" in capsys.readouterr().err
+
+
+def test_job_key_file_of_the_delegation_command_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with running_node() as node:
+        config = written_config(node, tmp_path)
+        (tmp_path / "job.key").write_text(json.dumps({"job_key_seed": SEED.hex(), "campaign": CAMPAIGN.hex()}))
+        assert main(["--config", str(config)]) == 1
+    assert "unknown-policy" in capsys.readouterr().err

@@ -1,0 +1,598 @@
+"""Governed runs of a tiny model against the real rules behind a real HTTP server."""
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from fake_node import SALT, FakeNode, running_node
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from consensus.event import CheckedEvent, Kind
+from consensus.keys import Ed25519SigningKey
+from consensus.portions import BlockWeight, ClassRule, Release, Rollback, SourceRefusal, StepOperation
+from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.sampler import presented_examples
+from trainer_client.calls import Retries
+from trainer_client.commitment import parameter_root_of, root_of_tensors
+from trainer_client.governed import DEFAULT_SETTINGS, GovernedRun, ReplayFailed, TrainingFailed, governed
+from trainer_client.ledger_side import StepNotAdmitted
+from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, default_blocks, manifest_of
+from trainer_client.record import Example
+from trainer_client.routing import RoutingError
+from trainer_client.submit import Client
+
+CAMPAIGN = bytes([7]) * 32
+KEY = Ed25519SigningKey(bytes([9]) * 32)
+STEPS = 12
+BATCH_SIZE = 6
+CLIENTS: list[Client] = []
+QUICK = Retries(attempts=2, first_seconds=0.01, longest_seconds=0.02)
+EVERYTHING = (ClassRule("documentation", 1_000, ()), ClassRule("news", 1_000, ()))
+SETTINGS = replace(DEFAULT_SETTINGS, pause_limit_seconds=20.0)
+
+
+class TinyModel(nn.Module):
+    """Next-byte prediction over 32 symbols; parameter blocks ``embedding``, ``layers.0``, ``layers.1``, ``head``."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(8, 32)
+
+    def forward(self, bytes_BT: Tensor) -> Tensor:
+        x = self.embedding(bytes_BT)
+        for layer in self.layers:
+            x = x + self.dropout(functional.gelu(layer(x)))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def collate(examples: object) -> Tensor:
+    return torch.tensor([list(example) for example in examples])  # type: ignore[attr-defined]
+
+
+def losses(model: nn.Module, inputs_BT: Tensor) -> Tensor:
+    logits = model(inputs_BT[:, :-1]).transpose(1, 2)
+    return functional.cross_entropy(logits, inputs_BT[:, 1:], reduction="none").mean(dim=1)
+
+
+def examples_of(name: str, count: int = 8) -> list[bytes]:
+    return [
+        bytes(byte % 32 for byte in hashlib.sha256(f"{name} {number}".encode()).digest()[:10])
+        for number in range(count)
+    ]
+
+
+@dataclass
+class Scene:
+    """A node with a policy, an admitted source, one of class news, and one whose licence is not admitted."""
+
+    node: FakeNode
+    directory: Path
+    texts: dict[str, list[bytes]]
+    sources: dict[str, bytes] = field(default_factory=dict)
+    model: TinyModel = field(default_factory=TinyModel)
+    settings: RunSettings = SETTINGS
+    plan_changes: dict[str, object] = field(default_factory=dict)
+    arguments: dict[str, object] = field(default_factory=dict)
+    seen: list[Example] = field(default_factory=list)
+    salt: bytes | None = SALT
+    campaign: bytes = CAMPAIGN
+    key: Ed25519SigningKey = KEY
+
+    def register(self, **policy: object) -> None:
+        if policy or not self.node.order:
+            self.node.policy(**policy)
+        self.sources = {
+            "manual": self.node.source("manual", self.texts["manual"]),
+            "paper": self.node.source("paper", self.texts["paper"], owner="data-source-2", content_class="news"),
+            "secret": self.node.source("secret", self.texts["secret"], licence="LicenseRef-Proprietary"),
+        }
+        self.node.delegate(self.campaign, self.key)
+
+    @property
+    def training_sources(self) -> list[TrainingSource[bytes]]:
+        return [TrainingSource(self.sources[name], self.texts[name], self.salt) for name in self.sources]
+
+    def client(self) -> Client:
+        CLIENTS.append(Client(self.node.url, retries=QUICK))
+        return CLIENTS[-1]
+
+    def run(self) -> GovernedRun[bytes]:
+        torch.manual_seed(1)
+        self.model = TinyModel(**self.plan_changes.pop("model", {}))  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.1)
+        fields: dict[str, object] = {
+            "chain_id": self.node.chain_id,
+            "operator": self.node.member_id("operator-1"),
+            "campaign": self.campaign,
+            "name": "a campaign",
+            "purpose": "fine-tuning",
+            "base_model": "tiny",
+            "sampler_seed": bytes(32),
+            "batch_size": BATCH_SIZE,
+            "planned_steps": STEPS,
+            **self.plan_changes,
+        }
+        return governed(
+            self.model,
+            optimizer,
+            plan=CampaignPlan(**fields),  # type: ignore[arg-type]
+            sources=self.training_sources,
+            node=self.client(),
+            job_key=self.key,
+            run_directory=self.directory,
+            collate=collate,
+            settings=self.settings,
+            **self.arguments,  # type: ignore[arg-type]
+        )
+
+    def train(self, at_step: Callable[[int], None] = lambda step: None) -> GovernedRun[bytes]:
+        with self.run() as run:
+            for batch in run.batches():
+                at_step(batch.step)
+                self.seen.extend(batch.examples)
+                run.learn(losses(self.model, batch.inputs))
+            run.release(self.directory / "tuned.safetensors")
+        return run
+
+    def loop(self, body: Callable[[GovernedRun[bytes], Tensor, int], None]) -> None:
+        """A run whose loop body is ``body``."""
+        with self.run() as run:
+            for batch in run.batches():
+                body(run, batch.inputs, batch.step)
+
+    def events(self, kind: Kind) -> list[CheckedEvent]:
+        return [event for event in self.node.order if event.entry.kind is kind]
+
+    def presented(self, step: int) -> tuple[Example, ...]:
+        return presented_examples(manifest_of(self.training_sources), bytes(32), BATCH_SIZE, step)
+
+    def reasons(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for event in self.events(Kind.REFUSAL):
+            for item in event.items:
+                assert isinstance(item, SourceRefusal)
+                counts[item.reason] += item.count
+        return counts
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    texts = {name: examples_of(name) for name in ("manual", "paper", "secret")}
+    with running_node() as node:
+        yield Scene(node, tmp_path / "run", texts)
+    while CLIENTS:
+        CLIENTS.pop().close()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def plain_training(scene: Scene, refused: Callable[[int, Example], bool]) -> dict[str, Tensor]:
+    """The same fine-tune in ordinary torch, of the examples that are not refused, without any governance."""
+    torch.manual_seed(1)
+    model = TinyModel()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    text = {scene.sources[name]: scene.texts[name] for name in scene.sources}
+    for step in range(1, STEPS + 1):
+        admitted = [example for example in scene.presented(step) if not refused(step, example)]
+        optimizer.zero_grad(set_to_none=True)
+        inputs = collate([text[source][example] for source, example in admitted])
+        (losses(model, inputs).sum() / BATCH_SIZE).backward()  # type: ignore[no-untyped-call]
+        for names in default_blocks(model).values():
+            torch.nn.utils.clip_grad_norm_([model.get_parameter(name) for name in names], 1.0)
+        optimizer.step()
+    return weights(model)
+
+
+def assert_unpatched(model: nn.Module) -> None:
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert not any(thread.name in ("delivery", "grants") for thread in threading.enumerate())
+
+
+def test_run_records_every_step_and_releases_the_root_it_reached(scene: Scene) -> None:
+    scene.register()
+    run = scene.train()
+    head = scene.node.head(CAMPAIGN)
+    assert (head.closed, head.steps, head.presented) == ("released", STEPS, STEPS * BATCH_SIZE)
+    assert scene.node.rejected == {}
+    assert head.root == parameter_root_of(scene.model)
+    released = scene.directory / "tuned.safetensors"
+    assert root_of_tensors(load_file(released)) == head.root
+    (event,) = scene.events(Kind.RELEASE)
+    assert isinstance(event.operation, Release)
+    assert event.operation.file_sha256 == hashlib.sha256(released.read_bytes()).digest()
+    assert_unpatched(scene.model)
+    summary = run._record.summary(0, 0, "", 0.0)
+    assert len(summary.losses) == STEPS
+    assert summary.refused_examples == dict(scene.reasons()) == {"licence-not-admitted": head.refused}
+
+
+def test_refused_example_never_reaches_the_model_and_its_content_changes_no_bit(scene: Scene, tmp_path: Path) -> None:
+    scene.register()
+    scene.train()
+    assert scene.sources["secret"] not in {source for source, _ in scene.seen}
+    first = weights(scene.model)
+    with running_node() as node:
+        other = Scene(node, tmp_path / "other", dict(scene.texts), salt=None)
+        other.register()
+        assert other.sources == scene.sources
+        other.texts["secret"] = examples_of("another secret")
+        other.train()
+    assert same_bits(first, weights(other.model))
+
+
+def test_run_is_bit_identical_to_plain_training_without_the_refused_examples(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    scene.train()
+    expected = plain_training(scene, lambda step, example: example[0] == scene.sources["secret"])
+    assert same_bits(weights(scene.model), expected)
+
+
+def test_recited_example_undoes_its_step_bit_for_bit_and_stays_out(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    caught: list[Example] = []
+
+    def recites(model: nn.Module, shown: Mapping[Example, bytes]) -> dict[Example, int]:
+        manual = [example for example in sorted(shown) if example[0] == scene.sources["manual"]]
+        if at[-1] == 4 and not caught and manual:
+            caught.append(manual[0])
+            return {manual[0]: 601}
+        return {sorted(shown)[0]: 600}
+
+    at: list[int] = []
+    scene.arguments["memorization"] = recites
+    run = scene.train(at.append)
+    head = scene.node.head(CAMPAIGN)
+    assert (head.rollbacks, head.attempt, head.steps, head.closed) == (1, 1, STEPS, "released")
+    (rollback,) = scene.events(Kind.ROLLBACK)
+    assert isinstance(rollback.operation, Rollback)
+    before = [event for event in scene.events(Kind.STEP) if event.operation.index == 3]  # type: ignore[union-attr]
+    assert isinstance(before[0].operation, StepOperation)
+    assert rollback.operation.restored_root == before[0].operation.root_after
+    assert rollback.operation.discarded == (scene.events(Kind.STEP)[3].id,)
+    (example,) = caught
+    later = sum(example in scene.presented(step) for step in range(4, STEPS + 1))
+    assert scene.reasons()["memorization-above-threshold"] == later
+    expected = plain_training(
+        scene, lambda step, shown: shown[0] == scene.sources["secret"] or (shown == example and step >= 4)
+    )
+    assert same_bits(weights(scene.model), expected)
+    assert run._record.summary(0, 0, "", 0.0).rollbacks == 1
+
+
+def test_class_with_weight_zero_for_a_block_never_moves_it(scene: Scene) -> None:
+    frozen = (BlockWeight("embedding", 0), BlockWeight("head", 0))
+    scene.register(classes=(ClassRule("documentation", 300, frozen), ClassRule("news", 500, frozen)))
+    torch.manual_seed(1)
+    untouched = weights(TinyModel())
+    scene.train()
+    after = weights(scene.model)
+    assert torch.equal(after["embedding.weight"], untouched["embedding.weight"])
+    assert torch.equal(after["head.weight"], untouched["head.weight"])
+    assert not torch.equal(after["layers.0.weight"], untouched["layers.0.weight"])
+
+
+def test_step_of_refused_examples_alone_moves_nothing_and_is_recorded(scene: Scene) -> None:
+    scene.register()
+    del scene.sources["paper"]
+    scene.plan_changes["batch_size"] = 1
+    scene.plan_changes["planned_steps"] = 16
+    scene.train()
+    steps = [event.operation for event in scene.events(Kind.STEP)]
+    assert len(steps) == 16
+    empty = [step for step in steps if isinstance(step, StepOperation) and step.root_before == step.root_after]
+    assert len(empty) == 8
+    assert all(delta.norm_micro == 0 for step in empty for delta in step.deltas)
+
+
+def test_exception_in_the_loop_leaves_the_model_unpatched_and_ends_the_threads(scene: Scene) -> None:
+    scene.register()
+
+    def fail_in_step_three(run: GovernedRun[bytes], inputs: Tensor, step: int) -> None:
+        loss = losses(scene.model, inputs)
+        run.learn(loss if step != 3 else loss / (1 // (step - 3)))
+
+    with pytest.raises(ZeroDivisionError):
+        scene.loop(fail_in_step_three)
+    assert_unpatched(scene.model)
+    losses(scene.model, collate(scene.texts["manual"])).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_leaving_the_loop_early_keeps_what_was_recorded(scene: Scene) -> None:
+    scene.register()
+    with scene.run() as run:
+        for batch in run.batches():
+            run.learn(losses(scene.model, batch.inputs))
+            if batch.step == 3:
+                break
+    assert scene.node.head(CAMPAIGN).steps == 3
+    assert scene.node.head(CAMPAIGN).root == parameter_root_of(scene.model)
+    assert_unpatched(scene.model)
+
+
+def test_refused_opening_leaves_the_model_unpatched(scene: Scene) -> None:
+    scene.register()
+    scene.plan_changes["purpose"] = "world domination"
+    with pytest.raises(Rejected) as refusal, scene.run():
+        pass
+    assert refusal.value.reason is Reason.PURPOSE_NOT_ADMITTED
+    assert_unpatched(scene.model)
+
+
+def test_campaign_that_is_on_the_log_is_not_opened_again(scene: Scene) -> None:
+    scene.register()
+    scene.train()
+    scene.directory = scene.directory / "again"
+    with pytest.raises(Rejected) as refusal, scene.run():
+        pass
+    assert refusal.value.reason is Reason.DUPLICATE
+
+
+def test_examples_other_than_the_claimed_ones_are_refused_before_anything_is_recorded(scene: Scene) -> None:
+    scene.register()
+    scene.texts["manual"] = examples_of("forged")
+    with pytest.raises(Rejected) as refusal, scene.run():
+        pass
+    assert refusal.value.reason is Reason.DIGEST_MISMATCH
+    assert scene.events(Kind.CAMPAIGN) == []
+
+
+def test_node_that_is_down_inside_a_grant_does_not_stop_the_job(scene: Scene) -> None:
+    scene.register()
+    reached: list[int] = []
+
+    def at_step(step: int) -> None:
+        reached.append(step)
+        if step == 3:
+            scene.node.down = True
+        if step == STEPS:
+            assert scene.node.head(CAMPAIGN).steps <= 3
+            scene.node.down = False
+
+    scene.train(at_step)
+    assert reached == list(range(1, STEPS + 1))
+    assert scene.node.head(CAMPAIGN).closed == "released"
+
+
+def test_node_that_forgets_what_it_accepted_is_told_again(scene: Scene) -> None:
+    scene.register()
+
+    def at_step(step: int) -> None:
+        with scene.node.lock:
+            if step == 3:
+                scene.node.hold = True
+            if step == 9:
+                scene.node.pending.clear()
+                scene.node.hold = False
+
+    scene.train(at_step)
+    assert scene.node.head(CAMPAIGN).closed == "released"
+
+
+def test_source_revoked_in_mid_run_is_refused_from_the_next_grant_on(scene: Scene) -> None:
+    scene.register(maximum_grant_steps=4)
+
+    def at_step(step: int) -> None:
+        if step == 2:
+            scene.node.revoke(scene.sources["paper"], owner="data-source-2")
+
+    # Renewing only at the end of a grant keeps the next request behind the revocation.
+    scene.settings = replace(SETTINGS, renew_at_permille=0)
+    scene.train(at_step)
+    assert len(scene.events(Kind.GRANT)) == 3
+    expected = sum(
+        example[0] == scene.sources["paper"] for step in range(5, STEPS + 1) for example in scene.presented(step)
+    )
+    assert scene.reasons()["source-revoked"] == expected > 0
+
+
+def test_job_pauses_without_a_grant_and_goes_on_with_one(scene: Scene) -> None:
+    scene.register()
+    scene.node.sign_grants = False
+    timer = threading.Timer(0.4, lambda: setattr(scene.node, "sign_grants", True))
+    scene.arguments["on_progress"] = lambda progress: timer.start() if progress.event == "campaign" else None
+    run = scene.train()
+    timer.join()
+    assert run._record.costs.paused_seconds > 0.2
+    assert scene.node.head(CAMPAIGN).closed == "released"
+
+
+def test_job_without_a_grant_gives_up_only_at_its_pause_limit(scene: Scene) -> None:
+    scene.register()
+    scene.node.sign_grants = False
+    scene.settings = replace(SETTINGS, pause_limit_seconds=0.3)
+    with pytest.raises(Unavailable, match="no grant for step 1"):
+        scene.train()
+    assert_unpatched(scene.model)
+
+
+def test_campaign_whose_sources_are_all_refused_ends_with_the_reason(scene: Scene) -> None:
+    scene.register(licences=("CC0-1.0",))
+    with pytest.raises(Rejected) as refusal:
+        scene.train()
+    assert refusal.value.reason is Reason.SOURCE_NOT_GRANTED
+
+
+def test_step_the_log_refuses_is_rolled_back_replayed_and_taken_again(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    scene.settings = replace(SETTINGS, snapshot_every_steps=2)
+    refused: list[bytes] = []
+
+    def refuse_once(event: CheckedEvent) -> Rejected | None:
+        if isinstance(event.operation, StepOperation) and event.operation.index == 6 and not refused:
+            refused.append(event.id)
+        return Rejected(Reason.GRANT_CLOSED, "too late") if event.id in refused else None
+
+    scene.node.refuse_step = refuse_once
+    run = scene.train()
+    head = scene.node.head(CAMPAIGN)
+    assert (head.closed, head.steps, head.attempt) == ("released", STEPS, 1)
+    (rollback,) = scene.events(Kind.ROLLBACK)
+    assert isinstance(rollback.operation, Rollback)
+    assert rollback.operation.reason == "grant-closed"
+    assert rollback.operation.discarded[-1] == refused[0]
+    assert same_bits(
+        weights(scene.model), plain_training(scene, lambda step, example: example[0] == scene.sources["secret"])
+    )
+    assert run._record.recoveries == 1
+
+
+def test_full_outbox_slows_the_job_and_a_refused_step_still_comes_through(scene: Scene) -> None:
+    scene.register()
+    scene.settings = replace(SETTINGS, outbox_maximum_bytes=4_000, snapshot_every_steps=2)
+    refused: list[bytes] = []
+
+    def refuse_once(event: CheckedEvent) -> Rejected | None:
+        if isinstance(event.operation, StepOperation) and event.operation.index == 5 and not refused:
+            refused.append(event.id)
+        return Rejected(Reason.BAD_FIELD, "no") if event.id in refused else None
+
+    scene.node.refuse_step = refuse_once
+    scene.train()
+    head = scene.node.head(CAMPAIGN)
+    assert (head.closed, head.steps, head.attempt) == ("released", STEPS, 1)
+
+
+def test_replay_with_dropout_repeats_the_random_draws(scene: Scene) -> None:
+    scene.register()
+    scene.plan_changes["model"] = {"dropout": 0.3}
+    scene.settings = replace(SETTINGS, snapshot_every_steps=3)
+    refused: list[bytes] = []
+
+    def refuse_once(event: CheckedEvent) -> Rejected | None:
+        if isinstance(event.operation, StepOperation) and event.operation.index == 9 and not refused:
+            refused.append(event.id)
+        return Rejected(Reason.PARAMETER_ROOT_BROKEN, "no") if event.id in refused else None
+
+    scene.node.refuse_step = refuse_once
+    scene.train()
+    assert scene.node.head(CAMPAIGN).closed == "released"
+
+
+def test_replay_that_ends_elsewhere_abandons_the_campaign(scene: Scene) -> None:
+    scene.register()
+    refused: list[bytes] = []
+    scene.settings = replace(SETTINGS, snapshot_every_steps=100)
+
+    def refuse_once(event: CheckedEvent) -> Rejected | None:
+        if isinstance(event.operation, StepOperation) and event.operation.index == 5 and not refused:
+            refused.append(event.id)
+        return Rejected(Reason.PARAMETER_ROOT_BROKEN, "no") if event.id in refused else None
+
+    scene.node.refuse_step = refuse_once
+    calls: Counter[int] = Counter()
+
+    def learn_something_else_the_second_time(run: GovernedRun[bytes], inputs: Tensor, step: int) -> None:
+        calls[step] += 1
+        run.learn(calls[step] * losses(scene.model, inputs))
+
+    with pytest.raises(ReplayFailed):
+        scene.loop(learn_something_else_the_second_time)
+    assert scene.node.head(CAMPAIGN).closed == "abandoned"
+    assert_unpatched(scene.model)
+
+
+def test_step_refused_again_and_again_ends_the_run_by_name(scene: Scene) -> None:
+    scene.register()
+    scene.node.refuse_step = lambda event: (
+        Rejected(Reason.BAD_FIELD, "never")
+        if isinstance(event.operation, StepOperation) and event.operation.index == 4
+        else None
+    )
+    with pytest.raises(StepNotAdmitted, match="step 4 was refused 4 times"):
+        scene.train()
+    assert_unpatched(scene.model)
+
+
+def test_micro_batches_give_the_same_step_as_one_batch(scene: Scene, tmp_path: Path) -> None:
+    scene.register()
+    scene.train()
+    whole = weights(scene.model)
+    with running_node() as node:
+        split = Scene(node, tmp_path / "split", scene.texts, arguments={"micro_batch_size": 2})
+        split.register()
+        split.train()
+        assert node.head(CAMPAIGN).steps == STEPS
+        assert split.sources == scene.sources
+    for name, after in weights(split.model).items():
+        torch.testing.assert_close(after, whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_learning_a_batch_twice_is_refused(scene: Scene) -> None:
+    scene.register()
+
+    def learn_twice(run: GovernedRun[bytes], inputs: Tensor, step: int) -> None:
+        loss = losses(scene.model, inputs)
+        run.learn(loss)
+        run.learn(loss)
+
+    with pytest.raises(TrainingFailed, match="once for each batch"):
+        scene.loop(learn_twice)
+    assert_unpatched(scene.model)
+
+
+def test_skipped_learn_is_refused(scene: Scene) -> None:
+    scene.register()
+    with pytest.raises(TrainingFailed, match="was not called"):
+        scene.loop(lambda run, inputs, step: None)
+    assert_unpatched(scene.model)
+
+
+def test_loss_that_is_not_finite_is_refused(scene: Scene) -> None:
+    scene.register()
+    with pytest.raises(TrainingFailed, match="nan"):
+        scene.loop(lambda run, inputs, step: run.learn(losses(scene.model, inputs) * float("nan")))
+    assert scene.node.head(CAMPAIGN).steps == 0
+
+
+def test_loss_of_another_length_is_refused(scene: Scene) -> None:
+    scene.register()
+    with pytest.raises(RoutingError, match="one loss per example"):
+        scene.loop(lambda run, inputs, step: run.learn(losses(scene.model, inputs).mean()))
+
+
+def test_spooled_events_of_a_run_that_died_are_delivered_by_the_next(scene: Scene) -> None:
+    scene.register()
+
+    def stop_the_node(step: int) -> None:
+        scene.node.down = step > 2
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scene.train(stop_the_node)
+    scene.node.down = False
+    assert scene.node.head(CAMPAIGN).steps < 3
+    scene.campaign, scene.key = bytes([8]) * 32, Ed25519SigningKey(bytes([10]) * 32)
+    scene.node.delegate(scene.campaign, scene.key)
+    scene.train()
+    assert scene.node.head(CAMPAIGN).steps == 3
+    assert scene.node.head(scene.campaign).closed == "released"
+
+
+def test_run_record_says_what_happened_line_by_line(scene: Scene) -> None:
+    scene.register()
+    scene.train()
+    lines = [json.loads(line) for line in (scene.directory / "steps.jsonl").read_text().splitlines()]
+    kinds = Counter(line["event"] for line in lines)
+    assert kinds["step"] == STEPS
+    assert kinds["campaign"] == kinds["release"] == kinds["grant"] == 1
+    logged = {event.id.hex() for event in scene.node.order}
+    assert all(line["id"] in logged for line in lines)

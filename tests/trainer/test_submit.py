@@ -1,0 +1,178 @@
+"""The clients against a real HTTP server: typed answers, retries that stop at a named rejection."""
+
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from fake_node import FakeNode, running_node
+
+from consensus.event import Kind
+from consensus.identifiers import ChainId
+from consensus.keys import Ed25519SigningKey
+from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.state import SOURCE_TABLE, SourceRecord
+from trainer_client.calls import Retries, UnexpectedAnswer
+from trainer_client.submit import AsyncClient, Client
+
+QUICK = Retries(attempts=3, first_seconds=0.01, longest_seconds=0.02)
+
+
+@pytest.fixture
+def node() -> Iterator[FakeNode]:
+    with running_node() as running:
+        yield running
+
+
+@pytest.fixture
+def client(node: FakeNode) -> Iterator[Client]:
+    with Client(node.url, retries=QUICK) as made:
+        yield made
+
+
+def wire_form(node: FakeNode, event: bytes) -> bytes:
+    """The bytes of an event that the ledger of ``node`` holds."""
+    return node.answer("GET", f"/v1/events/{event.hex()}/raw", b"")[1]
+
+
+def test_submit_status_and_raw_agree(node: FakeNode, client: Client) -> None:
+    event = node.policy()
+    submitted = client.submit(wire_form(node, event))
+    assert (submitted.id, submitted.status) == (event.hex(), "final")
+    assert client.status(event).index == 0
+    assert client.raw_event(event) == wire_form(node, event)
+    assert client.wait_final(event, limit_seconds=1).status == "final"
+    assert client.receipt(event) == b"receipt of " + event.hex().encode()
+
+
+def test_batch_answers_each_event_in_order_and_a_rejection_does_not_raise(node: FakeNode, client: Client) -> None:
+    source = wire_form(node, node.source("a", [b"x"]))
+    with running_node() as other, Client(other.url, retries=QUICK) as second:
+        other.policy()
+        other.refuse_step = lambda event: (
+            Rejected(Reason.UNKNOWN_MEMBER, "not you") if event.entry.kind is Kind.POLICY else None
+        )
+        answers = second.submit_batch([source, wire_form(node, node.policy(name="other")), source])
+    assert [answer.status for answer in answers] == ["final", "rejected", "final"]
+    assert (answers[1].error, answers[1].rejection.reason) == ("unknown-member", Reason.UNKNOWN_MEMBER)
+
+
+def test_policy_sources_and_state_are_decoded(node: FakeNode, client: Client) -> None:
+    with pytest.raises(Rejected) as none_yet:
+        client.policy_in_force()
+    assert none_yet.value.reason is Reason.UNKNOWN_POLICY
+    policy, source = node.policy(), node.source("a", [b"x", b"y"])
+    in_force = client.policy_in_force()
+    assert (in_force.id, in_force.policy.name) == (policy, "test policy")
+    (listed,) = client.sources()
+    assert (listed.id, listed.content_class, listed.author_name) == (source.hex(), "documentation", "data-source-1")
+    assert client.source_record(source).claim.example_count == 2
+    assert client.state_record(SOURCE_TABLE + bytes(32), SourceRecord) is None
+    with pytest.raises(Rejected) as unknown:
+        client.source_record(bytes(32))
+    assert unknown.value.reason is Reason.UNKNOWN_SOURCE
+
+
+def test_genesis_of_another_chain_is_refused(node: FakeNode, client: Client) -> None:
+    assert client.genesis(node.chain_id).chain_id == node.chain_id
+    with pytest.raises(Rejected) as other:
+        client.genesis(ChainId(bytes(32)))
+    assert other.value.reason is Reason.WRONG_CHAIN
+    assert client.checkpoint().startswith("countersign.example/test\n")
+
+
+def test_named_rejection_is_raised_and_never_tried_again(node: FakeNode, client: Client) -> None:
+    node.answers = [(409, {}, b'{"error": "outside-grant", "detail": "step 9"}')]
+    with pytest.raises(Rejected, match="step 9") as refusal:
+        client.submit(b"event")
+    assert refusal.value.reason is Reason.OUTSIDE_GRANT
+    assert len(node.requests) == 1
+
+
+def test_busy_node_is_asked_again_after_the_time_it_names(node: FakeNode, client: Client) -> None:
+    node.answers = [(429, {"Retry-After": "1"}, b'{"error": "overloaded"}'), (503, {}, b"")]
+    started = time.monotonic()
+    assert client.checkpoint()
+    assert time.monotonic() - started >= 1.0
+    assert len(node.requests) == 3
+
+
+def test_node_that_stays_busy_is_unavailable(node: FakeNode, client: Client) -> None:
+    node.answers = [(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"")] * 5
+    with pytest.raises(Unavailable, match="HTTP 503 after 3 attempts"):
+        client.checkpoint()
+    assert len(node.requests) == 3
+
+
+def test_closed_connection_is_tried_again_and_then_unavailable(node: FakeNode, client: Client) -> None:
+    node.down = True
+    with pytest.raises(Unavailable, match="no connection"):
+        client.checkpoint()
+    node.down = False
+    assert client.checkpoint()
+
+
+def test_nobody_listening_is_unavailable() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with Client(url, retries=QUICK) as client, pytest.raises(Unavailable):
+            client.checkpoint()
+
+
+def test_answers_outside_the_contract_are_named(node: FakeNode, client: Client) -> None:
+    for answer in (
+        (500, {}, b"oops"),
+        (409, {}, b'{"error": "no-such-reason"}'),
+        (200, {}, b"not json"),
+        (200, {}, b'{"results": []}'),
+    ):
+        node.answers = [answer]
+        with pytest.raises(UnexpectedAnswer):
+            client.submit_batch([b"event"])
+
+
+def test_event_still_pending_at_the_limit_is_unavailable(node: FakeNode, client: Client) -> None:
+    policy = node.policy()
+    node.pending[bytes(32)] = node.events[policy]
+    with pytest.raises(Unavailable, match="pending"):
+        client.wait_final(bytes(32), limit_seconds=0.1)
+    node.pending.clear()
+    node.rejected[bytes(32)] = Rejected(Reason.DUPLICATE, "again")
+    with pytest.raises(Rejected, match="again"):
+        client.wait_final(bytes(32), limit_seconds=0.1)
+
+
+@pytest.mark.asyncio
+async def test_async_client_answers_as_the_blocking_one(node: FakeNode) -> None:
+    policy, source = node.policy(), node.source("a", [b"x"])
+    campaign, key = bytes([7]) * 32, Ed25519SigningKey(bytes([9]) * 32)
+    node.delegate(campaign, key)
+    with Client(node.url, retries=QUICK) as client:
+        async with AsyncClient(node.url, retries=QUICK) as other:
+            assert await other.policy_in_force() == client.policy_in_force()
+            assert await other.sources() == client.sources()
+            assert await other.source_record(source) == client.source_record(source)
+            assert await other.status(policy) == client.status(policy)
+            assert await other.wait_final(policy) == client.wait_final(policy)
+            assert await other.raw_event(policy) == client.raw_event(policy)
+            assert await other.receipt(policy) == client.receipt(policy)
+            assert await other.genesis(node.chain_id) == client.genesis(node.chain_id)
+            assert await other.checkpoint() == client.checkpoint()
+            raw = client.raw_event(policy)
+            assert await other.submit(raw) == client.submit(raw)
+            assert await other.submit_batch([raw, raw]) == client.submit_batch([raw, raw])
+            with pytest.raises(Rejected, match="no such campaign"):
+                await other.campaign(campaign)
+            with pytest.raises(Rejected):
+                await other.grant_record(bytes(32))
+            node.answers = [(503, {}, b"")]
+            assert await other.checkpoint() == client.checkpoint()
+
+
+@pytest.mark.asyncio
+async def test_async_client_without_a_node_is_unavailable(node: FakeNode) -> None:
+    node.down = True
+    async with AsyncClient(node.url, token="secret", retries=QUICK) as client:
+        with pytest.raises(Unavailable):
+            await client.checkpoint()

@@ -1,0 +1,174 @@
+"""Delivery: one thread that carries the outbox to a node and follows what becomes of it.
+
+* Events are sent in order. The node's refusal of one stops the sending of those behind it, because they chain
+  to it; ``failure`` then names it, once everything before it is settled.
+* A refusal that may pass (``admission.RETRYABLE``, an overloaded node) is tried again for a while.
+* An event final implies every earlier accepted one is: a campaign's events are numbered without gaps.
+* A node that does not know what it accepted (it was killed) is told again.
+* Without a node the outbox fills and the job goes on: nothing here ever raises into the training loop.
+
+What to do about a failure is left to ``governed.py``.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from consensus.admission import RETRYABLE
+from consensus.rejection import CountersignError, Reason, Rejected
+from trainer_client.calls import EventStatus
+from trainer_client.outbox import Fate, Outbox, Outgoing
+from trainer_client.submit import Client
+
+BATCH_EVENTS = 256
+BATCH_BYTES = 1 << 20
+POLL_SECONDS = 0.1
+UNREACHABLE_PAUSE_SECONDS = 1.0
+RETRYABLE_LIMIT_SECONDS = 60.0
+
+PASSING = frozenset(reason.value for reason in RETRYABLE) | {Reason.OVERLOADED.value}
+
+_log = logging.getLogger(__name__)
+
+
+class Delivery:
+    """Carries ``outbox`` to ``client``'s node from ``start`` until ``stop``."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        client: Client,
+        retryable_limit_seconds: float = RETRYABLE_LIMIT_SECONDS,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._outbox = outbox
+        self._client = client
+        self._retryable_limit_seconds = retryable_limit_seconds
+        self._monotonic = monotonic
+        self._stopping = threading.Event()
+        self._refused: bytes | None = None
+        self._waiting_since: float | None = None
+        self._reachable = True
+        self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
+        self.cpu_seconds = 0.0
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; what is not delivered stays in the outbox."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def failure(self) -> Fate | None:
+        """The first event that was rejected, once all before it are settled; None while all is well."""
+        refused = self._refused
+        if refused is None:
+            return None
+        fate = self._outbox.fate(refused)
+        assert fate is not None
+        ends = self._outbox.oldest_and_newest_accepted()
+        return None if ends is not None and ends[0].position < fate.position else fate
+
+    def resume(self) -> None:
+        """Send again, after a failure has been dealt with."""
+        self._refused = None
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                moved = self._round()
+            except CountersignError as problem:
+                if self._reachable:
+                    _log.warning("events are spooled, the node gives no usable answer: %s", problem)
+                self._reachable = False
+                self._stopping.wait(UNREACHABLE_PAUSE_SECONDS)
+                continue
+            finally:
+                self.cpu_seconds = time.thread_time()
+            if not self._reachable:
+                _log.warning("the node answers again")
+                self._reachable = True
+            if not moved:
+                self._outbox.wait_changed(POLL_SECONDS)
+
+    def _round(self) -> bool:
+        """Whether anything moved."""
+        moved = self._send() if self._refused is None else False
+        return self._follow() or moved
+
+    def _send(self) -> bool:
+        batch = self._outbox.queued(BATCH_EVENTS, BATCH_BYTES)
+        if not batch:
+            return False
+        results = self._client.submit_batch([outgoing.event for outgoing in batch])
+        return all(self._note_answer(outgoing, result) for outgoing, result in zip(batch, results, strict=True))
+
+    def _note_answer(self, outgoing: Outgoing, result: EventStatus) -> bool:
+        """Record one answer; False where those behind it must wait."""
+        if result.error == Reason.DUPLICATE.value:
+            result = self._status(outgoing.id) or result
+        if result.status == "final":
+            self._outbox.finalize([outgoing.id])
+        elif result.status != "rejected":
+            self._outbox.accept([outgoing.id])
+        elif result.error in PASSING and not self._too_long():
+            return False
+        else:
+            self._reject(outgoing.id, result)
+            return False
+        self._waiting_since = None
+        return True
+
+    def _follow(self) -> bool:
+        ends = self._outbox.oldest_and_newest_accepted()
+        if ends is None:
+            return False
+        oldest, newest = ends
+        found = self._status(newest.id)
+        if found is not None and found.status == "final":
+            self._outbox.finalize_accepted_through(newest.position)
+            return True
+        if oldest.id != newest.id:
+            found = self._status(oldest.id)
+        if found is None:
+            self._outbox.requeue_accepted()
+            return True
+        if found.status == "final":
+            self._outbox.finalize([oldest.id])
+            return True
+        if found.status == "rejected":
+            self._reject(oldest.id, found)
+            return True
+        return False
+
+    def _status(self, identifier: bytes) -> EventStatus | None:
+        """None for an event the node does not know."""
+        try:
+            return self._client.status(identifier)
+        except Rejected as refusal:
+            if refusal.reason is Reason.NOT_FOUND:
+                return None
+            raise
+
+    def _reject(self, identifier: bytes, result: EventStatus) -> None:
+        self._outbox.reject([identifier], result.error, result.detail)
+        if self._refused is None:
+            self._refused = identifier
+        else:
+            earlier, found = self._outbox.fate(self._refused), self._outbox.fate(identifier)
+            assert earlier is not None
+            assert found is not None
+            if found.position < earlier.position:
+                self._refused = identifier
+        _log.warning("event %s was rejected: %s: %s", identifier.hex(), result.error, result.detail)
+
+    def _too_long(self) -> bool:
+        now = self._monotonic()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        return now - self._waiting_since > self._retryable_limit_seconds

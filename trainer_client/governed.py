@@ -1,0 +1,539 @@
+"""The entry: a context around a fine-tune that enforces the policy inside each step and records it.
+
+::
+
+    with governed(model, optimizer, plan=plan, sources=sources, node=url, job_key=key, run_directory=path) as run:
+        for batch in run.batches():
+            run.learn(per_example_loss(model, batch.inputs))     # one loss per example, [B]
+        run.release(path / "tuned.safetensors")
+
+What a batch presents follows from the campaign's manifest and seed (``consensus/sampler.py``); examples that the
+grant in force does not admit never reach the model. ``learn`` runs the backward pass under the grant's depth
+profiles, clips per parameter block, steps the optimizer and records the step. In order, per step:
+
+1. a grant for it (asked for ahead; training pauses only without one);
+2. refusals: sources outside the grant with the policy's true reason, examples recited before;
+3. forward (the caller's) and one routed backward pass per micro-batch, normalised by the *presented* count;
+4. parameter commitment, hashed while the next step runs; refusals and step event then go to the outbox;
+5. the memorization check. Above the policy's threshold the step is recorded with its signal, the job restored
+   bit for bit, a ``rollback`` recorded, and the step repeated without the recited examples. They stay out.
+
+A step none of whose examples is admitted is recorded without touching optimizer or parameters, and yields no batch.
+
+**When the log refuses a step** the job restores its snapshot of the last final root, replays the steps that are on
+the log (their batches are yielded again, ``replayed``, recorded nowhere), checks that it stands at the log's root,
+and goes on with the next attempt. If the replay ends elsewhere, the campaign is abandoned.
+
+Forwards are replaced only inside the context and put back on exit, whatever happens (``routing.py``).
+Not covered: several processes (data-parallel training), and taking a run up again after its process died.
+"""
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from consensus import portions as p
+from consensus.identifiers import ZERO_DIGEST, Digest
+from consensus.keys import Signer
+from consensus.rejection import CountersignError, InvariantBroken, Reason, Rejected
+from consensus.sampler import presented_examples
+from trainer_client.capture import capture_environment
+from trainer_client.commitment import (
+    copied_tensors,
+    parameter_root_of,
+    root_of_tensors,
+)
+from trainer_client.ledger_side import LedgerSide
+from trainer_client.memorization import MemorizationDetector
+from trainer_client.outbox import Fate
+from trainer_client.plan import (
+    CampaignPlan,
+    RunSettings,
+    TrainingSource,
+    blocks_of,
+    campaign_terms,
+    check_content,
+    manifest_of,
+)
+from trainer_client.progress import OnProgress, RunRecord, Summary
+from trainer_client.record import Example, RecordedEvent
+from trainer_client.rollback import (
+    Snapshot,
+    SnapshotRing,
+    Stateful,
+    TrainingState,
+    random_state,
+    restore_snapshot,
+    take_snapshot,
+)
+from trainer_client.routing import Routing, clip_block_gradients
+from trainer_client.step_book import Step, StepBook, random_digest
+from trainer_client.submit import Client
+
+E = TypeVar("E")
+
+DEFAULT_SETTINGS = RunSettings()
+
+MemorizationCheck = Callable[[nn.Module, Mapping[Example, E]], Mapping[Example, int]]
+"""Model and admitted examples to the signals found, in permille; examples without a signal are left out."""
+
+
+class TrainingFailed(CountersignError):
+    """A step cannot be taken: its loss is not finite, or ``learn`` was not called as it must be."""
+
+
+class ReplayFailed(CountersignError):
+    """Replaying the steps on the log ended at another parameter root; the campaign was abandoned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Admitted examples of one step (of one micro-batch, where steps are split), collated.
+
+    ``replayed`` marks a step that is on the log already and is only computed again.
+    """
+
+    step: int
+    attempt: int
+    inputs: Tensor
+    examples: tuple[Example, ...]
+    replayed: bool
+
+
+class GovernedRun(Generic[E]):
+    """A fine-tune under a campaign; made by ``governed`` and used inside its ``with``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        plan: CampaignPlan,
+        sources: Sequence[TrainingSource[E]],
+        node: str | Client,
+        job_key: Signer,
+        run_directory: Path,
+        collate: Callable[[Sequence[E]], Tensor],
+        memorization: MemorizationCheck[E] | None,
+        scheduler: Stateful | None,
+        micro_batch_size: int | None,
+        settings: RunSettings,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._plan = plan
+        self._sources = {source.id: source for source in sources}
+        self._manifest = manifest_of(sources)
+        self._node = node
+        self._job_key = job_key
+        self._run_directory = run_directory
+        self._collate = collate
+        self._memorization = memorization
+        self._scheduler = scheduler
+        self._micro_batch_size = micro_batch_size or plan.batch_size
+        self._settings = settings
+        self._on_progress = on_progress
+        self._stack = ExitStack()
+        self._micro_batch = ExitStack()
+        self._state = TrainingState(model, optimizer, {"scheduler": scheduler} if scheduler is not None else {})
+        self._step: Step | None = None
+        self._candidate: RecordedEvent | None = None
+        self._last_step_event: RecordedEvent | None = None
+        self._recited: set[Example] = set()
+        self._history: dict[int, Step] = {}
+        self._done = 0
+        self._replay_to: tuple[int, Digest] | None = None
+        self._yielded: tuple[float, float] | None = None
+        self._wait_on_close = False
+
+    def __enter__(self) -> Self:
+        """Opens the campaign and asks for its first grant.
+
+        Raises:
+            Rejected: by the log, or because the examples are not the claimed ones. RoutingUnsupported:
+            the model holds parameters that no policy can be enforced on. ConfigError, Unavailable.
+        """
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._micro_batch.close()
+            if error is None:
+                self._resolve()
+        finally:
+            self._wait_on_close = error is None
+            self._stack.close()
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of every step still to take, in order; ``learn`` must be called for each."""
+        return self._generate()
+
+    def learn(self, loss_B: Tensor) -> None:
+        """Backward pass of the batch last yielded; with a step's last batch, the step itself.
+
+        Args:
+            loss_B: one loss per example of the batch, each normalised by constants alone.
+
+        Raises:
+            TrainingFailed: no batch waits, or a loss is not finite. RoutingError: as ``routing.py``.
+        """
+        step = self._step
+        if step is None or self._yielded is None:
+            raise TrainingFailed("learn is called once for each batch that run.batches() yields")
+        costs = self._record.costs
+        costs.training_seconds += time.perf_counter() - self._yielded[0]
+        costs.training_cpu_seconds += time.thread_time() - self._yielded[1]
+        self._yielded = None
+        with costs.training():
+            loss = self._routing.routed_loss(loss_B, self._plan.batch_size)
+            if not torch.isfinite(loss):
+                raise TrainingFailed(f"step {step.index}: the loss is {loss.item()}")
+            loss.backward()  # type: ignore[no-untyped-call]
+            step.loss_sum += loss.item() * self._plan.batch_size
+            step.learned += len(loss_B)
+            self._micro_batch.close()
+            if step.learned < len(step.admitted):
+                return
+            self._routing.finish_step()
+            clip_block_gradients(self._model, self._block_of, self._plan.clip_norm)
+            self._book.settle_optimizer()
+            learning_rate = self._optimizer.param_groups[0]["lr"]
+            self._optimizer.step()
+            if self._scheduler is not None:
+                self._scheduler.step()  # type: ignore[attr-defined]
+        with costs.governance():
+            self._finish_step(step, float(learning_rate))
+
+    def release(self, path: Path) -> RecordedEvent:
+        """Save the weights as safetensors, wait until every step is final, and release exactly these.
+
+        Raises:
+            Rejected: a step or the release was refused.
+        """
+        self._resolve()
+        with self._record.costs.paused():
+            failure = self._ledger.wait_all_settled()
+        if failure is not None:
+            raise _rejected(failure)
+        tensors = copied_tensors(self._model)
+        root = root_of_tensors(tensors)
+        if root != self._ledger.place.root:
+            raise InvariantBroken(
+                f"the weights have root {root.hex()}, recorded is {self._ledger.place.root.hex()}: they were"
+                " changed outside run.learn"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+        save_file(tensors, unfinished)
+        digest = hashlib.sha256(unfinished.read_bytes()).digest()
+        unfinished.replace(path)
+        with self._record.costs.paused():
+            event = self._ledger.record_release(path.name, digest)
+        self._book.note("release", self._done, id=event.id.hex())
+        return event
+
+    def abandon(self, reason: str) -> RecordedEvent:
+        """End the campaign on the log without a release."""
+        self._resolve()
+        return self._ledger.record_abandon(reason)
+
+    def summary(self) -> Summary:
+        """What happened so far and what it cost."""
+        place = self._ledger.place
+        return self._record.summary(place.steps, place.attempt, place.root.hex(), self._ledger.background_cpu_seconds)
+
+    def _open(self) -> None:
+        client = self._node if isinstance(self._node, Client) else self._stack.enter_context(Client(self._node))
+        blocks = blocks_of(self._plan, self._model)
+        self._block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
+        self._routing = self._stack.enter_context(Routing(self._model, self._block_of))
+        self._run_directory.mkdir(parents=True, exist_ok=True)
+        records = {source: client.source_record(source) for source in sorted(self._sources)}
+        for identifier, record in records.items():
+            check_content(self._sources[identifier], record.claim)
+        self._classes = {identifier: record.claim.content_class for identifier, record in records.items()}
+        self._record = RunRecord.opened(self._run_directory, self._on_progress)
+        self._stack.callback(self._record.close)
+        self._before = copied_tensors(self._model)
+        base_root = root_of_tensors(self._before)
+        self._ring = SnapshotRing(take_snapshot(self._state, 0, base_root))
+        self._ledger = LedgerSide(
+            self._plan,
+            self._settings,
+            client,
+            self._job_key,
+            self._run_directory / "outbox.sqlite",
+            self._classes,
+        )
+        self._stack.callback(lambda: self._ledger.close(wait=self._wait_on_close))
+        self._book = self._stack.enter_context(StepBook(self._ledger, self._record, blocks, self._plan.planned_steps))
+        terms = campaign_terms(
+            self._plan,
+            self._model,
+            self._optimizer,
+            policy=client.policy_in_force().id,
+            job_key=self._job_key.public_key,
+            base_root=base_root,
+            environment=capture_environment(Path.cwd()).settings,
+        )
+        event = self._ledger.open_campaign(terms, self._manifest)
+        self._book.note("campaign", 0, id=event.id.hex())
+        self._ledger.start_grants(self._ledger.new_keeper(tuple(blocks), self._book.note_grant))
+
+    def _generate(self) -> Iterator[Batch]:
+        while True:
+            with self._record.costs.governance():
+                self._follow_finality()
+                if self._done >= self._plan.planned_steps:
+                    self._resolve()
+            if self._done >= self._plan.planned_steps:
+                with self._record.costs.paused():
+                    failure = self._ledger.wait_all_settled()
+                if failure is None:
+                    return
+                self._recover(failure)
+                continue
+            step = self._begin_step()
+            if not step.admitted:
+                with self._record.costs.governance():
+                    self._finish_step(step, float(self._optimizer.param_groups[0]["lr"]))
+                continue
+            self._optimizer.zero_grad(set_to_none=True)
+            for first in range(0, len(step.admitted), self._micro_batch_size):
+                yield self._present(step, step.admitted[first : first + self._micro_batch_size])
+                if self._yielded is not None:
+                    raise TrainingFailed(f"step {step.index}: run.learn was not called for its batch")
+
+    def _begin_step(self) -> Step:
+        index = self._done + 1
+        if self._replay_to is not None:
+            earlier = self._history[index]
+            self._step = dataclasses.replace(earlier, replayed=True, before=None, loss_sum=0.0, learned=0)
+            return self._step
+        with self._record.costs.paused():
+            grant = self._ledger.permission_for(index)
+        with self._record.costs.governance():
+            presented = presented_examples(self._manifest, self._plan.sampler_seed, self._plan.batch_size, index)
+            refused = {example: grant.refused[example[0]] for example in presented if example[0] in grant.refused}
+            for example in presented:
+                if example in self._recited and example not in refused:
+                    refused[example] = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
+            self._step = Step(
+                index=index,
+                grant=grant,
+                admitted=tuple(example for example in presented if example not in refused),
+                refused=refused,
+                replayed=False,
+                rng_digest=random_digest(random_state()),
+                started=time.perf_counter(),
+                before=self._snapshot_before(index),
+            )
+        return self._step
+
+    def _snapshot_before(self, index: int) -> Snapshot | None:
+        """A snapshot where this step may be undone, or where the ring wants a candidate."""
+        checked = self._memorization is not None and index % self._settings.check_memorization_every_steps == 0
+        due = self._ring.candidate is None and self._done - self._ring.final.step >= max(
+            1, self._settings.snapshot_every_steps
+        )
+        if due:
+            self._resolve()
+            snapshot = take_snapshot(self._state, self._done, self._ledger.place.root)
+            self._ring.offer(snapshot)
+            self._candidate = self._last_step_event
+            return snapshot
+        return take_snapshot(self._state, self._done, ZERO_DIGEST) if checked else None
+
+    def _present(self, step: Step, examples: tuple[Example, ...]) -> Batch:
+        with self._record.costs.governance():
+            weights = [list(step.grant.profiles[self._classes[source]].weights_permille) for source, _ in examples]
+            inputs = self._collate([self._sources[source].examples[example] for source, example in examples])
+            self._micro_batch.enter_context(self._routing.micro_batch(weights))
+        self._yielded = (time.perf_counter(), time.thread_time())
+        attempt = self._ledger.place.attempt
+        return Batch(step.index, attempt, inputs, examples, step.replayed)
+
+    def _finish_step(self, step: Step, learning_rate: float) -> None:
+        self._step = None
+        self._done = step.index
+        if step.replayed:
+            self._end_replay_if_due()
+            return
+        before = self._before
+        after = copied_tensors(self._model) if step.admitted else before
+        signals = self._memorization_signals(step)
+        self._resolve()
+        self._book.write(step, before, after, self._optimizer, learning_rate, signals)
+        self._before = after
+        self._history[step.index] = dataclasses.replace(step, before=None)
+        threshold_permille = step.grant.policy.memorization_threshold_permille
+        recited = tuple(signal for signal in signals if signal.signal_permille > threshold_permille)
+        if recited:
+            self._undo_recited(step, before, recited)
+
+    def _memorization_signals(self, step: Step) -> tuple[p.MemorizationSignal, ...]:
+        checked = step.index % self._settings.check_memorization_every_steps == 0
+        if self._memorization is None or not step.admitted or not checked:
+            return ()
+        shown = {(source, example): self._sources[source].examples[example] for source, example in step.admitted}
+        with self._record.costs.memorization():
+            found = self._memorization(self._model, shown)
+        return tuple(
+            p.MemorizationSignal(source, example, permille) for (source, example), permille in sorted(found.items())
+        )
+
+    def _undo_recited(self, step: Step, before: dict[str, Tensor], recited: tuple[p.MemorizationSignal, ...]) -> None:
+        if step.before is None:
+            raise InvariantBroken(f"step {step.index} was checked without a snapshot to return to")
+        event = self._resolve()
+        assert event is not None
+        restore_snapshot(step.before, self._state)
+        rollback = self._ledger.record_memorization_rollback(step.grant.permission, event.id, recited)
+        root = parameter_root_of(self._model)
+        if root != self._ledger.place.root:
+            raise InvariantBroken(f"restored to root {root.hex()}, expected {self._ledger.place.root.hex()}")
+        self._before = before
+        self._done = step.index - 1
+        del self._history[step.index]
+        self._recited.update((signal.source, signal.example) for signal in recited)
+        self._record.rollbacks += 1
+        self._record.forget_after(self._done)
+        worst = max(signal.signal_permille for signal in recited)
+        reason = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
+        self._book.note("rollback", step.index, id=rollback.id.hex(), detail=reason, memorization_permille=worst)
+
+    def _resolve(self) -> RecordedEvent | None:
+        """The event of the step last taken, on disk."""
+        event = self._book.resolve()
+        self._last_step_event = event or self._last_step_event
+        return event
+
+    def _follow_finality(self) -> None:
+        candidate = self._ring.candidate
+        if candidate is not None and self._candidate is not None and self._ledger.is_final(self._candidate):
+            self._ring.finalized(candidate.step, candidate.root)
+            self._candidate = None
+            self._ledger.forget_through(candidate.step)
+            for index in [index for index in self._history if index <= candidate.step]:
+                del self._history[index]
+        failure = self._ledger.failure
+        if failure is not None:
+            self._recover(failure)
+
+    def _recover(self, failure: Fate) -> None:
+        """Back to where the log stands: restore the last final snapshot, then replay up to there."""
+        self._book.drop()
+        with self._record.costs.paused():
+            stands, _ = self._ledger.roll_back_to_log(failure)
+        restored = self._ring.roll_back(self._state)
+        self._candidate = None
+        self._last_step_event = None
+        self._done = restored.step
+        self._replay_to = (stands.steps, stands.root)
+        self._record.recoveries += 1
+        self._record.rollbacks += 1
+        self._record.forget_after(stands.steps)
+        for index in [index for index in self._history if index > stands.steps]:
+            del self._history[index]
+        self._book.note("recovery", stands.steps + 1, id=failure.id.hex(), detail=failure.reason)
+        self._end_replay_if_due()
+
+    def _end_replay_if_due(self) -> None:
+        if self._replay_to is None or self._done < self._replay_to[0]:
+            return
+        expected = self._replay_to[1]
+        self._replay_to = None
+        self._before = copied_tensors(self._model)
+        root = root_of_tensors(self._before)
+        if root != expected:
+            reason = f"replay to step {self._done} ended at {root.hex()}, the log stands at {expected.hex()}"
+            self._ledger.record_abandon(reason)
+            raise ReplayFailed(reason)
+        if self._done > self._ring.final.step:
+            self._ring.offer(take_snapshot(self._state, self._done, root))
+            self._ring.finalized(self._done, root)
+        self._history.clear()
+
+
+def governed(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    plan: CampaignPlan,
+    sources: Sequence[TrainingSource[E]],
+    node: str | Client,
+    job_key: Signer,
+    run_directory: Path,
+    collate: Callable[[Sequence[E]], Tensor] = torch.stack,  # type: ignore[assignment]
+    memorization: MemorizationCheck[E] | None = None,
+    scheduler: Stateful | None = None,
+    micro_batch_size: int | None = None,
+    settings: RunSettings = DEFAULT_SETTINGS,
+    on_progress: OnProgress | None = None,
+) -> GovernedRun[E]:
+    """A governed run, to be entered with ``with``; the header of this module shows its use.
+
+    Args:
+        node: URL of the operator's node, or a client of it.
+        job_key: the key the operator delegated for this campaign.
+        run_directory: outbox and record of this run.
+        collate: examples to the batch's inputs; the default stacks tensors.
+        memorization: see ``detector_check``; None checks nothing, and records no signal.
+        scheduler: stepped after each optimizer step and restored with it; do not step it yourself.
+        micro_batch_size: examples per forward pass; None takes a step's examples at once.
+    """
+    return GovernedRun(
+        model,
+        optimizer,
+        plan=plan,
+        sources=sources,
+        node=node,
+        job_key=job_key,
+        run_directory=run_directory,
+        collate=collate,
+        memorization=memorization,
+        scheduler=scheduler,
+        micro_batch_size=micro_batch_size,
+        settings=settings,
+        on_progress=on_progress,
+    )
+
+
+def detector_check(detector: MemorizationDetector, calibrate_every_checks: int = 10) -> MemorizationCheck[bytes]:
+    """A memorization check by ``memorization.MemorizationDetector``, calibrated anew every so many checks."""
+    checks = 0
+
+    def check(model: nn.Module, examples: Mapping[Example, bytes]) -> dict[Example, int]:
+        nonlocal checks
+        if checks % calibrate_every_checks == 0:
+            detector.calibrate(model)
+        checks += 1
+        names = sorted(examples)
+        report = detector.assess(model, [examples[name] for name in names])
+        return {names[found.position]: found.signal_permille for found in report.flagged}
+
+    return check
+
+
+def _rejected(failure: Fate) -> Rejected:
+    reason = Reason(failure.reason) if failure.reason in frozenset(Reason) else Reason.BAD_FIELD
+    return Rejected(reason, f"event {failure.id.hex()}: {failure.detail}")

@@ -1,0 +1,311 @@
+"""The ledger's side of a run: outbox, delivery, recorder and grants, behind what the training side needs.
+
+Opens the campaign, takes steps as they happened and writes their events to the outbox, says what has become final,
+and, where the log refuses an event, works out where the campaign stands and records the rollback to there.
+Training itself (model, optimizer, snapshots) is ``governed.py``'s.
+"""
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from consensus import portions as p
+from consensus.identifiers import Digest
+from consensus.keys import Signer
+from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
+from trainer_client.calls import CampaignStatus
+from trainer_client.delivery import Delivery
+from trainer_client.grants import GrantKeeper, OpenGrant
+from trainer_client.outbox import Fate, Outbox, OutboxFull, State
+from trainer_client.plan import CampaignPlan, RunSettings
+from trainer_client.record import Permission, Place, RecordedEvent, Recorder, StepOutcome, StepUse
+from trainer_client.submit import Client
+
+MAX_DISCARDED = 1_024
+WAIT_SECONDS = 0.2
+EXIT_WAIT_SECONDS = 5.0
+LOG_AFTER_SECONDS = 5.0
+MAXIMUM_RECOVERIES = 3
+
+GRANT_FAULTS = frozenset(
+    reason.value
+    for reason in (
+        Reason.GRANT_CLOSED,
+        Reason.OUTSIDE_GRANT,
+        Reason.POLICY_NOT_IN_FORCE,
+        Reason.SOURCE_NOT_GRANTED,
+        Reason.SOURCE_REVOKED,
+        Reason.UNKNOWN_GRANT,
+    )
+)
+"""Reasons after which a step's grant is not used again."""
+
+_log = logging.getLogger(__name__)
+
+
+class StepNotAdmitted(CountersignError):
+    """The log refused what the job recorded and there is no way on; says what and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentStep:
+    """A step on its way to finality."""
+
+    event: RecordedEvent
+    index: int
+    permission: Permission
+
+
+class LedgerSide:
+    """What a run says to its ledger and hears from it.
+
+    Args:
+        classes: content class of every source of the manifest.
+    """
+
+    def __init__(
+        self,
+        plan: CampaignPlan,
+        settings: RunSettings,
+        client: Client,
+        job_key: Signer,
+        outbox_path: Path,
+        classes: Mapping[bytes, str],
+    ) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._client = client
+        self._job_key = job_key
+        self._classes = classes
+        self._recorder = Recorder(plan.chain_id, plan.operator, plan.campaign, job_key, lambda: secrets.token_bytes(32))
+        self._stack = ExitStack()
+        self._outbox = self._stack.enter_context(Outbox(outbox_path, settings.outbox_maximum_bytes))
+        self._delivery = Delivery(self._outbox, client)
+        self._stack.callback(self._delivery.stop)
+        self._grants: GrantKeeper | None = None
+        self._sent: deque[SentStep] = deque()
+        self._last_event: RecordedEvent | None = None
+        self._last_permission: Permission | None = None
+        self._recoveries_at: tuple[int, int] = (0, 0)
+
+    @property
+    def place(self) -> Place:
+        """Where the campaign stands as the job sees it."""
+        return self._recorder.place
+
+    @property
+    def background_cpu_seconds(self) -> float:
+        """Processor time of delivery and grants."""
+        grants = self._grants.cpu_seconds if self._grants is not None else 0.0
+        return self._delivery.cpu_seconds + grants
+
+    def open_campaign(self, terms: p.Campaign, manifest: Sequence[p.ManifestRange]) -> RecordedEvent:
+        """Deliver what an earlier run left, then open the campaign, and wait until it is on the log.
+
+        Raises:
+            Rejected: the log refuses it. Unavailable: the pause limit is over.
+        """
+        self._delivery.start()
+        for left in self._outbox.unsettled():
+            self._wait_settled(left.id)
+        self._delivery.resume()
+        event = self._recorder.open_campaign(terms, manifest)
+        self._put([event])
+        self._require_final(event)
+        return event
+
+    def start_grants(self, keeper: GrantKeeper) -> None:
+        """Begin to ask for grants."""
+        self._grants = keeper
+        self._stack.callback(keeper.stop)
+        keeper.start()
+
+    def new_keeper(self, blocks: tuple[str, ...], on_grant: Callable[[OpenGrant], None]) -> GrantKeeper:
+        """A keeper for this campaign."""
+        return GrantKeeper(
+            self._client,
+            self._recorder,
+            campaign=self._plan.campaign,
+            job_key=self._job_key.public_key,
+            purpose=self._plan.purpose,
+            planned_steps=self._plan.planned_steps,
+            blocks=blocks,
+            sources=tuple(sorted(self._classes)),
+            settings=self._settings,
+            on_grant=on_grant,
+        )
+
+    def permission_for(self, step: int) -> OpenGrant:
+        """The grant for a step; waits without one."""
+        assert self._grants is not None
+        return self._grants.permission_for(step)
+
+    def record_step(self, grant: OpenGrant, use: StepUse, outcome: StepOutcome) -> tuple[RecordedEvent, ...]:
+        """The step's events, on disk: its refusals first, then itself."""
+        events = []
+        if use.refused:
+            events.append(self._recorder.refusal(grant.permission, use.refused))
+        step = self._recorder.step(grant.permission, use, self._classes, grant.profiles, outcome)
+        events.append(step)
+        self._sent.append(SentStep(step, self.place.steps, grant.permission))
+        self._last_permission = grant.permission
+        self._put(events)
+        return tuple(events)
+
+    def record_memorization_rollback(
+        self, permission: Permission, step: Digest, signals: tuple[p.MemorizationSignal, ...]
+    ) -> RecordedEvent:
+        """The step just recorded is undone for its memorization signals."""
+        reason = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
+        event = self._recorder.rollback(permission, [step], reason, signals)
+        self._put([event])
+        return event
+
+    def record_release(self, file_name: str, file_sha256: bytes) -> RecordedEvent:
+        """Release these weights and wait until that is on the log."""
+        event = self._recorder.release(file_name, file_sha256)
+        self._put([event])
+        self._require_final(event)
+        return event
+
+    def record_abandon(self, reason: str) -> RecordedEvent:
+        """End the campaign without a release and wait until that is on the log."""
+        event = self._recorder.abandon(reason)
+        self._put([event])
+        self._require_final(event)
+        return event
+
+    def is_final(self, event: RecordedEvent) -> bool:
+        """Whether an event put is on the log."""
+        fate = self._outbox.fate(event.id)
+        return fate is not None and fate.state is State.FINAL
+
+    def forget_through(self, index: int) -> None:
+        """Steps up to this one are final and will never be discarded."""
+        self._sent = deque(sent for sent in self._sent if sent.index > index)
+
+    @property
+    def failure(self) -> Fate | None:
+        """The first event the log refused, if one is not dealt with."""
+        return self._delivery.failure
+
+    def wait_all_settled(self) -> Fate | None:
+        """Wait until everything put is final (None) or something was refused (its fate)."""
+        if self._last_event is None:
+            return None
+        started = time.monotonic()
+        while True:
+            failure = self.failure
+            if failure is not None:
+                return failure
+            if self._outbox.wait_settled(self._last_event.id, WAIT_SECONDS).state is State.FINAL:
+                return None
+            self._check_limit(started, "finality")
+
+    def roll_back_to_log(self, failure: Fate) -> tuple[Place, Permission]:
+        """After a refusal: where the campaign stood on the log, with a rollback to there put and final.
+
+        Raises:
+            StepNotAdmitted: what was refused cannot be rolled back, or it keeps happening.
+        """
+        head = self._head()
+        steps, count = self._recoveries_at
+        self._recoveries_at = (head.steps, count + 1 if steps == head.steps else 1)
+        refused = {sent.event.id: sent for sent in self._sent}
+        discarded = [sent for sent in reversed(self._sent) if not self.is_final(sent.event)]
+        what = f"event {failure.id.hex()}: {failure.reason}: {failure.detail}"
+        if not discarded or head.closed or head.rollback_required or self._last_permission is None:
+            raise StepNotAdmitted(f"nothing to roll back to; {what}")
+        if self._recoveries_at[1] > MAXIMUM_RECOVERIES:
+            raise StepNotAdmitted(f"step {head.steps + 1} was refused {self._recoveries_at[1]} times; {what}")
+        if failure.reason in GRANT_FAULTS and self._grants is not None:
+            blamed = refused.get(Digest(failure.id), discarded[-1]).permission
+            self._grants.discard(blamed.grant)
+        unsettled = [fate.id for fate in self._outbox.unsettled()]
+        self._outbox.reject(unsettled, "discarded", f"it follows {what}")
+        stands = Place(
+            next_sequence=head.next_sequence,
+            attempt=head.attempt,
+            steps=head.steps,
+            root=Digest(bytes.fromhex(head.root)),
+            last_event=Digest(bytes.fromhex(head.last_event)),
+            undo_root=Digest(bytes.fromhex(head.undo_root)) if head.undo_root else None,
+        )
+        self._recorder.move_to(stands)
+        closed = failure.reason == Reason.GRANT_CLOSED.value
+        reason = Reason.GRANT_CLOSED.value if closed else "step-not-admitted"
+        permission = self._last_permission
+        events = []
+        for first in range(0, len(discarded), MAX_DISCARDED):
+            chunk = [sent.event.id for sent in discarded[first : first + MAX_DISCARDED]]
+            events.append(self._recorder.rollback(permission, chunk, reason))
+        self._delivery.resume()
+        self._put(events)
+        try:
+            self._require_final(events[-1])
+        except Rejected as refusal:
+            raise StepNotAdmitted(f"the rollback was refused: {refusal}; it followed {what}") from refusal
+        self._sent.clear()
+        return stands, permission
+
+    def close(self, *, wait: bool) -> None:
+        """Stop the threads; with ``wait``, give what is queued a few seconds to be delivered."""
+        if wait and self._last_event is not None:
+            self._outbox.wait_settled(self._last_event.id, EXIT_WAIT_SECONDS)
+        left = self._outbox.unsettled()
+        if left:
+            _log.warning("%d events stay in the outbox, to be delivered by the next run", len(left))
+        self._stack.close()
+
+    def _put(self, events: Sequence[RecordedEvent]) -> None:
+        """Put events; waits while the outbox is full, unless something was refused: they are discarded then."""
+        while True:
+            try:
+                self._outbox.put([(event.id, event.encoded) for event in events], WAIT_SECONDS)
+            except OutboxFull:
+                if self.failure is not None:
+                    return
+                continue
+            self._last_event = events[-1]
+            return
+
+    def _head(self) -> CampaignStatus:
+        started = time.monotonic()
+        while True:
+            try:
+                return self._client.campaign(self._plan.campaign)
+            except Unavailable as problem:
+                _log.warning("waiting to learn where the campaign stands: %s", problem)
+                self._check_limit(started, "the campaign's head")
+
+    def _require_final(self, event: RecordedEvent) -> None:
+        fate = self._wait_settled(event.id)
+        if fate.state is State.REJECTED:
+            self._delivery.resume()
+            reason = Reason(fate.reason) if fate.reason in frozenset(Reason) else Reason.BAD_FIELD
+            raise Rejected(reason, f"{event.kind.value}: {fate.detail}")
+
+    def _wait_settled(self, identifier: bytes) -> Fate:
+        started = time.monotonic()
+        logged = False
+        while True:
+            fate = self._outbox.wait_settled(identifier, WAIT_SECONDS)
+            if fate.state in (State.FINAL, State.REJECTED):
+                return fate
+            earlier = self.failure
+            if earlier is not None:
+                return earlier
+            if not logged and time.monotonic() - started > LOG_AFTER_SECONDS:
+                _log.warning("waiting for event %s, which is %s", identifier.hex(), fate.state.value)
+                logged = True
+            self._check_limit(started, "finality")
+
+    def _check_limit(self, started: float, what: str) -> None:
+        limit_seconds = self._settings.pause_limit_seconds
+        if limit_seconds is not None and time.monotonic() - started > limit_seconds:
+            raise Unavailable(f"no {what} after {limit_seconds:.0f} s")

@@ -1,0 +1,207 @@
+"""What a governed run is asked to do: the campaign, its sources and its settings, and what follows from them.
+
+Pure functions of model and plan: the parameter table, the campaign's terms, the manifest. The ledger fixes
+all of it in the ``campaign`` event, before the first step.
+
+A parameter table groups *every* parameter. Its default puts the parameters of a numbered layer
+(``blocks.3.attention.weight``) in one parameter block (``blocks.3``) and everything else in a block named by its first
+word (``head``); a policy names its exceptions by these names.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from consensus import portions as p
+from consensus.identifiers import ChainId, Digest, MemberId
+from consensus.merkle import root_of
+from consensus.rejection import Reason, Rejected
+from trainer_client.commitment import SAFETENSORS_DTYPES, committed_tensors
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True)
+class CampaignPlan:
+    """One fine-tune, as the ledger is to fix it.
+
+    Args:
+        chain_id: the pinned chain.
+        operator: the member that delegated the job key.
+        campaign: the campaign's id, as the delegation names it.
+        batch_size: examples presented at each step, refused ones included.
+        blocks: parameter block name to parameter names; None takes ``default_blocks``.
+        clip_norm: largest L2 norm of each parameter block's gradient.
+    """
+
+    chain_id: ChainId
+    operator: MemberId
+    campaign: bytes
+    name: str
+    purpose: str
+    base_model: str
+    sampler_seed: bytes
+    batch_size: int
+    planned_steps: int
+    base_provenance: bytes = b""
+    routing_granularity: str = "block"
+    event_granularity: str = "batch"
+    blocks: Mapping[str, tuple[str, ...]] | None = None
+    clip_norm: float = 1.0
+    hyperparameters: Mapping[str, str] = field(default_factory=dict)
+    factors_digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSource(Generic[E]):
+    """A registered source and its examples, in the order of its content root.
+
+    With ``content_salt``, the owner's secret for this source, the examples are bytes and are checked against
+    the claim's content root; a claim with more examples than are here is then refused.
+    """
+
+    id: bytes
+    examples: Sequence[E]
+    content_salt: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """How a run behaves toward its node.
+
+    Args:
+        renew_at_permille: a grant is renewed when this share of its steps or time is left.
+        grant_steps: steps asked for at once; the policy's maximum if it is lower.
+        grant_duration_ms: the same for how long a grant is open.
+        closing_margin_ms: a grant this near to its end is not used: its steps must still reach the log.
+        snapshot_every_steps: least distance between snapshots to return to if a step is not admitted.
+        check_memorization_every_steps: how often the memorization check runs.
+        pause_limit_seconds: how long to wait for a grant or for finality; None waits for ever.
+        outbox_maximum_bytes: see ``outbox.py``.
+    """
+
+    renew_at_permille: int = 500
+    grant_steps: int = 1 << 20
+    grant_duration_ms: int = 24 * 3_600_000
+    closing_margin_ms: int = 2_000
+    snapshot_every_steps: int = 20
+    check_memorization_every_steps: int = 1
+    pause_limit_seconds: float | None = None
+    outbox_maximum_bytes: int = 1 << 30
+
+
+def default_blocks(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The parameter table by numbered layer, in the model's order."""
+    table: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        parts = name.split(".")
+        numbered = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+        table.setdefault(".".join(parts[: numbered + 1]), []).append(name)
+    return {block: tuple(names) for block, names in table.items()}
+
+
+def blocks_of(plan: CampaignPlan, model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The plan's parameter table, which must hold each parameter once.
+
+    Raises:
+        Rejected: ``BAD_FIELD``.
+    """
+    table = dict(plan.blocks) if plan.blocks is not None else default_blocks(model)
+    listed = [name for names in table.values() for name in names]
+    expected = {name for name, _ in model.named_parameters()}
+    if sorted(listed) != sorted(expected):
+        wrong = sorted(set(listed) ^ expected) or sorted({name for name in listed if listed.count(name) > 1})
+        raise Rejected(Reason.BAD_FIELD, f"the parameter table must hold each parameter once: {wrong}")
+    return table
+
+
+def manifest_of(sources: Sequence[TrainingSource[E]]) -> tuple[p.ManifestRange, ...]:
+    """Every example of every source, sources in order of id."""
+    return tuple(
+        p.ManifestRange(source.id, 0, len(source.examples)) for source in sorted(sources, key=lambda source: source.id)
+    )
+
+
+def campaign_terms(
+    plan: CampaignPlan,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    policy: bytes,
+    job_key: bytes,
+    base_root: Digest,
+    environment: tuple[p.Setting, ...],
+) -> p.Campaign:
+    """What the ``campaign`` event fixes, besides the manifest."""
+    tensors = committed_tensors(model)
+    return p.Campaign(
+        name=plan.name,
+        purpose=plan.purpose,
+        policy=policy,
+        job_key=job_key,
+        base_model=plan.base_model,
+        base_root=base_root,
+        base_provenance=plan.base_provenance,
+        parameter_blocks=tuple(
+            p.ParameterBlock(
+                block,
+                tuple(
+                    p.Tensor(name, SAFETENSORS_DTYPES[tensors[name].dtype], tuple(tensors[name].shape))
+                    for name in names
+                ),
+            )
+            for block, names in blocks_of(plan, model).items()
+        ),
+        routing_granularity=plan.routing_granularity,
+        event_granularity=plan.event_granularity,
+        sampler_seed=plan.sampler_seed,
+        batch_size=plan.batch_size,
+        planned_steps=plan.planned_steps,
+        hyperparameters=_hyperparameters(plan, optimizer),
+        environment=environment,
+        factors_digest=plan.factors_digest,
+    )
+
+
+def check_content(source: TrainingSource[E], claim: p.SourceClaim) -> None:
+    """No more examples are at hand than claimed, and with ``content_salt`` exactly those claimed.
+
+    Raises:
+        Rejected: ``COUNTS_NOT_CONSERVED`` or ``DIGEST_MISMATCH``.
+    """
+    if len(source.examples) > claim.example_count:
+        raise Rejected(
+            Reason.COUNTS_NOT_CONSERVED,
+            f"'{claim.name}' claims {claim.example_count} examples, {len(source.examples)} are here",
+        )
+    if source.content_salt is None:
+        return
+    leaves = []
+    for index, example in enumerate(source.examples):
+        if not isinstance(example, bytes):
+            raise Rejected(Reason.BAD_FIELD, f"examples of '{claim.name}' are checked as bytes")
+        leaves.append(p.content_leaf(p.content_salt(source.content_salt, index), example))
+    root = root_of(leaves)
+    if root != claim.content_root:
+        raise Rejected(
+            Reason.DIGEST_MISMATCH,
+            f"examples of '{claim.name}' have root {root.hex()}, claimed is {claim.content_root.hex()}",
+        )
+
+
+def _hyperparameters(plan: CampaignPlan, optimizer: torch.optim.Optimizer) -> tuple[p.Setting, ...]:
+    settings = {
+        "clip_norm": repr(plan.clip_norm),
+        "optimizer": type(optimizer).__name__,
+        **{
+            f"optimizer.{number}.{name}": repr(value)
+            for number, group in enumerate(optimizer.param_groups)
+            for name, value in group.items()
+            if name != "params"
+        },
+        **plan.hyperparameters,
+    }
+    return tuple(p.Setting(name, value) for name, value in sorted(settings.items()))

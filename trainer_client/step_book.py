@@ -1,0 +1,202 @@
+"""The step book: takes what a step did and writes it down while the next one runs.
+
+Hashing happens in threads: parameters on copies (``commitment.CommitmentWorker``), the optimizer's state in place,
+which nobody changes before the next ``optimizer.step()``; ``settle_optimizer`` waits for that. At most one step is
+open. ``resolve`` gives its events to the ledger's side and its lines to the run's record.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+
+from consensus import portions as p
+from consensus.identifiers import Digest, Tag, tagged_hash
+from consensus.rejection import InvariantBroken
+from trainer_client.commitment import CommitmentWorker, StepCommitment, optimizer_state_digest
+from trainer_client.grants import OpenGrant
+from trainer_client.ledger_side import LedgerSide
+from trainer_client.progress import Progress, RunRecord
+from trainer_client.record import Example, RecordedEvent, StepOutcome, StepUse
+from trainer_client.rollback import RandomState, Snapshot
+
+MICRO = 1_000_000
+NANO = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Step:
+    """A step while it is being taken. ``before`` is a snapshot to undo it by, where it may have to be undone."""
+
+    index: int
+    grant: OpenGrant
+    admitted: tuple[Example, ...]
+    refused: dict[Example, str]
+    replayed: bool
+    rng_digest: Digest
+    started: float
+    before: Snapshot | None
+    loss_sum: float = 0.0
+    learned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A step taken, whose digests are being computed."""
+
+    step: Step
+    commitment: Future[StepCommitment]
+    optimizer_digest: Future[Digest]
+    learning_rate_nano: int
+    signals: tuple[p.MemorizationSignal, ...]
+    microseconds: int
+
+
+class StepBook:
+    """Writes steps of one run, in order."""
+
+    def __init__(
+        self, ledger: LedgerSide, record: RunRecord, blocks: Mapping[str, tuple[str, ...]], planned_steps: int
+    ) -> None:
+        self._ledger = ledger
+        self._record = record
+        self._planned_steps = planned_steps
+        self._worker = CommitmentWorker(blocks)
+        self._digests = ThreadPoolExecutor(max_workers=1, thread_name_prefix="optimizer-digest")
+        self._open: _Open | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worker.close()
+        self._digests.shutdown(wait=True)
+
+    def write(
+        self,
+        step: Step,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        learning_rate: float,
+        signals: tuple[p.MemorizationSignal, ...],
+    ) -> None:
+        """A step was taken: begin its digests. ``before`` and ``after`` are copies nobody changes.
+
+        Raises:
+            InvariantBroken: the step before is not resolved.
+        """
+        if self._open is not None:
+            raise InvariantBroken(f"step {self._open.step.index} is not resolved yet")
+        commitment = self._worker.submit(before, after)
+        optimizer_digest = self._digests.submit(_captured_digest, optimizer.state_dict())
+        self._open = _Open(
+            step=step,
+            commitment=commitment,
+            optimizer_digest=optimizer_digest,
+            learning_rate_nano=round(learning_rate * NANO),
+            signals=signals,
+            microseconds=round((time.perf_counter() - step.started) * MICRO),
+        )
+
+    def settle_optimizer(self) -> None:
+        """Wait until the optimizer's state may change again."""
+        if self._open is not None:
+            self._open.optimizer_digest.result()
+
+    def drop(self) -> None:
+        """Forget the open step, which is not to be recorded."""
+        if self._open is not None:
+            self._open.commitment.result()
+            self._open.optimizer_digest.result()
+            self._open = None
+
+    def resolve(self) -> RecordedEvent | None:
+        """The event of the open step, on disk, with its refusals before it; None where no step is open."""
+        taken, self._open = self._open, None
+        if taken is None:
+            return None
+        step = taken.step
+        commitment = taken.commitment.result()
+        loss = step.loss_sum / len(step.admitted) if step.admitted else None
+        outcome = StepOutcome(
+            root_before=commitment.root_before,
+            root_after=commitment.root_after,
+            deltas=commitment.deltas,
+            optimizer_digest=taken.optimizer_digest.result(),
+            learning_rate_nano=taken.learning_rate_nano,
+            loss_micro=round(max(loss or 0.0, 0.0) * MICRO),
+            rng_digest=step.rng_digest,
+            memorization=taken.signals,
+            step_microseconds=taken.microseconds,
+        )
+        events = self._ledger.record_step(step.grant, StepUse(frozenset(step.admitted), step.refused), outcome)
+        self._note_step(taken, loss, events)
+        return events[-1]
+
+    def note(self, event: str, step: int, **fields: Any) -> None:
+        """One line of the run's record; ``fields`` are ``Progress``'s."""
+        attempt = self._ledger.place.attempt
+        self._record.note(Progress(event=event, step=step, of=self._planned_steps, attempt=attempt, **fields))
+
+    def note_grant(self, grant: OpenGrant) -> None:
+        """A grant is on the log."""
+        self._record.grants += 1
+        detail = f"steps {grant.first_step} to {grant.last_step}, {len(grant.refused)} sources left out"
+        self.note("grant", grant.first_step, id=grant.permission.grant.hex(), detail=detail)
+
+    def _note_step(self, taken: _Open, loss: float | None, events: tuple[RecordedEvent, ...]) -> None:
+        step = taken.step
+        reasons = list(step.refused.values())
+        counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        presented = len(step.admitted) + len(step.refused)
+        self._record.note_step(step.index, loss, presented, counts)
+        if counts:
+            detail = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+            self.note("refusal", step.index, id=events[0].id.hex(), refused=len(step.refused), detail=detail)
+        self.note(
+            "step",
+            step.index,
+            id=events[-1].id.hex(),
+            loss=None if loss is None or math.isnan(loss) else loss,
+            presented=presented,
+            refused=len(step.refused),
+            memorization_permille=max((each.signal_permille for each in taken.signals), default=None),
+            milliseconds=taken.microseconds / 1_000,
+        )
+
+
+def random_digest(state: RandomState) -> Digest:
+    """A digest of every global random state, exactly."""
+    numpy_state = state.numpy
+    keys = numpy_state["state"]
+    settings = (keys["pos"], numpy_state["has_gauss"], numpy_state["gauss"])
+    return tagged_hash(
+        Tag.RANDOM_STATE,
+        state.torch_cpu.numpy().tobytes(),
+        *(each.cpu().numpy().tobytes() for each in state.torch_cuda),
+        repr(state.python).encode(),
+        keys["key"].tobytes() + repr(settings).encode(),
+    )
+
+
+class _CapturedState:
+    """An optimizer's ``state_dict`` as it was: settings copied, tensors the live ones."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+
+def _captured_digest(state: dict[str, Any]) -> Digest:
+    return optimizer_state_digest(cast(torch.optim.Optimizer, _CapturedState(state)))
