@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 
 import trio
 
-from consensus.block import Body, decode_header
+from consensus.block import Body, check_body, decode_header
 from consensus.certificate import Certificate, verify_certificate
 from consensus.codec import decode, encode
 from consensus.event import CheckedEvent, check_event
 from consensus.identifiers import Digest, MemberId
-from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
 from node.ledger import MAX_BODY_BYTES, MAX_CERTIFICATE_BYTES, Finalized, Ledger
 from node.messages import (
     ANSWER_TARGET_BYTES,
@@ -75,6 +75,10 @@ def serve_events(ledger: Ledger, pending: Callable[[Digest], bytes | None], requ
             break
         found.append(encoded)
     return Events(tuple(found))
+
+
+class CertifiedInvalid(CountersignError):
+    """A quorum certified a ledger block that breaks the rules: nothing after it can be trusted."""
 
 
 class CatchUp:
@@ -147,7 +151,13 @@ class CatchUp:
                 events.append(check_event(encoded, ledger.committee))
                 if number % EVENTS_BETWEEN_PAUSES == EVENTS_BETWEEN_PAUSES - 1:
                     await trio.lowlevel.checkpoint()
-            parent = ledger.verify(parent, header, body, events)
+            check_body(header, body)
+            if tuple(event.leaf_hash for event in events) != body.leaf_hashes:
+                raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
+            try:
+                parent = ledger.verify(parent, header, body, events)
+            except Rejected as error:
+                raise CertifiedInvalid(f"ledger block {header.height} is certified but invalid: {error}") from error
             self.events_fetched += len(events)
             await trio.lowlevel.checkpoint()
         self.blocks_fetched += len(headers)

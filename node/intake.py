@@ -6,8 +6,9 @@ has gathered while the last frame was written goes into the next). Whoever waits
 woken when its ledger block is durable.
 """
 
+import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -20,6 +21,8 @@ from node.mempool import Mempool
 from node.messages import GOSSIP_BYTES, GOSSIP_EVENTS, pack_gossip, unpack_gossip
 from node.network import Lane, Network
 from node.store import Store
+
+log = logging.getLogger("countersign.intake")
 
 FINALITY_SAMPLES = 10_000
 
@@ -76,6 +79,14 @@ class Intake:
             except Rejected as error:
                 self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
         return taken
+
+    def restore(self, events: Iterable[bytes]) -> None:
+        """Take back what the vote journal kept: events of ledger blocks this member voted for."""
+        for encoded in events:
+            try:
+                self._take(encoded)
+            except Rejected as error:
+                log.warning("an event of the vote journal is refused: %s", error)
 
     def check(self, encoded: bytes) -> CheckedEvent:
         """Check an event without pooling it.

@@ -36,7 +36,7 @@ from consensus.identifiers import ChainId, MemberId
 from consensus.rejection import ConfigError, InvariantBroken
 from node.files import replace_private, write_fully
 
-MAX_VOTE_BYTES = 1 << 20
+MAX_RECORD_BYTES = 8 << 20
 
 _MAGIC = b"CSVOTES1"
 _HEAD = struct.Struct(">8s32s32sQQ")
@@ -184,8 +184,8 @@ class Journal:
             descriptor = self._opened()
             chain, mark, written = self._chain, self._mark, bytearray()
             for record in votes:
-                if len(record.vote) > MAX_VOTE_BYTES:
-                    raise InvariantBroken(f"vote of {len(record.vote)} bytes, at most {MAX_VOTE_BYTES}")
+                if len(record.vote) > MAX_RECORD_BYTES:
+                    raise InvariantBroken(f"vote of {len(record.vote)} bytes, at most {MAX_RECORD_BYTES}")
                 encoded = _encode_record(record, chain)
                 chain = encoded[-_CHECK_BYTES:]
                 written += encoded

@@ -30,6 +30,7 @@ from node.store_layout import BlockWrite, EntryWrite
 
 MAX_CERTIFICATE_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 18
+MAX_VOTE_BYTES = 1 << 16
 KIND_TERM, CAMPAIGN_TERM, SOURCE_TERM, AUTHOR_TERM = b"k", b"c", b"s", b"a"
 _SOURCE_ITEMS = (GrantedSource, ManifestRange, SourceRefusal, SourceRevocation, SourceUse)
 
@@ -242,6 +243,17 @@ class Ledger:
             Rejected: the first rule broken.
         """
         return check_event(signed_event, self.committee)
+
+    def votes(self, height: int) -> list[Vote]:
+        """The identity votes kept behind a finalized ledger block."""
+        kept = self.store.votes(height) or b""
+        votes = []
+        position = 0
+        while position < len(kept):
+            end = position + 4 + int.from_bytes(kept[position : position + 4], "big")
+            votes.append(decode(kept[position + 4 : end], Vote, MAX_VOTE_BYTES))
+            position = end
+        return votes
 
     def checked(self, index: int) -> CheckedEvent:
         """The event at a log index, checked again."""

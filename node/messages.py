@@ -13,6 +13,7 @@ from consensus.codec import decode
 from consensus.event import MAX_EVENT_BYTES, EventSignature
 from consensus.portions import Bytes32, Natural, Text, Wire
 from consensus.rejection import Reason, Rejected
+from consensus.vote import Vote
 
 MAX_REQUEST_BYTES = 1 << 20
 MAX_ANSWER_BYTES = 4 << 20
@@ -69,6 +70,18 @@ class FoundProposal(Wire, frozen=True, tag="proposal-found"):
     proposal: bytes
 
 
+class GetLastVote(Wire, frozen=True, tag="get-last-vote"):
+    """The latest vote of a member that the receiver has seen: a voter with an empty journal asks for its own."""
+
+    voter: Bytes32
+
+
+class LastVote(Wire, frozen=True, tag="last-vote"):
+    """That vote, None if none was seen. Its signature makes it proof, whoever passes it on."""
+
+    vote: Vote | None
+
+
 class AskCountersign(Wire, frozen=True, tag="ask-countersign"):
     """An unsigned grant and its portions, for the receiver to countersign by its owner's rules."""
 
@@ -94,7 +107,7 @@ class Done(Wire, frozen=True, tag="done"):
     """Taken."""
 
 
-Request = GetBlocks | GetEvents | GetProposal | AskCountersign | DeliverSignature
+Request = GetBlocks | GetEvents | GetProposal | GetLastVote | AskCountersign | DeliverSignature
 
 
 def decode_request(encoded: bytes) -> Request:

@@ -39,7 +39,7 @@ from consensus.effect import (
 from consensus.engine import Engine, Timing
 from consensus.event import CheckedEvent, check_event, pack_parts
 from consensus.identifiers import Digest, MemberId
-from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state import StateView
 from consensus.transition import LedgerState, build, is_final
 from consensus.vote import (
@@ -55,15 +55,15 @@ from consensus.vote import (
     check_vote,
     sign_proposal,
 )
-from node.catchup import CatchUp, serve_blocks, serve_events
+from node.catchup import CatchUp, CertifiedInvalid, serve_blocks, serve_events
 from node.clock import Clock
 from node.intake import Intake
 from node.ledger import Finalized as Appended
 from node.ledger import Ledger
 from node.mempool import Mempool
-from node.messages import Events, FoundProposal, GetBlocks, GetEvents, GetProposal
+from node.messages import Events, FoundProposal, GetBlocks, GetEvents, GetLastVote, GetProposal, LastVote
 from node.network import Lane, Network, Received
-from node.voter import Voter
+from node.voter import HeldBlock, Voter
 
 log = logging.getLogger("countersign.replica")
 
@@ -73,6 +73,9 @@ FETCH_SECONDS = 5.0
 ARRIVAL_SECONDS = 0.03
 """How long a proposal waits for its events to arrive by gossip before they are asked for."""
 PROPOSALS_KEPT = 256
+ASK_AGAIN_SECONDS = 0.2
+VOTES_LOOKED_BACK = 1_000
+"""Ledger blocks looked through for a member's last vote before saying that it never voted."""
 
 
 @dataclass(slots=True)
@@ -124,11 +127,15 @@ class Replica:
         self._durable_wake = trio.Event()
         self._undurable: list[Appended] = []
         self._had_work = False
+        self._stopped: str | None = None
+        self.voting_since_start = voter is not None
+        self.why_not_voting = ""
+        self._last_votes: dict[MemberId, Vote] = {}
 
     @property
     def halted(self) -> str | None:
         """Why the replica stopped for good, if it did."""
-        return self.engine.halted
+        return self._stopped or self.engine.halted
 
     async def run(self) -> None:
         """Take part until cancelled.
@@ -143,13 +150,59 @@ class Replica:
             nursery.start_soon(self._watch_intake)
             nursery.start_soon(self._watch_peers)
             if self._voter is not None:
-                nursery.start_soon(
-                    self._voter.run, self._send_votes, self._count_vote, lambda: self.engine.finalized.view
-                )
-                self.engine.restore(*self._voter.restored())
+                restored = self._voter.restored()
+                self._intake.restore(restored.events)
+                self.engine.restore(restored.votes, restored.proposals)
+                for proposal in restored.proposals:
+                    self._remember(proposal)
+                nursery.start_soon(self._vote, self._voter)
             self._do(self.engine.start(self._now_ms))
             async for received in self._network.incoming:
                 self._take(received)
+
+    async def _vote(self, voter: Voter) -> None:
+        """Cast votes; with an empty journal, only once peers enough for a quorum know of no vote of ours."""
+        if not voter.has_voted and not await self._never_voted(voter):
+            return
+        await voter.run(self._held_block, self._send_votes, self._count_vote, lambda: self.engine.finalized.view)
+
+    async def _never_voted(self, voter: Voter) -> bool:
+        """Ask peers for our own last vote until those who know of none are, with us, a quorum."""
+        own = voter.keys.member
+        clear = {own}
+        while not self._ledger.committee.has_quorum(clear):
+            for peer in sorted(self._network.connected - clear):
+                try:
+                    answer = await self._network.request(peer, encode(GetLastVote(own)), FETCH_SECONDS)
+                    vote = decode(answer, LastVote, MAX_MESSAGE_BYTES).vote
+                    if vote is not None:
+                        check_vote(vote, self._ledger.committee)
+                except (Unavailable, Rejected) as error:
+                    log.debug("own last vote from %s: %s", peer.hex()[:16], error)
+                    continue
+                if vote is not None and vote.voter == own:
+                    self.voting_since_start = False
+                    self.why_not_voting = (
+                        f"the vote journal is empty, but this identity voted in view {vote.view}; "
+                        "it must not vote again until its keys are rotated"
+                    )
+                    log.critical("this node does not vote: %s", self.why_not_voting)
+                    return False
+                clear.add(peer)
+            await trio.sleep(ASK_AGAIN_SECONDS)
+        return True
+
+    def _held_block(self, block: Digest) -> HeldBlock:
+        built = self._ledger.overlays.get(block)
+        proposal = self._proposals.get(block)
+        if built is None or proposal is None:
+            raise InvariantBroken(f"asked to notarize ledger block {block.hex()}, which is not held")
+        return HeldBlock(proposal, tuple(pack_parts(event.entry_bytes, event.portions_bytes) for event in built.events))
+
+    def _stop(self, reason: str) -> None:
+        """Take no more part: what a quorum certified breaks the rules."""
+        self._stopped = reason
+        log.critical("halted: %s", reason)
 
     # Inputs
 
@@ -159,6 +212,8 @@ class Replica:
 
     def _take(self, received: Received) -> None:
         self.counters.messages += 1
+        if self._stopped is not None:
+            return
         try:
             if received.lane is Lane.EVENTS:
                 self._intake.receive(received.member, received.frame)
@@ -169,6 +224,8 @@ class Replica:
                 self._check(message)
                 if isinstance(message, Proposal):
                     self._remember(message)
+                elif isinstance(message, Vote):
+                    self._note_vote(message)
                 self._do(self.engine.receive(message, received.member, self._now_ms))
         except Rejected as error:
             self.counters.messages_refused += 1
@@ -190,6 +247,12 @@ class Replica:
             case Stalled():
                 check_stalled(message, committee)
 
+    def _note_vote(self, vote: Vote) -> None:
+        voter = MemberId(vote.voter)
+        held = self._last_votes.get(voter)
+        if held is None or vote.view >= held.view:
+            self._last_votes[voter] = vote
+
     def _remember(self, proposal: Proposal) -> None:
         self._proposals[proposal.digest] = proposal
         while len(self._proposals) > PROPOSALS_KEPT:
@@ -198,7 +261,7 @@ class Replica:
     async def _watch_intake(self) -> None:
         while True:
             arrived = self._intake.arrived
-            if len(self._mempool):
+            if len(self._mempool) and not self._had_work:
                 self._tell_work()
             await arrived.wait()
 
@@ -223,13 +286,12 @@ class Replica:
         self._had_work = work
 
     def _has_work(self) -> bool:
-        if len(self._mempool) <= len(self._blocked):
-            return any(event.leaf_hash not in self._blocked for event in self._mempool.candidates())
-        in_flight = {leaf for built in self._ledger.overlays.values() for leaf in built.body.leaf_hashes}
-        return any(
-            event.leaf_hash not in self._blocked and event.leaf_hash not in in_flight
-            for event in self._mempool.candidates()
-        )
+        """Whether an event waits that is neither blocked nor in flight; by counting alone while many wait."""
+        bodies = [built.body.leaf_hashes for built in self._ledger.overlays.values()]
+        if len(self._mempool) > len(self._blocked) + sum(map(len, bodies)):
+            return True
+        passed_over = self._blocked.union(*bodies)
+        return any(event.leaf_hash not in passed_over for event in self._mempool.candidates())
 
     async def _keep_time(self) -> None:
         while True:
@@ -249,6 +311,8 @@ class Replica:
     def _do(self, effects: Iterable[Effect]) -> None:
         assert self._nursery is not None
         for effect in effects:
+            if self._stopped is not None:
+                return
             match effect:
                 case Broadcast():
                     self._network.broadcast(Lane.VOTES, encode(effect.message))
@@ -281,8 +345,6 @@ class Replica:
 
     def _send_votes(self, messages: list[Proposal | Vote]) -> None:
         for message in messages:
-            if isinstance(message, Proposal):
-                self._remember(message)
             self._network.broadcast(Lane.VOTES, encode(message))
 
     def _count_vote(self, vote: Vote) -> None:
@@ -312,6 +374,7 @@ class Replica:
         self._suspects.update((event.leaf_hash, event) for event, why in built.refused if is_final(why))
         self._ledger.keep(built)
         proposal = sign_proposal(built.state.header, built.body, self._voter.keys.identity.sign)
+        self._remember(proposal)
         self._do(self.engine.own_proposal(proposal, self._now_ms))
         self._settle_suspects()
         self._tell_work()
@@ -343,6 +406,12 @@ class Replica:
         except Rejected as error:
             log.warning("ledger block of view %d is invalid: %s", header.view, error)
             return Verdict.INVALID
+        size_bytes = sum(len(event.entry_bytes) + len(event.portions_bytes) for event in events)
+        if len(events) > self._parameters.max_block_events or size_bytes > MAX_BLOCK_BYTES:
+            log.warning(
+                "ledger block of view %d has %d events, %d bytes: too many", header.view, len(events), size_bytes
+            )
+            return Verdict.REFUSED
         if abs(header.timestamp_ms - self._clock.now_ms()) > self._parameters.max_clock_skew_ms:
             log.warning(
                 "ledger block of view %d has timestamp %d ms, too far from ours", header.view, header.timestamp_ms
@@ -443,6 +512,9 @@ class Replica:
                 await self.catch_up.reach(self._ledger.final.header.height + 1, ())
         except Unavailable as error:
             log.info("catching up pauses: %s", error)
+        except CertifiedInvalid as error:
+            self._stop(str(error))
+            return
         certificate = self._ledger.certificate
         if certificate is not None:
             self._do(self.engine.caught_up(self._ledger.final.header, certificate, self._now_ms))
@@ -520,7 +592,7 @@ class Replica:
 
     # Serving
 
-    async def answer(self, member: MemberId, request: GetBlocks | GetEvents | GetProposal) -> bytes:
+    async def answer(self, member: MemberId, request: GetBlocks | GetEvents | GetProposal | GetLastVote) -> bytes:
         """The answer to a peer's request for what the log or the pool holds."""
         match request:
             case GetBlocks():
@@ -530,6 +602,18 @@ class Replica:
             case GetProposal():
                 held = self._proposals.get(Digest(request.block))
                 return encode(FoundProposal(encode(held) if held else b""))
+            case GetLastVote():
+                return encode(LastVote(self._last_vote(MemberId(request.voter))))
+
+    def _last_vote(self, voter: MemberId) -> Vote | None:
+        """The latest vote of a member: of this run, or kept behind the last ledger blocks."""
+        height = self._ledger.final.header.height
+        for behind in range(min(VOTES_LOOKED_BACK, height)):
+            if voter in self._last_votes:
+                break
+            for vote in self._ledger.votes(height - behind):
+                self._note_vote(vote)
+        return self._last_votes.get(voter)
 
     def _held(self, leaf_hash: Digest) -> bytes | None:
         event = self._mempool.get(leaf_hash)

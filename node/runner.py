@@ -227,8 +227,8 @@ class Node:
             peers_total=len(self.config.network.peers),
             mempool_events=len(self._mempool),
             mempool_bytes=self._mempool.held_bytes,
-            voting=self._voter is not None and not self.replica.halted,
-            why_not_voting=self._why_not_voting,
+            voting=self._voter is not None and self.replica.voting_since_start and not self.replica.halted,
+            why_not_voting=self._why_not_voting or self.replica.why_not_voting,
             halted=self.replica.halted or "",
             catching_up=self.replica.catch_up.running,
             votes_sent=self._voter.votes_cast if self._voter else 0,
@@ -242,6 +242,8 @@ class Node:
             Rejected: ``NOT_FOUND`` on an empty log.
         """
         header = self._ledger.final.header
+        if not self._identity.member.log_key:
+            raise Rejected(Reason.NOT_FOUND, "a verifier has no log key: ask a voting member's node for its checkpoint")
         if header.log_size == 0:
             raise Rejected(Reason.NOT_FOUND, "the log is empty")
         if self._note is None or self._note[0] != header.log_size:

@@ -1,6 +1,8 @@
 """This member's vote: signed, journalled with fsync, only then sent.
 
-Votes are cast in the order the engine asks for them. All that wait are journalled with one sync. A BLS share
+Votes are cast in the order the engine asks for them. All that wait are journalled with one sync. A notarize vote
+takes its ledger block along, proposal and events: it asserts that they are durably held, and after a power cut at
+every member at once what a quorum finalized must still be there to append. A BLS share
 is the slow part of a finalize vote (0.4 ms), so it is computed in a worker thread while the notarize vote of
 the same ledger block is on its way to disk; it leaves memory only inside the journalled finalize vote.
 """
@@ -17,6 +19,7 @@ from consensus.effect import CastVote
 from consensus.identifiers import Digest, MemberId, View
 from consensus.keys import Signer
 from consensus.membership import Committee
+from consensus.portions import Wire
 from consensus.vote import Proposal, Vote, VoteKind, sign_vote
 from node.journal import Journal, VoteRecord
 from node.store import Store
@@ -35,6 +38,22 @@ class VotingKeys:
     share_secret: bls.Secret | Signer
 
 
+class HeldBlock(Wire, frozen=True, tag="held-block"):
+    """A ledger block this member votes to notarize: the leader's proposal and its signed events, in order."""
+
+    proposal: Proposal
+    events: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What the journal holds: votes in the order they were cast, proposals, the events of proposed blocks."""
+
+    votes: tuple[Vote, ...]
+    proposals: tuple[Proposal, ...]
+    events: tuple[bytes, ...]
+
+
 class Voter:
     """Casts this member's votes."""
 
@@ -51,21 +70,28 @@ class Voter:
         self._shares: dict[tuple[View, Digest], bytes] = {}
         self.votes_cast = 0
 
-    def restored(self) -> tuple[list[Vote], list[Proposal]]:
-        """The journal's votes and proposals, in the order they were cast.
+    def restored(self) -> Restored:
+        """What the journal holds.
 
         Raises:
             JournalLost, Rejected: the journal is damaged.
         """
         votes: list[Vote] = []
         proposals: list[Proposal] = []
+        events: list[bytes] = []
         for record in self._journal.records():
-            held: Vote | Proposal = decode(record.vote, Vote | Proposal, MAX_JOURNALLED_BYTES)  # type: ignore[arg-type]
+            held: Vote | HeldBlock = decode(record.vote, Vote | HeldBlock, MAX_JOURNALLED_BYTES)  # type: ignore[arg-type]
             if isinstance(held, Vote):
                 votes.append(held)
             else:
-                proposals.append(held)
-        return votes, proposals
+                proposals.append(held.proposal)
+                events.extend(held.events)
+        return Restored(tuple(votes), tuple(proposals), tuple(events))
+
+    @property
+    def has_voted(self) -> bool:
+        """Whether this journal has ever taken a vote."""
+        return self._journal.mark.records > 0
 
     def cast(self, effect: CastVote) -> None:
         """Queue a vote the engine decided on."""
@@ -74,11 +100,14 @@ class Voter:
 
     async def run(
         self,
+        held: Callable[[Digest], HeldBlock],
         send: Callable[[list[Proposal | Vote]], None],
         counted: Callable[[Vote], None],
         finalized_view: Callable[[], int],
     ) -> None:
         """Cast votes until cancelled: ``send`` gets what is journalled, then ``counted`` each vote.
+
+        ``held`` gives the ledger block of a notarize vote.
 
         Raises:
             InvariantBroken: the journal did not take a vote; a voter that cannot journal stops.
@@ -88,12 +117,16 @@ class Voter:
             self._wake = trio.Event()
             while self._waiting:
                 casting, self._waiting = self._waiting, []
-                await self._cast_all(casting, send, counted)
+                await self._cast_all(casting, held, send, counted)
             if self._journal.size_bytes > COMPACT_AT_BYTES:
                 await trio.to_thread.run_sync(self._journal.compact, finalized_view() + 1)
 
     async def _cast_all(
-        self, casting: list[CastVote], send: Callable[[list[Proposal | Vote]], None], counted: Callable[[Vote], None]
+        self,
+        casting: list[CastVote],
+        held: Callable[[Digest], HeldBlock],
+        send: Callable[[list[Proposal | Vote]], None],
+        counted: Callable[[Vote], None],
     ) -> None:
         messages: list[Proposal | Vote] = []
         records: list[VoteRecord] = []
@@ -108,9 +141,12 @@ class Voter:
                 share=share,
                 sign=self.keys.identity.sign,
             )
-            for message in (vote,) if effect.proposal is None else (effect.proposal, vote):
-                messages.append(message)
-                records.append(VoteRecord(effect.view, encode(message)))
+            if effect.proposal is not None:
+                messages.append(effect.proposal)
+            messages.append(vote)
+            if effect.kind == VoteKind.NOTARIZE:
+                records.append(VoteRecord(effect.view, encode(held(effect.block))))
+            records.append(VoteRecord(effect.view, encode(vote)))
         async with trio.open_nursery() as nursery:
             for effect in casting:
                 if effect.kind == VoteKind.NOTARIZE:

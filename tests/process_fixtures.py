@@ -12,12 +12,12 @@ from pathlib import Path
 import httpx
 
 from consensus.event import Kind, make_entry, pack, sign_entry
+from consensus.genesis import signer_for
 from consensus.identifiers import MemberId, Role
 from consensus.membership import Member, Parameters
 from consensus.portions import Portions
 from node.keystore import Keystore
 from node.provision import MemberRequest, Provisioned, provision
-from node.runner import signer_for
 
 MEMBERS = (
     MemberRequest("library", Role.DATA_SOURCE),

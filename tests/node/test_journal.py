@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import node.files
 from consensus.identifiers import ChainId, MemberId
 from consensus.rejection import ConfigError, InvariantBroken
-from node.journal import MAX_VOTE_BYTES, Journal, JournalLost, VoteMark, VoteRecord, check_not_lost
+from node.journal import MAX_RECORD_BYTES, Journal, JournalLost, VoteMark, VoteRecord, check_not_lost
 from node.store import Store
 
 CHAIN, MEMBER = ChainId(b"C" * 32), MemberId(b"M" * 32)
@@ -177,7 +177,7 @@ def test_short_writes_are_completed(path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_oversized_vote_is_refused_and_changes_nothing(path: Path) -> None:
     journal = Journal.create(path, CHAIN, MEMBER)
     with pytest.raises(InvariantBroken, match="at most"):
-        journal.append([VoteRecord(1, b"ok"), VoteRecord(1, bytes(MAX_VOTE_BYTES + 1))])
+        journal.append([VoteRecord(1, b"ok"), VoteRecord(1, bytes(MAX_RECORD_BYTES + 1))])
     assert path.stat().st_size == HEAD_BYTES
     journal.append([VoteRecord(1, b"ok")])
     journal.close()

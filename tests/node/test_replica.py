@@ -1,5 +1,6 @@
 """The replica over real sockets and disks: agreement, restart, catching up, what stops a vote."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,37 @@ async def test_voter_without_its_journal_follows_but_never_votes_again(tmp_path:
     assert not reborn.snapshot().voting
     assert "vote journal" in reborn.snapshot().why_not_voting
     reborn.ledger.store.close()
+
+
+async def test_voter_with_a_wiped_directory_learns_from_peers_that_it_voted_and_never_votes_again(
+    tmp_path: Path,
+) -> None:
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    async with running(nodes):
+        event = nodes[0].submit(consortium.source_event("data-source-1", 1))
+        assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+    shutil.rmtree(consortium.folder / "governance-1")
+    again = [consortium.node(name) for name in NAMES]
+    async with running(again):
+        wiped = again[2]
+        await until(lambda: not wiped.snapshot().voting)
+        assert "identity voted in view" in wiped.snapshot().why_not_voting
+        assert wiped.snapshot().votes_sent == 0
+        await until(lambda: wiped.snapshot().log_size == 1)
+
+
+async def test_events_of_a_voted_ledger_block_survive_a_power_cut_at_every_member(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    encoded = consortium.source_event("data-source-1", 1)
+    async with running(nodes) as nursery:
+        event = nodes[0].submit(encoded)
+        await until(lambda: all(node.snapshot().votes_sent for node in nodes[:4]))
+        nursery.cancel_scope.cancel()
+    again = [consortium.node(name) for name in NAMES]
+    async with running(again):
+        assert (await again[3].wait_final(event.id, 20)).state is EventState.FINAL
 
 
 async def test_refused_event_changes_nothing_and_says_why(tmp_path: Path) -> None:
