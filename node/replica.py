@@ -161,13 +161,13 @@ class Replica:
                 self._take(received)
 
     async def _vote(self, voter: Voter) -> None:
-        """Cast votes; with an empty journal, only once peers enough for a quorum know of no vote of ours."""
-        if not voter.has_voted and not await self._never_voted(voter):
+        """Cast votes, once peers enough for a quorum know of none of ours that the journal lacks."""
+        if not await self._journal_is_whole(voter):
             return
         await voter.run(self._held_block, self._send_votes, self._count_vote, lambda: self.engine.finalized.view)
 
-    async def _never_voted(self, voter: Voter) -> bool:
-        """Ask peers for our own last vote until those who know of none are, with us, a quorum."""
+    async def _journal_is_whole(self, voter: Voter) -> bool:
+        """Ask peers for our own last vote until those who know of none beyond the journal are, with us, a quorum."""
         own = voter.keys.member
         clear = {own}
         while not self._ledger.committee.has_quorum(clear):
@@ -180,11 +180,11 @@ class Replica:
                 except (Unavailable, Rejected) as error:
                     log.debug("own last vote from %s: %s", peer.hex()[:16], error)
                     continue
-                if vote is not None and vote.voter == own:
+                if vote is not None and vote.voter == own and vote.view > voter.highest_view:
                     self.voting_since_start = False
                     self.why_not_voting = (
-                        f"the vote journal is empty, but this identity voted in view {vote.view}; "
-                        "it must not vote again until its keys are rotated"
+                        f"the vote journal ends at view {voter.highest_view}, but this identity voted in view "
+                        f"{vote.view}: it was lost or restored from an old copy and must not vote until rotated"
                     )
                     log.critical("this node does not vote: %s", self.why_not_voting)
                     return False

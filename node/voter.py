@@ -89,9 +89,9 @@ class Voter:
         return Restored(tuple(votes), tuple(proposals), tuple(events))
 
     @property
-    def has_voted(self) -> bool:
-        """Whether this journal has ever taken a vote."""
-        return self._journal.mark.records > 0
+    def highest_view(self) -> int:
+        """The highest view this journal has ever held a vote of; 0 for none."""
+        return self._journal.mark.view
 
     def cast(self, effect: CastVote) -> None:
         """Queue a vote the engine decided on."""

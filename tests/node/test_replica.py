@@ -90,9 +90,29 @@ async def test_voter_with_a_wiped_directory_learns_from_peers_that_it_voted_and_
     async with running(again):
         wiped = again[2]
         await until(lambda: not wiped.snapshot().voting)
-        assert "identity voted in view" in wiped.snapshot().why_not_voting
+        assert "this identity voted in view" in wiped.snapshot().why_not_voting
         assert wiped.snapshot().votes_sent == 0
         await until(lambda: wiped.snapshot().log_size == 1)
+
+
+async def test_voter_restored_from_an_old_copy_of_its_whole_directory_never_votes_again(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    directory, copy = tmp_path / "operator-1", tmp_path / "copy"
+    for number in (1, 2):
+        nodes = [consortium.node(name) for name in NAMES]
+        async with running(nodes):
+            event = nodes[0].submit(consortium.source_event("data-source-1", number))
+            assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+            await until(lambda: {node.snapshot().log_size for node in nodes} == {number})
+        if number == 1:
+            shutil.copytree(directory, copy)
+    shutil.rmtree(directory)
+    shutil.copytree(copy, directory)
+    again = [consortium.node(name) for name in NAMES]
+    async with running(again):
+        await until(lambda: not again[3].snapshot().voting)
+        assert "restored from an old copy" in again[3].snapshot().why_not_voting
+        await until(lambda: again[3].snapshot().log_size == 2)
 
 
 async def test_events_of_a_voted_ledger_block_survive_a_power_cut_at_every_member(tmp_path: Path) -> None:
