@@ -8,12 +8,15 @@ network over the next even power of two, walked until it falls below n (cycle wa
 
 import hashlib
 from bisect import bisect_right
+from functools import lru_cache
 from itertools import accumulate
 
 from consensus.identifiers import Tag, tagged_hash
 from consensus.portions import ManifestRange
 
 ROUNDS = 6
+STEPS_REMEMBERED = 64
+"""A step's refusals may come in as many events as it presents examples; each is judged by the same sample."""
 
 
 def presented_indexes(seed: bytes, manifest_size: int, batch_size: int, step: int) -> tuple[int, ...]:
@@ -28,6 +31,7 @@ def presented_indexes(seed: bytes, manifest_size: int, batch_size: int, step: in
     return tuple(_permuted(key, manifest_size, first + offset) for offset in range(batch_size))
 
 
+@lru_cache(maxsize=STEPS_REMEMBERED)
 def presented_examples(
     manifest: tuple[ManifestRange, ...], seed: bytes, batch_size: int, step: int
 ) -> tuple[tuple[bytes, int], ...]:

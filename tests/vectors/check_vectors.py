@@ -1,0 +1,294 @@
+"""Checks the golden vectors without a line of the implementation: hashlib, struct, json and an Ed25519 library.
+
+    python tests/vectors/check_vectors.py FOLDER
+
+Written from the specification, so that a mistake made twice the same way is made by two people. A vector
+that does not hold raises; the number of checked cases is printed.
+"""
+
+import hashlib
+import json
+import struct
+import sys
+from pathlib import Path
+
+from nacl.signing import VerifyKey
+
+ROUNDS = 6
+
+
+def check(found: object, expected: object, what: str) -> None:
+    if found != expected:
+        raise SystemExit(f"{what}: found {found!r}, the vector says {expected!r}")
+
+
+def tagged(tag: str, *parts: bytes) -> bytes:
+    framed = b""
+    for part in (tag.encode(), *parts):
+        framed += struct.pack(">Q", len(part)) + part
+    return hashlib.sha256(framed).digest()
+
+
+def message(tag: str, *parts: bytes) -> bytes:
+    return tag.encode() + b"\x00" + tagged(tag, *parts)
+
+
+def name(purpose: str) -> str:
+    return f"countersign/v1/{purpose}"
+
+
+# MessagePack: what the wire types use, read strictly (shortest forms only) and written back.
+
+
+def unpack(encoded: bytes) -> object:
+    value, end = read(encoded, 0)
+    check(end, len(encoded), "end of encoding")
+    check(pack(value), encoded, "canonical encoding")
+    return value
+
+
+def read(encoded: bytes, at: int) -> tuple[object, int]:
+    first = encoded[at]
+    if first < 0x80:
+        return first, at + 1
+    if 0x90 <= first <= 0x9F:
+        return read_array(encoded, at + 1, first & 0x0F)
+    if 0xA0 <= first <= 0xBF:
+        end = at + 1 + (first & 0x1F)
+        return encoded[at + 1 : end].decode(), end
+    if first in (0xC0, 0xC2, 0xC3):
+        return {0xC0: None, 0xC2: False, 0xC3: True}[first], at + 1
+    integers = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
+    if first in integers:
+        size = struct.calcsize(integers[first])
+        return struct.unpack_from(integers[first], encoded, at + 1)[0], at + 1 + size
+    lengths = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I", 0xD9: ">B", 0xDA: ">H", 0xDB: ">I", 0xDC: ">H", 0xDD: ">I"}
+    length = struct.unpack_from(lengths[first], encoded, at + 1)[0]
+    start = at + 1 + struct.calcsize(lengths[first])
+    if first >= 0xDC:
+        return read_array(encoded, start, length)
+    octets = encoded[start : start + length]
+    return (octets.decode() if first >= 0xD9 else octets), start + length
+
+
+def read_array(encoded: bytes, at: int, length: int) -> tuple[list[object], int]:
+    items = []
+    for _ in range(length):
+        item, at = read(encoded, at)
+        items.append(item)
+    return items, at
+
+
+def pack(value: object) -> bytes:
+    if value is None or isinstance(value, bool):
+        return {None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value]
+    if isinstance(value, int):
+        for limit, head, form in ((2**8, 0xCC, ">B"), (2**16, 0xCD, ">H"), (2**32, 0xCE, ">I"), (2**64, 0xCF, ">Q")):
+            if value < 0x80:
+                return bytes([value])
+            if value < limit:
+                return bytes([head]) + struct.pack(form, value)
+    if isinstance(value, bytes):
+        return sized(len(value), None, 0xC4) + value
+    if isinstance(value, str):
+        octets = value.encode()
+        return sized(len(octets), (0xA0, 32), 0xD9) + octets
+    assert isinstance(value, list)
+    head = bytes([0x90 | len(value)]) if len(value) < 16 else b"\xdc" + struct.pack(">H", len(value))
+    return head + b"".join(pack(item) for item in value)
+
+
+def sized(length: int, short: tuple[int, int] | None, head: int) -> bytes:
+    if short is not None and length < short[1]:
+        return bytes([short[0] | length])
+    for step, (limit, form) in enumerate(((2**8, ">B"), (2**16, ">H"), (2**32, ">I"))):
+        if length < limit:
+            return bytes([head + step]) + struct.pack(form, length)
+    raise SystemExit("too long")
+
+
+# RFC 9162 §2.1.1, by its recursive definition.
+
+
+def leaf(entry: bytes) -> bytes:
+    return hashlib.sha256(b"\x00" + entry).digest()
+
+
+def tree(leaves: list[bytes]) -> bytes:
+    if not leaves:
+        return hashlib.sha256(b"").digest()
+    if len(leaves) == 1:
+        return leaves[0]
+    split = 1
+    while 2 * split < len(leaves):
+        split *= 2
+    return hashlib.sha256(b"\x01" + tree(leaves[:split]) + tree(leaves[split:])).digest()
+
+
+# The files.
+
+
+def check_hash(case: dict) -> None:
+    parts = [bytes.fromhex(part) for part in case["parts"]]
+    check(tagged(case["tag"], *parts).hex(), case["hash"], "tagged hash")
+    check(message(case["tag"], *parts).hex(), case["message"], "tagged message")
+
+
+def check_portions(case: dict) -> None:
+    data, governance, operation = unpack(bytes.fromhex(case["portions"]))
+    salt, items = data
+    leaves = []
+    for number, (content, examples) in enumerate(items):
+        place = struct.pack(">Q", number)
+        item_salt = tagged(name("salt"), salt, b"item", place)
+        check(item_salt.hex(), case["item_salts"][number], "item salt")
+        leaves.append(tagged(name("source-entry"), item_salt, content))
+        example_leaves = []
+        for position, example in enumerate(examples):
+            example_salt = tagged(name("salt"), salt, b"example", place, struct.pack(">Q", position))
+            check(example_salt.hex(), case["example_salts"][number][position], "example salt")
+            example_leaves.append(tagged(name("example"), example_salt, struct.pack(">Q", example)))
+        root = tree(example_leaves)
+        check(root.hex(), case["examples_roots"][number], "examples root")
+        use = unpack(content)
+        check(use[5], root, "root in the item")
+        check(use[2], use[3] + sum(count for _, count in use[4]), "presented")
+        check(use[3], len(examples), "admitted")
+    kind = case["kind"].encode()
+    committed = tagged(name("portion"), kind, b"data-source", tree(leaves), struct.pack(">Q", len(items)))
+    check(committed.hex(), case["data"], "data commitment")
+    for role, held in (("governance", governance), ("operator", operation)):
+        field = "operation" if role == "operator" else role
+        check(tagged(name("portion"), kind, role.encode(), *held).hex(), case[field], f"{field} commitment")
+
+
+def check_event(case: dict) -> None:
+    encoded = bytes.fromhex(case["entry"])
+    entry = unpack(encoded)
+    unsigned = pack([*entry[:-1], []])
+    check(unsigned.hex(), case["unsigned"], "unsigned entry")
+    identifier = tagged(name("event"), unsigned)
+    check(identifier.hex(), case["id"], "event id")
+    check(leaf(encoded).hex(), case["leaf_hash"], "leaf hash")
+    _, version, chain_id, kind = entry[:4]
+    signed = message(
+        name("event-signature"), chain_id, kind.encode(), struct.pack(">I", version), case["role"].encode(), identifier
+    )
+    check(signed.hex(), case["message"], "signed message")
+    ((signer, signature),) = entry[-1]
+    check(signer.hex(), case["public_key"], "signer")
+    check(signature.hex(), case["signature"], "signature")
+    VerifyKey(signer).verify(signed, signature)
+
+
+def check_block(case: dict) -> None:
+    encoded = bytes.fromhex(case["header"])
+    header = unpack(encoded)
+    check(header[0], "block", "header's tag")
+    check(tagged(name("block"), encoded).hex(), case["digest"], "header digest")
+    leaves = [bytes.fromhex(held) for held in case["leaf_hashes"]]
+    check(tagged(name("block-body"), *leaves), header[10], "body root")
+    check(len(leaves), header[11], "event count")
+    for vote in case["votes"]:
+        unsigned = bytes.fromhex(vote["unsigned"])
+        fields = unpack(unsigned)
+        check(fields[-1], b"", "signature in the signed bytes")
+        check(fields[6] in (bytes(32), bytes.fromhex(case["digest"])), True, "block voted for")
+        signed = message(name("vote"), unsigned)
+        check(signed.hex(), vote["message"], "vote message")
+        VerifyKey(bytes.fromhex(vote["public_key"])).verify(signed, bytes.fromhex(vote["signature"]))
+
+
+def check_tree(case: dict) -> None:
+    check(tree([leaf(f"entry {n}".encode()) for n in range(case["size"])]).hex(), case["root"], "log root")
+
+
+def bit_of(key: bytes, bit: int) -> int:
+    return key[bit // 8] >> (7 - bit % 8) & 1
+
+
+def state_root(entries: list[tuple[bytes, bytes]]) -> bytes:
+    """The crit-bit tree's root, by its definition: split at the first bit at which the keys differ."""
+    if not entries:
+        return tagged(name("state-empty"))
+    if len(entries) == 1:
+        return tagged(name("state-leaf"), *entries[0])
+    bit = next(bit for bit in range(8 * 33) if len({bit_of(key, bit) for key, _ in entries}) == 2)
+    sides = [[entry for entry in entries if bit_of(entry[0], bit) == side] for side in (0, 1)]
+    return tagged(name("state-node"), struct.pack(">H", bit), state_root(sides[0]), state_root(sides[1]))
+
+
+def check_state(case: dict) -> None:
+    entries = [(bytes.fromhex(key), bytes.fromhex(value)) for key, value in case["entries"]]
+    check(state_root(entries).hex(), case["root"], "state root")
+    for proof in case["proofs"]:
+        key, leaf_key = bytes.fromhex(proof["key"]), bytes.fromhex(proof["leaf_key"])
+        check(proof["present"], key in dict(entries), "presence")
+        if not leaf_key:
+            check(entries, [], "entries of an empty map")
+            continue
+        check(leaf_key == key, proof["present"], "leaf of the proof")
+        node = tagged(name("state-leaf"), leaf_key, bytes.fromhex(proof["leaf_value"]))
+        for bit, sibling in reversed(proof["path"]):
+            check(bit_of(key, bit), bit_of(leaf_key, bit), "way to the leaf")
+            other = bytes.fromhex(sibling)
+            pair = (other, node) if bit_of(key, bit) else (node, other)
+            node = tagged(name("state-node"), struct.pack(">H", bit), *pair)
+        check(node.hex(), case["root"], "root of the proof")
+
+
+def check_sample(case: dict) -> None:
+    listed = [(source, count, start) for source, start, count in case["manifest"]]
+    size, batch = sum(count for _, count, _ in listed), case["batch_size"]
+    epoch, number = divmod(case["step"] - 1, size // batch)
+    key = tagged(name("sampler"), bytes.fromhex(case["seed"]), struct.pack(">Q", epoch))
+    bits = 1
+    while 4**bits < size:
+        bits += 1
+    indexes = []
+    for at in range(number * batch, (number + 1) * batch):
+        value = at
+        while True:
+            left, right = divmod(value, 2**bits)
+            for turn in range(ROUNDS):
+                digest = hashlib.sha256(key + bytes([turn]) + struct.pack(">Q", right)).digest()
+                left, right = right, left ^ struct.unpack(">Q", digest[:8])[0] % 2**bits
+            value = left * 2**bits + right
+            if value < size:
+                break
+        indexes.append(value)
+    check(indexes, case["indexes"], "indexes presented")
+    examples = []
+    for index in indexes:
+        left = index
+        for source, count, start in listed:
+            if left < count:
+                examples.append([source, start + left])
+                break
+            left -= count
+    check(examples, case["examples"], "examples presented")
+
+
+CHECKS = {
+    "tagged_hash": check_hash,
+    "portions": check_portions,
+    "events": check_event,
+    "blocks": check_block,
+    "log_tree": check_tree,
+    "state_map": check_state,
+    "sampler": check_sample,
+}
+
+
+def main(folder: str) -> None:
+    total = 0
+    for file, checker in CHECKS.items():
+        cases = json.loads(Path(folder, f"{file}.json").read_text(encoding="ascii"))
+        for case in cases:
+            checker(case)
+        total += len(cases)
+    print(f"{total} vectors hold")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

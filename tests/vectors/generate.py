@@ -1,0 +1,228 @@
+"""Writes the golden vectors: inputs and the bytes this implementation makes of them.
+
+    python tests/vectors/generate.py FOLDER
+
+The files are committed; a test regenerates them under two hash seeds and compares byte by byte, and has
+``check_vectors.py``, which shares no code with this implementation, check them.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from consensus import portions as p
+from consensus.block import Header
+from consensus.codec import encode
+from consensus.event import JOB_SIGNER_ROLE, VERSION, Entry, Kind, event_id, sign_entry, signature_message
+from consensus.identifiers import Tag, tagged_hash, tagged_message
+from consensus.keys import Ed25519SigningKey
+from consensus.merkle import leaf_hash, root_of
+from consensus.sampler import presented_examples, presented_indexes
+from consensus.state_map import StateMap
+from consensus.vote import Vote, VoteKind, vote_message
+
+Case = dict[str, object]
+
+
+def octets(*parts: object) -> bytes:
+    """32 bytes that stand for something."""
+    return hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+
+
+def hashes() -> list[Case]:
+    """Tagged hashes and tagged messages."""
+    lists: list[tuple[bytes, ...]] = [(), (b"",), (b"", b""), (b"ab", b"c"), (b"a", b"bc"), (bytes(300),)]
+    return [
+        {
+            "tag": tag.value,
+            "parts": [part.hex() for part in parts],
+            "hash": tagged_hash(tag, *parts).hex(),
+            "message": tagged_message(tag, *parts).hex(),
+        }
+        for tag in Tag
+        for parts in lists
+    ]
+
+
+def portions() -> list[Case]:
+    """Commitments, salts and example roots of a step's portions."""
+    cases: list[Case] = []
+    for count in (1, 2, 3, 5):
+        salt = octets("portion salt", count)
+        items = tuple(
+            p.use_item(
+                salt, n, octets("source", n), "text", (p.Count("source-revoked", n + 1),), tuple(range(n, 2 * n))
+            )
+            for n in range(count)
+        )
+        held = p.Portions(
+            p.DataPortion(salt, items),
+            p.SaltedPortion(octets("governance salt", count), b"governance content"),
+            p.SaltedPortion(octets("operation salt", count), b"operation content"),
+        )
+        data, governance, operation = p.commitments("step", held)
+        cases.append(
+            {
+                "kind": "step",
+                "portions": encode(held).hex(),
+                "item_salts": [p.item_salt(salt, n).hex() for n in range(count)],
+                "example_salts": [[p.example_salt(salt, n, at).hex() for at in range(n)] for n in range(count)],
+                "examples_roots": [p.examples_root(salt, n, item.examples).hex() for n, item in enumerate(items)],
+                "data": data.hex(),
+                "governance": governance.hex(),
+                "operation": operation.hex(),
+            }
+        )
+    return cases
+
+
+def events() -> list[Case]:
+    """Entries with their id, leaf hash and one signature, by a member's role or by a job key."""
+    cases: list[Case] = []
+    for kind, role in ((Kind.SOURCE, "data-source"), (Kind.POLICY, "governance"), (Kind.STEP, JOB_SIGNER_ROLE)):
+        key = Ed25519SigningKey(octets("seed", kind.value))
+        campaign = octets("campaign") if kind is Kind.STEP else bytes(32)
+        entry = Entry(
+            VERSION, octets("chain"), kind, octets("author"), campaign, 7, 300, octets("data"), b"", octets("op"), ()
+        )
+        signed = sign_entry(entry, key.public_key, role, key)
+        cases.append(
+            {
+                "entry": encode(signed).hex(),
+                "unsigned": encode(entry).hex(),
+                "id": event_id(signed).hex(),
+                "leaf_hash": leaf_hash(encode(signed)).hex(),
+                "role": role,
+                "message": signature_message(entry, event_id(entry), role).hex(),
+                "public_key": key.public_key.hex(),
+                "signature": signed.signatures[0].signature.hex(),
+            }
+        )
+    return cases
+
+
+def blocks() -> list[Case]:
+    """Headers and their digests, body roots, and votes on them with the message each signs."""
+    cases: list[Case] = []
+    for number in (0, 1, 2**53 - 2):
+        leaves = [octets("leaf", n) for n in range(number % 5)]
+        header = Header(
+            version=1,
+            chain_id=octets("chain"),
+            epoch=0,
+            height=number,
+            view=number,
+            leader=octets("leader"),
+            parent=octets("parent"),
+            parent_view=max(0, number - 1),
+            timestamp_ms=1_700_000_000_000,
+            body_root=tagged_hash(Tag.BODY, *leaves),
+            event_count=len(leaves),
+            log_size=number,
+            log_root=octets("log"),
+            state_root=octets("state"),
+        )
+        votes = []
+        for kind in VoteKind:
+            key = Ed25519SigningKey(octets("voter", kind.value))
+            share = bytes(96) if kind is VoteKind.FINALIZE else b""
+            block = bytes(32) if kind is VoteKind.NULLIFY else header.digest
+            vote = Vote(1, octets("chain"), 0, kind, number + 1, block, octets("id"), share, b"")
+            message = vote_message(vote)
+            votes.append(
+                {
+                    "unsigned": encode(vote).hex(),
+                    "message": message.hex(),
+                    "public_key": key.public_key.hex(),
+                    "signature": key.sign(message).hex(),
+                }
+            )
+        cases.append(
+            {
+                "header": encode(header).hex(),
+                "digest": header.digest.hex(),
+                "leaf_hashes": [leaf.hex() for leaf in leaves],
+                "votes": votes,
+            }
+        )
+    return cases
+
+
+def trees() -> list[Case]:
+    """RFC 9162 roots over the leaf entries ``entry 0`` to ``entry n - 1``."""
+    return [
+        {"size": size, "root": root_of([leaf_hash(f"entry {n}".encode()) for n in range(size)]).hex()}
+        for size in (0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 64, 100)
+    ]
+
+
+def states() -> list[Case]:
+    """State maps: entries, root, and a proof of each of three keys, one of them absent."""
+    cases: list[Case] = []
+    for count in (0, 1, 2, 9, 40):
+        entries = {bytes([1 + n % 3]) + octets("key", n): f"value {n}".encode() for n in range(count)}
+        state = StateMap().set_many(dict(entries))
+        proofs = []
+        for key in [*sorted(entries)[:2], b"\x02" + octets("absent")]:
+            proof = state.prove(key)
+            proofs.append(
+                {
+                    "key": key.hex(),
+                    "present": key in entries,
+                    "leaf_key": proof.leaf_key.hex(),
+                    "leaf_value": proof.leaf_value.hex(),
+                    "path": [[bit, sibling.hex()] for bit, sibling in proof.path],
+                }
+            )
+        cases.append(
+            {
+                "entries": [[key.hex(), value.hex()] for key, value in sorted(entries.items())],
+                "root": state.root.hex(),
+                "proofs": proofs,
+            }
+        )
+    return cases
+
+
+def samples() -> list[Case]:
+    """What the sampler presents: manifest indexes, and examples of a manifest of ranges."""
+    cases: list[Case] = []
+    for size, batch, step in ((1, 1, 1), (10, 5, 2), (24, 12, 1), (24, 7, 4), (1_000, 16, 100), (2**40, 4, 2**30)):
+        seed = octets("sampler", size)
+        first = size // 3
+        ranges = [(octets("a"), 5, first)] if first else []
+        ranges.append((octets("b"), 0, size - first))
+        manifest = tuple(p.ManifestRange(source, start, count) for source, start, count in ranges)
+        cases.append(
+            {
+                "seed": seed.hex(),
+                "manifest": [[source.hex(), start, count] for source, start, count in ranges],
+                "batch_size": batch,
+                "step": step,
+                "indexes": list(presented_indexes(seed, size, batch, step)),
+                "examples": [[source.hex(), at] for source, at in presented_examples(manifest, seed, batch, step)],
+            }
+        )
+    return cases
+
+
+FILES = {
+    "tagged_hash": hashes,
+    "portions": portions,
+    "events": events,
+    "blocks": blocks,
+    "log_tree": trees,
+    "state_map": states,
+    "sampler": samples,
+}
+
+
+def main(folder: str) -> None:
+    """Write every file of vectors into ``folder``."""
+    for name, cases in FILES.items():
+        Path(folder, f"{name}.json").write_text(json.dumps(cases(), indent=1) + "\n", encoding="ascii")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
