@@ -43,9 +43,8 @@ simulate: $(INSTALLED) ## Run the BFT engines under chaos, with SEEDS=n seeds pe
 	@COUNTERSIGN_SIMULATION_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/simulation $(PYTEST_ARGUMENTS)
 
 .PHONY: bench
-bench: $(INSTALLED) ## Run the benchmarks, one after the other, on an otherwise idle machine.
-	@shopt -s nullglob; for benchmark in benchmarks/bench_*.py; do \
-		echo "== $$benchmark"; $(BIN)/python "$$benchmark" $(BENCH_ARGUMENTS); done
+bench: $(INSTALLED) ## Measure, one benchmark after the other, on an otherwise idle machine; prints one JSON document.
+	@$(BIN)/python benchmarks/harness.py $(BENCH_ARGUMENTS)
 
 .PHONY: clean
 clean: ## Remove .venv, caches, build output and what the demo left.

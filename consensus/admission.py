@@ -43,7 +43,9 @@ from consensus.state import (
     StateView,
 )
 
-MAX_MANIFEST_SOURCES = 512
+MAX_MANIFEST_SOURCES = 256
+EVENT_GRANULARITY = "batch"
+"""The one granularity whose steps these rules know how to judge."""
 MAX_BATCH_SIZE = p.MAX_EVENT_EXAMPLES
 MAX_POLICY_BYTES = 32_768
 
@@ -311,6 +313,8 @@ def _check_granularities(policy: p.Policy, routing: str, event: str) -> None:
         raise Rejected(Reason.GRANULARITY_NOT_ADMITTED, f"routing granularity '{routing}'")
     if event not in policy.event_granularities:
         raise Rejected(Reason.GRANULARITY_NOT_ADMITTED, f"event granularity '{event}'")
+    if event != EVENT_GRANULARITY:
+        raise Rejected(Reason.GRANULARITY_NOT_ADMITTED, f"events of granularity '{event}'; steps are judged by batch")
 
 
 def _policy_in_force(view: StateView, policy: bytes) -> p.Policy:
