@@ -1,0 +1,199 @@
+"""What governing a training step costs, in CPU seconds on one thread.
+
+A plain AdamW step, the same step routed by per-example weights, and the plain step again take turns on one model:
+the ratio of the two plain ones (the A/A control) says how far this machine can be trusted, the ratio of routed to
+plain is the overhead. Parameter commitments and step events are measured apart, as parts of a plain step: the
+commitment runs in a thread of its own beside the training.
+
+Two models: the demonstration's byte model, and a GPT of about 20 million parameters (8 layers of width 256, 50,257
+tokens, tied head). Three examples in four are admitted everywhere, one in four only above the lower half.
+"""
+
+import argparse
+import hashlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from harness import Report, run_benchmark, watch_load
+from torch import Tensor, nn
+from torch.nn import functional
+
+from consensus import portions as p
+from consensus.identifiers import ChainId, Digest, MemberId
+from consensus.keys import Ed25519SigningKey
+from trainer_client.commitment import copied_tensors, optimizer_state_digest, parameter_root_of, step_commitment
+from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks
+from trainer_client.record import Permission, Place, Recorder, StepOutcome, StepUse
+from trainer_client.routing import Routing
+
+GPT_TOKENS = 50_257
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model under measurement."""
+
+    name: str
+    model: ByteModel
+    tokens: int
+    batch_size: int
+    rounds: int
+
+    @property
+    def blocks(self) -> Mapping[str, tuple[str, ...]]:
+        """Its parameter table."""
+        return {name: names for name, names in parameter_blocks(self.model).items() if names}
+
+
+def byte_model(quick: bool) -> Subject:
+    """The demonstration's model."""
+    return Subject("byte model, 0.9 M", ByteModel(ModelConfig()), 256, 16, 8 if quick else 40)
+
+
+def gpt(quick: bool) -> Subject:
+    """8 layers of width 256 with the vocabulary of GPT-2 and a tied head."""
+    model = ByteModel(ModelConfig(layer_count=8, head_count=8, width=256))
+    model.byte_embedding = nn.Embedding(GPT_TOKENS, 256)
+    model.head = nn.Linear(256, GPT_TOKENS, bias=False)
+    nn.init.normal_(model.byte_embedding.weight, std=0.02)
+    model.head.weight = model.byte_embedding.weight
+    return Subject("GPT 8x256, 19 M", model, GPT_TOKENS, 8, 3 if quick else 12)
+
+
+class Steps:
+    """Plain and routed steps of one model on the same batch."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._model = subject.model
+        self._batch_size = subject.batch_size
+        self.optimizer = torch.optim.AdamW(self._model.parameters(), lr=LEARNING_RATE)
+        length = self._model.config.context_bytes
+        self._records_BT = torch.randint(subject.tokens, (subject.batch_size, length + 1))
+        blocks = list(subject.blocks.values())
+        self.routing = Routing(self._model, {name: index for index, names in enumerate(blocks) for name in names})
+        full, upper = [1_000] * len(blocks), [0] * (len(blocks) // 2) + [1_000] * (len(blocks) - len(blocks) // 2)
+        self._weights_BK = [upper if row % 4 == 3 else full for row in range(subject.batch_size)]
+
+    def _loss_B(self) -> Tensor:
+        logits_BTV = self._model(self._records_BT[:, :-1])
+        loss_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), self._records_BT[:, 1:], reduction="none")
+        return loss_BT.mean(dim=1)
+
+    def plain(self) -> None:
+        """Forward, backward, AdamW."""
+        (self._loss_B().sum() / self._batch_size).backward()  # type: ignore[no-untyped-call]
+        self._update()
+
+    def routed(self) -> None:
+        """The same inside a routed micro-batch; the routing is installed already."""
+        with self.routing.micro_batch(self._weights_BK):
+            self.routing.routed_loss(self._loss_B(), self._batch_size).backward()  # type: ignore[no-untyped-call]
+        self.routing.finish_step()
+        self._update()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def cpu_seconds_of(call: Callable[[], object]) -> float:
+    """CPU time of this process, all threads, for one call."""
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
+def measure_routing(report: Report, subject: Subject) -> float:
+    """Interleaved plain, routed and plain steps; returns the plain step's CPU seconds."""
+    steps = Steps(subject)
+    first: list[float] = []
+    routed: list[float] = []
+    second: list[float] = []
+    with watch_load() as load:
+        for number in range(-1, subject.rounds):
+            one = cpu_seconds_of(steps.plain)
+            with steps.routing:
+                governed = cpu_seconds_of(steps.routed)
+            other = cpu_seconds_of(steps.plain)
+            if number >= 0:  # the first round warms up
+                first.append(one)
+                routed.append(governed)
+                second.append(other)
+    plain = statistics.median(first + second)
+    report.samples(f"{subject.name}: plain step", [1_000 * value for value in first + second], "ms CPU", None, load)
+    control = statistics.median(two / one for one, two in zip(first, second, strict=True))
+    report.rate(f"{subject.name}: A/A control, plain / plain", control, "1", load=load)
+    ratios = [2 * value / (one + two) for one, value, two in zip(first, routed, second, strict=True)]
+    report.rate(f"{subject.name}: routed / plain", statistics.median(ratios), "1", load=load)
+    measure_commitment(report, subject, steps.optimizer, plain)
+    return plain
+
+
+def measure_commitment(report: Report, subject: Subject, optimizer: torch.optim.Optimizer, plain: float) -> None:
+    """Copies, roots, deltas and the optimizer's digest, as parts of a plain step."""
+    model, repeats = subject.model, max(3, subject.rounds // 2)
+    before, after = copied_tensors(model), copied_tensors(model)
+    known = parameter_root_of(model)
+    parts: dict[str, Callable[[], object]] = {
+        "snapshot of the parameters": lambda: copied_tensors(model),
+        "roots and deltas": lambda: step_commitment(before, after, subject.blocks, known),
+        "optimizer state digest": lambda: optimizer_state_digest(optimizer),
+    }
+    for part, call in parts.items():
+        seconds = statistics.median(cpu_seconds_of(call) for _ in range(repeats))
+        report.rate(f"{subject.name}: {part}", 1_000 * seconds, "ms CPU")
+        report.rate(f"{subject.name}: {part} / plain step", seconds / plain, "1")
+
+
+def measure_event(report: Report, subject: Subject, plain: float) -> None:
+    """Building and signing the event of a step over this model."""
+    blocks = list(subject.blocks)
+    source = hashlib.sha256(b"source").digest()
+    examples = [(source, number) for number in range(subject.batch_size)]
+    root = Digest(hashlib.sha256(b"root").digest())
+    place = Place(1, 0, 0, root, root, None)
+    recorder = Recorder(
+        ChainId(bytes(32)), MemberId(bytes(32)), bytes(32), Ed25519SigningKey(bytes(32)), lambda: bytes(32)
+    )
+    outcome = StepOutcome(root, root, tuple(p.BlockDelta(1, root) for _ in blocks), root, 1, 1, root, (), 1)
+    profile = p.ClassProfile("documentation", tuple(1_000 for _ in blocks))
+    use = StepUse(frozenset(examples), {})
+
+    def build() -> None:
+        recorder.move_to(place)
+        permission = Permission(bytes(32), bytes(32))
+        recorder.step(permission, use, {source: "documentation"}, {"documentation": profile}, outcome)
+
+    calls = 50
+
+    def build_many() -> None:
+        for _ in range(calls):
+            build()
+
+    report.time_calls(f"{subject.name}: step event, built and signed", build, 10, calls)
+    seconds = cpu_seconds_of(build_many) / calls
+    report.rate(f"{subject.name}: step event / plain step", seconds / plain, "1")
+
+
+def measure(report: Report, arguments: argparse.Namespace) -> None:
+    """Both models, one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    report.note("one thread; ratios are medians over interleaved rounds, CPU time of the whole process")
+    for make in (byte_model, gpt):
+        subject = make(arguments.quick)
+        measure_event(report, subject, measure_routing(report, subject))
+
+
+def main() -> int:
+    """The command line."""
+    return run_benchmark("trainer", measure, argparse.ArgumentParser(description="Measure a governed training step."))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
