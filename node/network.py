@@ -205,6 +205,10 @@ class Network:
         if len(frame) > self.limits.max_frame_bytes:
             raise InvariantBroken(f"frame of {len(frame)} bytes, at most {self.limits.max_frame_bytes}")
         kind = LinkKind.URGENT if lane is Lane.VOTES else LinkKind.BULK
+        if lane is Lane.EVENTS and kind not in state.links:
+            # Whoever is away catches up from ledger blocks; a backlog for it would only hold memory.
+            self.counters.events_dropped += 1
+            return
         dropped = state.outboxes[kind].put(frame, trio.current_time())
         if lane is Lane.VOTES:
             self.counters.votes_dropped += dropped

@@ -74,6 +74,7 @@ ARRIVAL_SECONDS = 0.03
 """How long a proposal waits for its events to arrive by gossip before they are asked for."""
 PROPOSALS_KEPT = 256
 ASK_AGAIN_SECONDS = 0.2
+PEERS_LOOKED_AT_SECONDS = 0.2
 VOTES_LOOKED_BACK = 1_000
 """Ledger blocks looked through for a member's last vote before saying that it never voted."""
 
@@ -126,6 +127,8 @@ class Replica:
         self._blocked: set[Digest] = set()
         self._durable_wake = trio.Event()
         self._undurable: list[Appended] = []
+        self.undurable: set[Digest] = set()
+        """Ids of events appended but not yet synced to disk: not final for anyone who asks."""
         self._had_work = False
         self._stopped: str | None = None
         self.voting_since_start = voter is not None
@@ -265,14 +268,24 @@ class Replica:
                 self._tell_work()
             await arrived.wait()
 
+    async def _catch_up_with(self, peers: Iterable[MemberId]) -> None:
+        """Append what a peer that has just connected has beyond our log, without waiting for the next round."""
+        try:
+            if await self.catch_up.from_peers(sorted(peers)) and self._ledger.certificate is not None:
+                self._do(self.engine.caught_up(self._ledger.final.header, self._ledger.certificate, self._now_ms))
+        except CertifiedInvalid as error:
+            self._stop(str(error))
+
     async def _watch_peers(self) -> None:
-        """Offer pending events again to a peer that came back; let those go that waited too long."""
+        """Catch up with a peer that came, offer it pending events again; let those go that waited too long."""
         connected: frozenset[MemberId] = frozenset()
         while True:
-            await trio.sleep(1.0)
+            await trio.sleep(PEERS_LOOKED_AT_SECONDS)
             now = self._network.connected
-            if now - connected and len(self._mempool):
-                self._intake.offer_again()
+            if now - connected:
+                await self._catch_up_with(now - connected)
+                if len(self._mempool):
+                    self._intake.offer_again()
             connected = now
             for event in self._mempool.expire(self._now_ms):
                 self._blocked.discard(event.leaf_hash)
@@ -509,7 +522,7 @@ class Replica:
         target_view = effect.certificate.view
         try:
             while self._ledger.final.header.view < target_view:
-                await self.catch_up.reach(self._ledger.final.header.height + 1, ())
+                await self.catch_up.reach(self._ledger.final.header.height + 1)
         except Unavailable as error:
             log.info("catching up pauses: %s", error)
         except CertifiedInvalid as error:
@@ -547,6 +560,7 @@ class Replica:
                 self._blocked.discard(event.leaf_hash)
                 self._suspects.pop(event.leaf_hash, None)
             self._undurable.append(block)
+            self.undurable.update(event.id for event in block.events)
         if any(block.events for block in appended):
             self._blocked.clear()
         if appended:
@@ -588,6 +602,7 @@ class Replica:
             blocks, self._undurable = self._undurable, []
             await trio.to_thread.run_sync(self._ledger.store.sync)
             for block in blocks:
+                self.undurable.difference_update(event.id for event in block.events)
                 self._intake.appended(block.events)
 
     # Serving

@@ -6,6 +6,7 @@ HTTP interface listening; then the replica. A voter whose journal is lost or rol
 voting and says why.
 """
 
+import gc
 import logging
 import signal
 import statistics
@@ -183,11 +184,11 @@ class Node:
 
     def status_of(self, event_id: Digest) -> EventStatus:
         """What became of an event."""
+        if self._mempool.find(event_id) is not None or event_id in self.replica.undurable:
+            return EventStatus(EventState.PENDING)
         index = self._ledger.store.index_of_event(event_id)
         if index is not None:
             return EventStatus(EventState.FINAL, index, self._ledger.store.height_of_index(index))
-        if self._mempool.find(event_id) is not None:
-            return EventStatus(EventState.PENDING)
         why = self._mempool.rejection(event_id)
         if why is not None:
             return EventStatus(EventState.REJECTED, reason=why.reason, detail=why.detail)
@@ -298,6 +299,11 @@ def run_node(config: NodeConfig) -> None:
     """
     genesis = load_genesis(config)
     identity = load_identity(config, genesis)
+    # What is loaded by now lives for ever, and a node makes few cycles: looking through it all for garbage every few
+    # hundred events costs a tenth of its time and 60 ms at once.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     trio.run(_run, config, genesis, identity)
 
 
