@@ -104,6 +104,15 @@ class Mempool:
         held = (self._waiting[leaf] for leaf in sorted(self._urgent))
         return [waiting.event for waiting in held if waiting.since_ms < since_ms]
 
+    def waiting_since(self, since_ms: int, most: int) -> list[CheckedEvent]:
+        """The oldest events that came before ``since_ms``, at most ``most``."""
+        found: list[CheckedEvent] = []
+        for waiting in self._waiting.values():
+            if waiting.since_ms >= since_ms or len(found) == most:
+                break
+            found.append(waiting.event)
+        return found
+
     def remove(self, leaf_hash: Digest) -> None:
         """Forget a pending event: it is on the log."""
         waiting = self._waiting.pop(leaf_hash, None)

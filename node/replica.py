@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 import trio
 
-from consensus.admission import admit
-from consensus.block import Header
 from consensus.branches import Verdict
 from consensus.certificate import BadCertificateShares, Certificate, certificate_message, verify_certificate
 from consensus.codec import decode, encode
@@ -37,11 +35,8 @@ from consensus.effect import (
     VerifyBlock,
 )
 from consensus.engine import Engine, Timing
-from consensus.event import CheckedEvent, check_event, pack_parts
 from consensus.identifiers import Digest, MemberId
-from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
-from consensus.state import StateView
-from consensus.transition import LedgerState, build, is_final
+from consensus.rejection import Rejected, Unavailable
 from consensus.vote import (
     Notarization,
     Nullification,
@@ -53,17 +48,18 @@ from consensus.vote import (
     check_proposal,
     check_stalled,
     check_vote,
-    sign_proposal,
 )
 from node.catchup import CatchUp, CertifiedInvalid, serve_blocks, serve_events
 from node.clock import Clock
 from node.intake import Intake
+from node.last_votes import LastVotes
 from node.ledger import Finalized as Appended
 from node.ledger import Ledger
 from node.mempool import Mempool
-from node.messages import Events, FoundProposal, GetBlocks, GetEvents, GetLastVote, GetProposal, LastVote
+from node.messages import FoundProposal, GetBlocks, GetEvents, GetLastVote, GetProposal, LastVote
 from node.network import Lane, Network, Received
-from node.voter import HeldBlock, Voter
+from node.proposals import Proposals
+from node.voter import Voter
 
 log = logging.getLogger("countersign.replica")
 
@@ -109,7 +105,6 @@ class Replica:
         self._intake = intake
         self._clock = clock
         self._voter = voter
-        self._parameters = ledger.genesis.parameters
         self.counters = ReplicaCounters()
         self.catch_up = CatchUp(ledger, network, self._appended)
         self.engine = Engine(
@@ -122,9 +117,8 @@ class Replica:
         self._nursery: trio.Nursery | None = None
         self._deadline_ms: int | None = None
         self._timer_changed = trio.Event()
-        self._proposals: dict[Digest, Proposal] = {}
-        self._suspects: dict[Digest, CheckedEvent] = {}
-        self._blocked: set[Digest] = set()
+        self._proposals = Proposals(ledger, network, mempool, intake, clock)
+        self._last_votes = LastVotes(ledger, network)
         self._durable_wake = trio.Event()
         self._undurable: list[Appended] = []
         self.undurable: set[Digest] = set()
@@ -133,7 +127,6 @@ class Replica:
         self._stopped: str | None = None
         self.voting_since_start = voter is not None
         self.why_not_voting = ""
-        self._last_votes: dict[MemberId, Vote] = {}
 
     @property
     def halted(self) -> str | None:
@@ -157,7 +150,7 @@ class Replica:
                 self._intake.restore(restored.events)
                 self.engine.restore(restored.votes, restored.proposals)
                 for proposal in restored.proposals:
-                    self._remember(proposal)
+                    self._proposals.remember(proposal)
                 nursery.start_soon(self._vote, self._voter)
             self._do(self.engine.start(self._now_ms))
             async for received in self._network.incoming:
@@ -165,42 +158,18 @@ class Replica:
 
     async def _vote(self, voter: Voter) -> None:
         """Cast votes, once peers enough for a quorum know of none of ours that the journal lacks."""
-        if not await self._journal_is_whole(voter):
+        unknown = await self._last_votes.missing_from(voter.keys.member, voter.highest_view)
+        if unknown is not None:
+            self.voting_since_start = False
+            self.why_not_voting = (
+                f"the vote journal ends at view {voter.highest_view}, but this identity voted in view "
+                f"{unknown.view}: it was lost or restored from an old copy and must not vote until rotated"
+            )
+            log.critical("this node does not vote: %s", self.why_not_voting)
             return
-        await voter.run(self._held_block, self._send_votes, self._count_vote, lambda: self.engine.finalized.view)
-
-    async def _journal_is_whole(self, voter: Voter) -> bool:
-        """Ask peers for our own last vote until those who know of none beyond the journal are, with us, a quorum."""
-        own = voter.keys.member
-        clear = {own}
-        while not self._ledger.committee.has_quorum(clear):
-            for peer in sorted(self._network.connected - clear):
-                try:
-                    answer = await self._network.request(peer, encode(GetLastVote(own)), FETCH_SECONDS)
-                    vote = decode(answer, LastVote, MAX_MESSAGE_BYTES).vote
-                    if vote is not None:
-                        check_vote(vote, self._ledger.committee)
-                except (Unavailable, Rejected) as error:
-                    log.debug("own last vote from %s: %s", peer.hex()[:16], error)
-                    continue
-                if vote is not None and vote.voter == own and vote.view > voter.highest_view:
-                    self.voting_since_start = False
-                    self.why_not_voting = (
-                        f"the vote journal ends at view {voter.highest_view}, but this identity voted in view "
-                        f"{vote.view}: it was lost or restored from an old copy and must not vote until rotated"
-                    )
-                    log.critical("this node does not vote: %s", self.why_not_voting)
-                    return False
-                clear.add(peer)
-            await trio.sleep(ASK_AGAIN_SECONDS)
-        return True
-
-    def _held_block(self, block: Digest) -> HeldBlock:
-        built = self._ledger.overlays.get(block)
-        proposal = self._proposals.get(block)
-        if built is None or proposal is None:
-            raise InvariantBroken(f"asked to notarize ledger block {block.hex()}, which is not held")
-        return HeldBlock(proposal, tuple(pack_parts(event.entry_bytes, event.portions_bytes) for event in built.events))
+        await voter.run(
+            self._proposals.held_block, self._send_votes, self._count_vote, lambda: self.engine.finalized.view
+        )
 
     def _stop(self, reason: str) -> None:
         """Take no more part: what a quorum certified breaks the rules."""
@@ -226,9 +195,9 @@ class Replica:
                     return
                 self._check(message)
                 if isinstance(message, Proposal):
-                    self._remember(message)
+                    self._proposals.remember(message)
                 elif isinstance(message, Vote):
-                    self._note_vote(message)
+                    self._last_votes.note(message)
                 self._do(self.engine.receive(message, received.member, self._now_ms))
         except Rejected as error:
             self.counters.messages_refused += 1
@@ -249,17 +218,6 @@ class Replica:
                 verify_certificate(self._ledger.scheme, committee.chain_id, message)
             case Stalled():
                 check_stalled(message, committee)
-
-    def _note_vote(self, vote: Vote) -> None:
-        voter = MemberId(vote.voter)
-        held = self._last_votes.get(voter)
-        if held is None or vote.view >= held.view:
-            self._last_votes[voter] = vote
-
-    def _remember(self, proposal: Proposal) -> None:
-        self._proposals[proposal.digest] = proposal
-        while len(self._proposals) > PROPOSALS_KEPT:
-            del self._proposals[next(iter(self._proposals))]
 
     async def _watch_intake(self) -> None:
         while True:
@@ -287,24 +245,15 @@ class Replica:
                 if len(self._mempool):
                     self._intake.offer_again()
             connected = now
-            for event in self._mempool.expire(self._now_ms):
-                self._blocked.discard(event.leaf_hash)
+            self._proposals.settle()
 
     def _tell_work(self) -> None:
-        work = self._has_work()
+        work = self._proposals.has_work()
         if work:
             self._do(self.engine.work_available(self._now_ms))
         elif self._had_work:
             self._do(self.engine.work_exhausted(self._now_ms))
         self._had_work = work
-
-    def _has_work(self) -> bool:
-        """Whether an event waits that is neither blocked nor in flight; by counting alone while many wait."""
-        bodies = [built.body.leaf_hashes for built in self._ledger.overlays.values()]
-        if len(self._mempool) > len(self._blocked) + sum(map(len, bodies)):
-            return True
-        passed_over = self._blocked.union(*bodies)
-        return any(event.leaf_hash not in passed_over for event in self._mempool.candidates())
 
     async def _keep_time(self) -> None:
         while True:
@@ -365,158 +314,29 @@ class Replica:
 
     async def _propose(self, effect: RequestProposal) -> None:
         await trio.lowlevel.checkpoint()
-        parent = self._ledger.state_of(effect.parent.digest)
-        if parent is None or self._voter is None:
+        if self._voter is None:
             return
-        in_flight = self._in_flight(parent)
-        built = build(
-            parent,
-            (
-                event
-                for event in self._mempool.candidates()
-                if event.leaf_hash not in in_flight and event.leaf_hash not in self._blocked
-            ),
-            view=effect.view,
-            leader=self._voter.keys.member,
-            timestamp_ms=self._clock.now_ms(),
-            committee=self._ledger.committee,
-            max_events=self._parameters.max_block_events,
-            max_bytes=MAX_BLOCK_BYTES,
-        )
-        self._blocked.update(event.leaf_hash for event, _ in built.refused)
-        self._suspects.update((event.leaf_hash, event) for event, why in built.refused if is_final(why))
-        self._ledger.keep(built)
-        proposal = sign_proposal(built.state.header, built.body, self._voter.keys.identity.sign)
-        self._remember(proposal)
-        self._do(self.engine.own_proposal(proposal, self._now_ms))
-        self._settle_suspects()
+        proposal = self._proposals.build(effect, self._voter.keys)
+        if proposal is not None:
+            self._do(self.engine.own_proposal(proposal, self._now_ms))
         self._tell_work()
-
-    def _in_flight(self, state: LedgerState) -> set[bytes]:
-        """Leaf hashes on the branch above the finalized head."""
-        leaves: set[bytes] = set()
-        built = self._ledger.overlays.get(state.digest)
-        while built is not None:
-            leaves.update(built.body.leaf_hashes)
-            built = self._ledger.overlays.get(Digest(built.state.header.parent))
-        return leaves
 
     async def _verify(self, effect: VerifyBlock) -> None:
         digest = effect.proposal.digest
-        verdict = await self._verdict(effect.proposal, effect.header, effect.parent)
+        verdict = await self._proposals.verdict(effect.proposal, effect.header, (MemberId(effect.header.leader),))
         self._do(self.engine.block_verified(digest, verdict, self._now_ms))
 
-    async def _verdict(self, proposal: Proposal, header: Header, parent_header: Header) -> Verdict:
-        leaves = [Digest(leaf) for leaf in proposal.body.leaf_hashes]
-        events = await self._gather(leaves, (MemberId(header.leader),))
-        if events is None:
-            return Verdict.MISSING
-        parent = self._ledger.state_of(parent_header.digest)
-        if parent is None:
-            return Verdict.MISSING
-        try:
-            self._ledger.verify(parent, header, proposal.body, events)
-        except Rejected as error:
-            log.warning("ledger block of view %d is invalid: %s", header.view, error)
-            return Verdict.INVALID
-        size_bytes = sum(len(event.entry_bytes) + len(event.portions_bytes) for event in events)
-        if len(events) > self._parameters.max_block_events or size_bytes > MAX_BLOCK_BYTES:
-            log.warning(
-                "ledger block of view %d has %d events, %d bytes: too many", header.view, len(events), size_bytes
-            )
-            return Verdict.REFUSED
-        if abs(header.timestamp_ms - self._clock.now_ms()) > self._parameters.max_clock_skew_ms:
-            log.warning(
-                "ledger block of view %d has timestamp %d ms, too far from ours", header.view, header.timestamp_ms
-            )
-            return Verdict.REFUSED
-        if self._censored(header):
-            return Verdict.REFUSED
-        return Verdict.VALID
-
-    def _censored(self, header: Header) -> bool:
-        """Whether the branch omits an urgent event we have held too long and that it could append."""
-        urgent = self._mempool.urgent_before(self._now_ms - self._parameters.censorship_ms)
-        if not urgent:
-            return False
-        state = self._ledger.state_of(header.digest)
-        assert state is not None
-        in_flight = self._in_flight(state)
-        for event in urgent:
-            if event.leaf_hash in in_flight:
-                continue
-            try:
-                admit(StateView(state.state), event, header.timestamp_ms, self._ledger.committee)
-            except Rejected:
-                continue
-            log.warning("ledger block of view %d omits %s %s", header.view, event.entry.kind.value, event.id.hex())
-            return True
-        return False
-
-    async def _gather(self, leaves: list[Digest], sources: tuple[MemberId, ...]) -> list[CheckedEvent] | None:
-        """The events by leaf hash: from the pool, from gossip still under way, then from peers."""
-        found: dict[Digest, CheckedEvent] = {}
-        with trio.move_on_after(ARRIVAL_SECONDS):
-            while True:
-                arrived = self._intake.arrived
-                found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
-                if len(found) == len(leaves):
-                    break
-                await arrived.wait()
-        connected = self._network.connected
-        for peer in dict.fromkeys((*(source for source in sources if source in connected), *sorted(connected))):
-            missing = [leaf for leaf in leaves if leaf not in found and self._mempool.get(leaf) is None]
-            found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
-            if not missing:
-                break
-            try:
-                answer = await self._network.request(peer, encode(GetEvents(tuple(missing))), FETCH_SECONDS)
-                for encoded in decode(answer, Events, 2 * MAX_BLOCK_BYTES).events:
-                    event = check_event(encoded, self._ledger.committee)
-                    found[event.leaf_hash] = event
-            except (Unavailable, Rejected) as error:
-                log.debug("events from %s: %s", peer.hex()[:16], error)
-        if any(leaf not in found for leaf in leaves):
-            return None
-        return [found[leaf] for leaf in leaves]
-
     async def _fetch(self, effect: FetchBlock) -> None:
-        proposal = self._proposals.get(effect.block)
-        if proposal is not None:
-            await self._fetch_events(proposal, effect.sources)
+        known = self._proposals.get(effect.block)
+        if known is None:
+            found = await self._proposals.fetch(effect.block, effect.sources)
+            if found is not None:
+                self._do(self.engine.receive(*found, self._now_ms))
             return
-        for peer in self._askable(effect.sources):
-            try:
-                answer = await self._network.request(peer, encode(GetProposal(effect.block)), FETCH_SECONDS)
-                found = decode(answer, FoundProposal, MAX_MESSAGE_BYTES).proposal
-                if not found:
-                    continue
-                proposal = decode(found, Proposal, MAX_MESSAGE_BYTES)
-                check_proposal(proposal, self._ledger.committee)
-                if proposal.digest != effect.block:
-                    raise Rejected(Reason.BAD_BLOCK, "another ledger block than the one asked for")
-            except (Unavailable, Rejected) as error:
-                log.debug("proposal from %s: %s", peer.hex()[:16], error)
-                continue
-            self._remember(proposal)
-            self._do(self.engine.receive(proposal, peer, self._now_ms))
-            return
-
-    async def _fetch_events(self, proposal: Proposal, sources: tuple[MemberId, ...]) -> None:
-        header = check_proposal(proposal, self._ledger.committee)
-        parent = self._ledger.state_of(Digest(header.parent))
-        if parent is None:
-            return
-        leaves = [Digest(leaf) for leaf in proposal.body.leaf_hashes]
-        if await self._gather(leaves, sources) is None:
-            return
-        verdict = await self._verdict(proposal, header, parent.header)
+        header = check_proposal(known, self._ledger.committee)
+        verdict = await self._proposals.verdict(known, header, effect.sources)
         if verdict is not Verdict.MISSING:
-            self._do(self.engine.block_verified(proposal.digest, verdict, self._now_ms))
-
-    def _askable(self, sources: Iterable[MemberId]) -> list[MemberId]:
-        connected = self._network.connected
-        return list(dict.fromkeys([*(source for source in sources if source in connected), *sorted(connected)]))
+            self._do(self.engine.block_verified(effect.block, verdict, self._now_ms))
 
     async def _need(self, effect: NeedBlocks) -> None:
         target_view = effect.certificate.view
@@ -555,16 +375,10 @@ class Replica:
         for block in appended:
             self.counters.blocks_finalized += 1
             self.counters.events_finalized += len(block.events)
-            for event in block.events:
-                self._mempool.remove(event.leaf_hash)
-                self._blocked.discard(event.leaf_hash)
-                self._suspects.pop(event.leaf_hash, None)
             self._undurable.append(block)
             self.undurable.update(event.id for event in block.events)
-        if any(block.events for block in appended):
-            self._blocked.clear()
         if appended:
-            self._settle_suspects()
+            self._proposals.appended(appended)
             self._durable_wake.set()
             if self._nursery is not None:
                 self._nursery.start_soon(self._after_appended)
@@ -572,28 +386,6 @@ class Replica:
     async def _after_appended(self) -> None:
         await trio.lowlevel.checkpoint()
         self._tell_work()
-
-    def _settle_suspects(self) -> None:
-        """Reject for good what the finalized state itself refuses for good."""
-        if not self._suspects:
-            return
-        final = self._ledger.final
-        for leaf_hash, event in list(self._suspects.items()):
-            try:
-                admit(
-                    StateView(final.state),
-                    event,
-                    max(final.header.timestamp_ms, self._clock.now_ms()),
-                    self._ledger.committee,
-                )
-            except Rejected as error:
-                if is_final(error):
-                    self._intake.rejected(event, error)
-                    self._blocked.discard(leaf_hash)
-                    del self._suspects[leaf_hash]
-                    continue
-            if not self._ledger.overlays:
-                del self._suspects[leaf_hash]
 
     async def _keep_durable(self) -> None:
         while True:
@@ -613,30 +405,9 @@ class Replica:
             case GetBlocks():
                 return encode(serve_blocks(self._ledger, request))
             case GetEvents():
-                return encode(serve_events(self._ledger, self._held, request))
+                return encode(serve_events(self._ledger, self._proposals.held_event, request))
             case GetProposal():
                 held = self._proposals.get(Digest(request.block))
                 return encode(FoundProposal(encode(held) if held else b""))
             case GetLastVote():
-                return encode(LastVote(self._last_vote(MemberId(request.voter))))
-
-    def _last_vote(self, voter: MemberId) -> Vote | None:
-        """The latest vote of a member: of this run, or kept behind the last ledger blocks."""
-        height = self._ledger.final.header.height
-        for behind in range(min(VOTES_LOOKED_BACK, height)):
-            if voter in self._last_votes:
-                break
-            for vote in self._ledger.votes(height - behind):
-                self._note_vote(vote)
-        return self._last_votes.get(voter)
-
-    def _held(self, leaf_hash: Digest) -> bytes | None:
-        event = self._mempool.get(leaf_hash)
-        if event is not None:
-            return pack_parts(event.entry_bytes, event.portions_bytes)
-        for built in self._ledger.overlays.values():
-            for event in built.events:
-                if event.leaf_hash == leaf_hash:
-                    return pack_parts(event.entry_bytes, event.portions_bytes)
-        index = self._ledger.store.index_of_leaf(leaf_hash)
-        return pack_parts(*self._ledger.event(index)) if index is not None else None
+                return encode(LastVote(self._last_votes.of(MemberId(request.voter))))

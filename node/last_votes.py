@@ -1,0 +1,72 @@
+"""The last vote of every member, as far as this node knows: what tells a voter that its journal is not whole.
+
+Votes are signed, so whoever passes one on proves it. A voter whose data directory was wiped or restored from an old
+copy learns from its peers that it voted later than its journal remembers.
+"""
+
+import logging
+
+import trio
+
+from consensus.codec import decode, encode
+from consensus.identifiers import MemberId
+from consensus.rejection import Rejected, Unavailable
+from consensus.vote import Vote, check_vote
+from node.ledger import Ledger
+from node.messages import GetLastVote, LastVote
+from node.network import Network
+
+log = logging.getLogger("countersign.votes")
+
+MAX_ANSWER_BYTES = 1 << 16
+FETCH_SECONDS = 5.0
+ASK_AGAIN_SECONDS = 0.2
+VOTES_LOOKED_BACK = 1_000
+"""Ledger blocks looked through for a member's last vote before saying that it never voted."""
+
+
+class LastVotes:
+    """Votes seen of late, by voter."""
+
+    def __init__(self, ledger: Ledger, network: Network) -> None:
+        self._ledger = ledger
+        self._network = network
+        self._last_votes: dict[MemberId, Vote] = {}
+
+    def note(self, vote: Vote) -> None:
+        """A checked vote."""
+        voter = MemberId(vote.voter)
+        held = self._last_votes.get(voter)
+        if held is None or vote.view >= held.view:
+            self._last_votes[voter] = vote
+
+    def of(self, voter: MemberId) -> Vote | None:
+        """The latest vote of a member: of this run, or kept behind the last ledger blocks."""
+        height = self._ledger.final.header.height
+        for behind in range(min(VOTES_LOOKED_BACK, height)):
+            if voter in self._last_votes:
+                break
+            for vote in self._ledger.votes(height - behind):
+                self.note(vote)
+        return self._last_votes.get(voter)
+
+    async def missing_from(self, voter: MemberId, highest_view: int) -> Vote | None:
+        """A vote of ``voter`` above ``highest_view``, the last its journal has; None once those peers who know of
+        none are, with it, a quorum: no fewer could finalize anything against it.
+        """
+        clear = {voter}
+        while not self._ledger.committee.has_quorum(clear):
+            for peer in sorted(self._network.connected - clear):
+                try:
+                    answer = await self._network.request(peer, encode(GetLastVote(voter)), FETCH_SECONDS)
+                    vote = decode(answer, LastVote, MAX_ANSWER_BYTES).vote
+                    if vote is not None:
+                        check_vote(vote, self._ledger.committee)
+                except (Unavailable, Rejected) as error:
+                    log.debug("last vote from %s: %s", peer.hex()[:16], error)
+                    continue
+                if vote is not None and vote.voter == voter and vote.view > highest_view:
+                    return vote
+                clear.add(peer)
+            await trio.sleep(ASK_AGAIN_SECONDS)
+        return None

@@ -1,0 +1,253 @@
+"""Ledger blocks on their way to finality: what goes into ours, whether others' may have our vote.
+
+A proposal lists its events by leaf hash; they came by gossip before it, or are asked for. Whether it is valid is
+``transition.apply``'s to say. What depends on this voter's own clock is said here, and never makes a ledger block
+invalid: a timestamp too far from ours, more than the network's limits, or a branch that omits an urgent event we
+have held for ``censorship_ms``, is refused our vote.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import trio
+
+from consensus.admission import admit
+from consensus.block import Header
+from consensus.branches import Verdict
+from consensus.codec import decode, encode
+from consensus.effect import RequestProposal
+from consensus.event import CheckedEvent, check_event, pack_parts
+from consensus.identifiers import Digest, MemberId
+from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
+from consensus.state import StateView
+from consensus.transition import LedgerState, build, is_final
+from consensus.vote import Proposal, check_proposal, sign_proposal
+from node.clock import Clock
+from node.intake import Intake
+from node.ledger import Finalized, Ledger
+from node.mempool import Mempool
+from node.messages import Events, FoundProposal, GetEvents, GetProposal
+from node.network import Network
+from node.voter import HeldBlock, VotingKeys
+
+log = logging.getLogger("countersign.proposals")
+
+MAX_PROPOSAL_BYTES = 1 << 20
+MAX_BLOCK_BYTES = 2 << 20
+FETCH_SECONDS = 5.0
+ARRIVAL_SECONDS = 0.03
+"""How long a proposal waits for its events to arrive by gossip before they are asked for."""
+PROPOSALS_KEPT = 256
+SETTLE_AFTER_MS = 1_000
+SETTLED_AT_ONCE = 256
+
+
+class Proposals:
+    """Builds, judges, fetches and remembers proposals."""
+
+    def __init__(self, ledger: Ledger, network: Network, mempool: Mempool, intake: Intake, clock: Clock) -> None:
+        self._ledger = ledger
+        self._network = network
+        self._mempool = mempool
+        self._intake = intake
+        self._clock = clock
+        self._parameters = ledger.genesis.parameters
+        self._proposals: dict[Digest, Proposal] = {}
+        self._blocked: set[Digest] = set()
+        """Events that could not be appended at the last try; tried again once the log has grown."""
+
+    def remember(self, proposal: Proposal) -> None:
+        """Keep a checked proposal, to judge it, serve it and journal it."""
+        self._proposals[proposal.digest] = proposal
+        while len(self._proposals) > PROPOSALS_KEPT:
+            del self._proposals[next(iter(self._proposals))]
+
+    def get(self, block: Digest) -> Proposal | None:
+        """A proposal of late, by its ledger block's digest."""
+        return self._proposals.get(block)
+
+    def held_block(self, block: Digest) -> HeldBlock:
+        """What the journal keeps with a notarize vote."""
+        built = self._ledger.overlays.get(block)
+        proposal = self._proposals.get(block)
+        if built is None or proposal is None:
+            raise InvariantBroken(f"asked to notarize ledger block {block.hex()}, which is not held")
+        return HeldBlock(proposal, tuple(pack_parts(event.entry_bytes, event.portions_bytes) for event in built.events))
+
+    def held_event(self, leaf_hash: Digest) -> bytes | None:
+        """A signed event by leaf hash: waiting, on a branch, or on the log."""
+        event = self._mempool.get(leaf_hash)
+        if event is not None:
+            return pack_parts(event.entry_bytes, event.portions_bytes)
+        for built in self._ledger.overlays.values():
+            for event in built.events:
+                if event.leaf_hash == leaf_hash:
+                    return pack_parts(event.entry_bytes, event.portions_bytes)
+        index = self._ledger.store.index_of_leaf(leaf_hash)
+        return pack_parts(*self._ledger.event(index)) if index is not None else None
+
+    # Ours
+
+    def has_work(self) -> bool:
+        """Whether an event waits that is neither blocked nor in flight; by counting alone while many wait."""
+        bodies = [built.body.leaf_hashes for built in self._ledger.overlays.values()]
+        if len(self._mempool) > len(self._blocked) + sum(map(len, bodies)):
+            return True
+        passed_over = self._blocked.union(*bodies)
+        return any(event.leaf_hash not in passed_over for event in self._mempool.candidates())
+
+    def build(self, effect: RequestProposal, keys: VotingKeys) -> Proposal | None:
+        """A signed proposal of the events that wait; None if its parent is gone meanwhile."""
+        parent = self._ledger.state_of(effect.parent.digest)
+        if parent is None:
+            return None
+        in_flight = self._in_flight(parent)
+        built = build(
+            parent,
+            (
+                event
+                for event in self._mempool.candidates()
+                if event.leaf_hash not in in_flight and event.leaf_hash not in self._blocked
+            ),
+            view=effect.view,
+            leader=keys.member,
+            timestamp_ms=self._clock.now_ms(),
+            committee=self._ledger.committee,
+            max_events=self._parameters.max_block_events,
+            max_bytes=MAX_BLOCK_BYTES,
+        )
+        self._blocked.update(event.leaf_hash for event, _ in built.refused)
+        self._ledger.keep(built)
+        proposal = sign_proposal(built.state.header, built.body, keys.identity.sign)
+        self.remember(proposal)
+        return proposal
+
+    def _in_flight(self, state: LedgerState) -> set[bytes]:
+        """Leaf hashes on the branch above the finalized head."""
+        leaves: set[bytes] = set()
+        built = self._ledger.overlays.get(state.digest)
+        while built is not None:
+            leaves.update(built.body.leaf_hashes)
+            built = self._ledger.overlays.get(Digest(built.state.header.parent))
+        return leaves
+
+    def appended(self, blocks: Iterable[Finalized]) -> None:
+        """These are on the log: their events wait no more, and what was blocked may be tried again."""
+        for block in blocks:
+            for event in block.events:
+                self._mempool.remove(event.leaf_hash)
+            if block.events:
+                self._blocked.clear()
+
+    def settle(self) -> None:
+        """Reject what has waited a while and the finalized state itself refuses for good; drop what is too old."""
+        now_ms = self._clock.monotonic_ms()
+        self._mempool.expire(now_ms)
+        final = self._ledger.final
+        timestamp_ms = max(final.header.timestamp_ms, self._clock.now_ms())
+        for event in self._mempool.waiting_since(now_ms - SETTLE_AFTER_MS, SETTLED_AT_ONCE):
+            try:
+                admit(StateView(final.state), event, timestamp_ms, self._ledger.committee)
+            except Rejected as error:
+                if is_final(error):
+                    self._blocked.discard(event.leaf_hash)
+                    self._intake.rejected(event, error)
+
+    # Others'
+
+    async def verdict(self, proposal: Proposal, header: Header, sources: Iterable[MemberId]) -> Verdict:
+        """Whether a checked proposal may have our vote; its branch is kept if it is valid."""
+        leaves = [Digest(leaf) for leaf in proposal.body.leaf_hashes]
+        events = await self._gather(leaves, sources)
+        if events is None:
+            return Verdict.MISSING
+        parent = self._ledger.state_of(Digest(header.parent))
+        if parent is None:
+            return Verdict.MISSING
+        try:
+            self._ledger.verify(parent, header, proposal.body, events)
+        except Rejected as error:
+            log.warning("ledger block of view %d is invalid: %s", header.view, error)
+            return Verdict.INVALID
+        size_bytes = sum(len(event.entry_bytes) + len(event.portions_bytes) for event in events)
+        if len(events) > self._parameters.max_block_events or size_bytes > MAX_BLOCK_BYTES:
+            log.warning(
+                "ledger block of view %d has %d events, %d bytes: too many", header.view, len(events), size_bytes
+            )
+            return Verdict.REFUSED
+        if abs(header.timestamp_ms - self._clock.now_ms()) > self._parameters.max_clock_skew_ms:
+            log.warning(
+                "ledger block of view %d has timestamp %d ms, too far from ours", header.view, header.timestamp_ms
+            )
+            return Verdict.REFUSED
+        if self._censored(header):
+            return Verdict.REFUSED
+        return Verdict.VALID
+
+    def _censored(self, header: Header) -> bool:
+        """Whether the branch omits an urgent event we have held too long and that it could append."""
+        urgent = self._mempool.urgent_before(self._clock.monotonic_ms() - self._parameters.censorship_ms)
+        if not urgent:
+            return False
+        state = self._ledger.state_of(header.digest)
+        assert state is not None
+        in_flight = self._in_flight(state)
+        for event in urgent:
+            if event.leaf_hash in in_flight:
+                continue
+            try:
+                admit(StateView(state.state), event, header.timestamp_ms, self._ledger.committee)
+            except Rejected:
+                continue
+            log.warning("ledger block of view %d omits %s %s", header.view, event.entry.kind.value, event.id.hex())
+            return True
+        return False
+
+    async def _gather(self, leaves: list[Digest], sources: Iterable[MemberId]) -> list[CheckedEvent] | None:
+        """The events by leaf hash: from the pool, from gossip still under way, then from peers."""
+        found: dict[Digest, CheckedEvent] = {}
+        with trio.move_on_after(ARRIVAL_SECONDS):
+            while True:
+                arrived = self._intake.arrived
+                found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
+                if len(found) == len(leaves):
+                    break
+                await arrived.wait()
+        for peer in self._askable(sources):
+            missing = [leaf for leaf in leaves if leaf not in found and self._mempool.get(leaf) is None]
+            found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
+            if not missing:
+                break
+            try:
+                answer = await self._network.request(peer, encode(GetEvents(tuple(missing))), FETCH_SECONDS)
+                for encoded in decode(answer, Events, 2 * MAX_BLOCK_BYTES).events:
+                    event = check_event(encoded, self._ledger.committee)
+                    found[event.leaf_hash] = event
+            except (Unavailable, Rejected) as error:
+                log.debug("events from %s: %s", peer.hex()[:16], error)
+        if any(leaf not in found for leaf in leaves):
+            return None
+        return [found[leaf] for leaf in leaves]
+
+    async def fetch(self, block: Digest, sources: Iterable[MemberId]) -> tuple[Proposal, MemberId] | None:
+        """A proposal by its ledger block's digest and the peer that had it; None if nobody has."""
+        for peer in self._askable(sources):
+            try:
+                answer = await self._network.request(peer, encode(GetProposal(block)), FETCH_SECONDS)
+                found = decode(answer, FoundProposal, MAX_PROPOSAL_BYTES).proposal
+                if not found:
+                    continue
+                proposal = decode(found, Proposal, MAX_PROPOSAL_BYTES)
+                check_proposal(proposal, self._ledger.committee)
+                if proposal.digest != block:
+                    raise Rejected(Reason.BAD_BLOCK, "another ledger block than the one asked for")
+            except (Unavailable, Rejected) as error:
+                log.debug("proposal from %s: %s", peer.hex()[:16], error)
+                continue
+            self.remember(proposal)
+            return proposal, peer
+        return None
+
+    def _askable(self, sources: Iterable[MemberId]) -> list[MemberId]:
+        connected = self._network.connected
+        return list(dict.fromkeys([*(source for source in sources if source in connected), *sorted(connected)]))
