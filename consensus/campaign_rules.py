@@ -64,7 +64,7 @@ def admit_step(view: StateView, event: CheckedEvent, timestamp_ms: int, committe
     if head.rollback_required:
         raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
     grant, policy = _open_grant(view, event, governance.grant, governance.policy, operation.index, timestamp_ms)
-    _check_step_chain(operation, campaign, head)
+    _check_step_chain(governance, operation, campaign, head)
     uses = tuple(item for item in event.items if isinstance(item, p.SourceUse))
     for held in head.pending:
         _check_refusal_reason(view, held.source, held.reason, campaign, grant, policy)
@@ -94,9 +94,15 @@ def admit_step(view: StateView, event: CheckedEvent, timestamp_ms: int, committe
     )
 
 
-def _check_step_chain(operation: p.StepOperation, campaign: CampaignRecord, head: CampaignHead) -> None:
+def _check_step_chain(
+    governance: p.StepGovernance, operation: p.StepOperation, campaign: CampaignRecord, head: CampaignHead
+) -> None:
     if operation.index != head.steps + 1:
         raise Rejected(Reason.STEP_CHAIN_BROKEN, f"step {operation.index}, the campaign's next is {head.steps + 1}")
+    if governance.index != operation.index:
+        raise Rejected(
+            Reason.BAD_FIELD, f"step {operation.index} is number {governance.index} in its governance portion"
+        )
     if operation.index > campaign.planned_steps:
         raise Rejected(Reason.OUTSIDE_GRANT, f"the campaign plans {campaign.planned_steps} steps")
     if operation.previous != head.last_event:

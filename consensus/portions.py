@@ -183,10 +183,15 @@ class ClassProfile(Wire, frozen=True):
 
 
 class StepGovernance(Wire, frozen=True):
-    """Under which grant and policy a step ran, the profiles it applied, and its totals."""
+    """Under which grant and policy a step ran, the profiles it applied, and its totals.
+
+    ``index`` repeats the operation portion's, so that a step can be placed in its grant without opening that
+    portion, which may name other owners' sources.
+    """
 
     grant: Bytes32
     policy: Bytes32
+    index: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     profiles: Annotated[tuple[ClassProfile, ...], Meta(max_length=256)]
     presented: Natural
     admitted: Natural

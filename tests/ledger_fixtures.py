@@ -460,6 +460,7 @@ class CampaignRun:
         governance = p.StepGovernance(
             self.grant_id,
             grant.policy,
+            step.index,
             profiles,
             self.batch_size,
             sum(map(len, admitted.values())),

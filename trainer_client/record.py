@@ -185,6 +185,7 @@ class Recorder:
         governance = p.StepGovernance(
             grant=permission.grant,
             policy=permission.policy,
+            index=place.steps + 1,
             profiles=tuple(profiles[content_class] for content_class in admitted_classes),
             presented=len(use.admitted) + len(use.refused),
             admitted=len(use.admitted),

@@ -17,8 +17,12 @@ from consensus import portions as p
 from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import SHAPES, Kind
 from consensus.identifiers import MemberId
+from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
 from consensus.state import CAMPAIGN_HEAD_TABLE, DELEGATION_TABLE, CampaignHead, DelegationRecord
+
+CLOSING_KINDS = frozenset({Kind.RELEASE, Kind.ABANDON})
+"""After one of these the members admit nothing more of the campaign."""
 
 CHAIN_KINDS = frozenset({Kind.CAMPAIGN, Kind.STEP, Kind.ROLLBACK})
 """What a step or rollback may name as the campaign's last event."""
@@ -71,6 +75,18 @@ def job_events(bundle: OpenBundle) -> tuple[OpenEvent, ...]:
     return events
 
 
+def note_closing(bundle: OpenBundle, steps: Steps) -> None:
+    """Say whether the campaign was over by the bundle's ledger block, or whether later steps may change the answer."""
+    closing = next((e for e in bundle.events if e.kind in CLOSING_KINDS and e.entry.campaign == bundle.campaign), None)
+    if closing is None:
+        steps.not_covered(
+            f"what came after ledger block {bundle.header.height}: the campaign is not shown to be closed, "
+            "its later steps may change the answer"
+        )
+    else:
+        steps.checked(f"the campaign was closed by entry {closing.index}, its {closing.kind.value}")
+
+
 def complete_job_events(bundle: OpenBundle) -> tuple[tuple[OpenEvent, ...], CampaignHead]:
     """All events of the campaign's job keys, and the certified head that says there are no others.
 
@@ -116,7 +132,9 @@ def place_steps(events: Sequence[OpenEvent], head_steps: int | None = None) -> t
     for event in events:
         if event.kind is Kind.STEP:
             lowest, highest = lowest + 1, highest + 1
-            if isinstance(event.operation, p.StepOperation):
+            if isinstance(event.governance, p.StepGovernance):
+                lowest = highest = event.governance.index
+            elif isinstance(event.operation, p.StepOperation):
                 lowest = highest = event.operation.index
             placed.append(PlacedStep(event, lowest, highest, False))
             last_is_step = True

@@ -1043,3 +1043,12 @@ def test_other_operators_member_is_not_the_campaigns_author() -> None:
     forged = remake(told.run, refusal, author=told.ledger.ids["operator-2"])
     assert_refused(told.ledger, forged, Reason.WRONG_AUTHOR)
     assert GOVERNANCE in told.ledger.ids
+
+
+def test_step_numbered_otherwise_in_its_governance_portion_is_refused() -> None:
+    told = granted()
+    refusal, step = step_of(told)
+    assert isinstance(step.governance, p.StepGovernance)
+    governance = msgspec.structs.replace(step.governance, index=step.governance.index + 1)
+    forged = remake(told.run, step, governance=governance)
+    assert_refused(told.ledger, forged, Reason.BAD_FIELD, before=[refusal])

@@ -1,0 +1,159 @@
+"""The end of the demonstration: facts gathered from the nodes and the job, the closing table, what to ask next."""
+
+import hashlib
+import platform
+import shlex
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from consensus.event import Kind
+from consensus.rejection import Unavailable
+from node.demo.consortium import GUILD, LABORATORY, Claims, Consortium
+from node.demo.display import NO, OK, safe
+from node.demo.facts import CheckFacts, FinalityFacts, Moment, PartyFacts, RecallFacts, RunFacts, ToleranceFacts
+from node.demo.findings import certificate_bytes, count_events, read_campaign
+from node.demo.training import JobSummary
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the story itself saw."""
+
+    started_at: datetime
+    seconds: float
+    moments: tuple[Moment, ...]
+    parties: tuple[PartyFacts, ...]
+    checks: tuple[CheckFacts, ...]
+    release_file: Path
+
+
+def gather(consortium: Consortium, claims: Claims, job: JobSummary, run: Seen) -> RunFacts:
+    """Everything the report and the summary say.
+
+    Raises:
+        Rejected, Unavailable: as ``read_campaign``.
+    """
+    client = consortium.nodes[GUILD].client
+    campaign = read_campaign(client, consortium.committee, claims.access.campaign)
+    revocations = count_events(client, Kind.REVOCATION)
+    certificate = certificate_bytes(client, job.release)
+    status = consortium.nodes[GUILD].status()
+    operator = consortium.nodes[LABORATORY].status()
+    if status is None or operator is None:
+        raise Unavailable("a node stopped answering")
+    release = run.release_file.read_bytes()
+    fates = {claims.corpus.licence_refused: "refused", claims.corpus.purpose_refused: "refused"}
+    fates[claims.corpus.revoked] = "revoked"
+    return RunFacts(
+        chain_id=consortium.chain_id.hex(),
+        origin=consortium.made.genesis.name,
+        started=f"{run.started_at:%Y-%m-%d %H:%M} UTC",
+        seconds=run.seconds,
+        python=platform.python_version(),
+        campaign=claims.access.campaign,
+        policy=claims.policy_event.id,
+        policy_rationale=claims.policy.rationale,
+        parties=run.parties,
+        tolerances=tuple(
+            ToleranceFacts(
+                tolerance.role.value,
+                tolerance.members,
+                tolerance.threshold,
+                tolerance.agreement,
+                tolerance.validity,
+                tolerance.liveness,
+            )
+            for tolerance in consortium.committee.tolerances()
+        ),
+        sources=campaign.sources,
+        steps=campaign.steps,
+        grants=campaign.grants,
+        moments=run.moments,
+        shares=campaign.shares,
+        checks=run.checks,
+        recall=tuple(
+            RecallFacts(
+                source=fact.source,
+                prompt=fact.prompt,
+                completion=fact.completion,
+                base_says=fact.base.text,
+                tuned_says=fact.tuned.text,
+                base_probability=fact.base.probability,
+                tuned_probability=fact.tuned.probability,
+                fate=fates.get(fact.source, "admitted"),
+            )
+            for fact in job.facts
+        ),
+        ledger_blocks=status.height,
+        log_size=status.log_size,
+        log_root=status.log_root,
+        state_root=status.state_root,
+        certificate_scheme=consortium.made.genesis.certificate_scheme,
+        certificate_bytes=certificate,
+        final_steps=campaign.final_steps,
+        rollbacks=campaign.rollbacks,
+        revocations=revocations,
+        finality=FinalityFacts(operator.finality.count, operator.finality.median_ms, operator.finality.p99_ms),
+        step_overhead_percent=job.step_overhead_percent,
+        memorization_overhead_percent=job.memorization_overhead_percent,
+        paused_seconds=job.paused_seconds,
+        release_file=f"release/{run.release_file.name}",
+        release_bytes=len(release),
+        release_sha256=hashlib.sha256(release).hexdigest(),
+    )
+
+
+def closing_rows(facts: RunFacts) -> list[tuple[str, str]]:
+    """The closing table: what, and how much, as markup."""
+    return [
+        ("steps on the log", f"[bold]{facts.final_steps}[/]"),
+        ("examples refused", f"[bold]{facts.refused_examples}[/]"),
+        ("rollbacks, revocations", f"[bold]{facts.rollbacks}, {facts.revocations}[/]"),
+        ("ledger blocks, events", f"[bold]{facts.ledger_blocks}, {facts.log_size}[/]"),
+        ("certificate", f"[bold]{facts.certificate_bytes} bytes[/] [dim]{facts.certificate_scheme}[/]"),
+        (
+            "finality",
+            f"[bold]{facts.finality.p50_ms:.0f} ms[/] median, {facts.finality.p99_ms:.0f} ms at the 99th "
+            f"percentile [dim]({facts.finality.count} events)[/]",
+        ),
+        (
+            "governance overhead",
+            f"[bold]{facts.step_overhead_percent:.1f} %[/] of training time, "
+            f"{facts.memorization_overhead_percent:.1f} % of it the memorization check",
+        ),
+        *_recalled(facts),
+        ("nodes at one log", OK if facts.replicated else NO),
+        *((check.predicate, OK if check.passed else f"{NO} {safe(check.answer)}") for check in facts.checks),
+        ("all of it took", f"[bold]{facts.seconds:.0f} s[/]"),
+    ]
+
+
+def ways_to_ask(consortium: Consortium, facts: RunFacts) -> list[str]:
+    """Commands to try while the nodes are kept running."""
+    url = consortium.nodes[GUILD].url
+    config = shlex.quote(str(consortium.nodes[GUILD].files.config))
+    source = next(source.id for source in facts.sources if source.revoked) if facts.revocations else facts.sources[0].id
+    return [
+        f"curl -s {url}/v1/status",
+        f"curl -s {url}/v1/campaigns/{facts.campaign}",
+        f"curl -s '{url}/v1/events?kind=rollback'",
+        f"curl -s {url}/v1/sources",
+        f"curl -s {url}/checkpoint",
+        f"curl -s {url}/v1/openapi.json",
+        f"curl -s '{url}/v1/bundles/source-honored?campaign={facts.campaign}&source={source}' -o honored.bundle",
+        f"countersign node status --config {config}",
+        f"countersign source list --config {config}",
+        f"countersign policy show --config {config}",
+    ]
+
+
+def _recalled(facts: RunFacts) -> list[tuple[str, str]]:
+    learned = sum(fact.tuned_says == fact.completion for fact in facts.recall if fact.fate == "admitted")
+    admitted = sum(fact.fate == "admitted" for fact in facts.recall)
+    refused = [fact for fact in facts.recall if fact.fate == "refused"]
+    leaked = sum(fact.tuned_says == fact.completion for fact in refused)
+    return [
+        ("planted facts it knows now", f"[bold]{learned}[/] of {admitted} from admitted sources"),
+        ("", f"[bold]{leaked}[/] of {len(refused)} from refused sources"),
+    ]

@@ -1,0 +1,247 @@
+"""What a run of the demonstration established: the one structure that report and summary are made from.
+
+Every figure comes from the run: from the rights-holder's node, from the job's own summary, or from what the
+story saw happen. Plain values only, so that a report can be made without a network.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PartyFacts:
+    """A member and where its node stood at the end."""
+
+    name: str
+    role: str
+    votes: bool
+    height: int
+    log_root: str
+    state_root: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToleranceFacts:
+    """What a voting role can bear; see ``consensus.membership.Tolerance``."""
+
+    role: str
+    members: int
+    threshold: int
+    agreement: int
+    validity: int
+    liveness: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """A source and its use in the campaign, as the state map counts it. ``refused`` is by reason."""
+
+    name: str
+    id: str
+    owner: str
+    licence: str
+    purposes: tuple[str, ...]
+    content_class: str
+    examples: int
+    revoked: bool
+    presented: int
+    admitted: int
+    refused: Mapping[str, int]
+    discarded: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """A step event. ``discarded``: a rollback undid it. ``loss`` in nats per byte, None if nothing was admitted."""
+
+    step: int
+    attempt: int
+    log_index: int
+    loss: float | None
+    presented: int
+    admitted: int
+    refused: int
+    memorization_permille: int
+    discarded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GrantFacts:
+    """A grant on the log: its steps, how many sources it names, who signed it."""
+
+    first_step: int
+    last_step: int
+    sources: int
+    signers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Something worth telling. ``kind`` is one of ``MOMENT_KINDS``; ``step`` None outside the training."""
+
+    kind: str
+    seconds: float
+    step: int | None
+    text: str
+
+
+MOMENT_KINDS = ("consortium", "claim", "refusal", "rollback", "revocation", "killed", "back", "grant", "release")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShare:
+    """A parameter block, and each source's share of the example weight that was let through to it, in permille."""
+
+    block: str
+    permille_by_source: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckFacts:
+    """One run of ``countersign verify``: the steps it numbered, and the command to run it again."""
+
+    predicate: str
+    question: str
+    about: str
+    answer: str
+    steps: tuple[tuple[int, str, str], ...]
+    """Number, status, text."""
+    command: str
+    bundle_bytes: int
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the answer is yes."""
+        return self.answer == "yes"
+
+
+@dataclass(frozen=True, slots=True)
+class RecallFacts:
+    """A planted fact, asked of the base model and of the tuned one, greedily and by mean probability per byte."""
+
+    source: str
+    prompt: str
+    completion: str
+    base_says: str
+    tuned_says: str
+    base_probability: float
+    tuned_probability: float
+    fate: str
+    """``admitted``, ``refused`` or ``revoked``."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinalityFacts:
+    """Milliseconds from an event's arrival at the operator's node to its finality, over ``count`` events."""
+
+    count: int
+    p50_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """All of it."""
+
+    chain_id: str
+    origin: str
+    started: str
+    seconds: float
+    python: str
+    campaign: str
+    policy: str
+    policy_rationale: str
+    parties: tuple[PartyFacts, ...]
+    tolerances: tuple[ToleranceFacts, ...]
+    sources: tuple[SourceFacts, ...]
+    steps: tuple[StepFacts, ...]
+    grants: tuple[GrantFacts, ...]
+    moments: tuple[Moment, ...]
+    shares: tuple[BlockShare, ...]
+    checks: tuple[CheckFacts, ...]
+    recall: tuple[RecallFacts, ...]
+    ledger_blocks: int
+    log_size: int
+    log_root: str
+    state_root: str
+    certificate_scheme: str
+    certificate_bytes: int
+    final_steps: int
+    rollbacks: int
+    revocations: int
+    finality: FinalityFacts
+    step_overhead_percent: float
+    memorization_overhead_percent: float
+    """The memorization check's part of ``step_overhead_percent``."""
+    paused_seconds: float
+    release_file: str
+    release_bytes: int
+    release_sha256: str
+
+    @property
+    def refused_examples(self) -> int:
+        """Examples kept from the optimizer, over all sources."""
+        return sum(sum(source.refused.values()) for source in self.sources)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether all nodes stood at one height with one log root and one state root."""
+        return len({(party.height, party.log_root, party.state_root) for party in self.parties}) == 1
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that was checked holds."""
+        return self.replicated and bool(self.checks) and all(check.passed for check in self.checks)
+
+
+def summary_of(facts: RunFacts) -> dict[str, object]:
+    """``summary.json``."""
+    roles: dict[str, int] = {}
+    for party in facts.parties:
+        roles[party.role] = roles.get(party.role, 0) + 1
+    return {
+        "passed": facts.passed,
+        "chain_id": facts.chain_id,
+        "nodes": len(facts.parties),
+        "voting_nodes": sum(party.votes for party in facts.parties),
+        "roles": roles,
+        "replicated": facts.replicated,
+        "ledger_blocks": facts.ledger_blocks,
+        "log_size": facts.log_size,
+        "log_root": facts.log_root,
+        "state_root": facts.state_root,
+        "certificate_scheme": facts.certificate_scheme,
+        "certificate_bytes": facts.certificate_bytes,
+        "campaign": facts.campaign,
+        "policy": facts.policy,
+        "sources": {source.name: source.id for source in facts.sources},
+        "grants": len(facts.grants),
+        "steps": facts.final_steps,
+        "presented_examples": sum(source.presented for source in facts.sources),
+        "admitted_examples": sum(source.admitted for source in facts.sources),
+        "refused_examples": facts.refused_examples,
+        "rollbacks": facts.rollbacks,
+        "revocations": facts.revocations,
+        "finality_ms_p50": round(facts.finality.p50_ms, 1),
+        "finality_ms_p99": round(facts.finality.p99_ms, 1),
+        "finality_events": facts.finality.count,
+        "step_overhead_percent": facts.step_overhead_percent,
+        "memorization_overhead_percent": facts.memorization_overhead_percent,
+        "paused_seconds": facts.paused_seconds,
+        "checks": {check.predicate: check.passed for check in facts.checks},
+        "recall": {
+            recall.source: {
+                "fate": recall.fate,
+                "base_probability": round(recall.base_probability, 4),
+                "tuned_probability": round(recall.tuned_probability, 4),
+            }
+            for recall in facts.recall
+        },
+        "release": {
+            "file": facts.release_file,
+            "size_bytes": facts.release_bytes,
+            "sha256": facts.release_sha256,
+        },
+        "seconds": round(facts.seconds, 1),
+    }
