@@ -515,8 +515,10 @@ async def test_connection_that_trickles_bytes_still_carries_a_full_noise_message
         through_proxy = replace(second.peer, address=f"127.0.0.1:{port}")
         dialler = Network(first.seed, first.peer.address, [through_proxy], protocol_suffix=CHAIN, limits=FAST)
         async with dialler.open():
-            dialler.broadcast(Lane.EVENTS, bytes(200_000))
             with trio.fail_after(4):
+                while not dialler.connected:
+                    await trio.sleep(0.01)
+                dialler.broadcast(Lane.EVENTS, bytes(200_000))
                 assert (await network.incoming.receive()).frame == bytes(200_000)
         nursery.cancel_scope.cancel()
 

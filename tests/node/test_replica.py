@@ -103,7 +103,7 @@ async def test_voter_restored_from_an_old_copy_of_its_whole_directory_never_vote
         async with running(nodes):
             event = nodes[0].submit(consortium.source_event("data-source-1", number))
             assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
-            await until(lambda: {node.snapshot().log_size for node in nodes} == {number})
+            await until(lambda nodes=nodes, number=number: {node.snapshot().log_size for node in nodes} == {number})
         if number == 1:
             shutil.copytree(directory, copy)
     shutil.rmtree(directory)
