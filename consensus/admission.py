@@ -22,6 +22,7 @@ from consensus import portions as p
 from consensus.campaign_rules import changed, check_job_key, check_sequence, open_campaign
 from consensus.event import CheckedEvent, Kind
 from consensus.identifiers import Digest, MemberId, Role
+from consensus.keys import SignatureScheme, check_public_key
 from consensus.membership import Committee
 from consensus.policy import check_grant_terms, check_policy, why_refused
 from consensus.rejection import Reason, Rejected
@@ -125,6 +126,7 @@ def _admit_delegation(view: StateView, event: CheckedEvent, timestamp_ms: int, c
         raise Rejected(Reason.BAD_FIELD, "a delegation has sequence and attempt 0")
     if not delegation.not_before_ms < delegation.expires_at_ms or delegation.expires_at_ms <= timestamp_ms:
         raise Rejected(Reason.JOB_KEY_EXPIRED, f"the delegation expires at {delegation.expires_at_ms} ms")
+    check_public_key(SignatureScheme.ED25519, delegation.job_key)
     key = DELEGATION_TABLE + delegation.job_key
     if view.find(key, DelegationRecord) is not None:
         raise Rejected(Reason.DUPLICATE, f"job key {delegation.job_key.hex()} is already delegated")

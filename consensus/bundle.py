@@ -44,7 +44,7 @@ from consensus.state_map import KEY_BYTES, MapProof, PrefixProof, verify_map_pro
 
 VERSION = 1
 MAGIC = b"countersign-bundle\x00\x01\r\n\x1a\n"
-MAX_BUNDLE_BYTES = 256 * 1024 * 1024
+MAX_BUNDLE_BYTES = 128 * 1024 * 1024
 MAX_EVENTS = 262_144
 
 R = TypeVar("R", bound=p.Wire)

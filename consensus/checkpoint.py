@@ -12,7 +12,7 @@ Rules and their sources:
 
 Each value has one spelling: base64 is padded and re-encodes to itself, sizes carry no leading zero. A
 checkpoint is read only through ``open_checkpoint``, or by ``parse_checkpoint`` from a text ``verify_note``
-vouched for. Ed25519 is verified by libsodium alone, so that no two verifiers of ours can disagree.
+vouched for. Ed25519 is verified by ``keys.py`` alone, so that no two verifiers of ours can disagree.
 
 Left to others: which names must have signed and how many (the caller compares the returned names), consistency
 between checkpoints (``merkle.py``), when a node signs (``node``).
@@ -26,10 +26,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol
 
-from nacl.exceptions import BadSignatureError
-from nacl.signing import VerifyKey
-
 from consensus.identifiers import DIGEST_BYTES, Digest
+from consensus.keys import SignatureScheme, verify
 from consensus.merkle import EMPTY_ROOT, MAX_SIZE
 from consensus.rejection import Reason, Rejected
 
@@ -191,8 +189,8 @@ def verify_note(note: bytes, keys: Mapping[str, bytes]) -> frozenset[str]:
         if len(signature) != SIGNATURE_BYTES:
             raise _rejected(f"a signature of {len(signature)} bytes by {name!r}, expected {SIGNATURE_BYTES}")
         try:
-            VerifyKey(keys[name]).verify(text, signature)
-        except BadSignatureError as error:
+            verify(SignatureScheme.ED25519, keys[name], text, signature)
+        except Rejected as error:
             raise _rejected(f"the signature of {name!r} does not verify") from error
         verified.add(name)
     if not verified:

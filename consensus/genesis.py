@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from consensus import bls
+from consensus.codec import encode
 from consensus.identifiers import VOTING_ROLES, MemberId, Role, Tag, tagged_hash
 from consensus.key_generation import Ceremony, KeyShare, run_local_key_generation
 from consensus.keys import Ed25519SigningKey, MlDsa65SigningKey, SignatureScheme, Signer
@@ -103,7 +104,9 @@ def genesis_from_json(encoded: bytes) -> Genesis:
             parse_float=_refuse_number,
             parse_constant=_refuse_number,
         )
-        return msgspec.convert(_wire_list(Genesis, parsed), Genesis)
+        genesis = msgspec.convert(_wire_list(Genesis, parsed), Genesis)
+        encode(genesis)  # a lone surrogate is a string that has no bytes, hence no chain id
+        return genesis
     except (ValueError, RecursionError, OverflowError, msgspec.ValidationError) as error:
         raise Rejected(Reason.MALFORMED, f"not a genesis file: {error!s:.500}") from error
 

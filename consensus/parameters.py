@@ -54,11 +54,10 @@ def tensor_leaf(tensor: TensorDescriptor) -> Digest:
     """The leaf of one tensor.
 
     Raises:
-        Rejected: ``BAD_FIELD`` for an empty name, an unknown dtype, a shape out of bounds or a digest that
-            is not 32 bytes.
+        Rejected: ``BAD_FIELD`` for a name that is empty or no Unicode text, an unknown dtype, a shape out of
+            bounds or a digest that is not 32 bytes.
     """
-    if not tensor.name:
-        raise Rejected(Reason.BAD_FIELD, "a tensor without a name")
+    name = _encoded(tensor.name)
     if tensor.dtype not in DTYPE_SIZE_BITS:
         raise Rejected(Reason.BAD_FIELD, f"tensor {tensor.name!r} has unknown dtype {tensor.dtype!r}")
     if len(tensor.shape) > MAX_DIMENSIONS or any(not 0 <= extent <= MAX_EXTENT for extent in tensor.shape):
@@ -66,7 +65,7 @@ def tensor_leaf(tensor: TensorDescriptor) -> Digest:
     if len(tensor.digest) != DIGEST_BYTES:
         raise Rejected(Reason.BAD_FIELD, f"tensor {tensor.name!r} has a digest of {len(tensor.digest)} bytes")
     shape = b"".join(extent.to_bytes(8, "big") for extent in tensor.shape)
-    return tagged_hash(Tag.TENSOR, tensor.name.encode(), tensor.dtype.encode(), shape, tensor.digest)
+    return tagged_hash(Tag.TENSOR, name, tensor.dtype.encode(), shape, tensor.digest)
 
 
 def parameter_root(tensors: Iterable[TensorDescriptor]) -> Digest:
@@ -75,10 +74,19 @@ def parameter_root(tensors: Iterable[TensorDescriptor]) -> Digest:
     Raises:
         Rejected: ``BAD_FIELD`` as ``tensor_leaf`` or without any tensor; ``DUPLICATE`` for a repeated name.
     """
-    ordered = sorted(tensors, key=lambda tensor: tensor.name.encode())
+    ordered = sorted(tensors, key=lambda tensor: _encoded(tensor.name))
     if not ordered:
         raise Rejected(Reason.BAD_FIELD, "a parameter root over no tensors")
     for before, after in itertools.pairwise(ordered):
         if before.name == after.name:
             raise Rejected(Reason.DUPLICATE, f"tensor {after.name!r} appears twice")
     return root_of([tensor_leaf(tensor) for tensor in ordered])
+
+
+def _encoded(name: str) -> bytes:
+    if not name:
+        raise Rejected(Reason.BAD_FIELD, "a tensor without a name")
+    try:
+        return name.encode()
+    except UnicodeEncodeError as error:
+        raise Rejected(Reason.BAD_FIELD, f"tensor name {name!a} is not Unicode text") from error

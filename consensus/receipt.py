@@ -113,17 +113,21 @@ def anchor(genesis: Genesis, pinned: ChainId) -> Anchor:
     """The trust anchor of everything that follows. Build it once; it takes some milliseconds.
 
     Raises:
-        Rejected: ``WRONG_CHAIN`` when the genesis is not the pinned one, naming both; else as
-            ``membership.check_genesis``.
+        Rejected: ``WRONG_CHAIN`` when the genesis is not the pinned one, naming both; ``MALFORMED`` for text
+            that has no UTF-8 form; else as ``membership.check_genesis``.
     """
-    if genesis.chain_id != pinned:
+    try:
+        chain_id = genesis.chain_id
+    except UnicodeEncodeError as error:
+        raise Rejected(Reason.MALFORMED, f"a genesis with text that is not Unicode: {error}") from error
+    if chain_id != pinned:
         raise Rejected(
             Reason.WRONG_CHAIN,
-            f"the genesis is that of chain {genesis.chain_id.hex()}, the pinned chain id is {pinned.hex()}",
+            f"the genesis is that of chain {chain_id.hex()}, the pinned chain id is {pinned.hex()}",
         )
     check_genesis(genesis)
     scheme = scheme_for(genesis)
-    return Anchor(genesis.chain_id, genesis, scheme.committee, scheme)
+    return Anchor(chain_id, genesis, scheme.committee, scheme)
 
 
 def verify_receipt(trusted: Anchor, encoded: bytes) -> VerifiedReceipt:

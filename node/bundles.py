@@ -37,7 +37,8 @@ from consensus.bundle import (
 from consensus.codec import decode
 from consensus.event import MAX_ENTRY_BYTES, SHAPES, Entry, Kind, event_id
 from consensus.membership import Genesis
-from consensus.predicates import Predicate, predicate_named
+from consensus.predicates import SUBJECTS, Predicate, predicate_named
+from consensus.predicates.history import CLOSING_KINDS
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
@@ -107,7 +108,7 @@ def export_bundle(
             ``UNKNOWN_CAMPAIGN`` or ``UNKNOWN_SOURCE`` when it is not on the log.
     """
     asked = predicate_named(predicate)
-    needed = _NEEDED[asked]
+    needed = SUBJECTS[asked]
     for name, identifier in (("campaign", campaign), ("source", source), ("event", event)):
         if len(identifier) != (32 if name in needed else 0):
             raise Rejected(
@@ -272,7 +273,11 @@ def _source_honored(export: _Export) -> None:
 
 def _source_unused(export: _Export) -> None:
     export.add(export.index_of(export.source, Reason.UNKNOWN_SOURCE, "source"))
-    export.add(next(index for index, entry in export.campaign_events() if entry.kind is Kind.CAMPAIGN))
+    for index, entry in export.campaign_events():
+        if entry.kind is Kind.CAMPAIGN:
+            export.keys.add(DELEGATION_TABLE + entry.signatures[0].signer)
+        if entry.kind is Kind.CAMPAIGN or entry.kind in CLOSING_KINDS:
+            export.add(index)
     export.keys.add(usage_key(export.campaign, export.source))
 
 
@@ -366,16 +371,6 @@ def _names_only(portions: p.Portions, sources: Iterable[bytes]) -> bool:
     signals = decode(portions.operation.content, content, p.MAX_PORTIONS_BYTES).memorization
     return {signal.source for signal in signals} <= set(sources)
 
-
-_NEEDED: dict[Predicate, tuple[str, ...]] = {
-    Predicate.INCLUDED: ("event",),
-    Predicate.CONSISTENT: (),
-    Predicate.POLICY_IN_FORCE: ("campaign",),
-    Predicate.SOURCE_HONORED: ("campaign", "source"),
-    Predicate.SOURCE_UNUSED: ("campaign", "source"),
-    Predicate.DELTA_EXACT: ("campaign",),
-    Predicate.REFUSALS_COMPLETE: ("campaign",),
-}
 
 _COLLECTORS: dict[Predicate, Callable[[_Export], None]] = {
     Predicate.INCLUDED: _included,

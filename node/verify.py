@@ -4,30 +4,29 @@ Reads the files, hashes the weights, prints what ``consensus.predicates`` finds.
 chain id it is given: a genesis that is another chain's is refused whatever stands beside it. Imports neither
 network, database nor tensor libraries, so that it runs from a bare installation; a test holds it to that.
 
+Whatever a file holds, it is read once, in bounded memory where it may be large, and only if it is a regular
+file: a pipe or a device has no end. Weights are read by the strict reader of ``node/weights.py``.
+
 Exit codes: 0 yes; 1 no, or refused (a bundle that is malformed, altered, incomplete or another chain's, a
 file that cannot be read); 2 unknown, because something the answer needs is not disclosed or not given.
 """
 
-import hashlib
 import json
-import os
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
-from blake3 import blake3
-from safetensors import SafetensorError, deserialize
 
 from consensus.bundle import MAX_BUNDLE_BYTES, OpenBundle, open_bundle
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import DIGEST_BYTES, ChainId
-from consensus.parameters import TensorDescriptor
 from consensus.predicates import Answer, Predicate, ReleasedFile, Verdict, predicate_named, verify
 from consensus.receipt import anchor
 from consensus.rejection import Reason, Rejected
+from node.weights import open_regular, read_weights
 
-MAX_WEIGHTS_BYTES = 1 << 40
 LATEST_PRINTABLE_MS = 253_402_300_799_999
 """The end of the year 9999, the last that a calendar date is printed for."""
 
@@ -47,6 +46,7 @@ LATEST_PRINTABLE_MS = 253_402_300_799_999
 @click.option("--campaign", default="", help="Refuse a bundle about another campaign (hex).")
 @click.option("--source", default="", help="Refuse a bundle about another source (hex).")
 @click.option("--event", default="", help="Refuse a bundle about another event (hex).")
+@click.option("--earlier", default="", help="For consistent: refuse another earlier ledger block (digest, hex).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def verify_command(
@@ -59,6 +59,7 @@ def verify_command(
     campaign: str,
     source: str,
     event: str,
+    earlier: str,
     as_json: bool,
 ) -> None:
     """Check PREDICATE offline over a bundle file, with numbered steps.
@@ -71,19 +72,19 @@ def verify_command(
       countersign verify delta-exact --bundle bundles/delta-exact.bundle --genesis genesis.json \\
         --chain-id 9691603b15437d1ae2fe384ba7552431dba59652775d8cb79e37e37c313cd1d6
     """
-    subjects = {"campaign": campaign, "source": source, "event": event}
+    subjects = {"campaign": campaign, "source": source, "event": event, "earlier": earlier}
     try:
         bundle, verdict, hint = check_files(predicate, bundle_path, genesis_path, chain_id, weights, subjects)
     except Rejected as error:
         if as_json:
             refused = {"predicate": predicate, "answer": "refused", "error": error.reason.value, "detail": error.detail}
-            click.echo(json.dumps(refused, indent=2))
+            _show(json.dumps(refused, indent=2))
         else:
-            click.echo(printable(f"refused: {error.reason.value}: {error.detail}"), err=True)
+            _show(printable(f"refused: {error.reason.value}: {error.detail}"), to_errors=True)
         context.exit(Answer.NO.exit_code)
-    click.echo(json.dumps(verdict_object(bundle, verdict), indent=2) if as_json else verdict_text(bundle, verdict))
+    _show(json.dumps(verdict_object(bundle, verdict), indent=2) if as_json else verdict_text(bundle, verdict))
     if hint:
-        click.echo(printable(hint), err=True)
+        _show(printable(hint), to_errors=True)
     context.exit(verdict.answer.exit_code)
 
 
@@ -104,8 +105,14 @@ def check_files(
     pinned = ChainId(_unhex("chain id", chain_id))
     trusted = anchor(genesis_from_json(_read(genesis_path, MAX_JSON_BYTES)), pinned)
     bundle = open_bundle(trusted, _read(bundle_path, MAX_BUNDLE_BYTES))
+    held = {
+        "campaign": bundle.campaign,
+        "source": bundle.source,
+        "event": bundle.event,
+        "earlier": bundle.earlier.digest if bundle.earlier else b"",
+    }
     for name, wanted in subjects.items():
-        found = {"campaign": bundle.campaign, "source": bundle.source, "event": bundle.event}[name]
+        found = held[name]
         if wanted and found != _unhex(name, wanted):
             raise Rejected(Reason.BAD_FIELD, f"the bundle is about {name} {found.hex() or 'none'}, not {wanted}")
     files: list[ReleasedFile] = []
@@ -119,27 +126,6 @@ def check_files(
     elif weights:
         raise Rejected(Reason.BAD_FIELD, f"'{asked.value}' compares no weights")
     return bundle, verify(bundle, asked, files), hint
-
-
-def read_weights(path: Path) -> ReleasedFile:
-    """A safetensors file's SHA-256, and name, dtype, shape and BLAKE3 of each of its tensors.
-
-    Raises:
-        Rejected: ``NOT_FOUND`` or ``MALFORMED``.
-    """
-    content = _read(path, MAX_WEIGHTS_BYTES)
-    try:
-        tensors = deserialize(content)  # type: ignore[no-untyped-call]
-    except SafetensorError as error:
-        raise Rejected(Reason.MALFORMED, f"{path}: not a safetensors file: {error}") from error
-    return ReleasedFile(
-        name=str(path),
-        sha256=hashlib.sha256(content).digest(),
-        tensors=tuple(
-            TensorDescriptor(name, tensor["dtype"], tuple(tensor["shape"]), blake3(tensor["data"]).digest())
-            for name, tensor in tensors
-        ),
-    )
 
 
 def verdict_text(bundle: OpenBundle, verdict: Verdict) -> str:
@@ -195,11 +181,11 @@ def _unhex(name: str, text: str) -> bytes:
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes > max_bytes:
-                raise Rejected(Reason.OVERSIZED, f"{path} has {size_bytes} bytes, at most {max_bytes} allowed")
-            return file.read()
-    except OSError as error:
-        raise Rejected(Reason.NOT_FOUND, f"{path} cannot be read: {error.strerror}") from error
+    with open_regular(path, max_bytes) as (file, size_bytes):
+        return file.read(size_bytes)
+
+
+def _show(text: str, *, to_errors: bool = False) -> None:
+    """Print, with what the terminal's character set lacks spelled out: no name in a bundle may stop the answer."""
+    encoding = (sys.stderr if to_errors else sys.stdout).encoding or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=to_errors)

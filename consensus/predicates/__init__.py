@@ -16,11 +16,11 @@ A bundle that is malformed, of another chain, or lacks an event or record the pr
 ``Rejected``. Pure, like everything in ``consensus``: the caller reads files and hashes weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 from consensus.bundle import OpenBundle
-from consensus.identifiers import VOTING_ROLES
+from consensus.identifiers import DIGEST_BYTES, VOTING_ROLES
 from consensus.predicates.delta_exact import ReleasedFile, delta_exact
 from consensus.predicates.log import consistent, included
 from consensus.predicates.policy_in_force import policy_in_force
@@ -42,6 +42,17 @@ class Predicate(StrEnum):
     DELTA_EXACT = "delta-exact"
     REFUSALS_COMPLETE = "refusals-complete"
 
+
+SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
+    Predicate.INCLUDED: ("event",),
+    Predicate.CONSISTENT: (),
+    Predicate.POLICY_IN_FORCE: ("campaign",),
+    Predicate.SOURCE_HONORED: ("campaign", "source"),
+    Predicate.SOURCE_UNUSED: ("campaign", "source"),
+    Predicate.DELTA_EXACT: ("campaign",),
+    Predicate.REFUSALS_COMPLETE: ("campaign",),
+}
+"""What each predicate is about, and nothing else: a subject that nothing checks would be read as checked."""
 
 _PREDICATES: dict[Predicate, Callable[[OpenBundle, Steps], None]] = {
     Predicate.INCLUDED: included,
@@ -72,13 +83,21 @@ def verify(bundle: OpenBundle, predicate: Predicate, files: Sequence[ReleasedFil
     ``files`` are the weights that ``delta-exact`` compares with the release; other predicates use none.
 
     Raises:
-        Rejected: ``UNKNOWN_PREDICATE`` for a bundle of another predicate; ``BUNDLE_INCOMPLETE``;
-            ``NOT_FOUND`` when what it is about is not on the log.
+        Rejected: ``UNKNOWN_PREDICATE`` for a bundle of another predicate; ``BAD_FIELD`` for one that names
+            other subjects than the predicate's; ``BUNDLE_INCOMPLETE``; ``NOT_FOUND`` when what it
+            is about is not on the log.
     """
     if bundle.predicate != predicate.value:
         raise Rejected(
             Reason.UNKNOWN_PREDICATE, f"the bundle was made for {bundle.predicate!a}, not for '{predicate.value}'"
         )
+    for name, subject in (("campaign", bundle.campaign), ("source", bundle.source), ("event", bundle.event)):
+        if len(subject) != (DIGEST_BYTES if name in SUBJECTS[predicate] else 0):
+            raise Rejected(
+                Reason.BAD_FIELD,
+                f"'{predicate.value}' is about {' and '.join(SUBJECTS[predicate]) or 'the log alone'}, "
+                f"the {name} in the bundle has {len(subject)} bytes",
+            )
     steps = Steps()
     _opened(bundle, steps)
     if predicate is Predicate.DELTA_EXACT:
@@ -93,15 +112,22 @@ def _opened(bundle: OpenBundle, steps: Steps) -> None:
     trusted = bundle.trusted
     quorums = ", ".join(f"{trusted.committee.threshold(role)} {role.value}" for role in VOTING_ROLES)
     steps.checked(f"the genesis is that of the pinned chain {trusted.chain_id.hex()}")
-    steps.checked(f"ledger block {bundle.header.height} is certified by a quorum of every role ({quorums})")
+    steps.checked(
+        f"ledger block {bundle.header.height} ({bundle.header.digest.hex()}) is certified by a quorum of every role "
+        f"({quorums})"
+    )
     if bundle.events:
-        steps.checked(f"{len(bundle.events)} events stand in that log, signed by all who must sign them")
+        steps.checked(
+            f"{len(bundle.events)} events stand in that log, with valid signatures of the author or its job key, "
+            "and of governance where a policy or grant needs them"
+        )
     proved = len(bundle.records) + sum(len(entries) for entries in bundle.ranges.values())
     if proved:
         steps.checked(f"{proved} records are proved in that ledger block's state")
 
 
 __all__ = [
+    "SUBJECTS",
     "Answer",
     "AsOf",
     "CheckedStep",

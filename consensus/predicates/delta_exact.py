@@ -60,7 +60,7 @@ def delta_exact(bundle: OpenBundle, steps: Steps, files: Sequence[ReleasedFile])
     if not walk.undisclosed and (walk.root, walk.steps) != (head.root, head.steps):
         problems.append(f"the campaign's head stands at {head.root.hex()} after {head.steps} steps")
     steps.check(
-        f"parameter roots are continuous from {campaign.base_root.hex()} (base model '{campaign.base_model}') over "
+        f"parameter roots are continuous from {campaign.base_root.hex()} (base model {campaign.base_model!r}) over "
         f"{walk.recorded} recorded steps, {walk.discarded} of them discarded, to {walk.root.hex()}",
         problems,
         walk.undisclosed,
@@ -118,21 +118,24 @@ def _check_release(steps: Steps, last: OpenEvent, walk: _Walk, closed: str, reco
 
 def _check_file(steps: Steps, campaign: p.Campaign, release: p.Release, files: Sequence[ReleasedFile]) -> None:
     if not files:
-        steps.unknown(f"whether a file is the released one: no weights given to compare with '{release.file_name}'")
+        steps.unknown(f"whether a file is the released one: no weights given to compare with {release.file_name!r}")
         return
+    # Every file given must be the released one: a good file beside another vouches for nothing but itself.
     names = ", ".join(file.name for file in files)
-    file = next((file for file in files if file.sha256 == release.file_sha256), None)
-    problems = [] if file else [f"{names}: SHA-256 {', '.join(held.sha256.hex() for held in files)}"]
-    steps.check(f"SHA-256 of the released file '{release.file_name}' is {release.file_sha256.hex()}", problems)
+    steps.check(
+        f"{names}: SHA-256 is {release.file_sha256.hex()}, that of the released file {release.file_name!r}",
+        [f"{file.name} has {file.sha256.hex()}" for file in files if file.sha256 != release.file_sha256],
+    )
     problems = []
-    checked = file or files[0]
-    try:
-        found = parameter_root(checked.tensors)
-    except Rejected as error:
-        problems.append(f"{checked.name}: {error.detail}")
-    else:
-        if found != release.parameter_root:
-            problems.append(f"{checked.name} has {found.hex()}")
+    for file in files:
+        try:
+            found = parameter_root(file.tensors)
+        except Rejected as error:
+            problems.append(f"{file.name}: {error.detail}")
+        else:
+            if found != release.parameter_root:
+                problems.append(f"{file.name} has {found.hex()}")
+    checked = files[0]
     steps.check(
         f"parameter root recomputed from {len(checked.tensors)} tensors is the released {release.parameter_root.hex()}",
         problems,
@@ -140,5 +143,11 @@ def _check_file(steps: Steps, campaign: p.Campaign, release: p.Release, files: S
     listed = [tensor for block in campaign.parameter_blocks for tensor in block.tensors]
     table = {(tensor.name, tensor.dtype, tensor.shape) for tensor in listed}
     given = {(tensor.name, tensor.dtype, tensor.shape) for tensor in checked.tensors}
-    problems = [f"{name} of the campaign's table is another in the file" for name, _, _ in sorted(table - given)]
+    problems = [f"{name!r} of the campaign's table is another in the file" for name, _, _ in sorted(table - given)]
     steps.check(f"the file holds the {len(table)} tensors of the campaign's parameter table", problems)
+    unlisted = sorted({tensor.name for tensor in checked.tensors} - {tensor.name for tensor in listed})
+    if unlisted:
+        steps.not_covered(
+            f"{len(unlisted)} more tensors of the file ({unlisted[0]!r} first) are in no parameter block of that "
+            "table: no depth profile speaks of them"
+        )

@@ -41,7 +41,10 @@ def consistent(bundle: OpenBundle, steps: Steps) -> None:
     if bundle.earlier is None:
         raise Rejected(Reason.BUNDLE_INCOMPLETE, "no earlier ledger block in the bundle")
     older, newer = bundle.earlier, bundle.header
-    steps.checked(f"ledger block {older.height} is certified too, at log size {older.log_size}")
+    steps.checked(
+        f"ledger block {older.height} ({older.digest.hex()}) is certified too, at log size {older.log_size}: "
+        "compare it with the one you saw"
+    )
     problems = []
     if older.height > newer.height or older.timestamp_ms > newer.timestamp_ms:
         problems.append("the one with the smaller log is not the older one")

@@ -154,7 +154,7 @@ def _replay_refusal(replay: _Replay, event: OpenEvent) -> None:
         allowed = _allowed_reasons(replay, refusal.source, governance.grant)
         if refusal.reason not in allowed:
             replay.reasons.append(
-                f"{where} refuses source {refusal.source.hex()} as '{refusal.reason}', "
+                f"{where} refuses source {refusal.source.hex()} as {refusal.reason!r}, "
                 f"expected {' or '.join(sorted(allowed))}"
             )
 
@@ -202,7 +202,7 @@ def _replay_step(replay: _Replay, event: OpenEvent) -> None:
             replay.conserved.append(f"{where}: presented of source {use.source.hex()} is not admitted + refused")
         claim = replay.bundle.record(SOURCE_TABLE + use.source, SourceRecord).claim
         if use.content_class != claim.content_class:
-            replay.conserved.append(f"{where}: class of '{claim.name}' is not '{use.content_class}'")
+            replay.conserved.append(f"{where}: class of {claim.name!r} is not {use.content_class!r}")
         totals = replay.by_source.setdefault(use.source, _Totals())
         totals.presented += use.presented
         totals.admitted += use.admitted

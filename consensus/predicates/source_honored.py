@@ -1,8 +1,9 @@
 """``source-honored``: every use of one source in a campaign was granted by its owner, and these are all uses.
 
 Completeness rests on the state's usage record: its exact totals of the source in the campaign must be the
-sums over the uses disclosed, so that a use left out, or counted twice, shows. Order rests on the log: a
-grant stands before or after a revocation. Of the campaign's other sources nothing is needed, so nothing of
+sums over the uses disclosed, so that a step that trained on it and is left out, or counted twice, shows. (One
+that refused all of it and was discarded leaves no count.) Order rests on the log: a grant stands before or
+after a revocation. Of the campaign's other sources nothing is needed, so nothing of
 them is in the bundle; where a rollback's portion names one it stays closed (``history.py``).
 """
 
@@ -12,7 +13,7 @@ from consensus import portions as p
 from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import Kind
 from consensus.policy import REVOCATION_VOID, why_refused
-from consensus.predicates.history import PlacedStep, job_events, member_name, place_steps
+from consensus.predicates.history import PlacedStep, job_events, member_name, note_closing, place_steps
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
@@ -86,11 +87,14 @@ def source_honored(bundle: OpenBundle, steps: Steps) -> None:
     if revocation is None:
         steps.checked(f"{owner} has not revoked it")
     else:
+        later = sum(bool(use.content.admitted) and use.step.event.index > revocation.index for use in uses)
+        drained = f"; {later} later steps trained on it under grants opened before, which ran out" if later else ""
         steps.check(
-            f"{owner} revoked it (entry {revocation.index}): no grant opened later covers a use",
+            f"{owner} revoked it (entry {revocation.index}): no grant opened later covers a use{drained}",
             findings.revocation,
             findings.undisclosed,
         )
+    note_closing(bundle, steps)
     steps.attested(f"that the job trained on nothing but what it recorded: {operator}")
     steps.attested("that each step was on the log before its grant closed: the members that certified the log")
     steps.not_covered("other campaigns: each has its own bundle")
@@ -107,18 +111,19 @@ def _check_claim(bundle: OpenBundle, steps: Steps) -> SourceRecord:
     if any(item.content != claim for item in event.items):
         problems.append("the state records another claim than was signed")
     steps.check(
-        f"source '{claim.name}' is claimed and signed by {owner}: licence {claim.licence}, "
-        f"purposes {', '.join(claim.purposes)}, class {claim.content_class}",
+        f"source {claim.name!r} is claimed and signed by {owner}: licence {claim.licence!r}, "
+        f"purposes {', '.join(map(repr, claim.purposes))}, class {claim.content_class!r}",
         problems,
         not event.items,
     )
-    steps.attested(f"that the claim is true (rights basis '{claim.rights_basis}'): {owner}")
+    steps.attested(f"that the claim is true (rights basis {claim.rights_basis!r}): {owner}")
     return record
 
 
 def _check_totals(bundle: OpenBundle, steps: Steps, uses: list[_Use]) -> None:
     usage = bundle.find(usage_key(bundle.campaign, bundle.source), Usage)
-    text = f"{len(uses)} steps were presented with it, all of them in the bundle"
+    # A step that refused all of it and was discarded leaves no count behind: of these none is claimed.
+    text = f"{len(uses)} steps presented with it are in the bundle, among them every one that trained on it"
     if usage is None:
         steps.check(text, ["the state has no usage record of it"] if uses else [])
         return
@@ -158,7 +163,7 @@ def _check_use(
         findings.undisclosed += 1
         return
     if use.content.content_class != record.claim.content_class:
-        findings.terms.append(f"{use.where} uses it as class '{use.content.content_class}'")
+        findings.terms.append(f"{use.where} uses it as class {use.content.content_class!r}")
     grant = bundle.event_of(governance.grant, "grant")
     if grant.kind is not Kind.GRANT or grant.entry.campaign != bundle.campaign:
         raise Rejected(Reason.BUNDLE_INCOMPLETE, f"{use.where} names no grant of the campaign")

@@ -217,3 +217,11 @@ def test_unlikely_sizes_decode():
     assert len(genesis_to_json(genesis)) < MAX_JSON_BYTES
     assert genesis_from_json(genesis_to_json(genesis)) == genesis
     assert msgspec.structs.replace(genesis) == genesis
+
+
+def test_text_that_has_no_bytes_is_refused() -> None:
+    genesis, _ = make_genesis()
+    encoded = genesis_to_json(genesis).replace(b'"countersign.example/test"', b'"\\ud800"')
+    with pytest.raises(Rejected) as refusal:
+        genesis_from_json(encoded)
+    assert refusal.value.reason is Reason.MALFORMED
