@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import shlex
+import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from node.demo.consortium import GUILD, LABORATORY, Claims, Consortium
 from node.demo.display import NO, OK, safe
 from node.demo.facts import CheckFacts, FinalityFacts, Moment, PartyFacts, RecallFacts, RunFacts, ToleranceFacts
 from node.demo.findings import certificate_bytes, count_events, read_campaign
+from node.demo.processes import countersign_command
 from node.demo.training import JobSummary
 
 
@@ -132,7 +134,7 @@ def closing_rows(facts: RunFacts) -> list[tuple[str, str]]:
 def ways_to_ask(consortium: Consortium, facts: RunFacts) -> list[str]:
     """Commands to try while the nodes are kept running."""
     url = consortium.nodes[GUILD].url
-    config = shlex.quote(str(consortium.nodes[GUILD].files.config))
+    config = str(consortium.nodes[GUILD].files.config)
     source = next(source.id for source in facts.sources if source.revoked) if facts.revocations else facts.sources[0].id
     return [
         f"curl -s {url}/v1/status",
@@ -142,10 +144,28 @@ def ways_to_ask(consortium: Consortium, facts: RunFacts) -> list[str]:
         f"curl -s {url}/checkpoint",
         f"curl -s {url}/v1/openapi.json",
         f"curl -s '{url}/v1/bundles/source-honored?campaign={facts.campaign}&source={source}' -o honored.bundle",
-        f"countersign node status --config {config}",
-        f"countersign source list --config {config}",
-        f"countersign policy show --config {config}",
+        as_typed("node", "status", "--config", config),
+        as_typed("source", "list", "--config", config),
+        as_typed("policy", "show", "--config", config),
     ]
+
+
+def as_typed(*arguments: str) -> str:
+    """``countersign ARGUMENTS`` for the user's own shell, in this directory.
+
+    The bare name if PATH leads to this very installation; else its path, from here where it is below.
+
+    Raises:
+        ConfigError: as ``countersign_command``.
+    """
+    own = Path(countersign_command()[0])
+    named = shutil.which("countersign")
+    if named is not None and Path(named).samefile(own):
+        program = "countersign"
+    else:
+        here = Path.cwd()
+        program = str(own.relative_to(here) if own.is_relative_to(here) else own)
+    return shlex.join([program, *arguments])
 
 
 def _recalled(facts: RunFacts) -> list[tuple[str, str]]:

@@ -1,10 +1,9 @@
 """The rights-holder's proofs: bundles from its own node, checked by ``countersign verify`` in fresh processes.
 
 The command that is run is the one that is printed: paths as the person gave ``--out``, so that it can be repeated
-word for word from the same directory.
+word for word in the same directory and shell.
 """
 
-import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from consensus.predicates import Predicate
+from node.demo.closing import as_typed
 from node.demo.consortium import GUILD, Consortium
 from node.demo.facts import CheckFacts
 from node.demo.processes import Processes, ProcessFailed, countersign_command, log_tail
@@ -134,7 +134,7 @@ def check(consortium: Consortium, processes: Processes, asked: Question, bundle:
         about=asked.about,
         answer=verdict.answer,
         steps=steps,
-        command=shlex.join(["countersign", *arguments]),
+        command=as_typed(*arguments),
         bundle_bytes=bundle.stat().st_size,
         seconds=seconds,
     )

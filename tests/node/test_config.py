@@ -12,7 +12,8 @@ from node.clock import SystemClock
 from node.config import Address, NodeConfig, api_tokens, load_config
 
 CHAIN = "ab" * 32
-EXAMPLES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+EXAMPLES = sorted(path for path in CONFIGS.glob("*.toml") if path.stem != "policy")
 MINIMAL = f"""
 [node]
 name = "library"

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import msgspec
 import pytest
+from document_fixtures import FENCE, PLACEHOLDER, ROOT, console_lines, fenced, text_of
 
 from consensus.block import Body
 from consensus.codec import encode
@@ -35,14 +36,11 @@ from node.cli import every_command, main
 from node.commands.policy import PolicyFile, read_policy
 from node.config import NodeConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 COMMANDS = dict(every_command())
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 INLINE_COMMAND = re.compile(r"(?<!`)`countersign ([^`]+)`(?!`)")
-PLACEHOLDER = re.compile(r"\b[A-Z]+_ID\b")
 ZERO = bytes(32)
 
 
@@ -50,26 +48,10 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-def fenced(path: Path, *languages: str) -> list[str]:
-    return [body for language, body in FENCE.findall(text_of(path)) if language in languages]
-
-
-def console_lines(path: Path) -> Iterator[str]:
-    """What a reader would type: lines after "$ ", continued over backslashes."""
-    for body in fenced(path, "console", "bash", "sh"):
-        for line in body.replace("\\\n", " ").splitlines():
-            if line.startswith("$ "):
-                yield line[2:]
-
-
 def countersign_lines() -> Iterator[tuple[str, list[str]]]:
     """Every command line of ``countersign`` in a console block, without the program's name."""
     for path in DOCUMENTS:
-        for line in console_lines(path):
+        for line in console_lines(text_of(path)):
             words = shlex.split(line)
             if words[0].rpartition("/")[2] == "countersign":
                 yield f"{name_of(path)}: {line}", words[1:]
@@ -126,7 +108,7 @@ def test_every_command_is_in_some_document() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_make_target_named_exists(path: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
-    for line in console_lines(path):
+    for line in console_lines(text_of(path)):
         words = shlex.split(line)
         if words[0] == "make":
             assert words[1] in targets, f"{name_of(path)}: {line}"
@@ -145,7 +127,7 @@ def test_every_relative_link_and_anchor_leads_somewhere(path: Path) -> None:
             assert anchor in {slug(heading) for heading in headings}, f"{name_of(path)} links to {target}"
 
 
-PYTHON = [(name_of(path), body) for path in DOCUMENTS for body in fenced(path, "python")]
+PYTHON = [(name_of(path), body) for path in DOCUMENTS for body in fenced(text_of(path), "python")]
 
 
 @pytest.mark.parametrize(("name", "body"), PYTHON, ids=[f"{name} {number}" for number, (name, _) in enumerate(PYTHON)])
@@ -165,11 +147,23 @@ def test_python_in_documents_compiles_and_names_what_exists(name: str, body: str
             inspect.signature(called).bind(*node.args, **keywords)
 
 
-def test_the_tutorials_policy_is_one(tmp_path: Path) -> None:
-    (written,) = fenced(ROOT / "docs" / "tutorial.md", "toml")
+def test_the_tutorials_policy_is_accepted_and_the_one_to_copy(tmp_path: Path) -> None:
+    (written,) = fenced(text_of(ROOT / "docs" / "tutorial.md"), "toml")
     path = tmp_path / "policy.toml"
     path.write_text(written, encoding="utf-8")
-    assert read_policy(path).name == tomllib.loads(written)["name"]
+    assert read_policy(path) == read_policy(ROOT / "configs" / "policy.toml")
+
+
+def test_the_example_policy_has_every_key_and_shows_the_defaults() -> None:
+    text = text_of(ROOT / "configs" / "policy.toml")
+    shown = tomllib.loads(re.sub(r"^# (?=[a-z_]+ = )", "", text, flags=re.MULTILINE))
+    assert set(shown) == {field.encode_name for field in msgspec.structs.fields(PolicyFile)}
+    assert read_policy(ROOT / "configs" / "policy.toml").revocation == shown["revocation"]
+
+
+def test_the_tutorials_script_is_the_one_to_copy() -> None:
+    (written,) = fenced(text_of(ROOT / "docs" / "tutorial.md"), "python")
+    assert written == text_of(ROOT / "docs" / "train.py")
 
 
 def test_the_operators_guide_explains_every_configuration_key_and_default() -> None:
