@@ -1,14 +1,16 @@
 """Catching up: ledger blocks from peers, none of them believed.
 
-A peer answers with consecutive ledger blocks up to a certified one. Their headers must chain from our head
-to the certificate's, which is checked once for the chunk; then every event is checked and every block
-applied exactly as in the live round. A peer that sends anything else is asked no more this time.
+A peer answers with consecutive ledger blocks from the height asked for. Their headers must chain from our head to a
+certified one, whose certificate is checked once for the chunk; then every event is checked and every block
+applied exactly as in the live round. So whatever a peer sends, each answer that is taken brings the log further.
+A peer that sends anything else, or nothing, or is slow, is asked no more this time and after all others later.
 
 The same file serves: blocks, events, proposals, as others ask.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import trio
@@ -23,22 +25,24 @@ from node.ledger import MAX_BODY_BYTES, MAX_CERTIFICATE_BYTES, Finalized, Ledger
 from node.messages import (
     ANSWER_TARGET_BYTES,
     MAX_ANSWER_BYTES,
+    MAX_ONWARD_HEADERS,
     BlockRecord,
     Blocks,
     Events,
     GetBlocks,
-    GetEvents,
 )
 from node.network import Network
 
 log = logging.getLogger("countersign.catchup")
 
-REQUEST_SECONDS = 10.0
+REQUEST_SECONDS = 5.0
+SLOW_SECONDS = 2.0
+"""An answer that took longer is used, and another peer asked next: one that drips must not set the pace."""
 EVENTS_BETWEEN_PAUSES = 64
 
 
 def serve_blocks(ledger: Ledger, request: GetBlocks) -> Blocks:
-    """Finalized ledger blocks from a height on, ending with a certified one."""
+    """Finalized ledger blocks from a height on, ending with a certified one where that fits."""
     head_height = ledger.final.header.height
     records: list[BlockRecord] = []
     certified = 0
@@ -56,21 +60,21 @@ def serve_blocks(ledger: Ledger, request: GetBlocks) -> Blocks:
             if size_bytes >= ANSWER_TARGET_BYTES:
                 break
         height += 1
-    if not certified:
-        return Blocks((), b"", head_height)
-    certificate = ledger.store.certificate(request.from_height + certified - 1)
-    assert certificate is not None
-    return Blocks(tuple(records[:certified]), certificate, head_height)
+    if certified:
+        del records[certified:]
+    last = request.from_height + len(records) - 1
+    certified_height = ledger.store.certified_at_or_after(last)
+    if not records or certified_height is None or certified_height - last > MAX_ONWARD_HEADERS:
+        return Blocks((), (), b"", head_height)
+    onward = [ledger.store.header(height) or b"" for height in range(last + 1, certified_height + 1)]
+    return Blocks(tuple(records), tuple(onward), ledger.store.certificate(certified_height) or b"", head_height)
 
 
-def serve_events(ledger: Ledger, pending: Callable[[Digest], bytes | None], request: GetEvents) -> Events:
-    """Events by leaf hash, from the pool or the log, as many as fit."""
+def serve_events(held: Iterator[bytes]) -> Events:
+    """Those of the events held that fit."""
     found: list[bytes] = []
     size_bytes = 0
-    for leaf_hash in request.leaf_hashes:
-        encoded = pending(Digest(leaf_hash))
-        if encoded is None:
-            continue
+    for encoded in held:
         size_bytes += len(encoded) + 8
         if found and size_bytes > ANSWER_TARGET_BYTES:
             break
@@ -90,6 +94,7 @@ class CatchUp:
         self._network = network
         self._appended = appended
         self._lock = trio.Lock()
+        self._disappointments: Counter[MemberId] = Counter()
         self.blocks_fetched = 0
         self.events_fetched = 0
 
@@ -106,84 +111,98 @@ class CatchUp:
             CertifiedInvalid: a quorum broke the rules.
         """
         async with self._lock:
-            distrusted: set[MemberId] = set()
+            passed_over: set[MemberId] = set()
             while self._ledger.final.header.height < height:
-                for peer in sorted(self._network.connected - distrusted):
-                    try:
-                        if await self._from_peer(peer):
-                            break
-                    except Rejected as error:
-                        log.warning("ledger blocks from %s refused: %s", peer.hex()[:16], error)
-                        distrusted.add(peer)
+                peers = self._network.connected - passed_over
+                for peer in sorted(peers, key=lambda peer: (self._disappointments[peer], peer)):
+                    if await self._from_peer(peer):
+                        break
+                    passed_over.add(peer)
                 else:
                     raise Unavailable(f"no peer serves ledger block {self._ledger.final.header.height + 1}")
 
-    async def from_peers(self, peers: Iterable[MemberId]) -> int:
-        """Apply whatever each peer has beyond our log; how many ledger blocks that was.
+    async def from_peer(self, peer: MemberId) -> bool:
+        """Apply whatever a peer has beyond our log; whether it had anything.
 
         Raises:
             CertifiedInvalid: a quorum broke the rules.
         """
-        before = self.blocks_fetched
         async with self._lock:
-            for peer in peers:
-                try:
-                    while await self._from_peer(peer):
-                        pass
-                except Rejected as error:
-                    log.warning("ledger blocks from %s refused: %s", peer.hex()[:16], error)
-        return self.blocks_fetched - before
+            return await self._from_peer(peer)
 
     async def _from_peer(self, peer: MemberId) -> bool:
-        """Fetch and apply chunks from a peer, the next one on its way while one is applied; False if it had none."""
-        applied = False
-        answer = await self._ask(peer, self._ledger.final.header.height + 1)
-        while answer is not None and answer.blocks:
-            last = decode_header(answer.blocks[-1].header, self._ledger.genesis.chain_id)
+        """Fetch and apply chunks from a peer, the next one on its way while one is applied.
+
+        Returns: whether the log grew. Stops at the first answer that disappoints.
+        """
+        before_height = self._ledger.final.header.height
+        disappointments = self._disappointments[peer]
+        pending: list[Header] = []
+        height = before_height + 1
+        answer = await self._ask(peer, height)
+        while answer is not None:
             following: list[Blocks | None] = []
             failure: Rejected | CertifiedInvalid | None = None
+            next_height = height + len(answer.blocks)
             async with trio.open_nursery() as nursery:
-                if last.height < answer.head_height:
-                    nursery.start_soon(self._ask_ahead, peer, last.height + 1, following)
+                if next_height <= answer.head_height:
+                    nursery.start_soon(self._ask_ahead, peer, next_height, following)
                 try:
-                    await self._apply(answer)
+                    await self._apply(answer, height, pending)
                 except (Rejected, CertifiedInvalid) as error:
                     failure = error
                     nursery.cancel_scope.cancel()
-            if failure is not None:
+            if isinstance(failure, CertifiedInvalid):
                 raise failure
-            applied = True
-            answer = following[0] if following else None
-        return applied
+            if failure is not None:
+                self._disappointed(peer, str(failure))
+            height = next_height
+            answer = following[0] if following and self._disappointments[peer] == disappointments else None
+        return self._ledger.final.header.height > before_height
 
     async def _ask_ahead(self, peer: MemberId, height: int, following: list[Blocks | None]) -> None:
         following.append(await self._ask(peer, height))
 
     async def _ask(self, peer: MemberId, height: int) -> Blocks | None:
+        """A peer's ledger blocks from a height on, None if it has or gives none."""
+        start_time = trio.current_time()
         try:
             encoded = await self._network.request(peer, encode(GetBlocks(height)), REQUEST_SECONDS)
-            return decode(encoded, Blocks, MAX_ANSWER_BYTES)
-        except Unavailable:
+            answer = decode(encoded, Blocks, MAX_ANSWER_BYTES)
+        except (Unavailable, Rejected) as error:
+            self._disappointed(peer, str(error))
             return None
-        except Rejected as error:
-            log.warning("ledger blocks from %s refused: %s", peer.hex()[:16], error)
+        if trio.current_time() - start_time > SLOW_SECONDS:
+            self._disappointed(peer, "slow")
+        if not answer.blocks:
+            if answer.head_height >= height:
+                self._disappointed(peer, f"no ledger block {height}, though it claims {answer.head_height}")
             return None
+        return answer
 
-    async def _apply(self, blocks: Blocks) -> None:
+    def _disappointed(self, peer: MemberId, why: str) -> None:
+        self._disappointments[peer] += 1
+        log.info("ledger blocks from %s: %s", peer.hex()[:16], why)
+
+    async def _apply(self, blocks: Blocks, first_height: int, pending: list[Header]) -> None:
+        """Check and apply a chunk; ``pending`` are headers applied and not committed yet, for want of a certificate."""
         ledger = self._ledger
-        headers, certificate = self._checked_chain(blocks)
+        headers, certificate = self._checked_chain(blocks, first_height)
         await trio.to_thread.run_sync(verify_certificate, ledger.scheme, ledger.genesis.chain_id, certificate)
-        for header, record in zip(headers, blocks.blocks, strict=True):
+        for header, record in zip(headers, blocks.blocks, strict=False):
+            pending.append(header)
             if header.height <= ledger.final.header.height:
                 continue
             body = decode(record.body, Body, MAX_BODY_BYTES)
-            events = await self._checked_events(record)
             check_body(header, body)
+            events = await self._checked_events(record)
             if tuple(event.leaf_hash for event in events) != body.leaf_hashes:
                 raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
-            parent = ledger.state_of(Digest(header.parent))
-            if parent is None or header.height <= ledger.final.header.height:
+            if header.height <= ledger.final.header.height:
                 continue
+            parent = ledger.state_of(Digest(header.parent))
+            if parent is None:
+                raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} does not follow our log")
             try:
                 ledger.verify(parent, header, body, events)
             except Rejected as error:
@@ -191,12 +210,17 @@ class CatchUp:
             self.events_fetched += len(events)
             self.blocks_fetched += 1
             await trio.lowlevel.checkpoint()
-        self._appended(ledger.commit(headers, certificate, ()))
+        if not blocks.onward:
+            self._appended(ledger.commit(pending, certificate, ()))
+            pending.clear()
 
-    def _checked_chain(self, blocks: Blocks) -> tuple[list[Header], Certificate]:
+    def _checked_chain(self, blocks: Blocks, first_height: int) -> tuple[list[Header], Certificate]:
         """The headers, each the parent of the next, and the certificate of the last; its signature is unchecked."""
         chain_id = self._ledger.genesis.chain_id
-        headers = [decode_header(record.header, chain_id) for record in blocks.blocks]
+        encoded = (*(record.header for record in blocks.blocks), *blocks.onward)
+        headers = [decode_header(header, chain_id) for header in encoded]
+        if headers[0].height != first_height:
+            raise Rejected(Reason.BAD_BLOCK, f"ledger block {headers[0].height}, asked for {first_height}")
         for before, after in pairwise(headers):
             if after.parent != before.digest:
                 raise Rejected(Reason.BAD_BLOCK, f"ledger block {after.height} does not follow the one before")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import trio
 
 from consensus import portions as p
-from consensus.admission import check_granted_sources
+from consensus.admission import RETRYABLE, check_granted_sources
 from consensus.codec import decode, encode
 from consensus.event import (
     CheckedEvent,
@@ -58,7 +58,8 @@ from node.service import EventState, EventStatus, GrantRefusal, GrantState, Gran
 
 log = logging.getLogger("countersign.grants")
 
-GRANTS_KEPT = 1_000
+GRANTS_KEPT = 200
+"""For each operator that asks, so that none can push another's out."""
 ASK_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 WAITING = "waiting"
@@ -158,7 +159,7 @@ class CountersignDesk:
             async with trio.open_nursery() as nursery:
                 for member in grant.missing:
                     if member.id != self._member.id:
-                        nursery.start_soon(self._ask, grant, member)
+                        nursery.start_soon(self._ask, grant, member, nursery.cancel_scope)
             try:
                 self._submit_if_complete(event_id)
             except (Rejected, Unavailable) as error:
@@ -169,15 +170,23 @@ class CountersignDesk:
                 return
             await trio.sleep(RETRY_SECONDS)
 
-    async def _ask(self, grant: _Grant, member: Member) -> None:
+    async def _ask(self, grant: _Grant, member: Member, round_scope: trio.CancelScope) -> None:
+        """Ask one member; end the round with the last signature needed, whoever else is silent."""
+        if member.id not in self._network.connected:
+            return
         event = pack_parts(encode(grant.event.entry), grant.event.portions_bytes)
         try:
             encoded = await self._network.request(member.id, encode(AskCountersign(event)), ASK_SECONDS)
             answer = decode(encoded, Countersigned, 1 << 16)
             if answer.signature is not None:
                 self._take_signature(grant, answer.signature)
-            elif answer.reason in set(Reason):
+                if not grant.missing:
+                    round_scope.cancel()
+            elif answer.reason in set(Reason) - RETRYABLE:
                 grant.refusals[member.id] = GrantRefusal(member.name, Reason(answer.reason), answer.detail)
+            else:
+                # It waits for a hand, or its log is a moment behind ours.
+                grant.refusals.pop(member.id, None)
         except (Unavailable, Rejected) as error:
             log.info("countersignature of %s: %s", member.name, error)
 
@@ -338,8 +347,9 @@ class CountersignDesk:
 
     def _keep(self, event_id: Digest, grant: _Grant) -> None:
         self._grants[event_id] = grant
-        while len(self._grants) > GRANTS_KEPT:
-            self._grants.popitem(last=False)
+        same_asker = [held for held, other in self._grants.items() if other.asked_by == grant.asked_by]
+        for surplus in same_asker[:-GRANTS_KEPT]:
+            del self._grants[surplus]
 
     def status(self, event_id: Digest) -> GrantStatus:
         """How far a grant has come.

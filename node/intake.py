@@ -18,7 +18,7 @@ from consensus.membership import Committee
 from consensus.rejection import Reason, Rejected
 from node.clock import Clock
 from node.mempool import Mempool
-from node.messages import GOSSIP_BYTES, GOSSIP_EVENTS, pack_gossip, unpack_gossip
+from node.messages import gossip_frames, unpack_gossip
 from node.network import Lane, Network
 from node.store import Store
 
@@ -71,11 +71,15 @@ class Intake:
         return event
 
     def receive(self, sender: MemberId, frame: bytes) -> int:
-        """Take gossip; returns how many events were new. Bad ones are counted, the rest taken."""
+        """Take gossip; returns how many events were new. Bad ones are counted, the rest taken.
+
+        Raises:
+            Rejected: ``MALFORMED``, ``OVERSIZED`` for what is no frame of ``pack_gossip``.
+        """
         taken = 0
         for encoded in unpack_gossip(frame):
             try:
-                taken += self._take(encoded)[1]
+                taken += self._take(encoded, sender)[1]
             except Rejected as error:
                 self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
         return taken
@@ -98,11 +102,11 @@ class Intake:
             raise Rejected(Reason.OVERSIZED, f"{len(encoded)} bytes, at most {self._max_event_bytes} allowed")
         return check_event(encoded, self._committee)
 
-    def _take(self, encoded: bytes) -> tuple[CheckedEvent, bool]:
+    def _take(self, encoded: bytes, sender: MemberId | None = None) -> tuple[CheckedEvent, bool]:
         event = self.check(encoded)
         if self._store.index_of_event(event.id) is not None:
             return event, False
-        added = self._mempool.add(event, self._clock.monotonic_ms())
+        added = self._mempool.add(event, self._clock.monotonic_ms(), sender)
         if added:
             arrived, self.arrived = self.arrived, trio.Event()
             arrived.set()
@@ -114,23 +118,19 @@ class Intake:
             await self._outgoing_wake.wait()
             self._outgoing_wake = trio.Event()
             while self._outgoing:
-                count = size_bytes = 0
-                for encoded in self._outgoing[:GOSSIP_EVENTS]:
-                    if count and size_bytes + len(encoded) > GOSSIP_BYTES:
-                        break
-                    count += 1
-                    size_bytes += len(encoded) + 4
-                batch, self._outgoing = self._outgoing[:count], self._outgoing[count:]
-                self._network.broadcast(Lane.EVENTS, pack_gossip(batch))
-                await trio.lowlevel.checkpoint()
+                waiting, self._outgoing = self._outgoing, []
+                for frame in gossip_frames(waiting):
+                    self._network.broadcast(Lane.EVENTS, frame)
+                    await trio.lowlevel.checkpoint()
 
-    def offer_again(self) -> None:
-        """Flood all pending events once more: a peer came back, or an event seems lost."""
-        self._outgoing.extend(
-            pack_parts(event.entry_bytes, event.portions_bytes) for event in self._mempool.candidates()
-        )
-        if self._outgoing:
-            self._outgoing_wake.set()
+    async def offer(self, peer: MemberId) -> None:
+        """Send a peer that came (back) what waits here."""
+        waiting = (pack_parts(event.entry_bytes, event.portions_bytes) for event in tuple(self._mempool.candidates()))
+        for frame in gossip_frames(waiting):
+            if peer not in self._network.connected:
+                return
+            self._network.send(peer, Lane.EVENTS, frame)
+            await trio.lowlevel.checkpoint()
 
     def appended(self, events: tuple[CheckedEvent, ...]) -> None:
         """These are durable on the log: forget them and wake whoever waits."""
@@ -156,8 +156,8 @@ class Intake:
         try:
             await waiter.wait()
         finally:
-            if not waiter.statistics().tasks_waiting:
-                self._waiters.pop(event_id, None)
+            if self._waiters.get(event_id) is waiter and not waiter.statistics().tasks_waiting:
+                del self._waiters[event_id]
 
     def _tell(self, event_id: Digest) -> None:
         waiter = self._waiters.pop(event_id, None)

@@ -22,7 +22,7 @@ MAX_ANSWER_BYTES = 1 << 16
 FETCH_SECONDS = 5.0
 ASK_AGAIN_SECONDS = 0.2
 VOTES_LOOKED_BACK = 1_000
-"""Ledger blocks looked through for a member's last vote before saying that it never voted."""
+"""Ledger blocks looked through, once, for a member's last vote before saying that it never voted."""
 
 
 class LastVotes:
@@ -32,6 +32,8 @@ class LastVotes:
         self._ledger = ledger
         self._network = network
         self._last_votes: dict[MemberId, Vote] = {}
+        self._looked_at_height = 0
+        """Ledger blocks up to here have been looked through."""
 
     def note(self, vote: Vote) -> None:
         """A checked vote."""
@@ -42,12 +44,12 @@ class LastVotes:
 
     def of(self, voter: MemberId) -> Vote | None:
         """The latest vote of a member: of this run, or kept behind the last ledger blocks."""
-        height = self._ledger.final.header.height
-        for behind in range(min(VOTES_LOOKED_BACK, height)):
-            if voter in self._last_votes:
-                break
-            for vote in self._ledger.votes(height - behind):
-                self.note(vote)
+        if voter not in self._last_votes:
+            height = self._ledger.final.header.height
+            for at in range(height, max(self._looked_at_height, height - VOTES_LOOKED_BACK), -1):
+                for vote in self._ledger.votes(at):
+                    self.note(vote)
+            self._looked_at_height = height
         return self._last_votes.get(voter)
 
     async def missing_from(self, voter: MemberId, highest_view: int) -> Vote | None:

@@ -5,14 +5,19 @@ it waits for is told by status: ``pending`` here, ``final`` on the log, ``reject
 (kept for the last ``REJECTED_KEPT`` events, so that a client can ask). A full pool refuses the newest, by
 name; it never drops what it accepted. Events that cannot be admitted *yet* (a step whose grant is still on
 its way) stay until they are admitted or older than ``MAX_WAIT_MS``.
+
+No peer can fill the pool: one may have as much waiting as is still free, so that one flooding peer holds half of it,
+two hold two thirds, and there is always room for another. Proposals take the peers' events in turn. Shares go by who
+*brought* an event, which the transport authenticates, not by its author, whom a step names before its job key is
+known to be delegated.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from consensus.event import CheckedEvent, Kind
-from consensus.identifiers import Digest
+from consensus.identifiers import Digest, MemberId
 from consensus.rejection import Reason, Rejected
 
 REJECTED_KEPT = 10_000
@@ -23,10 +28,11 @@ URGENT_KINDS = frozenset({Kind.REVOCATION, Kind.POLICY})
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """An event and when it came (monotonic milliseconds)."""
+    """An event, when it came (monotonic milliseconds), and the peer that brought it, None for a client of this node."""
 
     event: CheckedEvent
     since_ms: int
+    sender: MemberId | None
 
     @property
     def size_bytes(self) -> int:
@@ -34,14 +40,27 @@ class Waiting:
         return len(self.event.entry_bytes) + len(self.event.portions_bytes)
 
 
+@dataclass(slots=True)
+class _Share:
+    """What one peer, or this node's clients, brought, in order of arrival."""
+
+    waiting: OrderedDict[Digest, Waiting] = field(default_factory=OrderedDict)
+    held_bytes: int = 0
+
+
 class Mempool:
-    """Pending events, bounded by number and bytes."""
+    """Pending events, bounded by number and bytes, and for each peer by what is free."""
 
     def __init__(self, max_events: int, max_bytes: int) -> None:
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._waiting: OrderedDict[Digest, Waiting] = OrderedDict()
+        self._shares: dict[MemberId | None, _Share] = {}
         self._by_id: dict[Digest, Digest] = {}
+        self._fresh: OrderedDict[Digest, int] = OrderedDict()
+        """When each event came that ``to_settle`` has not given yet."""
+        self._settled: OrderedDict[Digest, int] = OrderedDict()
+        """When ``to_settle`` last gave each of the others."""
         self._urgent: set[Digest] = set()
         self._rejected: OrderedDict[Digest, Rejected] = OrderedDict()
         self._held_bytes = 0
@@ -54,24 +73,34 @@ class Mempool:
         """Bytes of all pending events."""
         return self._held_bytes
 
-    def add(self, event: CheckedEvent, now_ms: int) -> bool:
-        """Keep an event; False if it is here already.
+    def add(self, event: CheckedEvent, now_ms: int, sender: MemberId | None = None) -> bool:
+        """Keep an event that ``sender`` brought, None for a client of this node; False if it is here already.
 
         Raises:
-            Rejected: ``OVERLOADED`` when the pool is full; ``DUPLICATE`` for other signatures on a pending event.
+            Rejected: ``OVERLOADED`` when the pool, or the sender's share of it, is full; ``DUPLICATE`` for other
+                signatures on a pending event.
         """
         if event.leaf_hash in self._waiting:
             return False
         if event.id in self._by_id:
             raise Rejected(Reason.DUPLICATE, f"event {event.id.hex()} waits with other signatures")
-        waiting = Waiting(event, now_ms)
-        if len(self._waiting) >= self._max_events or self._held_bytes + waiting.size_bytes > self._max_bytes:
+        waiting = Waiting(event, now_ms, sender)
+        share = self._shares.get(sender) or _Share()
+        taken_events, taken_bytes = (0, 0) if sender is None else (len(share.waiting), share.held_bytes)
+        if (
+            len(self._waiting) + taken_events >= self._max_events
+            or self._held_bytes + taken_bytes + waiting.size_bytes > self._max_bytes
+        ):
             raise Rejected(
                 Reason.OVERLOADED, f"{len(self._waiting)} events of {self._held_bytes} bytes wait; slow down and retry"
             )
         self._rejected.pop(event.id, None)
         self._waiting[event.leaf_hash] = waiting
+        self._shares[sender] = share
+        share.waiting[event.leaf_hash] = waiting
+        share.held_bytes += waiting.size_bytes
         self._by_id[event.id] = event.leaf_hash
+        self._fresh[event.leaf_hash] = now_ms
         self._held_bytes += waiting.size_bytes
         if event.entry.kind in URGENT_KINDS:
             self._urgent.add(event.leaf_hash)
@@ -92,10 +121,20 @@ class Mempool:
         return self._rejected.get(event_id)
 
     def candidates(self) -> Iterator[CheckedEvent]:
-        """Pending events in order of arrival, urgent ones first."""
-        urgent = [self._waiting[leaf].event for leaf in self._waiting if leaf in self._urgent] if self._urgent else []
-        yield from urgent
-        for leaf, waiting in self._waiting.items():
+        """Pending events: one of each sender in turn, a sender's urgent ones first, else in order of arrival."""
+        turns = deque(self._in_order(share) for share in self._shares.values())
+        while turns:
+            event = next(turns[0], None)
+            if event is None:
+                turns.popleft()
+            else:
+                turns.rotate(-1)
+                yield event
+
+    def _in_order(self, share: _Share) -> Iterator[CheckedEvent]:
+        if self._urgent:
+            yield from [waiting.event for leaf, waiting in share.waiting.items() if leaf in self._urgent]
+        for leaf, waiting in share.waiting.items():
             if leaf not in self._urgent:
                 yield waiting.event
 
@@ -104,19 +143,29 @@ class Mempool:
         held = (self._waiting[leaf] for leaf in sorted(self._urgent))
         return [waiting.event for waiting in held if waiting.since_ms < since_ms]
 
-    def waiting_since(self, since_ms: int, most: int) -> list[CheckedEvent]:
-        """The oldest events that came before ``since_ms``, at most ``most``."""
-        found: list[CheckedEvent] = []
-        for waiting in self._waiting.values():
-            if waiting.since_ms >= since_ms or len(found) == most:
-                break
-            found.append(waiting.event)
-        return found
+    def to_settle(self, since_ms: int, now_ms: int, most: int) -> list[CheckedEvent]:
+        """At most ``most`` events that have waited since ``since_ms`` or before without being given here.
+
+        Those never given come first, so that no number of events that wait for others can hide them.
+        """
+        found: list[Digest] = []
+        for queue in (self._fresh, self._settled):
+            while queue and len(found) < most and next(iter(queue.values())) < since_ms:
+                found.append(queue.popitem(last=False)[0])
+        self._settled.update((leaf, now_ms) for leaf in found)
+        return [self._waiting[leaf].event for leaf in found]
 
     def remove(self, leaf_hash: Digest) -> None:
         """Forget a pending event: it is on the log."""
         waiting = self._waiting.pop(leaf_hash, None)
         if waiting is not None:
+            share = self._shares[waiting.sender]
+            del share.waiting[leaf_hash]
+            share.held_bytes -= waiting.size_bytes
+            if not share.waiting:
+                del self._shares[waiting.sender]
+            self._fresh.pop(leaf_hash, None)
+            self._settled.pop(leaf_hash, None)
             self._by_id.pop(waiting.event.id, None)
             self._urgent.discard(leaf_hash)
             self._held_bytes -= waiting.size_bytes

@@ -4,6 +4,7 @@ Requests and answers are wire Structs (``consensus.codec``: canonical, bounded).
 believed: ledger blocks come with a certificate, events and proposals are checked like gossip.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 from msgspec import Meta
@@ -19,6 +20,7 @@ MAX_REQUEST_BYTES = 1 << 20
 MAX_ANSWER_BYTES = 4 << 20
 ANSWER_TARGET_BYTES = 2 << 20
 """What a server aims at in one answer; one ledger block may be more."""
+MAX_ONWARD_HEADERS = 1_024
 
 GOSSIP_EVENTS = 32
 GOSSIP_BYTES = 256 << 10
@@ -39,9 +41,16 @@ class BlockRecord(Wire, frozen=True):
 
 
 class Blocks(Wire, frozen=True, tag="blocks"):
-    """Consecutive ledger blocks; ``certificate`` is the last one's, empty with none."""
+    """Consecutive ledger blocks; ``certificate`` is the last one's, empty with none.
+
+    Where what one certificate makes final does not fit, ``onward`` has the headers from there to the certified one:
+    they show that these ledger blocks are final, and the rest is asked for next.
+    """
 
     blocks: Annotated[tuple[BlockRecord, ...], Meta(max_length=4_096)]
+    onward: Annotated[
+        tuple[Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)], ...], Meta(max_length=MAX_ONWARD_HEADERS)
+    ]
     certificate: bytes
     head_height: Natural
 
@@ -125,15 +134,34 @@ def pack_gossip(events: list[bytes]) -> bytes:
     return b"".join(len(event).to_bytes(4, "big") + event for event in events)
 
 
+def gossip_frames(events: Iterable[bytes]) -> Iterator[bytes]:
+    """Signed events as frames of ``pack_gossip``, each within ``GOSSIP_EVENTS`` and, but for one large event,
+    ``GOSSIP_BYTES``.
+    """
+    batch: list[bytes] = []
+    size_bytes = 0
+    for event in events:
+        if batch and (len(batch) == GOSSIP_EVENTS or size_bytes + len(event) > GOSSIP_BYTES):
+            yield pack_gossip(batch)
+            batch, size_bytes = [], 0
+        batch.append(event)
+        size_bytes += len(event) + 4
+    if batch:
+        yield pack_gossip(batch)
+
+
 def unpack_gossip(frame: bytes) -> list[bytes]:
     """The signed events of a frame of ``pack_gossip``.
 
     Raises:
-        Rejected: ``MALFORMED``.
+        Rejected: ``MALFORMED``; ``OVERSIZED`` for more than ``GOSSIP_EVENTS``: a frame of a million empty events
+            would hold the node up for seconds.
     """
-    events = []
+    events: list[bytes] = []
     position = 0
     while position < len(frame):
+        if len(events) == GOSSIP_EVENTS:
+            raise Rejected(Reason.OVERSIZED, f"more than {GOSSIP_EVENTS} events in a frame")
         end = position + 4 + int.from_bytes(frame[position : position + 4], "big")
         if len(frame) < position + 4 or end > len(frame):
             raise Rejected(Reason.MALFORMED, f"frame ends inside an event at byte {position}")

@@ -7,7 +7,8 @@ have held for ``censorship_ms``, is refused our vote.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import trio
 
@@ -18,7 +19,7 @@ from consensus.codec import decode, encode
 from consensus.effect import RequestProposal
 from consensus.event import CheckedEvent, check_event, pack_parts
 from consensus.identifiers import Digest, MemberId
-from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
+from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import StateView
 from consensus.transition import LedgerState, build, is_final
 from consensus.vote import Proposal, check_proposal, sign_proposal
@@ -38,6 +39,9 @@ FETCH_SECONDS = 5.0
 ARRIVAL_SECONDS = 0.03
 """How long a proposal waits for its events to arrive by gossip before they are asked for."""
 PROPOSALS_KEPT = 256
+TRIED_PER_EVENT = 4
+"""For each event a ledger block may have, how many that wait are tried: one full of events that cannot be admitted yet
+must not take longer than the view."""
 SETTLE_AFTER_MS = 1_000
 SETTLED_AT_ONCE = 256
 
@@ -66,25 +70,23 @@ class Proposals:
         """A proposal of late, by its ledger block's digest."""
         return self._proposals.get(block)
 
-    def held_block(self, block: Digest) -> HeldBlock:
-        """What the journal keeps with a notarize vote."""
+    def held_block(self, block: Digest) -> HeldBlock | None:
+        """What the journal keeps with a notarize vote; None once the log has passed that ledger block by."""
         built = self._ledger.overlays.get(block)
         proposal = self._proposals.get(block)
         if built is None or proposal is None:
-            raise InvariantBroken(f"asked to notarize ledger block {block.hex()}, which is not held")
+            return None
         return HeldBlock(proposal, tuple(pack_parts(event.entry_bytes, event.portions_bytes) for event in built.events))
 
-    def held_event(self, leaf_hash: Digest) -> bytes | None:
-        """A signed event by leaf hash: waiting, on a branch, or on the log."""
-        event = self._mempool.get(leaf_hash)
-        if event is not None:
-            return pack_parts(event.entry_bytes, event.portions_bytes)
-        for built in self._ledger.overlays.values():
-            for event in built.events:
-                if event.leaf_hash == leaf_hash:
-                    return pack_parts(event.entry_bytes, event.portions_bytes)
-        index = self._ledger.store.index_of_leaf(leaf_hash)
-        return pack_parts(*self._ledger.event(index)) if index is not None else None
+    def held_events(self, leaf_hashes: Iterable[bytes]) -> Iterator[bytes]:
+        """Signed events by leaf hash: those waiting, on a branch, or on the log."""
+        branches = {event.leaf_hash: event for built in self._ledger.overlays.values() for event in built.events}
+        for leaf_hash in map(Digest, leaf_hashes):
+            event = self._mempool.get(leaf_hash) or branches.get(leaf_hash)
+            if event is not None:
+                yield pack_parts(event.entry_bytes, event.portions_bytes)
+            elif (index := self._ledger.store.index_of_leaf(leaf_hash)) is not None:
+                yield pack_parts(*self._ledger.event(index))
 
     # Ours
 
@@ -102,13 +104,14 @@ class Proposals:
         if parent is None:
             return None
         in_flight = self._in_flight(parent)
+        candidates = (
+            event
+            for event in self._mempool.candidates()
+            if event.leaf_hash not in in_flight and event.leaf_hash not in self._blocked
+        )
         built = build(
             parent,
-            (
-                event
-                for event in self._mempool.candidates()
-                if event.leaf_hash not in in_flight and event.leaf_hash not in self._blocked
-            ),
+            islice(candidates, TRIED_PER_EVENT * self._parameters.max_block_events),
             view=effect.view,
             leader=keys.member,
             timestamp_ms=self._clock.now_ms(),
@@ -145,7 +148,7 @@ class Proposals:
         self._mempool.expire(now_ms)
         final = self._ledger.final
         timestamp_ms = max(final.header.timestamp_ms, self._clock.now_ms())
-        for event in self._mempool.waiting_since(now_ms - SETTLE_AFTER_MS, SETTLED_AT_ONCE):
+        for event in self._mempool.to_settle(now_ms - SETTLE_AFTER_MS, now_ms, SETTLED_AT_ONCE):
             try:
                 admit(StateView(final.state), event, timestamp_ms, self._ledger.committee)
             except Rejected as error:

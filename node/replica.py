@@ -64,15 +64,8 @@ from node.voter import Voter
 log = logging.getLogger("countersign.replica")
 
 MAX_MESSAGE_BYTES = 1 << 20
-MAX_BLOCK_BYTES = 2 << 20
-FETCH_SECONDS = 5.0
-ARRIVAL_SECONDS = 0.03
-"""How long a proposal waits for its events to arrive by gossip before they are asked for."""
-PROPOSALS_KEPT = 256
-ASK_AGAIN_SECONDS = 0.2
 PEERS_LOOKED_AT_SECONDS = 0.2
-VOTES_LOOKED_BACK = 1_000
-"""Ledger blocks looked through for a member's last vote before saying that it never voted."""
+GREETED_AGAIN_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -168,7 +161,10 @@ class Replica:
             log.critical("this node does not vote: %s", self.why_not_voting)
             return
         await voter.run(
-            self._proposals.held_block, self._send_votes, self._count_vote, lambda: self.engine.finalized.view
+            self._proposals.held_block,
+            self._send_votes,
+            self._count_vote,
+            lambda: self.engine.finalized.view,
         )
 
     def _stop(self, reason: str) -> None:
@@ -194,11 +190,14 @@ class Replica:
                 if not self.engine.wants(message):
                     return
                 self._check(message)
-                if isinstance(message, Proposal):
+                for vote in _votes_in(message):
+                    self._last_votes.note(vote)
+                effects = self.engine.receive(message, received.member, self._now_ms)
+                if isinstance(message, Proposal) and self.engine.branches.get(message.digest) is not None:
+                    # Only what the engine keeps, which is bounded by view: a leader that signs proposals without end
+                    # must not push others' out.
                     self._proposals.remember(message)
-                elif isinstance(message, Vote):
-                    self._last_votes.note(message)
-                self._do(self.engine.receive(message, received.member, self._now_ms))
+                self._do(effects)
         except Rejected as error:
             self.counters.messages_refused += 1
             log.debug("message of %s refused: %s", received.member.hex()[:16], error)
@@ -226,25 +225,33 @@ class Replica:
                 self._tell_work()
             await arrived.wait()
 
-    async def _catch_up_with(self, peers: Iterable[MemberId]) -> None:
-        """Append what a peer that has just connected has beyond our log, without waiting for the next round."""
+    async def _greet(self, peer: MemberId, greeting: set[MemberId]) -> None:
+        """Offer a peer that has just connected what waits here, and append what it has beyond our log.
+
+        One at a time for each peer and not at once again, or a peer that comes and goes would keep us busy.
+        """
+        await self._intake.offer(peer)
         try:
-            if await self.catch_up.from_peers(sorted(peers)) and self._ledger.certificate is not None:
+            if await self.catch_up.from_peer(peer) and self._ledger.certificate is not None:
                 self._do(self.engine.caught_up(self._ledger.final.header, self._ledger.certificate, self._now_ms))
         except CertifiedInvalid as error:
             self._stop(str(error))
+        await trio.sleep(GREETED_AGAIN_SECONDS)
+        greeting.discard(peer)
 
     async def _watch_peers(self) -> None:
-        """Catch up with a peer that came, offer it pending events again; let those go that waited too long."""
-        connected: frozenset[MemberId] = frozenset()
+        """Greet peers that came; let events go that waited too long."""
+        assert self._nursery is not None
+        greeted: frozenset[MemberId] = frozenset()
+        greeting: set[MemberId] = set()
         while True:
             await trio.sleep(PEERS_LOOKED_AT_SECONDS)
-            now = self._network.connected
-            if now - connected:
-                await self._catch_up_with(now - connected)
-                if len(self._mempool):
-                    self._intake.offer_again()
-            connected = now
+            connected = self._network.connected
+            came = connected - greeted - greeting
+            greeting |= came
+            for peer in sorted(came):
+                self._nursery.start_soon(self._greet, peer, greeting)
+            greeted = (greeted & connected) | came
             self._proposals.settle()
 
     def _tell_work(self) -> None:
@@ -286,7 +293,8 @@ class Replica:
                     changed.set()
                 case CastVote():
                     assert self._voter is not None
-                    self._voter.cast(effect)
+                    if self.voting_since_start:
+                        self._voter.cast(effect)
                 case RequestProposal():
                     self._nursery.start_soon(self._propose, effect)
                 case VerifyBlock():
@@ -405,9 +413,20 @@ class Replica:
             case GetBlocks():
                 return encode(serve_blocks(self._ledger, request))
             case GetEvents():
-                return encode(serve_events(self._ledger, self._proposals.held_event, request))
+                return encode(serve_events(self._proposals.held_events(request.leaf_hashes)))
             case GetProposal():
                 held = self._proposals.get(Digest(request.block))
                 return encode(FoundProposal(encode(held) if held else b""))
             case GetLastVote():
                 return encode(LastVote(self._last_votes.of(MemberId(request.voter))))
+
+
+def _votes_in(message: Message) -> tuple[Vote, ...]:
+    """The signed votes a checked message carries."""
+    match message:
+        case Vote():
+            return (message,)
+        case Notarization() | Nullification():
+            return message.votes
+        case _:
+            return ()

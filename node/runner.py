@@ -21,7 +21,7 @@ from consensus.event import CheckedEvent
 from consensus.identifiers import VOTING_ROLES, Digest, MemberId
 from consensus.keys import Ed25519SigningKey, Signer
 from consensus.membership import Genesis
-from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
+from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
 from node.api import serve
 from node.clock import Clock, SystemClock
 from node.config import NodeConfig
@@ -34,6 +34,7 @@ from node.mempool import Mempool
 from node.messages import AskCountersign, DeliverSignature, decode_request
 from node.metrics import Metrics
 from node.network import Network, Peer
+from node.proposals import MAX_BLOCK_BYTES
 from node.replica import Replica
 from node.service import EventState, EventStatus, FinalityFigures, NodeStatus
 from node.store import Store
@@ -90,7 +91,7 @@ class Node:
                 self._mempool,
                 self.network,
                 clock,
-                genesis.parameters.max_event_bytes,
+                min(genesis.parameters.max_event_bytes, MAX_BLOCK_BYTES),
             )
             self._voter = self._open_voter(store, scheme)
             self.replica = Replica(
@@ -274,6 +275,8 @@ class Node:
             async with self.network.open(self.answer), trio.open_nursery() as nursery:
                 metrics = Metrics(self, {"network": self.network.counters, "round": self.replica.counters})
                 self._intake.on_final = metrics.event_final
+                nursery.start_soon(self.desk.run)
+                nursery.start_soon(self._intake.run)
                 address = await nursery.start(serve, self, self.config.api, metrics)
                 log.info(
                     "%s (%s) serves http://%s, chain %s",
@@ -282,12 +285,19 @@ class Node:
                     address,
                     self._ledger.genesis.chain_id.hex(),
                 )
-                nursery.start_soon(self.desk.run)
-                nursery.start_soon(self._intake.run)
                 nursery.start_soon(self.replica.run)
         finally:
-            self._ledger.store.sync()
-            self._ledger.store.close()
+            self._close()
+
+    def _close(self) -> None:
+        store = self._ledger.store
+        try:
+            store.sync()
+        finally:
+            try:
+                store.close()
+            except InvariantBroken as error:  # of a full disk, say: what failed first is the one to raise
+                log.critical("closing the data directory: %s", error)
 
 
 def run_node(config: NodeConfig) -> None:

@@ -126,15 +126,22 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Release database and directory. Waits for a running ``sync``; a second call does nothing."""
+        """Release database and directory. Waits for a running ``sync``; a second call does nothing.
+
+        Raises:
+            InvariantBroken: the database could not write what it had buffered; the directory is released all the same.
+        """
         with self._sync_lock:
             if self._database is None:
                 return
             database, self._database = self._database, None
             database.families.clear()
             database.handles.clear()
-            database.root.close()
-            self._lock.release()
+            try:
+                with self._translated("close"):
+                    database.root.close()
+            finally:
+                self._lock.release()
 
     # Writing
 

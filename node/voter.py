@@ -7,6 +7,7 @@ is the slow part of a finalize vote (0.4 ms), so it is computed in a worker thre
 the same ledger block is on its way to disk; it leaves memory only inside the journalled finalize vote.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from consensus.portions import Wire
 from consensus.vote import Proposal, Vote, VoteKind, sign_vote
 from node.journal import Journal, VoteRecord
 from node.store import Store
+
+log = logging.getLogger("countersign.voter")
 
 MAX_JOURNALLED_BYTES = 8 << 20
 COMPACT_AT_BYTES = 4 << 20
@@ -100,14 +103,15 @@ class Voter:
 
     async def run(
         self,
-        held: Callable[[Digest], HeldBlock],
+        held: Callable[[Digest], HeldBlock | None],
         send: Callable[[list[Proposal | Vote]], None],
         counted: Callable[[Vote], None],
         finalized_view: Callable[[], int],
     ) -> None:
         """Cast votes until cancelled: ``send`` gets what is journalled, then ``counted`` each vote.
 
-        ``held`` gives the ledger block of a notarize vote.
+        ``held`` gives the ledger block of a notarize vote. Votes wait their turn, and others may finalize a later
+        ledger block meanwhile: a notarize vote whose ledger block is not held any more is not cast.
 
         Raises:
             InvariantBroken: the journal did not take a vote; a voter that cannot journal stops.
@@ -124,13 +128,19 @@ class Voter:
     async def _cast_all(
         self,
         casting: list[CastVote],
-        held: Callable[[Digest], HeldBlock],
+        held: Callable[[Digest], HeldBlock | None],
         send: Callable[[list[Proposal | Vote]], None],
         counted: Callable[[Vote], None],
     ) -> None:
         messages: list[Proposal | Vote] = []
         records: list[VoteRecord] = []
         for effect in casting:
+            block = None
+            if effect.kind == VoteKind.NOTARIZE:
+                block = held(effect.block)
+                if block is None:
+                    log.info("view %d is over: no notarize vote", effect.view)
+                    continue
             share = await self._share(effect.view, effect.block) if effect.kind == VoteKind.FINALIZE else b""
             vote = sign_vote(
                 self._committee,
@@ -144,9 +154,11 @@ class Voter:
             if effect.proposal is not None:
                 messages.append(effect.proposal)
             messages.append(vote)
-            if effect.kind == VoteKind.NOTARIZE:
-                records.append(VoteRecord(effect.view, encode(held(effect.block))))
+            if block is not None:
+                records.append(VoteRecord(effect.view, encode(block)))
             records.append(VoteRecord(effect.view, encode(vote)))
+        if not records:
+            return
         async with trio.open_nursery() as nursery:
             for effect in casting:
                 if effect.kind == VoteKind.NOTARIZE:
@@ -154,9 +166,9 @@ class Voter:
             mark = await trio.to_thread.run_sync(self._journal.append, records)
             self._store.write_vote_mark(mark.encode())
             send(messages)
-            self.votes_cast += len(casting)
             for message in messages:
                 if isinstance(message, Vote):
+                    self.votes_cast += 1
                     counted(message)
 
     async def _prepare_share(self, view: View, block: Digest) -> None:

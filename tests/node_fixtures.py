@@ -38,9 +38,15 @@ def free_port() -> int:
 class Consortium:
     """Members with their data directories under one folder."""
 
-    def __init__(self, folder: Path, counts: Mapping[str, int] = SMALLEST, parameters: Parameters = FAST) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        counts: Mapping[str, int] = SMALLEST,
+        parameters: Parameters = FAST,
+        thresholds: Mapping[str, int] | None = None,
+    ) -> None:
         self.folder = folder
-        self.genesis, self.secrets = make_genesis(counts, parameters=parameters)
+        self.genesis, self.secrets = make_genesis(counts, thresholds=thresholds, parameters=parameters)
         self.ports = {member.name: free_port() for member in self.genesis.members}
 
     def node(self, name: str) -> Node:

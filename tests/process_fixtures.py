@@ -1,5 +1,6 @@
 """Five real node processes for tests: provisioned, started, killed and asked over HTTP."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import httpx
 
+from consensus import portions as p
+from consensus.codec import encode
 from consensus.event import Kind, make_entry, pack, sign_entry
 from consensus.genesis import signer_for
 from consensus.identifiers import MemberId, Role
@@ -126,3 +129,24 @@ def processes(directory: Path, *start: str) -> Iterator[Processes]:
         yield consortium
     finally:
         consortium.close()
+
+
+def source(consortium: Processes, owner: str, number: int) -> bytes:
+    """A signed source of ``owner``; ``number`` makes it different."""
+    claim = p.SourceClaim(
+        name=f"source {number}",
+        content_root=hashlib.sha256(f"content {number}".encode()).digest(),
+        example_count=1,
+        size_bytes=1,
+        licence="PSF-2.0",
+        rights_basis="owner",
+        purposes=("research",),
+        content_class="documentation",
+        valid_from_ms=0,
+        valid_until_ms=2**52,
+        statement="",
+    )
+    salt = hashlib.sha256(f"salt {number}".encode()).digest()
+    return consortium.sign(
+        owner, Kind.SOURCE, p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)
+    )

@@ -1,42 +1,17 @@
 """Five node processes on loopback: kill -9 at any instant, restart, and nothing acknowledged is lost."""
 
-import hashlib
 import random
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from process_fixtures import COUNTERSIGN, Processes, processes
-
-from consensus import portions as p
-from consensus.codec import encode
-from consensus.event import Kind
+from process_fixtures import COUNTERSIGN, Processes, processes, source
 
 pytestmark = pytest.mark.processes
 
 NAMES = ("library", "press", "council", "laboratory", "guild")
 KILLS = 8
-
-
-def source(consortium: Processes, owner: str, number: int) -> bytes:
-    claim = p.SourceClaim(
-        name=f"source {number}",
-        content_root=hashlib.sha256(f"content {number}".encode()).digest(),
-        example_count=1,
-        size_bytes=1,
-        licence="PSF-2.0",
-        rights_basis="owner",
-        purposes=("research",),
-        content_class="documentation",
-        valid_from_ms=0,
-        valid_until_ms=2**52,
-        statement="",
-    )
-    salt = hashlib.sha256(f"salt {number}".encode()).digest()
-    return consortium.sign(
-        owner, Kind.SOURCE, p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)
-    )
 
 
 def test_kill_minus_nine_at_random_instants_loses_nothing_acknowledged(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""The pool of waiting events: bounded, shared fairly, settled in turn."""
+
+from collections.abc import Iterator
+
+import pytest
+from ledger_fixtures import MemoryLedger
+
+from consensus.event import CheckedEvent
+from consensus.identifiers import MemberId
+from consensus.rejection import Rejected
+from node.mempool import Mempool
+
+
+def checked_sources(memory: MemoryLedger, count: int) -> list[CheckedEvent]:
+    return [memory.source("data-source-1", f"source {number}") for number in range(count)]
+
+
+def fill(pool: Mempool, events: Iterator[CheckedEvent], sender: MemberId | None) -> int:
+    """Add events until the pool takes no more of this sender; how many it took."""
+    for count, event in enumerate(events):
+        try:
+            pool.add(event, 0, sender)
+        except Rejected:
+            return count
+    raise AssertionError("the pool took them all")
+
+
+def test_one_flooding_peer_holds_half_of_the_pool_and_there_is_always_room_for_another() -> None:
+    pool = Mempool(64, 1 << 20)
+    events = iter(checked_sources(MemoryLedger(), 100))
+    held = []
+    for peer in (MemberId(bytes([number]) * 32) for number in range(4)):
+        held.append(fill(pool, events, peer))
+    assert held == [32, 16, 8, 4]
+    assert fill(pool, events, None) == 4
+
+
+def test_peers_bytes_are_shared_like_their_events() -> None:
+    events = checked_sources(MemoryLedger(), 10)
+    size = len(events[0].entry_bytes) + len(events[0].portions_bytes)
+    pool = Mempool(1_000, 8 * size + 100)
+    for event in events[:4]:
+        pool.add(event, 0, MemberId(bytes(32)))
+    with pytest.raises(Rejected, match="overloaded"):
+        pool.add(events[4], 0, MemberId(bytes(32)))
+    assert pool.add(events[4], 0, MemberId(b"2" * 32))
+    for event in events[:5]:
+        pool.remove(event.leaf_hash)
+    assert (len(pool), pool.held_bytes, list(pool.candidates())) == (0, 0, [])
+
+
+def test_candidates_come_from_each_sender_in_turn_urgent_ones_first() -> None:
+    memory = MemoryLedger()
+    sources = checked_sources(memory, 5)
+    urgent = memory.revocation("data-source-1", sources[0].id)
+    flooder, other = MemberId(bytes(32)), MemberId(b"2" * 32)
+    pool = Mempool(100, 1 << 20)
+    for event in sources[:3]:
+        pool.add(event, 0, flooder)
+    for event in (sources[3], urgent):
+        pool.add(event, 0, other)
+    pool.add(sources[4], 0)
+    expected = [sources[0], urgent, sources[4], sources[1], sources[3], sources[2]]
+    assert [event.leaf_hash for event in pool.candidates()] == [event.leaf_hash for event in expected]
+
+
+def test_events_that_wait_for_others_hide_no_later_one_from_being_settled() -> None:
+    events = checked_sources(MemoryLedger(), 6)
+    pool = Mempool(100, 1 << 20)
+    for event in events[:5]:
+        pool.add(event, 0)
+    assert pool.to_settle(1, 100, 2) == events[:2]
+    assert pool.to_settle(1, 100, 2) == events[2:4]
+    pool.add(events[5], 50)
+    assert pool.to_settle(60, 160, 3) == events[4:]
+    assert pool.to_settle(60, 160, 3) == []
+    assert pool.to_settle(101, 200, 9) == events[:4]
+    pool.remove(events[0].leaf_hash)
+    assert pool.to_settle(300, 300, 9) == [*events[4:], *events[1:4]]

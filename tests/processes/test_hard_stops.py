@@ -1,0 +1,125 @@
+"""Node processes stopped the hard way: a signal under load, a kill in mid catch-up, a disk that is full."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from process_fixtures import Processes, processes, source
+
+pytestmark = pytest.mark.processes
+
+NAMES = ("library", "press", "council", "laboratory", "guild")
+DISK_BYTES = 24 << 20
+
+
+def flood(consortium: Processes, owner: str, first: int, count: int) -> list[str]:
+    """Submit sources in batches; the ids that were accepted."""
+    accepted = []
+    for start in range(first, first + count, 50):
+        events = [source(consortium, owner, number) for number in range(start, start + 50)]
+        body = b"".join(len(event).to_bytes(4, "big") + event for event in events)
+        url = consortium.provisioned.members[owner].api_url + "/v1/events/batch"
+        try:
+            answer = consortium.client.post(url, content=body)
+        except httpx.TransportError:
+            break
+        if answer.status_code != 200:
+            break
+        accepted += [one["id"] for one in answer.json()["results"] if one["status"] in ("pending", "final")]
+    return accepted
+
+
+def test_sigterm_under_load_ends_a_node_at_once_and_without_a_traceback(tmp_path: Path) -> None:
+    with processes(tmp_path / "consortium", *NAMES) as consortium:
+        loading = threading.Thread(target=flood, args=(consortium, "library", 0, 600))
+        loading.start()
+        time.sleep(0.5)
+        for name in ("press", "guild", "library"):
+            process = consortium.running.pop(name)
+            start = time.monotonic()
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(timeout=10) == 0, consortium.log(name)
+            assert time.monotonic() - start < 5
+            assert "Traceback" not in consortium.log(name)
+        loading.join()
+        consortium.start("press", "guild", "library")
+        event = consortium.post("library", source(consortium, "library", 10_000)).json()["id"]
+        found = consortium.get("library", f"/v1/events/{event}?wait=30")
+        assert found is not None
+        assert found["status"] == "final", consortium.log("library")
+
+
+def test_kill_in_the_middle_of_catching_up_costs_nothing(tmp_path: Path) -> None:
+    with processes(tmp_path / "consortium", *NAMES[:4]) as consortium:
+        accepted = flood(consortium, "library", 0, 1_500)
+        assert len(accepted) == 1_500
+        Processes.wait_until(lambda: consortium.status("library")["log_size"] == 1_500)
+        seen = []
+        for _ in range(4):
+            consortium.start("guild")
+            seen.append(int(str(consortium.status("guild")["log_size"])))
+            consortium.kill("guild")
+        consortium.start("guild")
+        Processes.wait_until(lambda: consortium.status("guild")["log_size"] == 1_500)
+        assert consortium.status("guild")["log_root"] == consortium.status("library")["log_root"]
+        assert seen == sorted(seen)
+        assert "Traceback" not in consortium.log("guild")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of ``DISK_BYTES``; skipped where mounting one is not permitted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting a tmpfs is not permitted: {mounted.stderr.decode().strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk_stops_a_node_by_name_and_loses_nothing_acknowledged(tmp_path: Path, small_disk: Path) -> None:
+    with processes(tmp_path / "consortium", *NAMES) as consortium:
+        consortium.kill("guild", signal.SIGTERM)
+        home = consortium.provisioned.members["guild"].directory / "data"
+        assert home.is_dir(), list(home.parent.iterdir())
+        moved = small_disk / "data"
+        shutil.move(home, moved)
+        home.symlink_to(moved)
+        consortium.start("guild")
+        first = flood(consortium, "library", 0, 200)
+        Processes.wait_until(lambda: consortium.status("guild")["log_size"] == len(first))
+        filler = small_disk / "filler"
+        with filler.open("wb") as full:
+            try:
+                while True:
+                    full.write(bytes(64 << 10))
+                    full.flush()
+            except OSError:
+                pass
+        second = flood(consortium, "library", 1_000, 1_000)
+        process = consortium.running["guild"]
+        assert process.wait(timeout=30) == 1, consortium.log("guild")
+        consortium.running.pop("guild")
+        log = consortium.log("guild")
+        assert "invariant-broken" in log
+        assert "No space left on device" in log
+        filler.unlink()
+        consortium.start("guild")
+        total = len(first) + len(second)
+        Processes.wait_until(lambda: consortium.status("guild")["log_size"] == total)
+        for event in first[::20] + second[::100]:
+            found = consortium.get("guild", f"/v1/events/{event}")
+            assert found is not None
+            assert found["status"] == "final"
