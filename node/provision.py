@@ -33,6 +33,7 @@ from node.files import replace_private
 from node.keystore import MODERATE_COST, KeyCost, Keystore, Secrets
 
 LOOPBACK = "127.0.0.1"
+FIRST_PORT, END_PORT, PORTS_TRIED = 12_000, 32_000, 10_000
 RANDOM_PASSPHRASE_COST = KeyCost(operations=1, memory_bytes=8_192)
 """A passphrase of 256 random bits cannot be guessed at any cost: deriving a key from it need not be slow."""
 
@@ -123,11 +124,28 @@ def provision(
 
 
 def free_ports(count: int) -> list[int]:
-    """``count`` different TCP ports that nobody listens on at this moment."""
-    sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
+    """``count`` different TCP ports that nobody listens on at this moment.
+
+    Below the range from which the kernel takes the ports of outgoing connections (32768 and up on Linux), or one of
+    those could take the port before its node does.
+
+    Raises:
+        ConfigError: nearly all are taken.
+    """
+    sockets: list[socket.socket] = []
     try:
-        for held in sockets:
-            held.bind((LOOPBACK, 0))
+        for _ in range(PORTS_TRIED):
+            if len(sockets) == count:
+                break
+            held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                held.bind((LOOPBACK, FIRST_PORT + system_random.randbelow(END_PORT - FIRST_PORT)))
+            except OSError:
+                held.close()
+            else:
+                sockets.append(held)
+        if len(sockets) < count:
+            raise ConfigError(f"expected {count} free ports between {FIRST_PORT} and {END_PORT}, found {len(sockets)}")
         return [held.getsockname()[1] for held in sockets]
     finally:
         for held in sockets:

@@ -1,6 +1,5 @@
 """Real nodes' networks on loopback, for the tests of ``node.network``."""
 
-import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from nacl.signing import SigningKey
 
 from consensus.identifiers import MemberId
 from node.network import Network, NetworkLimits, Peer, RequestHandler
+from node.provision import free_ports
 from node.transport import Identity
 
 CHAIN = "c0" * 32
@@ -49,18 +49,6 @@ def make_parties(count: int) -> list[Party]:
         key = bytes(SigningKey(seed).verify_key)
         parties.append(Party(seed, Peer(MemberId(bytes([index]) * 32), key, f"127.0.0.1:{port}")))
     return parties
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def network_of(party: Party, parties: Sequence[Party], *, chain: str = CHAIN, limits: NetworkLimits = FAST) -> Network:

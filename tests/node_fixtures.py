@@ -5,7 +5,6 @@ of them. Processes are for ``tests/processes``; this is for what must be looked 
 """
 
 import hashlib
-import socket
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,18 +20,11 @@ from consensus.membership import Parameters
 from node.clock import SystemClock
 from node.config import Address, ApiSection, CountersignSection, NetworkSection, NodeConfig, NodeSection
 from node.keystore import Secrets
+from node.provision import free_ports
 from node.runner import Identity, Node
 
 YEAR_MS = 365 * 86_400_000
 FAST = Parameters(heartbeat_ms=2_000)
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Consortium:
@@ -47,7 +39,9 @@ class Consortium:
     ) -> None:
         self.folder = folder
         self.genesis, self.secrets = make_genesis(counts, thresholds=thresholds, parameters=parameters)
-        self.ports = {member.name: free_port() for member in self.genesis.members}
+        self.ports = dict(
+            zip((m.name for m in self.genesis.members), free_ports(len(self.genesis.members)), strict=True)
+        )
 
     def node(self, name: str) -> Node:
         """A node over the member's data directory, not yet running."""
