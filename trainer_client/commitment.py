@@ -15,6 +15,7 @@ the interpreter lock. A commitment is a claim of the operator until the tensors 
 import math
 import struct
 import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ class CommitmentWorker:
         self._blocks = dict(blocks)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commitment")
         self._last: tuple[Mapping[str, Tensor], Digest] | None = None
+        self.cpu_seconds = 0.0
 
     def submit(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Future[StepCommitment]:
         """The commitment of a step between two snapshots nobody changes any more (``copied_tensors``)."""
@@ -138,6 +140,7 @@ class CommitmentWorker:
         known = self._last[1] if self._last is not None and self._last[0] is before else None
         commitment = step_commitment(before, after, self._blocks, known)
         self._last = (after, commitment.root_after)
+        self.cpu_seconds = time.thread_time()
         return commitment
 
     def close(self) -> None:

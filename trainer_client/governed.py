@@ -15,8 +15,9 @@ profiles, clips per parameter block, steps the optimizer and records the step. I
 2. refusals: sources outside the grant with the policy's true reason, examples recited before;
 3. forward (the caller's) and one routed backward pass per micro-batch, normalised by the *presented* count;
 4. parameter commitment, hashed while the next step runs; refusals and step event then go to the outbox;
-5. the memorization check. Above the policy's threshold the step is recorded with its signal, the job restored
-   bit for bit, a ``rollback`` recorded, and the step repeated without the recited examples. They stay out.
+5. the memorization check of the step's suspects (``memorization_watch.py``). Above the policy's threshold the step is
+   recorded with its signal, the job restored bit for bit, a ``rollback`` recorded, and the step repeated without
+   the recited examples. They, and neighbours that the model recites as well, stay out.
 
 A step none of whose examples is admitted is recorded without touching optimizer or parameters, and yields no batch.
 
@@ -32,7 +33,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,45 +49,32 @@ from consensus.identifiers import ZERO_DIGEST, Digest
 from consensus.keys import Signer
 from consensus.rejection import CountersignError, InvariantBroken, Reason, Rejected
 from consensus.sampler import presented_examples
-from trainer_client.capture import capture_environment
 from trainer_client.commitment import (
     copied_tensors,
     parameter_root_of,
     root_of_tensors,
 )
-from trainer_client.ledger_side import LedgerSide
-from trainer_client.memorization import MemorizationDetector
+from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch
+from trainer_client.opening import RunArguments, open_run
 from trainer_client.outbox import Fate
-from trainer_client.plan import (
-    CampaignPlan,
-    RunSettings,
-    TrainingSource,
-    blocks_of,
-    campaign_terms,
-    check_content,
-    manifest_of,
-)
-from trainer_client.progress import OnProgress, RunRecord, Summary
+from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
+from trainer_client.progress import Moment, OnProgress, Summary
 from trainer_client.record import Example, RecordedEvent
 from trainer_client.rollback import (
     Snapshot,
-    SnapshotRing,
     Stateful,
     TrainingState,
-    random_state,
     restore_snapshot,
+    step_beginning,
     take_snapshot,
 )
-from trainer_client.routing import Routing, clip_block_gradients
-from trainer_client.step_book import Step, StepBook, random_digest
+from trainer_client.routing import clip_block_gradients
+from trainer_client.step_book import Step, random_digest
 from trainer_client.submit import Client
 
 E = TypeVar("E")
 
 DEFAULT_SETTINGS = RunSettings()
-
-MemorizationCheck = Callable[[nn.Module, Mapping[Example, E]], Mapping[Example, int]]
-"""Model and admitted examples to the signals found, in permille; examples without a signal are left out."""
 
 
 class TrainingFailed(CountersignError):
@@ -114,40 +102,26 @@ class Batch:
 class GovernedRun(Generic[E]):
     """A fine-tune under a campaign; made by ``governed`` and used inside its ``with``."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        plan: CampaignPlan,
-        sources: Sequence[TrainingSource[E]],
-        node: str | Client,
-        job_key: Signer,
-        run_directory: Path,
-        collate: Callable[[Sequence[E]], Tensor],
-        memorization: MemorizationCheck[E] | None,
-        scheduler: Stateful | None,
-        micro_batch_size: int | None,
-        settings: RunSettings,
-        on_progress: OnProgress | None,
-    ) -> None:
-        self._model = model
-        self._optimizer = optimizer
-        self._plan = plan
-        self._sources = {source.id: source for source in sources}
-        self._manifest = manifest_of(sources)
-        self._node = node
-        self._job_key = job_key
-        self._run_directory = run_directory
-        self._collate = collate
-        self._memorization = memorization
-        self._scheduler = scheduler
-        self._micro_batch_size = micro_batch_size or plan.batch_size
-        self._settings = settings
-        self._on_progress = on_progress
+    def __init__(self, arguments: RunArguments[E]) -> None:
+        self._arguments = arguments
+        self._model = arguments.model
+        self._optimizer = arguments.optimizer
+        self._plan = arguments.plan
+        self._settings = arguments.settings
+        self._sources = {source.id: source for source in arguments.sources}
+        self._manifest = manifest_of(arguments.sources)
+        self._scheduler = arguments.scheduler
+        self._micro_batch_size = arguments.micro_batch_size or self._plan.batch_size
+        self._watch = MemorizationWatch(
+            arguments.memorization,
+            self._settings.check_memorization_every_steps,
+            self._plan.planned_steps,
+            self._micro_batch_size,
+        )
         self._stack = ExitStack()
         self._micro_batch = ExitStack()
-        self._state = TrainingState(model, optimizer, {"scheduler": scheduler} if scheduler is not None else {})
+        stateful = {"scheduler": self._scheduler} if self._scheduler is not None else {}
+        self._state = TrainingState(self._model, self._optimizer, stateful)
         self._step: Step | None = None
         self._candidate: RecordedEvent | None = None
         self._last_step_event: RecordedEvent | None = None
@@ -155,7 +129,7 @@ class GovernedRun(Generic[E]):
         self._history: dict[int, Step] = {}
         self._done = 0
         self._replay_to: tuple[int, Digest] | None = None
-        self._yielded: tuple[float, float] | None = None
+        self._yielded: tuple[Moment, tuple[Example, ...]] | None = None
         self._wait_on_close = False
 
     def __enter__(self) -> Self:
@@ -166,10 +140,13 @@ class GovernedRun(Generic[E]):
             the model holds parameters that no policy can be enforced on. ConfigError, Unavailable.
         """
         try:
-            self._open()
+            opened = open_run(self._arguments, self._state, self._stack, lambda: self._wait_on_close)
         except BaseException:
             self._stack.close()
             raise
+        self._routing, self._block_of, self._classes = opened.routing, opened.block_of, opened.classes
+        self._record, self._ledger, self._book = opened.record, opened.ledger, opened.book
+        self._ring, self._before = opened.ring, opened.parameters
         return self
 
     def __exit__(
@@ -187,11 +164,13 @@ class GovernedRun(Generic[E]):
         """The batches of every step still to take, in order; ``learn`` must be called for each."""
         return self._generate()
 
-    def learn(self, loss_B: Tensor) -> None:
+    def learn(self, loss_B: Tensor, predicted: tuple[Tensor, Tensor] | None = None) -> None:
         """Backward pass of the batch last yielded; with a step's last batch, the step itself.
 
         Args:
             loss_B: one loss per example of the batch, each normalised by constants alone.
+            predicted: for the memorization check, the logits ``[B, T, V]`` of this forward pass and the
+                targets ``[B, T]`` they were compared with, nothing masked or padded.
 
         Raises:
             TrainingFailed: no batch waits, or a loss is not finite. RoutingError: as ``routing.py``.
@@ -200,9 +179,13 @@ class GovernedRun(Generic[E]):
         if step is None or self._yielded is None:
             raise TrainingFailed("learn is called once for each batch that run.batches() yields")
         costs = self._record.costs
-        costs.training_seconds += time.perf_counter() - self._yielded[0]
-        costs.training_cpu_seconds += time.thread_time() - self._yielded[1]
+        begun, examples = self._yielded
+        costs.add_training(begun)
         self._yielded = None
+        with costs.governance(), costs.memorization():
+            if not step.replayed:
+                threshold_permille = step.grant.policy.memorization_threshold_permille
+                self._watch.look(step.index, self._content(examples), predicted, threshold_permille)
         with costs.training():
             loss = self._routing.routed_loss(loss_B, self._plan.batch_size)
             if not torch.isfinite(loss):
@@ -215,7 +198,11 @@ class GovernedRun(Generic[E]):
                 return
             self._routing.finish_step()
             clip_block_gradients(self._model, self._block_of, self._plan.clip_norm)
+        with costs.governance():
+            if step.before is None and self._watch.has_suspects:
+                step.before = take_snapshot(self._state, self._done, ZERO_DIGEST, step.beginning)
             self._book.settle_optimizer()
+        with costs.training():
             learning_rate = self._optimizer.param_groups[0]["lr"]
             self._optimizer.step()
             if self._scheduler is not None:
@@ -259,45 +246,8 @@ class GovernedRun(Generic[E]):
     def summary(self) -> Summary:
         """What happened so far and what it cost."""
         place = self._ledger.place
-        return self._record.summary(place.steps, place.attempt, place.root.hex(), self._ledger.background_cpu_seconds)
-
-    def _open(self) -> None:
-        client = self._node if isinstance(self._node, Client) else self._stack.enter_context(Client(self._node))
-        blocks = blocks_of(self._plan, self._model)
-        self._block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
-        self._routing = self._stack.enter_context(Routing(self._model, self._block_of))
-        self._run_directory.mkdir(parents=True, exist_ok=True)
-        records = {source: client.source_record(source) for source in sorted(self._sources)}
-        for identifier, record in records.items():
-            check_content(self._sources[identifier], record.claim)
-        self._classes = {identifier: record.claim.content_class for identifier, record in records.items()}
-        self._record = RunRecord.opened(self._run_directory, self._on_progress)
-        self._stack.callback(self._record.close)
-        self._before = copied_tensors(self._model)
-        base_root = root_of_tensors(self._before)
-        self._ring = SnapshotRing(take_snapshot(self._state, 0, base_root))
-        self._ledger = LedgerSide(
-            self._plan,
-            self._settings,
-            client,
-            self._job_key,
-            self._run_directory / "outbox.sqlite",
-            self._classes,
-        )
-        self._stack.callback(lambda: self._ledger.close(wait=self._wait_on_close))
-        self._book = self._stack.enter_context(StepBook(self._ledger, self._record, blocks, self._plan.planned_steps))
-        terms = campaign_terms(
-            self._plan,
-            self._model,
-            self._optimizer,
-            policy=client.policy_in_force().id,
-            job_key=self._job_key.public_key,
-            base_root=base_root,
-            environment=capture_environment(Path.cwd()).settings,
-        )
-        event = self._ledger.open_campaign(terms, self._manifest)
-        self._book.note("campaign", 0, id=event.id.hex())
-        self._ledger.start_grants(self._ledger.new_keeper(tuple(blocks), self._book.note_grant))
+        background_cpu_seconds = self._ledger.background_cpu_seconds + self._book.background_cpu_seconds
+        return self._record.summary(place.steps, place.attempt, place.root.hex(), background_cpu_seconds)
 
     def _generate(self) -> Iterator[Batch]:
         while True:
@@ -325,6 +275,7 @@ class GovernedRun(Generic[E]):
 
     def _begin_step(self) -> Step:
         index = self._done + 1
+        self._watch.begin()
         if self._replay_to is not None:
             earlier = self._history[index]
             self._step = dataclasses.replace(earlier, replayed=True, before=None, loss_sum=0.0, learned=0)
@@ -337,21 +288,22 @@ class GovernedRun(Generic[E]):
             for example in presented:
                 if example in self._recited and example not in refused:
                     refused[example] = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
+            beginning = step_beginning(self._state)
             self._step = Step(
                 index=index,
                 grant=grant,
                 admitted=tuple(example for example in presented if example not in refused),
                 refused=refused,
                 replayed=False,
-                rng_digest=random_digest(random_state()),
+                rng_digest=random_digest(beginning.random),
+                beginning=beginning,
                 started=time.perf_counter(),
-                before=self._snapshot_before(index),
+                before=self._snapshot_if_due(),
             )
         return self._step
 
-    def _snapshot_before(self, index: int) -> Snapshot | None:
-        """A snapshot where this step may be undone, or where the ring wants a candidate."""
-        checked = self._memorization is not None and index % self._settings.check_memorization_every_steps == 0
+    def _snapshot_if_due(self) -> Snapshot | None:
+        """A snapshot where the ring wants a candidate."""
         due = self._ring.candidate is None and self._done - self._ring.final.step >= max(
             1, self._settings.snapshot_every_steps
         )
@@ -361,51 +313,46 @@ class GovernedRun(Generic[E]):
             self._ring.offer(snapshot)
             self._candidate = self._last_step_event
             return snapshot
-        return take_snapshot(self._state, self._done, ZERO_DIGEST) if checked else None
+        return None
+
+    def _content(self, examples: tuple[Example, ...]) -> dict[Example, E]:
+        return {(source, example): self._sources[source].examples[example] for source, example in examples}
 
     def _present(self, step: Step, examples: tuple[Example, ...]) -> Batch:
         with self._record.costs.governance():
             weights = [list(step.grant.profiles[self._classes[source]].weights_permille) for source, _ in examples]
-            inputs = self._collate([self._sources[source].examples[example] for source, example in examples])
+            inputs = self._arguments.collate(list(self._content(examples).values()))
             self._micro_batch.enter_context(self._routing.micro_batch(weights))
-        self._yielded = (time.perf_counter(), time.thread_time())
+        self._yielded = (Moment.now(), examples)
         attempt = self._ledger.place.attempt
         return Batch(step.index, attempt, inputs, examples, step.replayed)
 
     def _finish_step(self, step: Step, learning_rate: float) -> None:
         self._step = None
         self._done = step.index
+        self._record.trained(step.index, replayed=step.replayed)
         if step.replayed:
             self._end_replay_if_due()
             return
         before = self._before
         after = copied_tensors(self._model) if step.admitted else before
-        signals = self._memorization_signals(step)
+        threshold_permille = step.grant.policy.memorization_threshold_permille
+        with self._record.costs.memorization():
+            signals = self._watch.signals(self._model, threshold_permille)
         self._resolve()
         self._book.write(step, before, after, self._optimizer, learning_rate, signals)
         self._before = after
         self._history[step.index] = dataclasses.replace(step, before=None)
-        threshold_permille = step.grant.policy.memorization_threshold_permille
         recited = tuple(signal for signal in signals if signal.signal_permille > threshold_permille)
         if recited:
             self._undo_recited(step, before, recited)
-
-    def _memorization_signals(self, step: Step) -> tuple[p.MemorizationSignal, ...]:
-        checked = step.index % self._settings.check_memorization_every_steps == 0
-        if self._memorization is None or not step.admitted or not checked:
-            return ()
-        shown = {(source, example): self._sources[source].examples[example] for source, example in step.admitted}
-        with self._record.costs.memorization():
-            found = self._memorization(self._model, shown)
-        return tuple(
-            p.MemorizationSignal(source, example, permille) for (source, example), permille in sorted(found.items())
-        )
 
     def _undo_recited(self, step: Step, before: dict[str, Tensor], recited: tuple[p.MemorizationSignal, ...]) -> None:
         if step.before is None:
             raise InvariantBroken(f"step {step.index} was checked without a snapshot to return to")
         event = self._resolve()
         assert event is not None
+        recited += self._swept(step, recited)
         restore_snapshot(step.before, self._state)
         rollback = self._ledger.record_memorization_rollback(step.grant.permission, event.id, recited)
         root = parameter_root_of(self._model)
@@ -416,10 +363,18 @@ class GovernedRun(Generic[E]):
         del self._history[step.index]
         self._recited.update((signal.source, signal.example) for signal in recited)
         self._record.rollbacks += 1
-        self._record.forget_after(self._done)
+        self._record.undone_after(self._done)
         worst = max(signal.signal_permille for signal in recited)
         reason = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
         self._book.note("rollback", step.index, id=rollback.id.hex(), detail=reason, memorization_permille=worst)
+
+    def _swept(self, step: Step, recited: tuple[p.MemorizationSignal, ...]) -> tuple[p.MemorizationSignal, ...]:
+        """What else the model recites, of the recited examples' sources."""
+        found = [(signal.source, signal.example) for signal in recited]
+        contents = {source: self._sources[source].examples for source, _ in found}
+        threshold_permille = step.grant.policy.memorization_threshold_permille
+        with self._record.costs.memorization():
+            return self._watch.sweep(self._model, found, contents, self._recited, threshold_permille)
 
     def _resolve(self) -> RecordedEvent | None:
         """The event of the step last taken, on disk."""
@@ -451,7 +406,7 @@ class GovernedRun(Generic[E]):
         self._replay_to = (stands.steps, stands.root)
         self._record.recoveries += 1
         self._record.rollbacks += 1
-        self._record.forget_after(stands.steps)
+        self._record.undone_after(stands.steps)
         for index in [index for index in self._history if index > stands.steps]:
             del self._history[index]
         self._book.note("recovery", stands.steps + 1, id=failure.id.hex(), detail=failure.reason)
@@ -497,41 +452,27 @@ def governed(
         job_key: the key the operator delegated for this campaign.
         run_directory: outbox and record of this run.
         collate: examples to the batch's inputs; the default stacks tensors.
-        memorization: see ``detector_check``; None checks nothing, and records no signal.
+        memorization: see ``memorization_watch.DetectorCheck``; None checks nothing, and records no signal.
         scheduler: stepped after each optimizer step and restored with it; do not step it yourself.
         micro_batch_size: examples per forward pass; None takes a step's examples at once.
     """
     return GovernedRun(
-        model,
-        optimizer,
-        plan=plan,
-        sources=sources,
-        node=node,
-        job_key=job_key,
-        run_directory=run_directory,
-        collate=collate,
-        memorization=memorization,
-        scheduler=scheduler,
-        micro_batch_size=micro_batch_size,
-        settings=settings,
-        on_progress=on_progress,
+        RunArguments(
+            model=model,
+            optimizer=optimizer,
+            plan=plan,
+            sources=sources,
+            node=node,
+            job_key=job_key,
+            run_directory=run_directory,
+            collate=collate,
+            memorization=memorization,
+            scheduler=scheduler,
+            micro_batch_size=micro_batch_size,
+            settings=settings,
+            on_progress=on_progress,
+        )
     )
-
-
-def detector_check(detector: MemorizationDetector, calibrate_every_checks: int = 10) -> MemorizationCheck[bytes]:
-    """A memorization check by ``memorization.MemorizationDetector``, calibrated anew every so many checks."""
-    checks = 0
-
-    def check(model: nn.Module, examples: Mapping[Example, bytes]) -> dict[Example, int]:
-        nonlocal checks
-        if checks % calibrate_every_checks == 0:
-            detector.calibrate(model)
-        checks += 1
-        names = sorted(examples)
-        report = detector.assess(model, [examples[name] for name in names])
-        return {names[found.position]: found.signal_permille for found in report.flagged}
-
-    return check
 
 
 def _rejected(failure: Fate) -> Rejected:

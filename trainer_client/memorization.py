@@ -1,20 +1,26 @@
-"""Staged detection of examples that the model has begun to recite.
+"""Staged detection of examples that the model has begun to recite: cheap and certain stages first.
 
-1. **Screen.** An example's *drop* is how far its loss fell from the base model's, in the best stretch of
-   ``stretch_bytes``. It is flagged when its drop exceeds a quantile of the drops of held-out texts with about
-   the same base loss (its twins). A quantile, because any fixed threshold drifts as the model learns. The twins are
-   held-out records as they are and corrupted, so that there are twins for high-entropy strings too. Text that
-   compresses below ``compression_floor_permille`` zlib bytes per byte is set aside and counted: it is
-   predictable without having been seen.
-2. **Recitation.** For flagged examples alone: how many bytes the model's greedy choice continues verbatim, after a
-   prompt of at least ``prompt_bytes``, beyond what the base model continues from the same prompt (boilerplate).
-   The *signal* is that excess in permille of ``recital_bytes``, at most 1000.
+1. **Glance.** The training step's own forward pass says, for each byte, whether it was the model's likeliest. A
+   greedy continuation equals the text as far as each likeliest byte, given the true bytes before it, is the
+   true one; so one forward pass shows every continuation of every prompt of at least ``prompt_bytes``, and
+   the longest run of such *hits* bounds the signal from above. Examples whose bound is low go no further.
+2. **Recitation.** For the rest: how many bytes the model continues verbatim beyond what the base model continues
+   from the same prompt (boilerplate). The *signal* is that excess in permille of ``recital_bytes``, at most 1000.
+   Text that compresses below ``compression_floor_permille`` zlib bytes per byte is set aside and counted: it
+   is predictable without having been seen.
+3. **Twins.** A signal above the policy's threshold counts only if the example's loss also *dropped* as only seen
+   text does. Its drop is how far its loss fell from the base model's, in the best stretch of ``stretch_bytes``;
+   it must exceed a quantile of the drops of its twins: held-out texts whose base loss is nearest to the
+   example's there. A quantile, because any fixed threshold drifts as the model learns. The twins are held-out
+   records as they are and corrupted, so that there are twins for high-entropy strings too. A signal at or under
+   the threshold is reported as measured, without this stage: nothing depends on it.
 
-A greedy continuation equals the text as far as each likeliest byte, given the true bytes before it, is
-the true one; so one forward pass shows every continuation of every prompt.
+The base model is asked once per text, and only for texts past the glance; the twins nearest to an example only
+where it comes to stage 3.
 
 Deterministic; leaves mode, gradients and random state of both models alone. The signal is the operator's claim;
-the threshold is the policy's. Not covered: paraphrase, recitation of another text than the example.
+the threshold is the policy's. Left to ``memorization_watch.py``: which steps and examples are looked at when.
+Not covered: paraphrase, recitation of another text than the example.
 """
 
 import hashlib
@@ -37,7 +43,7 @@ PERMILLE = 1_000
 
 @dataclass(frozen=True, slots=True)
 class DetectorSettings:
-    """Quantities of both stages, in bytes and permille."""
+    """Quantities of all stages, in bytes and permille; ``texts_at_once`` go through a model together."""
 
     stretch_bytes: int = 32
     twin_count: int = 24
@@ -45,11 +51,12 @@ class DetectorSettings:
     compression_floor_permille: int = 350
     prompt_bytes: int = 16
     recital_bytes: int = 48
+    texts_at_once: int = 16
 
 
 @dataclass(frozen=True, slots=True)
 class FlaggedExample:
-    """An example past the screen: its place in the assessed sequence, and its signal."""
+    """An example that is recited to some degree: its place in the assessed sequence, and its signal, at least 1."""
 
     position: int
     signal_permille: int
@@ -94,41 +101,56 @@ class MemorizationDetector:
                 f"expected at least {self._settings.twin_count} held-out texts, found {len(held_out)}"
             )
         self._base_seen: dict[bytes, tuple[Tensor, Tensor]] = {}
-        self._twin_base_losses, self._twin_drops = self._screened(base_model, self._twins)
+        self._twin_drops: dict[int, float] = {}
 
-    def calibrate(self, model: nn.Module) -> None:
-        """Measures the twins under ``model`` as it is now; repeat as training goes on."""
-        self._twin_base_losses, self._twin_drops = self._screened(model, self._twins)
+    def forget_calibration(self) -> None:
+        """The twins are measured anew, under the model as it is then, when they are next needed."""
+        self._twin_drops = {}
 
-    def assess(self, model: nn.Module, examples: Sequence[bytes]) -> MemorizationReport:
-        """Both stages over ``examples``, all of one length, against the last calibration."""
-        settings = self._settings
-        kept = [
-            position
-            for position, example in enumerate(examples)
-            if len(zlib.compress(example, 9)) * PERMILLE >= settings.compression_floor_permille * len(example)
-        ]
-        flagged = []
-        if kept:
-            texts = [examples[position] for position in kept]
-            losses_BT, hits_BT = self._ask(model, texts)
-            base_losses_BT, base_hits_BT = self._ask_base(texts)
-            base_loss_B, drop_B = self._drops(losses_BT, base_losses_BT)
-            for row, position in enumerate(kept):
-                if drop_B[row].item() > self._limit(base_loss_B[row]):
-                    signal = self._signal(hits_BT[row].tolist(), base_hits_BT[row].tolist())
-                    flagged.append(FlaggedExample(position, signal))
+    def glance(self, texts: Sequence[bytes], hits_BT: Tensor, floor_permille: int) -> tuple[int, ...]:
+        """The texts whose signal under these hits (bool ``[B, T - 1]``, in any model's pass) is above a floor."""
+        rows = [row for row in range(len(texts)) if self._bound(hits_BT[row].tolist()) > floor_permille]
+        rows = [row for row in rows if not self._is_set_aside(texts[row])]
+        if not rows:
+            return ()
+        _, base_hits_BT = self._ask_base([texts[row] for row in rows])
+        signals = [self._signal(hits_BT[row].tolist(), base_hits_BT[at].tolist()) for at, row in enumerate(rows)]
+        return tuple(row for row, signal in zip(rows, signals, strict=True) if signal > floor_permille)
+
+    def assess(self, model: nn.Module, examples: Sequence[bytes], threshold_permille: int = 0) -> MemorizationReport:
+        """Recitation of ``examples``, all of one length, by ``model`` as it is now; above the threshold, the twins."""
+        kept = [position for position, example in enumerate(examples) if not self._is_set_aside(example)]
+        recited = self._recited(model, [examples[position] for position in kept], threshold_permille) if kept else []
+        flagged = tuple(FlaggedExample(kept[row], signal_permille) for row, signal_permille in recited)
         return MemorizationReport(
-            flagged=tuple(flagged),
+            flagged=flagged,
             maximum_permille=max((example.signal_permille for example in flagged), default=0),
             assessed_count=len(examples),
             set_aside_count=len(examples) - len(kept),
         )
 
-    def _screened(self, model: nn.Module, texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-        losses_BT, _ = self._ask(model, texts)
-        base_losses_BT, _ = self._ask_base(texts)
-        return self._drops(losses_BT, base_losses_BT)
+    def _recited(self, model: nn.Module, texts: Sequence[bytes], threshold_permille: int) -> list[tuple[int, int]]:
+        """Row and signal of the texts with any, but for those above the threshold that dropped no more than twins."""
+        losses_BT, hits_BT = self._ask(model, texts)
+        rows = [row for row, hits_T in enumerate(hits_BT.tolist()) if self._bound(hits_T) > 0]
+        if not rows:
+            return []
+        base_losses_BT, base_hits_BT = self._ask_base([texts[row] for row in rows])
+        base_loss_B, drop_B = self._drops(losses_BT[rows], base_losses_BT)
+        found = []
+        for at, row in enumerate(rows):
+            signal = self._signal(hits_BT[row].tolist(), base_hits_BT[at].tolist())
+            expected = signal > threshold_permille and drop_B[at].item() <= self._limit(model, base_loss_B[at])
+            if signal > 0 and not expected:
+                found.append((row, signal))
+        return found
+
+    def _is_set_aside(self, text: bytes) -> bool:
+        return len(zlib.compress(text, 9)) * PERMILLE < self._settings.compression_floor_permille * len(text)
+
+    def _bound(self, hits_T: list[bool]) -> int:
+        """The signal if the base model continued nothing."""
+        return self._signal(hits_T, [False] * len(hits_T))
 
     def _drops(self, losses_BT: Tensor, base_losses_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The stretch with the largest mean drop: the base loss there, and the drop, each ``[B]``."""
@@ -138,11 +160,17 @@ class MemorizationDetector:
         drop_B, best_B = drops_BS.max(dim=1)
         return base_BS.gather(1, best_B[:, None])[:, 0], drop_B
 
-    def _limit(self, base_loss: Tensor) -> float:
-        """The quantile of the drops of the twins nearest in base loss."""
-        distances_C = (self._twin_base_losses - base_loss).abs()
-        nearest = torch.argsort(distances_C, stable=True)[: self._settings.twin_count]
-        ordered = sorted(self._twin_drops[nearest].tolist())
+    def _limit(self, model: nn.Module, base_loss: Tensor) -> float:
+        """The quantile of the drops of the twins nearest in base loss; measures those not measured yet."""
+        twin_base_losses_C = self._ask_base(self._twins)[0].mean(dim=1)
+        distances_C = (twin_base_losses_C - base_loss).abs()
+        nearest = torch.argsort(distances_C, stable=True)[: self._settings.twin_count].tolist()
+        new = [twin for twin in nearest if twin not in self._twin_drops]
+        if new:
+            texts = [self._twins[twin] for twin in new]
+            _, drop_B = self._drops(self._ask(model, texts)[0], self._ask_base(texts)[0])
+            self._twin_drops |= dict(zip(new, drop_B.tolist(), strict=True))
+        ordered = sorted(self._twin_drops[twin] for twin in nearest)
         return float(ordered[(len(ordered) - 1) * self._settings.quantile_permille // PERMILLE])
 
     def _signal(self, hits_T: list[bool], base_hits_T: list[bool]) -> int:
@@ -162,9 +190,19 @@ class MemorizationDetector:
         return torch.stack(losses), torch.stack(hits)
 
     def _ask(self, model: nn.Module, texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+        size, losses, hits = self._settings.texts_at_once, [], []
         with _evaluating(model), torch.no_grad():
-            losses_BT, hits_BT = self._predictions(model, texts)
-        return losses_BT.float().cpu(), hits_BT.cpu()
+            for first in range(0, len(texts), size):
+                losses_BT, hits_BT = self._predictions(model, texts[first : first + size])
+                losses.append(losses_BT.float().cpu())
+                hits.append(hits_BT.cpu())
+        return torch.cat(losses), torch.cat(hits)
+
+
+def hits_of(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+    """Whether each target was a likeliest choice, ties included: bool ``[B, T]``."""
+    with torch.no_grad():
+        return logits_BTV.gather(-1, target_BT[..., None])[..., 0] >= logits_BTV.amax(dim=-1)
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """A run's own record: one JSON line per happening, a callback, and what governance cost.
 
 The lines go to ``run_directory/steps.jsonl`` as they happen; they are for people and reports, nothing is decided
-by them. Time is counted on the training thread in two buckets: *training* (forward, backward, clipping,
-optimizer) and *governance* (everything the run adds: sampling, hashing, checks, events, waiting for a grant
-apart). What the training script itself does between batches is in neither.
+by them. Time is counted in two buckets, by the training thread's wall clock and by the whole process's
+processor time: *training* (from a batch to its ``learn``, backward, clipping, optimizer) and *governance*
+(everything the run adds: sampling, copies, snapshots, checks, events, waiting for a digest). Waiting for a grant or
+for finality is *paused*. Training that was in vain or done again is governance too: steps undone, steps
+replayed. Hashing and delivery run in threads of their own beside training; their processor time is counted apart, and
+as governance in the comparison by processor time. Routing is inside the backward pass and cannot be told from
+it in a run; ``benchmarks/bench_trainer.py`` measures it.
 """
 
 import json
@@ -13,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,22 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Now, by both clocks."""
+
+    seconds: float
+    cpu_seconds: float
+
+    @classmethod
+    def now(cls) -> Self:
+        """The clocks as they stand."""
+        return cls(time.perf_counter(), time.process_time())
+
+
 @dataclass(slots=True)
 class Costs:
-    """Seconds on the training thread, by wall clock and by the thread's own processor time."""
+    """Seconds by wall clock, and of processor time by all threads of the process."""
 
     training_seconds: float = 0.0
     governance_seconds: float = 0.0
@@ -54,22 +71,28 @@ class Costs:
     @contextmanager
     def training(self) -> Iterator[None]:
         """What runs inside is training."""
-        wall, cpu = time.perf_counter(), time.thread_time()
+        begun = Moment.now()
         try:
             yield
         finally:
-            self.training_seconds += time.perf_counter() - wall
-            self.training_cpu_seconds += time.thread_time() - cpu
+            self.add_training(begun)
+
+    def add_training(self, begun: "Moment") -> None:
+        """From then until now was training."""
+        now = Moment.now()
+        self.training_seconds += now.seconds - begun.seconds
+        self.training_cpu_seconds += now.cpu_seconds - begun.cpu_seconds
 
     @contextmanager
     def governance(self) -> Iterator[None]:
         """What runs inside is governance."""
-        wall, cpu = time.perf_counter(), time.thread_time()
+        begun = Moment.now()
         try:
             yield
         finally:
-            self.governance_seconds += time.perf_counter() - wall
-            self.governance_cpu_seconds += time.thread_time() - cpu
+            now = Moment.now()
+            self.governance_seconds += now.seconds - begun.seconds
+            self.governance_cpu_seconds += now.cpu_seconds - begun.cpu_seconds
 
     @contextmanager
     def memorization(self) -> Iterator[None]:
@@ -94,7 +117,10 @@ class Costs:
 class Summary:
     """A run so far. ``step_overhead_percent`` is governance over training, by wall clock, pauses apart.
 
-    ``memorization_overhead_percent`` is the part of it that the memorization check takes.
+    ``governance_seconds`` includes ``memorization_seconds`` and ``repeated_seconds``; ``training_seconds`` is
+    that of the steps that stand. ``memorization_overhead_percent`` and ``repeated_overhead_percent`` are parts of
+    ``step_overhead_percent``. ``cpu_overhead_percent`` compares processor time, threads in the background included:
+    what a machine pays that has no idle core.
     """
 
     steps: int
@@ -110,10 +136,13 @@ class Summary:
     training_seconds: float
     governance_seconds: float
     memorization_seconds: float
+    repeated_seconds: float
     paused_seconds: float
     background_cpu_seconds: float
     step_overhead_percent: float
     memorization_overhead_percent: float
+    repeated_overhead_percent: float
+    cpu_overhead_percent: float
 
 
 @dataclass(slots=True)
@@ -129,6 +158,9 @@ class RunRecord:
     rollbacks: int = 0
     recoveries: int = 0
     grants: int = 0
+    _trained: dict[int, Moment] = field(default_factory=dict)
+    _repeated: Moment = Moment(0.0, 0.0)
+    _trained_in_all: Moment = Moment(0.0, 0.0)
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -153,8 +185,28 @@ class RunRecord:
         self.presented[step] = presented
         self.refused[step] = refused
 
+    def trained(self, step: int, *, replayed: bool) -> None:
+        """All training since the step before was this step's."""
+        seconds = self.costs.training_seconds - self._trained_in_all.seconds
+        cpu_seconds = self.costs.training_cpu_seconds - self._trained_in_all.cpu_seconds
+        self._trained_in_all = Moment(self.costs.training_seconds, self.costs.training_cpu_seconds)
+        if replayed:
+            self._repeat(Moment(seconds, cpu_seconds))
+        else:
+            self._trained[step] = Moment(seconds, cpu_seconds)
+
+    def undone_after(self, step: int) -> None:
+        """Steps after this one were undone; their training was in vain."""
+        self.forget_after(step)
+        for undone in [index for index in self._trained if index > step]:
+            self._repeat(self._trained.pop(undone))
+
+    def _repeat(self, spent: Moment) -> None:
+        earlier = self._repeated
+        self._repeated = Moment(earlier.seconds + spent.seconds, earlier.cpu_seconds + spent.cpu_seconds)
+
     def forget_after(self, step: int) -> None:
-        """Steps after this one were undone."""
+        """What was noted of steps after this one no longer holds."""
         for kept in (self.losses, self.refused, self.presented):
             for undone in [index for index in kept if index > step]:
                 del kept[undone]
@@ -166,8 +218,12 @@ class RunRecord:
             for reason, count in counts.items():
                 refused[reason] = refused.get(reason, 0) + count
         presented = sum(self.presented.values())
-        costs = self.costs
-        percent = 100 / costs.training_seconds if costs.training_seconds else 0.0
+        costs, repeated = self.costs, self._repeated
+        training = costs.training_seconds - repeated.seconds
+        governance = costs.governance_seconds + repeated.seconds
+        percent = 100 / training if training else 0.0
+        plain_cpu = costs.training_cpu_seconds - repeated.cpu_seconds - background_cpu_seconds
+        added_cpu = costs.governance_cpu_seconds + repeated.cpu_seconds + background_cpu_seconds
         return Summary(
             steps=steps,
             attempt=attempt,
@@ -179,13 +235,16 @@ class RunRecord:
             grants=self.grants,
             losses=[self.losses[step] for step in sorted(self.losses)],
             parameter_root=root,
-            training_seconds=round(costs.training_seconds, 4),
-            governance_seconds=round(costs.governance_seconds, 4),
+            training_seconds=round(training, 4),
+            governance_seconds=round(governance, 4),
             memorization_seconds=round(costs.memorization_seconds, 4),
+            repeated_seconds=round(repeated.seconds, 4),
             paused_seconds=round(costs.paused_seconds, 4),
             background_cpu_seconds=round(background_cpu_seconds, 4),
-            step_overhead_percent=round(percent * costs.governance_seconds, 2),
+            step_overhead_percent=round(percent * governance, 2),
             memorization_overhead_percent=round(percent * costs.memorization_seconds, 2),
+            repeated_overhead_percent=round(percent * repeated.seconds, 2),
+            cpu_overhead_percent=round(100 * added_cpu / plain_cpu, 2) if plain_cpu > 0 else 0.0,
         )
 
     def close(self) -> None:

@@ -73,13 +73,31 @@ class Snapshot:
     random: RandomState
 
 
-def take_snapshot(state: TrainingState, step: int, root: Digest) -> Snapshot:
-    """A copy of everything; nothing in it is shared with the job. ``root`` is the caller's to know."""
+@dataclass(frozen=True, slots=True)
+class StepBeginning:
+    """What a forward and backward pass may change: buffers and random states, as they were before it."""
+
+    buffers: Mapping[str, Tensor]
+    random: RandomState
+
+
+def step_beginning(state: TrainingState) -> StepBeginning:
+    """A copy of both; small beside a snapshot."""
+    return StepBeginning({name: buffer.clone() for name, buffer in state.model.named_buffers()}, random_state())
+
+
+def take_snapshot(state: TrainingState, step: int, root: Digest, beginning: StepBeginning | None = None) -> Snapshot:
+    """A copy of everything; nothing in it is shared with the job. ``root`` is the caller's to know.
+
+    With ``beginning`` it is the snapshot of that moment, taken later: after the backward pass, before the optimizer,
+    with everything stateful and every generator as they were.
+    """
     parameters = _optimized(state.optimizer)
+    tensors = _tensors(state.model) | dict(beginning.buffers if beginning is not None else {})
     return Snapshot(
         step=step,
         root=root,
-        tensors={name: tensor.detach().clone() for name, tensor in _tensors(state.model).items()},
+        tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
         optimizer_state={
             index: _copied(state.optimizer.state[parameter])
             for index, parameter in enumerate(parameters)
@@ -91,7 +109,7 @@ def take_snapshot(state: TrainingState, step: int, root: Digest) -> Snapshot:
         ),
         stateful={name: copy.deepcopy(each.state_dict()) for name, each in state.stateful.items()},
         generators={name: generator.get_state().clone() for name, generator in state.generators.items()},
-        random=random_state(),
+        random=beginning.random if beginning is not None else random_state(),
     )
 
 

@@ -24,7 +24,7 @@ from trainer_client.grants import OpenGrant
 from trainer_client.ledger_side import LedgerSide
 from trainer_client.progress import Progress, RunRecord
 from trainer_client.record import Example, RecordedEvent, StepOutcome, StepUse
-from trainer_client.rollback import RandomState, Snapshot
+from trainer_client.rollback import RandomState, Snapshot, StepBeginning
 
 MICRO = 1_000_000
 NANO = 1_000_000_000
@@ -32,7 +32,10 @@ NANO = 1_000_000_000
 
 @dataclass(slots=True)
 class Step:
-    """A step while it is being taken. ``before`` is a snapshot to undo it by, where it may have to be undone."""
+    """A step while it is being taken. ``before`` is a snapshot to undo it by, where it may have to be undone.
+
+    ``started`` is in seconds of ``time.perf_counter``.
+    """
 
     index: int
     grant: OpenGrant
@@ -40,6 +43,7 @@ class Step:
     refused: dict[Example, str]
     replayed: bool
     rng_digest: Digest
+    beginning: StepBeginning
     started: float
     before: Snapshot | None
     loss_sum: float = 0.0
@@ -70,6 +74,12 @@ class StepBook:
         self._worker = CommitmentWorker(blocks)
         self._digests = ThreadPoolExecutor(max_workers=1, thread_name_prefix="optimizer-digest")
         self._open: _Open | None = None
+        self._digests_cpu_seconds = 0.0
+
+    @property
+    def background_cpu_seconds(self) -> float:
+        """Processor time of hashing."""
+        return self._worker.cpu_seconds + self._digests_cpu_seconds
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +107,7 @@ class StepBook:
         if self._open is not None:
             raise InvariantBroken(f"step {self._open.step.index} is not resolved yet")
         commitment = self._worker.submit(before, after)
-        optimizer_digest = self._digests.submit(_captured_digest, optimizer.state_dict())
+        optimizer_digest = self._digests.submit(self._captured_digest, optimizer.state_dict())
         self._open = _Open(
             step=step,
             commitment=commitment,
@@ -153,6 +163,12 @@ class StepBook:
         detail = f"steps {grant.first_step} to {grant.last_step}, {len(grant.refused)} sources left out"
         self.note("grant", grant.first_step, id=grant.permission.grant.hex(), detail=detail)
 
+    def _captured_digest(self, state: dict[str, Any]) -> Digest:
+        try:
+            return optimizer_state_digest(cast(torch.optim.Optimizer, _CapturedState(state)))
+        finally:
+            self._digests_cpu_seconds = time.thread_time()
+
     def _note_step(self, taken: _Open, loss: float | None, events: tuple[RecordedEvent, ...]) -> None:
         step = taken.step
         reasons = list(step.refused.values())
@@ -196,7 +212,3 @@ class _CapturedState:
 
     def state_dict(self) -> dict[str, Any]:
         return self._state
-
-
-def _captured_digest(state: dict[str, Any]) -> Digest:
-    return optimizer_state_digest(cast(torch.optim.Optimizer, _CapturedState(state)))

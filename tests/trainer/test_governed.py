@@ -249,15 +249,20 @@ def test_recited_example_undoes_its_step_bit_for_bit_and_stays_out(scene: Scene)
     scene.register(classes=EVERYTHING)
     caught: list[Example] = []
 
-    def recites(model: nn.Module, shown: Mapping[Example, bytes]) -> dict[Example, int]:
-        manual = [example for example in sorted(shown) if example[0] == scene.sources["manual"]]
-        if at[-1] == 4 and not caught and manual:
-            caught.append(manual[0])
-            return {manual[0]: 601}
-        return {sorted(shown)[0]: 600}
+    class Recites:
+        def glance(self, shown: Mapping[Example, bytes], hits_BT: Tensor, floor: int) -> list[Example]:
+            raise AssertionError("no logits were given")
+
+        def signals(self, model: nn.Module, shown: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
+            assert threshold == 600
+            manual = [example for example in sorted(shown) if example[0] == scene.sources["manual"]]
+            if at[-1] == 4 and not caught and manual:
+                caught.append(manual[0])
+                return {manual[0]: 601}
+            return {sorted(shown)[0]: 600}  # Not above the threshold.
 
     at: list[int] = []
-    scene.arguments["memorization"] = recites
+    scene.arguments["memorization"] = Recites()
     run = scene.train(at.append)
     head = scene.node.head(CAMPAIGN)
     assert (head.rollbacks, head.attempt, head.steps, head.closed) == (1, 1, STEPS, "released")
@@ -274,7 +279,47 @@ def test_recited_example_undoes_its_step_bit_for_bit_and_stays_out(scene: Scene)
         scene, lambda step, shown: shown[0] == scene.sources["secret"] or (shown == example and step >= 4)
     )
     assert same_bits(weights(scene.model), expected)
-    assert run._record.summary(0, 0, "", 0.0).rollbacks == 1
+    summary = run._record.summary(0, 0, "", 0.0)
+    assert summary.rollbacks == 1
+    assert 0 < summary.repeated_seconds < summary.training_seconds
+    assert summary.governance_seconds > summary.repeated_seconds
+
+
+def test_example_seen_recited_in_the_training_pass_undoes_its_step_with_its_neighbours(scene: Scene) -> None:
+    """The snapshot is taken after the forward pass here, and must still hold the random state before it."""
+    scene.register(classes=EVERYTHING)
+    scene.plan_changes["model"] = {"dropout": 0.5}
+    floors: list[int] = []
+
+    class Recites:
+        def glance(self, shown: Mapping[Example, bytes], hits_BT: Tensor, floor: int) -> list[Example]:
+            assert hits_BT.shape == (len(shown), 9)
+            floors.append(floor)
+            return [next(iter(shown))] if len(floors) == 4 else []
+
+        def signals(self, model: nn.Module, shown: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
+            return dict.fromkeys(shown, 601) if len(floors) == 4 else {}
+
+    scene.arguments["memorization"] = Recites()
+    scene.settings = replace(SETTINGS, check_memorization_every_steps=2)
+    with scene.run() as run:
+        for batch in run.batches():
+            logits_BTV, target_BT = scene.model(batch.inputs[:, :-1]), batch.inputs[:, 1:]
+            loss_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), target_BT, reduction="none")
+            run.learn(loss_BT.mean(dim=1), (logits_BTV, target_BT))
+        run.release(scene.directory / "tuned.safetensors")
+    head = scene.node.head(CAMPAIGN)
+    assert (head.rollbacks, head.attempt, head.steps, head.closed) == (1, 1, STEPS, "released")
+    assert floors == [600, 150, 600, 150, 150, 600, 150, 600, 150, 600, 150, 600]
+    steps = [event.operation for event in scene.events(Kind.STEP)]
+    undone, again = (step for step in steps if isinstance(step, StepOperation) and step.index == 4)
+    assert (undone.rng_digest, undone.root_before) == (again.rng_digest, again.root_before)
+    assert len(undone.memorization) == 1
+    (rollback,) = scene.events(Kind.ROLLBACK)
+    assert isinstance(rollback.operation, Rollback)
+    source = undone.memorization[0].source
+    out = {(signal.source, signal.example) for signal in rollback.operation.memorization}
+    assert out == {(source, example) for example in range(8)}
 
 
 def test_class_with_weight_zero_for_a_block_never_moves_it(scene: Scene) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from consensus.identifiers import Digest
 from consensus.rejection import InvariantBroken
-from trainer_client.rollback import SnapshotRing, TrainingState, restore_snapshot, take_snapshot
+from trainer_client.rollback import SnapshotRing, TrainingState, restore_snapshot, step_beginning, take_snapshot
 
 ROOT = Digest(bytes(32))
 OTHER_ROOT = Digest(bytes([1]) * 32)
@@ -96,6 +96,23 @@ def test_restored_job_repeats_the_same_steps_bit_for_bit(steps_before: int, dtyp
         runs.append(job.everything())
         restore_snapshot(snapshot, job.state)
         assert_same(job.everything(), at_snapshot)
+    assert_same(*runs)
+
+
+def test_snapshot_taken_after_the_backward_pass_restores_the_beginning_of_the_step() -> None:
+    job = Job()
+    job.step()
+    beginning, expected = step_beginning(job.state), take_snapshot(job.state, 1, ROOT)
+    job.model.calls += 1
+    job.model(torch.rand(3, 4)).sum().backward()
+    random.random()
+    numpy.random.rand()
+    late = take_snapshot(job.state, 1, ROOT, beginning)
+    runs = []
+    for snapshot in (late, expected):
+        restore_snapshot(snapshot, job.state)
+        job.step()
+        runs.append(job.everything())
     assert_same(*runs)
 
 

@@ -46,18 +46,19 @@ from trainer_client.demo.corpus import calibration_records, canary_string, demon
 from trainer_client.demo.model import (
     byte_predictions,
     greedy_continuations,
+    loss_and_predictions,
     parameter_blocks,
     per_byte_loss,
-    per_example_loss,
     records_to_tensor,
 )
-from trainer_client.governed import GovernedRun, detector_check, governed
+from trainer_client.governed import GovernedRun, governed
 from trainer_client.memorization import MemorizationDetector
+from trainer_client.memorization_watch import DetectorCheck
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource
 from trainer_client.progress import Progress
 from trainer_client.submit import Client
 
-HELD_OUT_RECORDS = 32
+HELD_OUT_RECORDS = 24
 CANARY_PROMPT_BYTES = 24
 CANARY_RECITAL_BYTES = 48
 
@@ -160,7 +161,7 @@ class Job:
                 job_key=self._job_key(),
                 run_directory=run_directory,
                 collate=records_to_tensor,
-                memorization=detector_check(detector, config.calibrate_every_checks),
+                memorization=DetectorCheck(detector, config.calibrate_every_checks),
                 scheduler=warm_up,
                 settings=RunSettings(
                     check_memorization_every_steps=config.check_memorization_every_steps,
@@ -171,7 +172,8 @@ class Job:
             ) as run,
         ):
             for batch in run.batches():
-                run.learn(per_example_loss(model, batch.inputs))
+                loss_B, predicted = loss_and_predictions(model, batch.inputs)
+                run.learn(loss_B, predicted)
             release = run.release(self._file(config.release_file))
             self._summarize(run, base, model, run_directory, release.id.hex())
         _print({"event": "done", "step": config.steps, "of": config.steps})

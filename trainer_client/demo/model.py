@@ -140,6 +140,13 @@ def per_byte_loss(model: nn.Module, records_BT: Tensor) -> Tensor:
     return functional.cross_entropy(logits_BTV.transpose(1, 2), records_BT[:, 1:], reduction="none")
 
 
+def loss_and_predictions(model: nn.Module, records_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``per_example_loss`` together with the logits ``[B, T - 1, V]`` and targets ``[B, T - 1]`` it is taken from."""
+    logits_BTV, target_BT = model(records_BT[:, :-1]), records_BT[:, 1:]
+    loss_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), target_BT, reduction="none")
+    return loss_BT.mean(dim=1), (logits_BTV, target_BT)
+
+
 def byte_predictions(model: nn.Module, texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
     """For each byte after the first of texts of one length: its loss, and whether it was the likeliest.
 

@@ -1,0 +1,163 @@
+"""Which examples of which steps are checked for recitation, and when.
+
+A check costs a forward pass; looking at the forward pass that training makes anyway costs next to nothing. So where
+the script hands its logits to ``run.learn``:
+
+* **every step** is glanced at: an example whose signal in the training pass is above the policy's threshold
+  is a suspect;
+* **every so many steps** (``check_memorization_every_steps``) one above a quarter of the threshold is as well: the
+  training pass shows the model *before* the step, and in the demonstration's fine-tune single steps lifted a recital
+  from 36 % of the threshold to above it, none from less;
+* in the **last step** every admitted example is a suspect;
+* after a recital, up to ``SWEPT_EXAMPLES`` others of the same sources are assessed, nearest in number first: what is
+  repeated in one example is often repeated in its neighbours, and each would cost a step of its own.
+
+Suspects alone are assessed, after the step, under the model it left; a step without suspects needs no snapshot. A
+recital that one step lifts past the threshold from under a quarter is found when the example is next presented.
+Dropout makes the glance see less; the assessment runs without it. Without logits the suspects are all admitted
+examples of every so many steps, and nobody in the steps between.
+
+Left to others: what a signal is (``memorization.py``), what follows from one (``governed.py``).
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from consensus import portions as p
+from consensus.rejection import InvariantBroken
+from trainer_client.memorization import MemorizationDetector, hits_of
+from trainer_client.record import Example
+
+E = TypeVar("E")
+E_contra = TypeVar("E_contra", contravariant=True)
+
+SUSPICION_DIVISOR = 4
+SWEPT_EXAMPLES = 64
+
+
+class MemorizationCheck(Protocol[E_contra]):
+    """What finds recited examples; ``DetectorCheck`` is the one provided."""
+
+    def glance(self, examples: Mapping[Example, E_contra], hits_BT: Tensor, floor_permille: int) -> Collection[Example]:
+        """The examples whose signal may be above the floor, by which targets of a pass were likeliest (rows in the
+        mapping's order)."""
+        ...
+
+    def signals(
+        self, model: nn.Module, examples: Mapping[Example, E_contra], threshold_permille: int
+    ) -> Mapping[Example, int]:
+        """The signals found, in permille; examples without a signal are left out."""
+        ...
+
+
+class DetectorCheck:
+    """A check by ``memorization.MemorizationDetector`` over examples that are bytes of one length.
+
+    The held-out twins are measured anew when they are needed and ``calibrate_every_checks`` assessments have passed.
+    """
+
+    def __init__(self, detector: MemorizationDetector, calibrate_every_checks: int = 10) -> None:
+        self._detector = detector
+        self._calibrate_every_checks = calibrate_every_checks
+        self._checks = 0
+
+    def glance(self, examples: Mapping[Example, bytes], hits_BT: Tensor, floor_permille: int) -> list[Example]:
+        """See ``MemorizationCheck``.
+
+        Raises:
+            InvariantBroken: the pass was not over these examples, byte by byte.
+        """
+        names, texts = list(examples), list(examples.values())
+        expected = (len(texts), len(texts[0]) - 1)
+        if tuple(hits_BT.shape) != expected:
+            raise InvariantBroken(f"logits for memorization: expected {expected} targets, found {tuple(hits_BT.shape)}")
+        return [names[row] for row in self._detector.glance(texts, hits_BT, floor_permille)]
+
+    def signals(
+        self, model: nn.Module, examples: Mapping[Example, bytes], threshold_permille: int
+    ) -> dict[Example, int]:
+        """See ``MemorizationCheck``."""
+        if self._checks % self._calibrate_every_checks == 0:
+            self._detector.forget_calibration()
+        self._checks += 1
+        names = sorted(examples)
+        report = self._detector.assess(model, [examples[name] for name in names], threshold_permille)
+        return {names[found.position]: found.signal_permille for found in report.flagged}
+
+
+class MemorizationWatch(Generic[E]):
+    """Chooses the suspects of each step and has them assessed, at most ``most_at_once`` in a forward pass."""
+
+    def __init__(self, check: MemorizationCheck[E] | None, every_steps: int, last_step: int, most_at_once: int) -> None:
+        self._check = check
+        self._every_steps = every_steps
+        self._most_at_once = most_at_once
+        self._last_step = last_step
+        self._suspects: dict[Example, E] = {}
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether the step looked at is to be assessed, and so may have to be undone."""
+        return bool(self._suspects)
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._suspects = {}
+
+    def look(
+        self,
+        step: int,
+        examples: Mapping[Example, E],
+        predicted: tuple[Tensor, Tensor] | None,
+        threshold_permille: int,
+    ) -> None:
+        """Adds the suspects among ``examples``, a step's or a micro-batch's, in the order they were presented."""
+        if self._check is None:
+            return
+        due = step % self._every_steps == 0
+        if step == self._last_step or (due and predicted is None):
+            self._suspects |= examples
+        elif predicted is not None:
+            logits_BTV, target_BT = predicted
+            floor_permille = threshold_permille // SUSPICION_DIVISOR if due else threshold_permille
+            found = self._check.glance(examples, hits_of(logits_BTV.detach(), target_BT).cpu(), floor_permille)
+            self._suspects |= {example: examples[example] for example in found}
+
+    def signals(self, model: nn.Module, threshold_permille: int) -> tuple[p.MemorizationSignal, ...]:
+        """The suspects' signals under ``model``, in order of example."""
+        return self._assessed(model, self._suspects, threshold_permille)
+
+    def sweep(
+        self,
+        model: nn.Module,
+        recited: Collection[Example],
+        sources: Mapping[bytes, Sequence[E]],
+        out: Collection[Example],
+        threshold_permille: int,
+    ) -> tuple[p.MemorizationSignal, ...]:
+        """The signals above the threshold of the neighbours of ``recited`` examples, but for those ``out`` already."""
+        near: dict[Example, E] = {}
+        for distance in range(1, SWEPT_EXAMPLES):
+            for source, example in sorted(recited):
+                for number in (example - distance, example + distance):
+                    known = (source, number) in recited or (source, number) in out
+                    if 0 <= number < len(sources[source]) and not known and len(near) < SWEPT_EXAMPLES:
+                        near[source, number] = sources[source][number]
+        found = self._assessed(model, near, threshold_permille)
+        return tuple(signal for signal in found if signal.signal_permille > threshold_permille)
+
+    def _assessed(
+        self, model: nn.Module, examples: Mapping[Example, E], threshold_permille: int
+    ) -> tuple[p.MemorizationSignal, ...]:
+        if self._check is None:
+            return ()
+        found: dict[Example, int] = {}
+        names = sorted(examples)
+        for first in range(0, len(names), self._most_at_once):
+            chunk = {name: examples[name] for name in names[first : first + self._most_at_once]}
+            found |= self._check.signals(model, chunk, threshold_permille)
+        return tuple(
+            p.MemorizationSignal(source, example, permille) for (source, example), permille in sorted(found.items())
+        )

@@ -1,0 +1,118 @@
+"""Opening a governed run: what it is given, what it works with, and the order in which that comes to be.
+
+First everything that can refuse without a trace (parameter table, routing, the sources' claims), then the files of the
+run, then the campaign on the log, and last the threads that ask for grants. Everything opened is closed by the caller's
+stack, in reverse order.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from consensus.keys import Signer
+from trainer_client.capture import capture_environment
+from trainer_client.commitment import copied_tensors, root_of_tensors
+from trainer_client.ledger_side import LedgerSide
+from trainer_client.memorization_watch import MemorizationCheck
+from trainer_client.plan import (
+    CampaignPlan,
+    RunSettings,
+    TrainingSource,
+    blocks_of,
+    campaign_terms,
+    check_content,
+    manifest_of,
+)
+from trainer_client.progress import OnProgress, RunRecord
+from trainer_client.rollback import SnapshotRing, Stateful, TrainingState, take_snapshot
+from trainer_client.routing import Routing
+from trainer_client.step_book import StepBook
+from trainer_client.submit import Client
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True)
+class RunArguments(Generic[E]):
+    """What ``governed`` was called with."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    plan: CampaignPlan
+    sources: Sequence[TrainingSource[E]]
+    node: str | Client
+    job_key: Signer
+    run_directory: Path
+    collate: Callable[[Sequence[E]], Tensor]
+    memorization: MemorizationCheck[E] | None
+    scheduler: Stateful | None
+    micro_batch_size: int | None
+    settings: RunSettings
+    on_progress: OnProgress | None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedRun:
+    """What a run works with while it is open.
+
+    ``parameters`` are copies of the base model's tensors, ``ring`` holds a snapshot of it; ``block_of`` numbers the
+    parameter block of each parameter, ``classes`` names the content class of each source.
+    """
+
+    routing: Routing
+    block_of: dict[str, int]
+    classes: dict[bytes, str]
+    record: RunRecord
+    parameters: dict[str, Tensor]
+    ring: SnapshotRing
+    ledger: LedgerSide
+    book: StepBook
+
+
+def open_run(
+    arguments: RunArguments[E], state: TrainingState, stack: ExitStack, wait_on_close: Callable[[], bool]
+) -> OpenedRun:
+    """Opens the campaign and begins to ask for grants; ``wait_on_close`` is asked whether to wait for delivery.
+
+    Raises:
+        Rejected, RoutingUnsupported, ConfigError, Unavailable: as ``GovernedRun.__enter__``; ``stack`` is the
+        caller's to close.
+    """
+    plan, model, directory = arguments.plan, arguments.model, arguments.run_directory
+    node = arguments.node
+    client = node if isinstance(node, Client) else stack.enter_context(Client(node))
+    blocks = blocks_of(plan, model)
+    block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
+    routing = stack.enter_context(Routing(model, block_of))
+    directory.mkdir(parents=True, exist_ok=True)
+    sources = {source.id: source for source in arguments.sources}
+    claims = {identifier: client.source_record(identifier).claim for identifier in sorted(sources)}
+    for identifier, claim in claims.items():
+        check_content(sources[identifier], claim)
+    classes = {identifier: claim.content_class for identifier, claim in claims.items()}
+    record = RunRecord.opened(directory, arguments.on_progress)
+    stack.callback(record.close)
+    parameters = copied_tensors(model)
+    base_root = root_of_tensors(parameters)
+    ring = SnapshotRing(take_snapshot(state, 0, base_root))
+    ledger = LedgerSide(plan, arguments.settings, client, arguments.job_key, directory / "outbox.sqlite", classes)
+    stack.callback(lambda: ledger.close(wait=wait_on_close()))
+    book = stack.enter_context(StepBook(ledger, record, blocks, plan.planned_steps))
+    terms = campaign_terms(
+        plan,
+        model,
+        arguments.optimizer,
+        policy=client.policy_in_force().id,
+        job_key=arguments.job_key.public_key,
+        base_root=base_root,
+        environment=capture_environment(Path.cwd()).settings,
+    )
+    event = ledger.open_campaign(terms, manifest_of(arguments.sources))
+    book.note("campaign", 0, id=event.id.hex())
+    ledger.start_grants(ledger.new_keeper(tuple(blocks), book.note_grant))
+    return OpenedRun(routing, block_of, classes, record, parameters, ring, ledger, book)
