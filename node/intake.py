@@ -24,7 +24,7 @@ from node.store import Store
 
 log = logging.getLogger("countersign.intake")
 
-FINALITY_SAMPLES = 10_000
+FINALITY_SAMPLES = 2_000
 
 
 class Intake:
@@ -64,7 +64,7 @@ class Intake:
             raise
         if added:
             self._submitted_ms[event.id] = self._clock.monotonic_ms()
-            if len(self._submitted_ms) > 2 * FINALITY_SAMPLES:
+            if len(self._submitted_ms) > 4 * FINALITY_SAMPLES:
                 self._submitted_ms.popitem(last=False)
             self._outgoing.append(encoded)
             self._outgoing_wake.set()

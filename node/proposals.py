@@ -38,7 +38,7 @@ MAX_BLOCK_BYTES = 2 << 20
 FETCH_SECONDS = 5.0
 ARRIVAL_SECONDS = 0.03
 """How long a proposal waits for its events to arrive by gossip before they are asked for."""
-PROPOSALS_KEPT = 256
+PROPOSALS_KEPT = 128
 TRIED_PER_EVENT = 4
 """For each event a ledger block may have, how many that wait are tried: one full of events that cannot be admitted yet
 must not take longer than the view."""
