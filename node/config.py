@@ -88,6 +88,7 @@ class NodeSection(Struct, frozen=True, forbid_unknown_fields=True):
     keystore: Path
     passphrase_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
 
     @property
     def pinned_chain(self) -> ChainId:

@@ -1,7 +1,9 @@
 """``countersign node``: run a node, and ask one how it is."""
 
+import json
 import logging
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -10,6 +12,24 @@ from node.commands.connection import connect, node_options
 from node.commands.member import load_member
 from node.commands.output import print_json
 from node.config import api_tokens, load_config
+
+TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; ``time`` is UTC, ISO 8601."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 @click.group()
@@ -36,11 +56,9 @@ def node_run(config_path: Path, check: bool) -> None:
         api_tokens(config.api)
         click.echo(f"{config_path}: {own.member.name}, {own.member.role.value}, chain {config.node.chain_id}: ready")
         return
-    logging.basicConfig(
-        level=config.node.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if config.node.log_format == "json" else logging.Formatter(TEXT_FORMAT))
+    logging.basicConfig(level=config.node.log_level.upper(), handlers=[handler])
     from node.runner import run_node  # noqa: PLC0415 (libp2p takes a second to import; only this command needs it)
 
     run_node(config)

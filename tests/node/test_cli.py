@@ -3,6 +3,7 @@
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from consensus.portions import Policy, SourceClaim, content_leaf, content_salt
 from node.cli import COMMANDS, every_command, main
 from node.commands.content import measure, pieces_of, read_examples
 from node.commands.member import load_member
+from node.commands.process import JsonLines
 from node.provision import MemberRequest, Provisioned, provision
 from node.store_layout import open_database
 
@@ -502,3 +504,14 @@ def check_logs(configs: dict[str, Path]) -> None:
     database.root.close()
     damaged = run("log", "fsck", "--config", configs["press"])
     assert (damaged.exit_code, f"damaged: state key {bytes(33).hex()}" in damaged.stdout) == (1, True)
+
+
+def test_a_log_line_is_one_json_object_whatever_the_message_holds() -> None:
+    record = logging.LogRecord("countersign.x", logging.WARNING, __file__, 1, 'two\nlines and "%s"', ("quotes",), None)
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    parsed = json.loads(line)
+    assert parsed["level"] == "warning"
+    assert parsed["logger"] == "countersign.x"
+    assert parsed["message"] == 'two\nlines and "quotes"'
+    assert parsed["time"].endswith("+00:00")
