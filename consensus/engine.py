@@ -11,7 +11,8 @@ members of every voting role. In view ``v`` a voter:
    the parent's and ``v`` is nullified (the gap check), and the host finds it valid on its parent's overlay.
 4. *Finalize* ◆ a ledger block as soon as it is notarized and found valid, if it did not nullify its view.
    It has entered ``v + 1`` by then and goes on there: two hops notarize, the third finalizes meanwhile.
-5. *Nullify* ◆ ``v`` when its timer fires or its proposal is invalid, if it did not finalize in ``v``.
+5. *Nullify* ◆ ``v`` when its timer fires, its proposal is invalid, its leader is absent (see ``absence``) or
+   so many nullified that it cannot be notarized any more, if it did not finalize in ``v``.
 6. *Decide*: a finalization makes its ledger block and all ancestors final. Late finalize votes count.
 
 Why no fork: two quorums share an honest voter in some role. If a ledger block is final in ``v``, that voter
@@ -21,7 +22,8 @@ by the gap check, extend it.
 *When a ledger block is due*: at once while there is work; after half a timeout while the highest notarized
 ledger block is not final; ``heartbeat_ms`` after the last one otherwise. *When the timer runs*: while there
 is work, a message of this or a later view has been seen, the highest notarized ledger block is not final,
-or a heartbeat is due. Timeouts grow by half up to a cap with every nullified view and fall back on finalization.
+or a heartbeat is due. Timeouts grow by half up to a cap with every view nullified after one, and halve, down to
+where they began, with every finalization.
 *On standstill*, two timeouts after the last finalization (whatever views ended meanwhile: others may have
 finalized what we lack) and then every timeout: repeat own votes that are not final yet, the
 own proposal with the certificates of its gap, and the certificate that led to this view; ask all for
@@ -53,6 +55,7 @@ view, and the certificates of views above the last finalized one; below it every
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from consensus.absence import Absence
 from consensus.block import VERSION, Header, decode_header
 from consensus.branches import Branch, Branches, Status, Verdict
 from consensus.certificate import Certificate
@@ -95,7 +98,7 @@ DECIDED = (Status.VALID, Status.REFUSED, Status.INVALID)
 class Timing:
     """Durations in milliseconds; each host's own choice but for the heartbeat, which genesis fixes."""
 
-    timeout_ms: int = 1_000
+    timeout_ms: int = 400
     max_timeout_ms: int = 30_000
     heartbeat_ms: int = 10_000
 
@@ -135,6 +138,7 @@ class Engine:
         self.own = own
         self.timing = timing
         self.branches = Branches(finalized)
+        self._absence = Absence()
         self.halted: str | None = None
         self._certificate = certificate
         self._pending: Certificate | None = None
@@ -304,6 +308,11 @@ class Engine:
         self._has_work = False
         return self._settle(now_ms)
 
+    def peers_lost(self, members: Iterable[MemberId], now_ms: int) -> list[Effect]:
+        """The members to whom the host had a link and has none now; replaces what it said before."""
+        self._absence.set_unreachable(members)
+        return self._settle(now_ms)
+
     def tick(self, now_ms: int) -> list[Effect]:
         """The deadline of ``SetTimer`` has passed (or not yet: then nothing happens)."""
         if self._deadline_ms is not None and now_ms >= self._deadline_ms:
@@ -360,6 +369,7 @@ class Engine:
         if vote.voter == self.own and not self._decided_to_cast(state, vote):
             self._halt(f"a vote of ours for view {vote.view} that our journal lacks")
             return
+        self._absence.heard(MemberId(vote.voter), View(vote.view))
         evidence = state.tally.add(vote)
         if evidence is not None:
             self._effects.append(PublishEvidence(evidence))
@@ -373,6 +383,7 @@ class Engine:
         if not self._in_window(header.view):
             return
         self._highest_seen = max(self._highest_seen, View(header.view))
+        self._absence.heard(MemberId(header.leader), View(header.view))
         state = self._round(View(header.view))
         if state.proposal is None:
             state.proposal = proposal
@@ -410,6 +421,8 @@ class Engine:
         if state.nullification is None:
             state.nullification = nullification
             self._highest_certified = max(self._highest_certified, view)
+            if state.proposal is None:
+                self._absence.led_in_vain(self.committee.leader(view).id, view)
 
     def _merge(self, votes: tuple[Vote, ...]) -> None:
         """Votes inside a certificate count, and are compared, like those that came alone."""
@@ -546,7 +559,7 @@ class Engine:
         self._requested.clear()
         self._highest_certified = max(self._highest_certified, view)
         self._highest_notarized = max(self._highest_notarized, view)
-        self._timeout_ms = self.timing.timeout_ms
+        self._timeout_ms = max(self._timeout_ms // 2, self.timing.timeout_ms)
         self._last_block_ms = self._now_ms
         self._repeat_at_ms = None
 
@@ -560,7 +573,8 @@ class Engine:
             self._entry = state.notarization
         elif state is not None and state.nullification is not None:
             self._entry = state.nullification
-            self._timeout_ms = min(self._timeout_ms * 3 // 2, self.timing.max_timeout_ms)
+            if self._active_since_ms is not None and self._now_ms >= self._active_since_ms + self._timeout_ms:
+                self._timeout_ms = min(self._timeout_ms * 3 // 2, self.timing.max_timeout_ms)
         elif self._pending is not None:
             self._entry = self._pending
         if self._entry is not None and self._entry != self._certificate:
@@ -703,7 +717,7 @@ class Engine:
                 self._active_since_ms = self._now_ms
             if self._repeat_at_ms is None:
                 self._repeat_at_ms = self._now_ms + 2 * self._timeout_ms
-            nullify_ms = self._active_since_ms + self._timeout_ms
+            nullify_ms = self._active_since_ms if self._is_hopeless() else self._active_since_ms + self._timeout_ms
             if nullify_ms <= self._now_ms:
                 self._nullify(self._round(self.view))
             deadlines.append(nullify_ms)
@@ -715,6 +729,14 @@ class Engine:
         if deadline_ms != self._deadline_ms:
             self._deadline_ms = deadline_ms
             self._effects.append(SetTimer(deadline_ms))
+
+    def _is_hopeless(self) -> bool:
+        """Whether waiting in this view is in vain: its leader is absent, or too few are left to notarize."""
+        state = self._rounds.get(self.view)
+        if state is not None and not state.tally.may_notarize():
+            return True
+        leader = self.committee.leader(self.view).id
+        return (state is None or state.proposal is None) and leader != self.own and self._absence.is_absent(leader)
 
     def _repeat(self) -> None:
         """Standstill: say again what others may have missed, ask for what we may have."""

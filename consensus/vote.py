@@ -302,6 +302,14 @@ class Tally:
         self._excluded.add(voter)
         self._by_kind[VoteKind.FINALIZE].pop(voter, None)
 
+    def may_notarize(self) -> bool:
+        """Whether a quorum is left beside those who nullified (and so, if honest, notarize no more)."""
+        nullified = self._by_kind[VoteKind.NULLIFY]
+        notarized = self._by_kind[VoteKind.NOTARIZE]
+        return not nullified or self._committee.has_quorum(
+            voter.id for voter in self._committee.voters if voter.id not in nullified or voter.id in notarized
+        )
+
     def quorum(self, kind: VoteKind) -> tuple[Vote, ...]:
         """Votes of ``kind`` that agree on a ledger block and are a quorum, in the order of their voters.
 

@@ -17,12 +17,14 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from consensus.engine import Timing
 from consensus.identifiers import ChainId
 from consensus.rejection import ConfigError
 from node.files import read_private
 
 ANY = "*"
 MIN_TOKEN_CHARACTERS = 16
+DEFAULT_TIMING = Timing()
 
 _Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
 _Positive = Annotated[int, Meta(ge=1, le=2**53 - 1)]
@@ -133,6 +135,13 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     mempool_bytes: _Positive = 64 << 20
 
 
+class RoundSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """How long this voter waits for others; its own choice, no rule of the network."""
+
+    timeout_ms: Annotated[int, Meta(ge=10, le=60_000)] = DEFAULT_TIMING.timeout_ms
+    max_timeout_ms: Annotated[int, Meta(ge=10, le=600_000)] = DEFAULT_TIMING.max_timeout_ms
+
+
 class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """A whole configuration file; every path absolute."""
 
@@ -141,6 +150,7 @@ class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     api: ApiSection = ApiSection()
     countersign: CountersignSection = CountersignSection()
     limits: LimitsSection = LimitsSection()
+    round: RoundSection = RoundSection()
 
 
 def load_config(path: Path) -> NodeConfig:
@@ -229,6 +239,11 @@ def _check_together(path: Path, config: NodeConfig) -> None:
     for name, address in config.network.peers.items():
         if address.port == 0:
             raise ConfigError(f"{path}: network.peers.{name}: expected a port from 1 to 65535, found {address}")
+    if config.round.max_timeout_ms < config.round.timeout_ms:
+        raise ConfigError(
+            f"{path}: round.max_timeout_ms: expected at least round.timeout_ms, {config.round.timeout_ms}, "
+            f"found {config.round.max_timeout_ms}"
+        )
     if countersign.auto:
         for key in ("purposes", "sources", "operators"):
             if not getattr(countersign, key):

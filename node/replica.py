@@ -64,7 +64,7 @@ from node.voter import Voter
 log = logging.getLogger("countersign.replica")
 
 MAX_MESSAGE_BYTES = 1 << 20
-PEERS_LOOKED_AT_SECONDS = 0.2
+PEERS_LOOKED_AT_SECONDS = 0.1
 GREETED_AGAIN_SECONDS = 1.0
 
 
@@ -240,13 +240,19 @@ class Replica:
         greeting.discard(peer)
 
     async def _watch_peers(self) -> None:
-        """Greet peers that came; let events go that waited too long."""
+        """Greet peers that came, tell the engine of those that went; let events go that waited too long."""
         assert self._nursery is not None
         greeted: frozenset[MemberId] = frozenset()
         greeting: set[MemberId] = set()
+        known: set[MemberId] = set()
+        lost: set[MemberId] = set()
         while True:
             await trio.sleep(PEERS_LOOKED_AT_SECONDS)
             connected = self._network.connected
+            known |= connected
+            if known - connected != lost:
+                lost = known - connected
+                self._do(self.engine.peers_lost(lost, self._now_ms))
             came = connected - greeted - greeting
             greeting |= came
             for peer in sorted(came):

@@ -101,7 +101,7 @@ class Node:
                 self._intake,
                 clock,
                 self._voter,
-                Timing(heartbeat_ms=genesis.parameters.heartbeat_ms),
+                Timing(config.round.timeout_ms, config.round.max_timeout_ms, genesis.parameters.heartbeat_ms),
             )
         except BaseException:
             store.close()

@@ -291,14 +291,48 @@ def test_vote_nobody_asked_for_is_not_counted():
         follower().do("own_vote", vote(NULLIFY, 1, voter=FOLLOWER))
 
 
-def test_timeouts_grow_with_nullified_views_up_to_the_cap_and_fall_back_on_finality():
-    host = follower()
+def test_timeouts_grow_with_views_that_timed_out_up_to_the_cap_and_halve_on_finality():
+    host = follower().do("work_available")
     for view, timeout_ms in ((1, 150), (2, 225), (3, 300), (4, 300)):
-        host.hear(nullification(view))
+        host.wait(host.engine._timeout_ms).hear(nullification(view))
         assert host.engine._timeout_ms == timeout_ms
-    header, _ = build(5)
-    host.do("caught_up", header, certificate(header))
+    for view, timeout_ms in ((5, 150), (6, 100), (7, 100)):
+        header, _ = build(view)
+        host.do("caught_up", header, certificate(header))
+        assert host.engine._timeout_ms == timeout_ms
+
+
+def test_view_of_a_leader_out_of_reach_is_nullified_at_once_but_only_while_there_is_work():
+    host = follower().do("peers_lost", [LEADER])
+    assert host.cast() == []
+    host.do("work_available")
+    assert host.cast() == [(NULLIFY, 1, ZERO_DIGEST)]
+    assert host.do("peers_lost", []).hear(nullification(1)).cast() == [(NULLIFY, 1, ZERO_DIGEST)]
     assert host.engine._timeout_ms == TIMING.timeout_ms
+
+
+def test_leader_that_led_in_vain_is_not_waited_for_until_it_is_heard_again():
+    rounds = len(IDS)
+    host = follower().do("work_available").hear(*(nullification(view) for view in range(1, rounds + 1)))
+    assert VOTERS.leader(View(rounds + 1)).id == LEADER
+    # FOLLOWER led view 7 itself; the voters in the nullifications were heard, the first of each role was not.
+    assert host.cast() == [(NULLIFY, rounds + 1, ZERO_DIGEST)]
+    again = follower().do("work_available").hear(*(nullification(view) for view in range(1, rounds)))
+    again.hear(vote(NULLIFY, rounds, voter=LEADER), nullification(rounds))
+    assert (NULLIFY, rounds + 1, ZERO_DIGEST) not in again.cast()
+
+
+def test_proposal_of_a_leader_thought_absent_is_notarized_all_the_same():
+    header, proposal = build(1)
+    host = follower().do("peers_lost", [LEADER]).hear(proposal)
+    assert host.cast() == [(NOTARIZE, 1, header.digest)]
+
+
+def test_view_that_too_few_are_left_to_notarize_is_nullified_without_waiting():
+    host = follower().do("work_available").hear(vote(NULLIFY, 1, voter=IDS[1]))
+    assert host.cast() == []
+    host.hear(vote(NULLIFY, 1, voter=IDS[2]))
+    assert host.cast() == [(NULLIFY, 1, ZERO_DIGEST)]
 
 
 def test_idle_leader_waits_for_the_heartbeat_and_idle_followers_nullify_a_dead_one_after_it():
