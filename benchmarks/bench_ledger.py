@@ -9,45 +9,43 @@ are ``source`` claims, signed before the clock starts.
 """
 
 import argparse
-import hashlib
-import itertools
-import json
 import os
-import selectors
-import shutil
-import socket
 import statistics
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-from harness import Report, at_least, at_most, cpu_seconds, progress, resident_megabytes, run_benchmark, watch_load
+from consortium import (
+    Author,
+    Consortium,
+    connect,
+    frames,
+    post,
+    read_reply,
+    running,
+    submit_batches,
+    submit_each,
+    wait_until_final,
+)
+from harness import Report, at_least, at_most, progress, resident_megabytes, run_benchmark, watch_load
 
-from consensus import portions as p
 from consensus.certificate import decode_certificate
-from consensus.codec import decode, encode
-from consensus.event import Kind, check_event, make_entry, pack, sign_entry
-from consensus.genesis import signer_for
-from consensus.identifiers import MemberId, Role
-from consensus.keys import SignatureScheme, Signer
-from consensus.membership import Member, committee
+from consensus.codec import decode
+from consensus.event import check_event
+from consensus.identifiers import Role
+from consensus.membership import committee
 from consensus.receipt import MAX_RECEIPT_BYTES, Receipt, anchor, verify_receipt
-from node.demo.processes import Child, Processes, countersign_command, stop_signals
-from node.keystore import Keystore, read_passphrase
-from node.provision import MemberRequest, Provisioned, provision
+from node.demo.processes import stop_signals
+from node.provision import MemberRequest
 
 VOTERS = ("library", "archive", "council", "operator")
 VERIFIER = "auditor"
-BATCH_EVENTS = 500
-IN_FLIGHT_EVENTS = 6_000
-START_SECONDS = 30.0
-FINAL_SECONDS = 120.0
-FAR_FUTURE_MS = 4_000_000_000_000
+STATEMENT_BYTES = (0, 2_000, 8_000)
+LOAD_BATCH_EVENTS, LOAD_PERIOD_SECONDS = 100, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,200 +64,6 @@ FULL = Sizes(600, 30_000, 8_000, 40_000, 100_000, 300)
 QUICK = Sizes(300, 4_000, 1_500, 6_000, 6_000, 100)
 
 
-class Author:
-    """A data-source member's hand: makes signed sources, no two alike."""
-
-    def __init__(self, made: Provisioned, name: str) -> None:
-        files = made.members[name]
-        secrets = Keystore.open(files.keystore, read_passphrase(files.passphrase, os.environ)).secrets
-        self.member: Member = next(member for member in made.genesis.members if member.name == name)
-        self.address = files.api
-        self._signer: Signer = signer_for(SignatureScheme(self.member.scheme), secrets.identity_seed)
-        self._chain_id = made.chain_id
-        self._made = 0
-
-    def sources(self, count: int) -> list[bytes]:
-        """``count`` new signed source events."""
-        return [self._source() for _ in range(count)]
-
-    def _source(self) -> bytes:
-        self._made += 1
-        label = f"{self.member.name} {self._made}"
-        claim = p.SourceClaim(
-            name=f"source {label}",
-            content_root=hashlib.sha256(f"content {label}".encode()).digest(),
-            example_count=10,
-            size_bytes=1_000,
-            licence="PSF-2.0",
-            rights_basis="owner",
-            purposes=("research",),
-            content_class="documentation",
-            valid_from_ms=0,
-            valid_until_ms=FAR_FUTURE_MS,
-            statement="",
-        )
-        salt = hashlib.sha256(f"salt {label}".encode()).digest()
-        portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)
-        entry = make_entry(self._chain_id, Kind.SOURCE, MemberId(self.member.id), portions)
-        return pack(sign_entry(entry, self.member.id, self.member.role, self._signer), portions)
-
-
-class Consortium:
-    """The running processes, and plain HTTP to them."""
-
-    def __init__(self, made: Provisioned, processes: Processes, profile: Path | None) -> None:
-        self.made = made
-        self._processes = processes
-        self._profile = profile
-        self.children: dict[str, Child] = {}
-        self._clients: dict[str, httpx.Client] = {}
-
-    def start(self, name: str) -> None:
-        """Start a member's node and wait until it answers."""
-        files = self.made.members[name]
-        command = countersign_command("node", "run", "--config", str(files.config))
-        if self._profile is not None:
-            command = [sys.executable, "-m", "cProfile", "-o", str(self._profile / f"{name}.pstats"), *command]
-        child = self._processes.start(name, command, files.directory / "node.log")
-        self.children[name] = child
-        self._clients[name] = httpx.Client(base_url=files.api_url, timeout=60.0, trust_env=False)
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            child.check()
-            try:
-                if self._clients[name].get("/v1/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{name} did not answer within {START_SECONDS} s; see {child.log}")
-            time.sleep(0.05)
-
-    def stop(self, name: str) -> None:
-        """Stop a member's node."""
-        self._clients.pop(name).close()
-        self._processes.stop(self.children.pop(name))
-
-    def status(self, name: str) -> dict[str, object]:
-        """A node's own account."""
-        answer = self._clients[name].get("/v1/status").raise_for_status().json()
-        assert isinstance(answer, dict)
-        return answer
-
-    def log_size(self, name: str) -> int:
-        """How many events are final at a node."""
-        return int(str(self.status(name)["log_size"]))
-
-    def wait_final(self, size: int, names: Sequence[str] = VOTERS) -> None:
-        """Until the log has ``size`` events everywhere."""
-        deadline = time.monotonic() + FINAL_SECONDS
-        for name in names:
-            while self.log_size(name) < size:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"{name} stands at {self.log_size(name)} of {size}; see {self.children[name].log}"
-                    )
-                time.sleep(0.02)
-
-    def receipt(self, name: str, event_id: str) -> bytes:
-        """An event's receipt, not yet verified."""
-        return self._clients[name].get(f"/v1/receipts/{event_id}").raise_for_status().content
-
-    def cpu_seconds(self) -> dict[str, float]:
-        """CPU time each node has used."""
-        return {name: cpu_seconds(child.process_id) for name, child in self.children.items()}
-
-
-def connect(address: object) -> socket.socket:
-    """A keep-alive connection to ``host:port``."""
-    host, _, port = str(address).rpartition(":")
-    stream = socket.create_connection((host, int(port)), timeout=60)
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return stream
-
-
-def post(path: str, body: bytes) -> bytes:
-    """A request's bytes."""
-    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/octet-stream\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-
-
-def read_reply(stream: socket.socket) -> tuple[int, bytes]:
-    """Status and body of a whole reply with a content length."""
-    received = b""
-    while (end := received.find(b"\r\n\r\n")) < 0:
-        received += _some(stream)
-    head, body = received[:end].lower(), received[end + 4 :]
-    start = head.index(b"content-length:") + 15
-    length = int(head[start:].split(b"\r\n", 1)[0])
-    while len(body) < length:
-        body += _some(stream)
-    return int(head.split(b" ", 2)[1]), body
-
-
-def _some(stream: socket.socket) -> bytes:
-    received = stream.recv(1 << 18)
-    if not received:
-        raise RuntimeError("the node closed the connection")
-    return received
-
-
-def frames(events: Sequence[bytes]) -> bytes:
-    """A batch's body."""
-    return b"".join(len(event).to_bytes(4, "big") + event for event in events)
-
-
-def submit_batches(consortium: Consortium, authors: Sequence[Author], events: Sequence[Sequence[bytes]]) -> None:
-    """Post each author's events to its own node in batches, not more on their way than the pools hold."""
-    base = consortium.log_size(authors[0].member.name)
-    streams = [connect(author.address) for author in authors]
-    sent = final = 0
-    for start in range(0, max(len(own) for own in events), BATCH_EVENTS):
-        asked = []
-        for stream, own in zip(streams, events, strict=True):
-            batch = own[start : start + BATCH_EVENTS]
-            if batch:
-                stream.sendall(post("/v1/events/batch", frames(batch)))
-                asked.append(stream)
-                sent += len(batch)
-        for stream in asked:
-            status, body = read_reply(stream)
-            if status != 200:
-                raise RuntimeError(f"a batch was answered {status}: {body[:200]!r}")
-            refused = [result for result in json.loads(body)["results"] if result["status"] == "rejected"]
-            if refused:
-                raise RuntimeError(f"{len(refused)} events of a batch were refused: {refused[0]}")
-        while sent - final > IN_FLIGHT_EVENTS:
-            final = consortium.log_size(authors[0].member.name) - base
-            if sent - final > IN_FLIGHT_EVENTS:
-                time.sleep(0.02)
-    for stream in streams:
-        stream.close()
-
-
-def submit_each(address: object, events: Sequence[bytes], connections: int) -> None:
-    """One POST for each event over keep-alive connections, one request on its way on each."""
-    waiting = iter(events)
-    with selectors.DefaultSelector() as selector:
-        for first in itertools.islice(waiting, connections):
-            stream = connect(address)
-            stream.sendall(post("/v1/events", first))
-            selector.register(stream, selectors.EVENT_READ)
-        while selector.get_map():
-            for key, _ in selector.select():
-                ready = key.fileobj
-                assert isinstance(ready, socket.socket)
-                status, body = read_reply(ready)
-                if status != 202:
-                    raise RuntimeError(f"an event was answered {status}: {body[:200]!r}")
-                event = next(waiting, None)
-                if event is None:
-                    selector.unregister(ready)
-                    ready.close()
-                else:
-                    ready.sendall(post("/v1/events", event))
-
-
 def measure_finality(report: Report, consortium: Consortium, authors: Sequence[Author], count: int) -> int:
     """One event at a time, each waited for; returns how many were sent."""
     streams = [connect(author.address) for author in authors]
@@ -268,21 +72,70 @@ def measure_finality(report: Report, consortium: Consortium, authors: Sequence[A
     with watch_load() as load:
         for number in range(warm_up + count):
             author, stream = authors[number % len(authors)], streams[number % len(authors)]
-            request = post("/v1/events?wait=30", author.sources(1)[0])
-            started = time.perf_counter()
-            stream.sendall(request)
-            status, body = read_reply(stream)
-            elapsed_ms = 1_000 * (time.perf_counter() - started)
-            if status != 202 or json.loads(body)["status"] != "final":
-                raise RuntimeError(f"an event was answered {status}: {body[:200]!r}")
+            elapsed_ms = wait_until_final(stream, author.sources(1)[0])
             if number >= warm_up:
                 samples.append(elapsed_ms)
             # No multiple of the round's own period, so that samples fall at every phase of it.
             time.sleep(0.02 + 0.001 * (number * 7 % 13))
     for stream in streams:
         stream.close()
-    report.samples("finality of one event, POST to reply", samples, "ms", {0.5: at_most(60), 0.99: at_most(120)}, load)
+    report.samples("finality of one event, POST to reply", samples, "ms", {0.5: at_most(35), 0.99: at_most(70)}, load)
     return warm_up + count
+
+
+def measure_finality_under_load(report: Report, consortium: Consortium, authors: Sequence[Author], count: int) -> None:
+    """The same while another client sends 1,000 events a second in batches, whether they become final or not."""
+    size = consortium.log_size(VOTERS[0])
+    probes = authors[1].sources(count)
+    batches = [authors[0].sources(LOAD_BATCH_EVENTS) for _ in range(10 * count)]
+    done, sent = threading.Event(), 0
+
+    def load_it() -> None:
+        nonlocal sent
+        stream = connect(authors[0].address)
+        started = time.monotonic()
+        for number, batch in enumerate(batches):
+            if done.wait(max(0.0, started + number * LOAD_PERIOD_SECONDS - time.monotonic())):
+                break
+            stream.sendall(post("/v1/events/batch", frames(batch)))
+            status, body = read_reply(stream)
+            if status != 200:
+                raise RuntimeError(f"a batch was answered {status}: {body[:200]!r}")
+            sent += len(batch)
+        stream.close()
+
+    client = threading.Thread(target=load_it)
+    samples: list[float] = []
+    stream = connect(authors[1].address)
+    with watch_load() as load:
+        started = time.monotonic()
+        client.start()
+        time.sleep(1)
+        for number, probe in enumerate(probes):
+            samples.append(wait_until_final(stream, probe))
+            time.sleep(0.02 + 0.001 * (number * 7 % 13))
+        done.set()
+        client.join()
+        seconds = time.monotonic() - started
+    stream.close()
+    consortium.wait_final(size + sent + count)
+    report.rate("load sent meanwhile", sent / seconds, "events/s")
+    name = f"finality at {LOAD_BATCH_EVENTS / LOAD_PERIOD_SECONDS:g} events/s by batches, POST to reply"
+    report.samples(name, samples, "ms", {0.5: at_most(120), 0.99: at_most(250)}, load)
+
+
+def measure_sizes(report: Report, consortium: Consortium, authors: Sequence[Author], count: int) -> None:
+    """Throughput in batches against the size of an event."""
+    for statement_bytes in STATEMENT_BYTES:
+        events = [author.sources(count // 2, statement_bytes) for author in authors]
+        size = consortium.log_size(VOTERS[0])
+        with watch_load() as load:
+            started = time.perf_counter()
+            submit_batches(consortium, authors, events)
+            consortium.wait_final(size + 2 * (count // 2))
+            seconds = time.perf_counter() - started
+        rate = 2 * (count // 2) / seconds
+        report.rate(f"batches of events of {len(events[0][0])} bytes until final", rate, "events/s", load=load)
 
 
 @contextmanager
@@ -315,14 +168,14 @@ def measure_catch_up(report: Report, consortium: Consortium, name: str) -> None:
     with watch_load() as load:
         consortium.start(name)
         # From its first peer on: starting Python is not catching up.
-        while not _connected(consortium, name):
+        while not consortium.peers_connected(name):
             time.sleep(0.002)
         first = consortium.log_size(name)
         started = time.perf_counter()
         while (now := consortium.log_size(name)) < size:
             time.sleep(0.01)
         seconds = time.perf_counter() - started
-    report.rate(f"catch-up of a new node to {size} events", (now - first) / seconds, "events/s", at_least(4_000), load)
+    report.rate(f"catch-up of a new node to {size} events", (now - first) / seconds, "events/s", at_least(6_000), load)
     roots = {str(consortium.status(member)["log_root"]) for member in (VOTERS[0], name)}
     if len(roots) != 1:
         raise RuntimeError("the new node's log differs")
@@ -370,29 +223,15 @@ def report_memory(report: Report, consortium: Consortium, wanted: int) -> None:
 def measure(report: Report, arguments: argparse.Namespace) -> None:
     """All figures, on one consortium."""
     sizes = QUICK if arguments.quick else FULL
-    folder = Path(tempfile.mkdtemp(prefix="countersign-bench-", dir=arguments.directory))
     if arguments.profile is not None:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     roles = (Role.DATA_SOURCE, Role.DATA_SOURCE, Role.GOVERNANCE, Role.OPERATOR)
     requests = [MemberRequest(name, role) for name, role in zip(VOTERS, roles, strict=True)]
     requests.append(MemberRequest(VERIFIER, Role.VERIFIER))
-    made = provision(folder / "network", "bench.example/ledger", requests, created_ms=int(time.time() * 1_000))
-    try:
-        with Processes() as processes:
-            consortium = Consortium(made, processes, arguments.profile)
-            for name in VOTERS:
-                consortium.start(name)
-            while any(len(_connected(consortium, name)) < len(VOTERS) - 1 for name in VOTERS):
-                time.sleep(0.1)
-            _measure_running(report, consortium, sizes, arguments.only)
-    finally:
-        shutil.rmtree(folder)
-
-
-def _connected(consortium: Consortium, name: str) -> list[object]:
-    peers = consortium.status(name)["peers_connected"]
-    assert isinstance(peers, list)
-    return peers
+    with running(
+        "bench.example/ledger", requests, directory=arguments.directory, profile=arguments.profile
+    ) as consortium:
+        _measure_running(report, consortium, sizes, arguments.only)
 
 
 def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only: Sequence[str]) -> None:
@@ -409,15 +248,19 @@ def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only:
     )
     if "finality" in only:
         measure_finality(report, consortium, authors, sizes.finality_events)
+    if "loaded" in only:
+        measure_finality_under_load(report, consortium, authors, sizes.finality_events // 2)
+    if "sizes" in only:
+        measure_sizes(report, consortium, authors, sizes.batch_events // 5)
     if "batch" in only:
         signed = [author.sources(sizes.batch_events // 2) for author in authors]
         with timed_submission(
-            report, consortium, "batches over HTTP until final", sizes.batch_events, 1_500, verify_seconds
+            report, consortium, "batches over HTTP until final", sizes.batch_events, 2_500, verify_seconds
         ):
             submit_batches(consortium, authors, signed)
     if "single" in only:
         events = authors[0].sources(sizes.single_events)
-        with timed_submission(report, consortium, "one POST each until final", len(events), 800, verify_seconds):
+        with timed_submission(report, consortium, "one POST each until final", len(events), 1_000, verify_seconds):
             submit_each(authors[0].address, events, connections=8)
     if "receipts" in only:
         measure_receipts(report, consortium, kept)
@@ -438,7 +281,7 @@ def _grow(consortium: Consortium, authors: Sequence[Author], size: int) -> None:
         progress(f"log at {consortium.log_size(VOTERS[0])} events")
 
 
-PARTS = ("finality", "batch", "single", "receipts", "catch-up", "memory")
+PARTS = ("finality", "loaded", "sizes", "batch", "single", "receipts", "catch-up", "memory")
 
 
 def main() -> int:

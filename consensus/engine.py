@@ -22,8 +22,8 @@ by the gap check, extend it.
 *When a ledger block is due*: at once while there is work; after half a timeout while the highest notarized
 ledger block is not final; ``heartbeat_ms`` after the last one otherwise. *When the timer runs*: while there
 is work, a message of this or a later view has been seen, the highest notarized ledger block is not final,
-or a heartbeat is due. Timeouts grow by half up to a cap with every view nullified after one, and halve, down to
-where they began, with every finalization.
+or a heartbeat is due. Timeouts grow by half up to a cap with every view nullified after one, and go
+an eighth of the way back to where they began with every finalization.
 *On standstill*, two timeouts after the last finalization (whatever views ended meanwhile: others may have
 finalized what we lack) and then every timeout: repeat own votes that are not final yet, the
 own proposal with the certificates of its gap, and the certificate that led to this view; ask all for
@@ -559,7 +559,8 @@ class Engine:
         self._requested.clear()
         self._highest_certified = max(self._highest_certified, view)
         self._highest_notarized = max(self._highest_notarized, view)
-        self._timeout_ms = max(self._timeout_ms // 2, self.timing.timeout_ms)
+        # Slowly, or a machine that needs longer than the first timeout would waste every other view.
+        self._timeout_ms -= (self._timeout_ms - self.timing.timeout_ms + 7) // 8
         self._last_block_ms = self._now_ms
         self._repeat_at_ms = None
 

@@ -291,12 +291,12 @@ def test_vote_nobody_asked_for_is_not_counted():
         follower().do("own_vote", vote(NULLIFY, 1, voter=FOLLOWER))
 
 
-def test_timeouts_grow_with_views_that_timed_out_up_to_the_cap_and_halve_on_finality():
+def test_timeouts_grow_with_views_that_timed_out_up_to_the_cap_and_fall_slowly_on_finality():
     host = follower().do("work_available")
     for view, timeout_ms in ((1, 150), (2, 225), (3, 300), (4, 300)):
         host.wait(host.engine._timeout_ms).hear(nullification(view))
         assert host.engine._timeout_ms == timeout_ms
-    for view, timeout_ms in ((5, 150), (6, 100), (7, 100)):
+    for view, timeout_ms in ((5, 275), (6, 253), (7, 233)):
         header, _ = build(view)
         host.do("caught_up", header, certificate(header))
         assert host.engine._timeout_ms == timeout_ms
