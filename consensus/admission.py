@@ -10,6 +10,7 @@ The rules, by kind (DESIGN of the protocol: ``docs/protocol.md``, section "Admis
 * *source*: a sane window. *revocation*: by the source's author, once.
 * *delegation*: one job key for a campaign; a replacement names the campaign's exact head.
 * *campaign*: by its delegated job key, under the policy in force, over registered sources.
+* *evidence*: the first of its member, epoch and offence.
 * *grant*: every named source admitted by the policy in force until the grant closes, with the
   signature of each one's authority; within the policy's bounds; for the campaign's current job key.
 * steps, refusals, rollbacks, abandon, release: ``campaign_rules.py``.
@@ -21,6 +22,7 @@ from consensus import campaign_rules
 from consensus import portions as p
 from consensus.campaign_rules import changed, check_job_key, check_sequence, open_campaign
 from consensus.event import CheckedEvent, Kind
+from consensus.evidence import EvidenceReport, convicted
 from consensus.identifiers import Digest, MemberId, Role
 from consensus.keys import SignatureScheme, check_public_key
 from consensus.membership import Committee
@@ -30,6 +32,7 @@ from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
     CAMPAIGN_TABLE,
     DELEGATION_TABLE,
+    EVIDENCE_TABLE,
     GRANT_TABLE,
     POLICY_HEAD_KEY,
     POLICY_TABLE,
@@ -37,6 +40,7 @@ from consensus.state import (
     CampaignHead,
     CampaignRecord,
     DelegationRecord,
+    EvidenceRecord,
     GrantRecord,
     PolicyHead,
     PolicyRecord,
@@ -115,6 +119,22 @@ def _admit_revocation(view: StateView, event: CheckedEvent, timestamp_ms: int, c
     if source.revocation:
         raise Rejected(Reason.DUPLICATE, f"source {revocation.source.hex()} is already revoked")
     view.put(key, SourceRecord(source.author, source.claim, source.registered_at_ms, timestamp_ms, event.id))
+
+
+def _admit_evidence(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    report = event.governance
+    assert isinstance(report, EvidenceReport)
+    found = convicted(report, committee)
+    key = EVIDENCE_TABLE + found.digest
+    held = view.find(key, EvidenceRecord)
+    if held is not None:
+        raise Rejected(
+            Reason.DUPLICATE, f"event {held.event.hex()} convicts {held.member.hex()} of {held.offence} already"
+        )
+    view.put(
+        key,
+        EvidenceRecord(event.id, found.member, found.offence.value, found.epoch, found.view, timestamp_ms),
+    )
 
 
 def _admit_delegation(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
@@ -331,6 +351,7 @@ _HANDLERS: dict[Kind, Callable[[StateView, CheckedEvent, int, Committee], None]]
     Kind.POLICY: _admit_policy,
     Kind.SOURCE: _admit_source,
     Kind.REVOCATION: _admit_revocation,
+    Kind.EVIDENCE: _admit_evidence,
     Kind.DELEGATION: _admit_delegation,
     Kind.CAMPAIGN: _admit_campaign,
     Kind.GRANT: _admit_grant,

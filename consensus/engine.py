@@ -391,7 +391,8 @@ class Engine:
         elif state.proposal.header != proposal.header and not state.proposal_reported:
             state.proposal_reported = True
             self.branches.add(proposal, header)
-            self._effects.append(PublishEvidence(ProposalEvidence(state.proposal, proposal)))
+            evidence = ProposalEvidence(state.proposal.signed_header, proposal.signed_header)
+            self._effects.append(PublishEvidence(evidence))
 
     def _on_notarization(self, notarization: Notarization) -> None:
         if notarization.view > self.finalized.view:

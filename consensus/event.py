@@ -9,6 +9,7 @@ Who signs (◆ of the design: one member never speaks for its role):
 =============================  ==========================================================
 policy                         ``t_r`` governance members, the author among them
 source, revocation             the author, a data-source member
+evidence                       the author, a member of any voting role
 delegation                     the author, an operator
 grant                          the author (operator), ``t_r`` governance members, every
                                data-source authority whose source it names
@@ -28,7 +29,8 @@ from msgspec import Meta, Struct
 
 from consensus import portions as p
 from consensus.codec import decode, encode
-from consensus.identifiers import ChainId, Digest, MemberId, Role, Tag, tagged_hash, tagged_message
+from consensus.evidence import EvidenceReport, check_evidence
+from consensus.identifiers import VOTING_ROLES, ChainId, Digest, MemberId, Role, Tag, tagged_hash, tagged_message
 from consensus.keys import SignatureScheme, Signer, verify
 from consensus.membership import Committee
 from consensus.merkle import leaf_hash
@@ -54,13 +56,14 @@ class Kind(StrEnum):
     ROLLBACK = "rollback"
     ABANDON = "abandon"
     RELEASE = "release"
+    EVIDENCE = "evidence"
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a kind is made of: who authors it, who signs it, the types of its portions."""
 
-    author: Role
+    authors: tuple[Role, ...]
     signed_by_job: bool
     in_campaign: bool
     data: type[p.Wire] | None
@@ -69,17 +72,18 @@ class Shape:
 
 
 SHAPES: Mapping[Kind, Shape] = {
-    Kind.POLICY: Shape(Role.GOVERNANCE, False, False, None, p.Policy, None),
-    Kind.SOURCE: Shape(Role.DATA_SOURCE, False, False, p.SourceClaim, None, None),
-    Kind.REVOCATION: Shape(Role.DATA_SOURCE, False, False, p.SourceRevocation, None, None),
-    Kind.DELEGATION: Shape(Role.OPERATOR, False, True, None, None, p.Delegation),
-    Kind.CAMPAIGN: Shape(Role.OPERATOR, True, True, p.ManifestRange, None, p.Campaign),
-    Kind.GRANT: Shape(Role.OPERATOR, False, True, p.GrantedSource, p.GrantTerms, p.GrantOperation),
-    Kind.STEP: Shape(Role.OPERATOR, True, True, p.SourceUse, p.StepGovernance, p.StepOperation),
-    Kind.REFUSAL: Shape(Role.OPERATOR, True, True, p.SourceRefusal, p.RefusalGovernance, p.RefusalOperation),
-    Kind.ROLLBACK: Shape(Role.OPERATOR, True, True, None, p.RollbackGovernance, p.Rollback),
-    Kind.ABANDON: Shape(Role.OPERATOR, True, True, None, None, p.Abandon),
-    Kind.RELEASE: Shape(Role.OPERATOR, True, True, None, None, p.Release),
+    Kind.POLICY: Shape((Role.GOVERNANCE,), False, False, None, p.Policy, None),
+    Kind.SOURCE: Shape((Role.DATA_SOURCE,), False, False, p.SourceClaim, None, None),
+    Kind.REVOCATION: Shape((Role.DATA_SOURCE,), False, False, p.SourceRevocation, None, None),
+    Kind.DELEGATION: Shape((Role.OPERATOR,), False, True, None, None, p.Delegation),
+    Kind.CAMPAIGN: Shape((Role.OPERATOR,), True, True, p.ManifestRange, None, p.Campaign),
+    Kind.GRANT: Shape((Role.OPERATOR,), False, True, p.GrantedSource, p.GrantTerms, p.GrantOperation),
+    Kind.STEP: Shape((Role.OPERATOR,), True, True, p.SourceUse, p.StepGovernance, p.StepOperation),
+    Kind.REFUSAL: Shape((Role.OPERATOR,), True, True, p.SourceRefusal, p.RefusalGovernance, p.RefusalOperation),
+    Kind.ROLLBACK: Shape((Role.OPERATOR,), True, True, None, p.RollbackGovernance, p.Rollback),
+    Kind.ABANDON: Shape((Role.OPERATOR,), True, True, None, None, p.Abandon),
+    Kind.RELEASE: Shape((Role.OPERATOR,), True, True, None, None, p.Release),
+    Kind.EVIDENCE: Shape(VOTING_ROLES, False, False, None, EvidenceReport, None),
 }
 
 SINGLE_ITEM_KINDS = frozenset({Kind.SOURCE, Kind.REVOCATION})
@@ -232,7 +236,7 @@ def check_event(encoded: bytes, committee: Committee) -> CheckedEvent:
     """Every check of an event that needs no state, in order of cost.
 
     1. canonical bytes and sizes, 2. chain, 3. shape of its kind, 4. author and role, 5. commitments and
-    the content of each portion, 6. signatures.
+    the content of each portion, 6. signatures, 7. what evidence proves.
 
     Raises:
         Rejected: the first rule broken.
@@ -245,6 +249,8 @@ def check_parts(entry_bytes: bytes, portions_bytes: bytes, committee: Committee)
     """``check_event`` for an event whose two byte strings are already apart."""
     event = check_unsigned(entry_bytes, portions_bytes, committee)
     check_signatures(event.entry, event.id, committee)
+    if isinstance(event.governance, EvidenceReport):
+        check_evidence(event.governance, committee)
     return event
 
 
@@ -263,12 +269,7 @@ def check_unsigned(entry_bytes: bytes, portions_bytes: bytes, committee: Committ
         raise Rejected(Reason.BAD_FIELD, f"campaign of a {entry.kind.value} event: {entry.campaign.hex()}")
     if not shape.in_campaign and (entry.sequence or entry.attempt):
         raise Rejected(Reason.BAD_FIELD, f"a {entry.kind.value} event has sequence and attempt 0")
-    author = committee.member(MemberId(entry.author))
-    if author.role != shape.author:
-        raise Rejected(
-            Reason.WRONG_ROLE,
-            f"a {entry.kind.value} event is authored by a {shape.author.value}, {author.name} is a {author.role}",
-        )
+    check_author(entry, committee)
     expected = p.commitments(entry.kind.value, portions)
     if expected != (entry.data, entry.governance, entry.operation):
         raise Rejected(Reason.PORTION_MISMATCH, "the entry's commitments are not those of its portions")
@@ -287,6 +288,22 @@ def check_unsigned(entry_bytes: bytes, portions_bytes: bytes, committee: Committ
         governance=governance,
         operation=operation,
     )
+
+
+def check_author(entry: Entry, committee: Committee) -> None:
+    """The author is a member of a role that may write this kind.
+
+    Raises:
+        Rejected: ``UNKNOWN_MEMBER``, ``WRONG_ROLE``.
+    """
+    author = committee.member(MemberId(entry.author))
+    authors = SHAPES[entry.kind].authors
+    if author.role not in authors:
+        raise Rejected(
+            Reason.WRONG_ROLE,
+            f"a {entry.kind.value} event is authored by a {' or '.join(role.value for role in authors)}, "
+            f"{author.name} is a {author.role.value}",
+        )
 
 
 def check_signature(entry: Entry, identifier: Digest, held: EventSignature, committee: Committee) -> None:

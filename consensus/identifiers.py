@@ -77,6 +77,7 @@ class Tag(StrEnum):
     DKG_KNOWLEDGE = "countersign/v1/dkg-proof-of-knowledge"
     POSSESSION = "countersign/v1/proof-of-possession"
     KEY_DERIVATION = "countersign/v1/key-derivation"
+    EVIDENCE = "countersign/v1/evidence"
     BATCH_COEFFICIENT = "countersign/v1/batch-coefficient"
 
 

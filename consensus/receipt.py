@@ -32,8 +32,8 @@ from consensus.certificate import (
     verify_certificate,
 )
 from consensus.codec import decode
-from consensus.event import MAX_ENTRY_BYTES, SHAPES, Entry, check_signatures, event_id
-from consensus.identifiers import ChainId, Digest, MemberId
+from consensus.event import MAX_ENTRY_BYTES, SHAPES, Entry, check_author, check_signatures, event_id
+from consensus.identifiers import ChainId, Digest
 from consensus.membership import Committee, Genesis, check_genesis
 from consensus.merkle import leaf_hash, verify_inclusion
 from consensus.portions import Bytes32, Natural, Wire
@@ -186,12 +186,7 @@ def verify_entry(encoded: bytes, members: Committee) -> VerifiedEntry:
     if entry.chain_id != members.chain_id:
         raise Rejected(Reason.WRONG_CHAIN, f"event of chain {entry.chain_id.hex()}, this is {members.chain_id.hex()}")
     shape = SHAPES[entry.kind]
-    author = members.member(MemberId(entry.author))
-    if author.role != shape.author:
-        raise Rejected(
-            Reason.WRONG_ROLE,
-            f"a {entry.kind.value} event is authored by a {shape.author.value}, {author.name} is a {author.role.value}",
-        )
+    check_author(entry, members)
     if (entry.campaign != bytes(32)) != shape.in_campaign:
         raise Rejected(Reason.BAD_FIELD, f"campaign of a {entry.kind.value} event: {entry.campaign.hex()}")
     identifier = event_id(entry)

@@ -77,6 +77,7 @@ class Reason(StrEnum):
     STATE_ROOT_MISMATCH = "state-root-mismatch"
     LOG_ROOT_MISMATCH = "log-root-mismatch"
     BAD_VOTE = "bad-vote"
+    NO_CONFLICT = "no-conflict"
     BAD_CERTIFICATE = "bad-certificate"
     QUORUM_NOT_REACHED = "quorum-not-reached"
     CENSORED_EVENT = "censored-event"

@@ -14,6 +14,7 @@ table     key                 record
 6         campaign id         ``CampaignHead``: where it stands
 7         grant id            ``GrantRecord``
 8         campaign ‖ source   ``Usage``: exact counts of one source in one campaign
+9         conviction          ``EvidenceRecord``: a member's first proved offence of a kind in an epoch
 ========  ==================  ==================================================
 """
 
@@ -48,6 +49,7 @@ CAMPAIGN_TABLE = b"\x05"
 CAMPAIGN_HEAD_TABLE = b"\x06"
 GRANT_TABLE = b"\x07"
 USAGE_TABLE = b"\x08"
+EVIDENCE_TABLE = b"\x09"
 
 R = TypeVar("R", bound=Wire)
 
@@ -172,6 +174,17 @@ class Usage(Wire, frozen=True):
     discarded: Natural
     first_step: Natural
     last_step: Natural
+
+
+class EvidenceRecord(Wire, frozen=True):
+    """The event that proves it; later proofs of the same member, epoch and offence are refused."""
+
+    event: Bytes32
+    member: Bytes32
+    offence: Name
+    epoch: Natural
+    view: Natural
+    recorded_at_ms: Natural
 
 
 def usage_key(campaign: bytes, source: bytes) -> bytes:

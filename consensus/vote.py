@@ -1,4 +1,4 @@
-"""Votes, proposals, quorums of votes, and the evidence that conflicting ones are.
+"""Votes, proposals and quorums of votes.
 
 Every voter of a view may say three things about it: *notarize* one proposal, *nullify* the view, or
 *finalize* the notarized proposal. A vote carries its voter's identity signature, which covers the BLS
@@ -13,8 +13,8 @@ Rules (DESIGN §6; Chan and Pass, eprint 2023/463):
 - A quorum is ``t_r`` members of every voting role.
 
 ``check_*`` verify one message on its own: bytes, place, signatures. ``Tally`` counts checked votes of one
-view and returns ``Evidence`` where two of one voter break a rule. When to vote is left to ``engine``, the
-96-byte finalization to ``certificate``.
+view and returns ``Evidence`` where two of one voter break a rule; what evidence proves is told by ``evidence``.
+When to vote is left to ``engine``, the 96-byte finalization to ``certificate``.
 """
 
 from collections.abc import Callable
@@ -86,6 +86,18 @@ class Proposal(Struct, frozen=True, array_like=True, forbid_unknown_fields=True,
         """Digest of the proposed ledger block."""
         return header_digest(self.header)
 
+    @property
+    def signed_header(self) -> "SignedHeader":
+        """What the leader's signature is on: the header names the body."""
+        return SignedHeader(header=self.header, signature=self.signature)
+
+
+class SignedHeader(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="signed-header"):
+    """A proposal without its body."""
+
+    header: Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
+    signature: SignatureBytes
+
 
 class Notarization(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="notarization"):
     """A quorum of notarize votes for one ledger block."""
@@ -122,10 +134,10 @@ class VoteEvidence(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class ProposalEvidence(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="proposal-evidence"):
-    """Two signed proposals of one leader for one view."""
+    """Two headers that one leader signed as proposals for one view."""
 
-    first: Proposal
-    second: Proposal
+    first: SignedHeader
+    second: SignedHeader
 
 
 Evidence = VoteEvidence | ProposalEvidence
@@ -136,9 +148,9 @@ def vote_message(vote: Vote) -> bytes:
     return tagged_message(Tag.VOTE, encode(replace(vote, signature=b"")))
 
 
-def proposal_message(proposal: Proposal) -> bytes:
+def proposal_message(header: bytes) -> bytes:
     """What the leader's identity key signs; the header's digest binds chain, epoch, view and leader."""
-    return tagged_message(Tag.PROPOSAL, proposal.digest)
+    return tagged_message(Tag.PROPOSAL, header_digest(header))
 
 
 def sign_vote(
@@ -163,7 +175,7 @@ def sign_vote(
 def sign_proposal(header: Header, body: Body, sign: Sign) -> Proposal:
     """A leader's signed proposal of its ledger block."""
     unsigned = Proposal(version=VERSION, header=encode(header), body=body, signature=b"")
-    return replace(unsigned, signature=sign(proposal_message(unsigned)))
+    return replace(unsigned, signature=sign(proposal_message(unsigned.header)))
 
 
 def check_vote(vote: Vote, committee: Committee) -> None:
@@ -183,10 +195,20 @@ def check_proposal(proposal: Proposal, committee: Committee) -> Header:
     """The header of a proposal that the leader of its view signed and whose body is the one it names.
 
     Raises:
-        Rejected: ``WRONG_CHAIN``, ``WRONG_EPOCH``, ``WRONG_AUTHOR``, ``BAD_BLOCK``, ``DUPLICATE``,
-            ``BAD_SIGNATURE``, and as ``codec.decode`` for a header that is not canonical.
+        Rejected: ``BAD_BLOCK``, ``DUPLICATE``, and as ``check_signed_header``.
     """
-    header = decode_header(proposal.header, committee.chain_id)
+    check_body(decode_header(proposal.header, committee.chain_id), proposal.body)
+    return check_signed_header(proposal.signed_header, committee)
+
+
+def check_signed_header(signed: SignedHeader, committee: Committee) -> Header:
+    """A header that the leader of its view signed as its proposal.
+
+    Raises:
+        Rejected: ``WRONG_CHAIN``, ``WRONG_EPOCH``, ``WRONG_AUTHOR``, ``BAD_BLOCK``, ``BAD_SIGNATURE``, and as
+            ``codec.decode`` for a header that is not canonical.
+    """
+    header = decode_header(signed.header, committee.chain_id)
     _check_place(header.chain_id, header.epoch, committee)
     if header.height == 0 or header.view == 0 or header.parent_view >= header.view:
         raise Rejected(
@@ -199,8 +221,7 @@ def check_proposal(proposal: Proposal, committee: Committee) -> Header:
             Reason.WRONG_AUTHOR,
             f"{header.leader.hex()} proposes in view {header.view}, its leader is {leader.name}",
         )
-    check_body(header, proposal.body)
-    keys.verify(leader.scheme, leader.identity_key, proposal_message(proposal), proposal.signature)
+    keys.verify(leader.scheme, leader.identity_key, proposal_message(signed.header), signed.signature)
     return header
 
 
@@ -229,25 +250,6 @@ def check_stalled(stalled: Stalled, committee: Committee) -> None:
         Rejected: ``WRONG_CHAIN``, ``WRONG_EPOCH``.
     """
     _check_place(stalled.chain_id, stalled.epoch, committee)
-
-
-def check_evidence(evidence: Evidence, committee: Committee) -> MemberId:
-    """The member whose two signed messages conflict.
-
-    Raises:
-        Rejected: ``BAD_VOTE`` when no rule forbids the pair; and as ``check_vote`` or ``check_proposal``.
-    """
-    if isinstance(evidence, VoteEvidence):
-        check_vote(evidence.first, committee)
-        check_vote(evidence.second, committee)
-        if not conflicting(evidence.first, evidence.second):
-            raise Rejected(Reason.BAD_VOTE, "the two votes do not conflict")
-        return MemberId(evidence.first.voter)
-    first = check_proposal(evidence.first, committee)
-    second = check_proposal(evidence.second, committee)
-    if first.view != second.view or evidence.first.header == evidence.second.header:
-        raise Rejected(Reason.BAD_VOTE, "the two proposals do not conflict")
-    return MemberId(first.leader)
 
 
 def conflicting(first: Vote, second: Vote) -> bool:

@@ -202,6 +202,7 @@ class Api:
                 "votes_sent": now.votes_sent,
                 "halted": now.halted,
                 "catching_up": now.catching_up,
+                "evidence": now.evidence,
                 "finality": {
                     "count": now.finality.count,
                     "median_ms": now.finality.median_ms,

@@ -11,6 +11,7 @@ reads it. What is disclosed is decided here, and no more than the predicate need
 ``source-unused``      nothing
 ``delta-exact``        operation portions of the campaign's events
 ``refusals-complete``  all portions of steps, refusals and rollbacks
+``evidence``           the two signed messages
 =====================  ================================================================================
 
 In the narrow ones a rollback's operation portion is disclosed only if its memorization signals name no
@@ -313,6 +314,13 @@ def _refusals_complete(export: _Export) -> None:
     export.keys |= {key, CAMPAIGN_HEAD_TABLE + export.campaign}
 
 
+def _evidence(export: _Export) -> None:
+    index = export.index_of(export.event, Reason.NOT_FOUND, "event")
+    if export.entry(index).kind is not Kind.EVIDENCE:
+        raise Rejected(Reason.BAD_FIELD, f"event {export.event.hex()} is a {export.entry(index).kind.value}")
+    export.add(index, governance=export.portions(index).governance)
+
+
 def _add_source(export: _Export) -> None:
     """The source's event with its claim, and its revocation."""
     index = export.index_of(export.source, Reason.UNKNOWN_SOURCE, "source")
@@ -380,4 +388,5 @@ _COLLECTORS: dict[Predicate, Callable[[_Export], None]] = {
     Predicate.SOURCE_UNUSED: _source_unused,
     Predicate.DELTA_EXACT: _delta_exact,
     Predicate.REFUSALS_COMPLETE: _refusals_complete,
+    Predicate.EVIDENCE: _evidence,
 }

@@ -51,6 +51,7 @@ from consensus.vote import (
 )
 from node.catchup import CatchUp, CertifiedInvalid, serve_blocks, serve_events
 from node.clock import Clock
+from node.evidence import EvidenceDesk
 from node.intake import Intake
 from node.last_votes import LastVotes
 from node.ledger import Finalized as Appended
@@ -91,7 +92,9 @@ class Replica:
         clock: Clock,
         voter: Voter | None,
         timing: Timing,
+        evidence: EvidenceDesk,
     ) -> None:
+        self._evidence = evidence
         self._ledger = ledger
         self._network = network
         self._mempool = mempool
@@ -145,6 +148,7 @@ class Replica:
                 for proposal in restored.proposals:
                     self._proposals.remember(proposal)
                 nursery.start_soon(self._vote, self._voter)
+            self._evidence.hand_in_kept()
             self._do(self.engine.start(self._now_ms))
             async for received in self._network.incoming:
                 self._take(received)
@@ -315,7 +319,7 @@ class Replica:
                     self._finalize(effect)
                 case PublishEvidence():
                     self.counters.evidence += 1
-                    log.warning("a member equivocated: %s", type(effect.evidence).__name__)
+                    self._evidence.take(effect.evidence)
                 case Halt():
                     log.critical("halted: %s", effect.reason)
 

@@ -22,10 +22,12 @@ from consensus.identifiers import VOTING_ROLES, Digest, MemberId
 from consensus.keys import Ed25519SigningKey, Signer
 from consensus.membership import Genesis
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
+from consensus.state import EVIDENCE_TABLE
 from node.api import serve
 from node.clock import Clock, SystemClock
 from node.config import NodeConfig
 from node.countersign import CountersignDesk
+from node.evidence import EvidenceDesk
 from node.identity import Identity, load_genesis, load_identity
 from node.intake import Intake
 from node.journal import Journal, JournalLost, VoteMark, check_not_lost
@@ -43,6 +45,7 @@ from node.voter import Voter, VotingKeys
 log = logging.getLogger("countersign")
 
 JOURNAL_FILE = "votes.journal"
+EVIDENCE_DIRECTORY = "evidence"
 
 
 def open_peers(config: NodeConfig, genesis: Genesis) -> list[Peer]:
@@ -102,6 +105,13 @@ class Node:
                 clock,
                 self._voter,
                 Timing(config.round.timeout_ms, config.round.max_timeout_ms, genesis.parameters.heartbeat_ms),
+                EvidenceDesk(
+                    config.node.data_directory / EVIDENCE_DIRECTORY,
+                    self._ledger,
+                    identity.member,
+                    identity.signer,
+                    self._intake.submit,
+                ),
             )
         except BaseException:
             store.close()
@@ -235,6 +245,7 @@ class Node:
             catching_up=self.replica.catch_up.running,
             votes_sent=self._voter.votes_cast if self._voter else 0,
             finality=finality,
+            evidence=sum(1 for _ in self._ledger.final.state.items_with_prefix(EVIDENCE_TABLE)),
         )
 
     def checkpoint_note(self) -> bytes:

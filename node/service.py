@@ -80,6 +80,8 @@ class NodeStatus:
     catching_up: bool = False
     votes_sent: int = 0
     finality: FinalityFigures = FinalityFigures()
+    evidence: int = 0
+    """Members, epochs and offences for which the log holds evidence."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from consensus.block import Body, Header
 from consensus.certificate import Certificate, certificate_message, scheme_for
 from consensus.codec import encode
 from consensus.event import JOB_SIGNER_ROLE, CheckedEvent, Entry, Kind, check_event, make_entry, pack, sign_entry
+from consensus.evidence import EvidenceReport
 from consensus.identifiers import Digest, MemberId, View, tagged_hash
 from consensus.identifiers import Tag as DomainTag
 from consensus.keys import Ed25519SigningKey
@@ -44,6 +45,7 @@ from consensus.state import (
 )
 from consensus.state_map import StateMap
 from consensus.transition import LedgerState, build, genesis_state
+from consensus.vote import VoteEvidence, VoteKind, sign_vote
 
 BLOCK_MS = 1_000
 YEAR_MS = 365 * 86_400_000
@@ -268,6 +270,27 @@ class MemoryLedger:
     def revocation(self, owner: str, source: bytes) -> CheckedEvent:
         """The owner takes a source back."""
         return self.signed(Kind.REVOCATION, [owner], self._one_item(p.SourceRevocation(source, "withdrawn")))
+
+    def contradiction(self, culprit: str, view: int = 1) -> EvidenceReport:
+        """Two ledger blocks that one member votes to notarize in one view."""
+        sign = self.secrets[culprit].identity.sign
+        votes = (
+            sign_vote(
+                self.committee,
+                self.ids[culprit],
+                VoteKind.NOTARIZE,
+                View(view),
+                digest("block", side),
+                share=b"",
+                sign=sign,
+            )
+            for side in range(2)
+        )
+        return EvidenceReport(VoteEvidence(*votes))
+
+    def evidence(self, author: str, report: EvidenceReport) -> CheckedEvent:
+        """The report, handed in by a member."""
+        return self.signed(Kind.EVIDENCE, [author], p.Portions(None, self.salted(report), None))
 
     def _one_item(self, content: p.Wire) -> p.Portions:
         return p.Portions(p.DataPortion(self.salt(), (p.DataItem(encode(content)),)), None, None)
@@ -580,7 +603,9 @@ def begin(**ledger_options: object) -> Story:
 
 
 def story(released: bool = True, **ledger_options: object) -> Story:
-    """Steps 1, 2, 3 (memorized, rolled back), 3, the hospital revokes ``records``, 4, a new grant, 5, 6, release."""
+    """Steps 1, 2, 3 (memorized, rolled back), 3, the hospital revokes ``records``, 4, a new grant, 5, 6, release;
+    at last, evidence against the operator.
+    """
     told = begin(**ledger_options)
     ledger, run = told.ledger, told.run
     ledger.seal(run.grant([told.books, told.records], 1, 4))
@@ -596,5 +621,5 @@ def story(released: bool = True, **ledger_options: object) -> Story:
     ledger.seal(*run.step())
     if released:
         ledger.seal(run.release())
-    ledger.seal()
+    ledger.seal(ledger.evidence(HOSPITAL, ledger.contradiction(OPERATOR)))
     return Story(ledger, run, told.books, told.records, told.archive, run.weights_file())

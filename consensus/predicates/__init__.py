@@ -10,6 +10,7 @@
 ``source-unused``      no example of a source was trained on
 ``delta-exact``        the released file is what the recorded steps, one after the other, ended in
 ``refusals-complete``  every presented example was admitted, or refused for the true reason
+``evidence``           a member signed two messages that contradict each other
 =====================  ===========================================================================
 
 A bundle that is malformed, of another chain, or lacks an event or record the predicate needs raises
@@ -22,6 +23,7 @@ from enum import StrEnum
 from consensus.bundle import OpenBundle
 from consensus.identifiers import DIGEST_BYTES, VOTING_ROLES
 from consensus.predicates.delta_exact import ReleasedFile, delta_exact
+from consensus.predicates.evidence import evidence
 from consensus.predicates.log import consistent, included
 from consensus.predicates.policy_in_force import policy_in_force
 from consensus.predicates.refusals_complete import refusals_complete
@@ -41,6 +43,7 @@ class Predicate(StrEnum):
     SOURCE_UNUSED = "source-unused"
     DELTA_EXACT = "delta-exact"
     REFUSALS_COMPLETE = "refusals-complete"
+    EVIDENCE = "evidence"
 
 
 SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
@@ -51,6 +54,7 @@ SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
     Predicate.SOURCE_UNUSED: ("campaign", "source"),
     Predicate.DELTA_EXACT: ("campaign",),
     Predicate.REFUSALS_COMPLETE: ("campaign",),
+    Predicate.EVIDENCE: ("event",),
 }
 """What each predicate is about, and nothing else: a subject that nothing checks would be read as checked."""
 
@@ -61,6 +65,7 @@ _PREDICATES: dict[Predicate, Callable[[OpenBundle, Steps], None]] = {
     Predicate.SOURCE_HONORED: source_honored,
     Predicate.SOURCE_UNUSED: source_unused,
     Predicate.REFUSALS_COMPLETE: refusals_complete,
+    Predicate.EVIDENCE: evidence,
 }
 
 

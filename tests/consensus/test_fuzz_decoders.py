@@ -15,6 +15,7 @@ from consensus.bundle import Bundle, open_bundle
 from consensus.certificate import Certificate, decode_certificate
 from consensus.codec import decode, encode
 from consensus.event import MAX_EVENT_BYTES, Entry, check_event, check_parts, unpack
+from consensus.evidence import EvidenceReport, check_evidence
 from consensus.genesis import genesis_from_json, genesis_to_json
 from consensus.membership import ED25519_LIST, check_genesis
 from consensus.portions import (
@@ -95,6 +96,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "notarization": checked(Notarization, check_notarization),
     "nullification": checked(Nullification, check_nullification),
     "stalled": checked(Stalled, check_stalled),
+    "evidence": checked(EvidenceReport, check_evidence),
     "map proof": lambda encoded: verify_map_proof(bytes(32), bytes(33), decode(encoded, MapProof, MAX_EVENT_BYTES)),
     "prefix proof": lambda encoded: verify_prefix_proof(
         bytes(32), b"\x01", decode(encoded, PrefixProof, MAX_EVENT_BYTES)

@@ -44,7 +44,9 @@ def judged(tale: Story, bundle: Bundle, files: tuple[ReleasedFile, ...] = ()) ->
 
 
 def exported(tale: Story, predicate: Predicate, source: bytes = b"") -> Bundle:
-    held = {"campaign": tale.run.id, "source": source or tale.books, "event": tale.ledger.events[0].id}
+    kind = Kind.EVIDENCE if predicate is Predicate.EVIDENCE else Kind.POLICY
+    event = next(event for event in tale.ledger.events if event.entry.kind is kind)
+    held = {"campaign": tale.run.id, "source": source or tale.books, "event": event.id}
     about = {name: held[name] for name in SUBJECTS[predicate]}
     earlier = tale.ledger.certified[2] if predicate is Predicate.CONSISTENT else None
     return parts(export_bundle(tale.ledger, predicate, earlier=earlier, **about))

@@ -154,7 +154,7 @@ def test_honest_log_answers_yes_and_says_what_it_rests_on(predicate: Predicate, 
     verdict = judged(told(), predicate, source)
     assert verdict.answer is Answer.YES
     assert [step.number for step in verdict.steps] == list(range(1, len(verdict.steps) + 1))
-    assert (verdict.as_of.height, verdict.as_of.log_size) == (15, 25)
+    assert (verdict.as_of.height, verdict.as_of.log_size) == (15, 26)
     if predicate is not Predicate.CONSISTENT:
         assert any(step.status is Status.ATTESTED for step in verdict.steps)
 

@@ -23,12 +23,14 @@ from consensus import portions as p
 from consensus.block import Body, Header
 from consensus.certificate import Certificate, decode_certificate
 from consensus.codec import decode, encode
-from consensus.event import JOB_SIGNER_ROLE, CheckedEvent, Kind, check_event, make_entry, pack, sign_entry
+from consensus.event import JOB_SIGNER_ROLE, CheckedEvent, Entry, Kind, check_event, make_entry, pack, sign_entry
+from consensus.evidence import EvidenceReport, Offence, check_evidence
 from consensus.identifiers import Digest, MemberId, View
 from consensus.keys import Ed25519SigningKey
+from consensus.membership import committee as committee_of
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.transition import build
-from consensus.vote import Notarization, Proposal, VoteKind, sign_proposal, sign_vote
+from consensus.vote import Notarization, Proposal, VoteEvidence, VoteKind, sign_proposal, sign_vote
 from node import catchup
 from node.catchup import CatchUp, serve_blocks
 from node.journal import Journal, VoteMark, VoteRecord
@@ -275,6 +277,68 @@ async def test_finalize_votes_with_bad_shares_delay_no_certificate(tmp_path: Pat
             for number in range(6):
                 await goes_on(consortium, nodes, number)
             nursery.cancel_scope.cancel()
+
+
+async def test_member_that_contradicts_itself_is_convicted_once_on_every_honest_log(tmp_path: Path) -> None:
+    async with beset(tmp_path) as (consortium, nodes, rogue):
+        committee = nodes[0].ledger.committee
+
+        def contradict(view: int, kind: VoteKind = VoteKind.NOTARIZE) -> None:
+            for side in range(2):
+                block = digest("side", side)
+                sign = rogue.secrets.identity.sign
+                rogue.votes(sign_vote(committee, rogue.member.id, kind, View(view), block, share=b"", sign=sign))
+
+        await goes_on(consortium, nodes, 0)
+        for ahead in range(1, 20):
+            contradict(nodes[0].snapshot().view + ahead)
+        await until(lambda: all(len(evidence_on(node)) == 1 for node in nodes))
+        contradict(nodes[0].snapshot().view + 30, VoteKind.FINALIZE)
+        await until(lambda: all(len(evidence_on(node)) == 2 for node in nodes))
+        await goes_on(consortium, nodes, 1)
+        events = evidence_on(nodes[0])
+        assert all(evidence_on(node) == events for node in nodes)
+        reports = [
+            decode(p.decode_portions(portions).governance.content, EvidenceReport, 65_536)  # type: ignore[union-attr]
+            for _, portions in events
+        ]
+        convictions = [check_evidence(report, committee) for report in reports]
+        assert [found.member for found in convictions] == [rogue.member.id] * 2
+        assert {found.offence for found in convictions} == {Offence.TWO_NOTARIZE_VOTES, Offence.TWO_FINALIZE_VOTES}
+        # Whoever does not vote keeps the proof as well.
+        assert all(len(list(((consortium.folder / name) / "evidence").iterdir())) <= 2 for name in HONEST)
+
+
+async def test_evidence_kept_before_a_crash_is_handed_in_after_it(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, COUNTS, thresholds=THRESHOLDS)
+    members = committee_of(consortium.genesis)
+    culprit = next(member for member in consortium.genesis.members if member.name == ROGUE)
+    votes = (
+        sign_vote(
+            members,
+            culprit.id,
+            VoteKind.NOTARIZE,
+            View(5),
+            digest("side", side),
+            share=b"",
+            sign=consortium.secrets[ROGUE].identity.sign,
+        )
+        for side in range(2)
+    )
+    kept = (consortium.folder / HONEST[0]) / "evidence"
+    kept.mkdir(parents=True)
+    (kept / f"{ROGUE}.two-notarize-votes.0").write_bytes(encode(EvidenceReport(VoteEvidence(*votes))))
+    (kept / "half-written.new").write_bytes(b"\x91")
+    nodes = [consortium.node(name) for name in HONEST]
+    async with running(nodes):
+        await until(lambda: all(len(evidence_on(node)) == 1 for node in nodes))
+        await goes_on(consortium, nodes, 1)
+
+
+def evidence_on(node: Node) -> list[tuple[bytes, bytes]]:
+    """Entries and portions of the evidence on a node's log."""
+    events = [node.ledger.event(index) for index in range(node.ledger.final.header.log_size)]
+    return [held for held in events if decode(held[0], Entry, 65_535).kind is Kind.EVIDENCE]
 
 
 async def test_voter_on_a_slow_disk_that_the_others_leave_behind_runs_on(

@@ -14,6 +14,7 @@ from ledger_fixtures import Story, begin, safetensors_file, story
 
 from consensus.bundle import MAGIC, MAX_BUNDLE_BYTES, Bundle, encode_bundle, open_bundle
 from consensus.codec import decode
+from consensus.event import Kind
 from consensus.genesis import genesis_to_json
 from consensus.predicates import Answer, Predicate, verify
 from consensus.receipt import anchor
@@ -41,6 +42,8 @@ def house(tmp_path: Path) -> Path:
     for predicate in (Predicate.SOURCE_HONORED, Predicate.SOURCE_UNUSED):
         encoded = export_bundle(tale.ledger, predicate, campaign=tale.run.id, source=tale.books)
         (tmp_path / "bundles" / predicate.value).write_bytes(encoded)
+    event = next(event for event in tale.ledger.events if event.entry.kind is Kind.EVIDENCE)
+    (tmp_path / "bundles" / "evidence").write_bytes(export_bundle(tale.ledger, "evidence", event=event.id))
     return tmp_path
 
 
@@ -69,9 +72,16 @@ def test_honest_bundle_answers_yes_with_numbered_steps(house: Path, predicate: s
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert lines[-1] == "answer: yes"
-    assert lines[-2] == "as of ledger block 15, log size 25, time 2023-11-14T22:13:35 (UTC)"
+    assert lines[-2] == "as of ledger block 15, log size 26, time 2023-11-14T22:13:35 (UTC)"
     assert f"about campaign {told().run.id.hex()}" in lines
     assert any(line.startswith("  1  checked      the genesis is that of the pinned chain") for line in lines)
+
+
+def test_evidence_names_the_member_and_what_it_signed(house: Path) -> None:
+    result = verified(house, "evidence")
+    assert result.exit_code == 0
+    assert "contradict each other (two-notarize-votes)" in result.output
+    assert result.output.splitlines()[-1] == "answer: yes"
 
 
 def test_no_exits_one_and_names_the_failed_step(house: Path) -> None:
@@ -194,7 +204,7 @@ def test_bundle_about_another_campaign_than_asked_is_refused(house: Path) -> Non
 def test_json_names_answer_subject_and_steps(house: Path) -> None:
     found = json.loads(verified(house, "source-honored", "--json").output)
     assert (found["answer"], found["source"]) == ("yes", told().books.hex())
-    assert found["as_of"] == {"height": 15, "log_size": 25, "timestamp_ms": 1_700_000_015_000}
+    assert found["as_of"] == {"height": 15, "log_size": 26, "timestamp_ms": 1_700_000_015_000}
     assert [step["number"] for step in found["steps"]] == list(range(1, len(found["steps"]) + 1))
     assert {step["status"] for step in found["steps"]} == {"checked", "attested", "not-covered"}
     refused = json.loads(verified(house, "source-honored", "--json", chain_id="00" * 32).output)
