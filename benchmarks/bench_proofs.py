@@ -9,12 +9,14 @@ from harness import Report, run_benchmark
 
 from consensus import bls, merkle
 from consensus import portions as p
-from consensus.certificate import BlsThreshold, certificate_message, scheme_for
+from consensus.bls_certificates import BlsThreshold
+from consensus.certificate import certificate_message
+from consensus.certificate_schemes import scheme_for
 from consensus.codec import decode, encode
 from consensus.event import Entry, Kind, check_event, make_entry, pack, sign_entry, unpack
 from consensus.genesis import MemberPlan, generate_genesis
 from consensus.identifiers import VOTING_ROLES, Digest, MemberId, Role, View
-from consensus.membership import committee
+from consensus.membership import SCHEME_NEEDS, committee
 from consensus.merkle import Frontier
 from consensus.state_map import StateMap, verify_map_proof
 
@@ -118,7 +120,33 @@ def measure(report: Report, arguments: argparse.Namespace) -> None:
     report.time_calls("bls: verify", lambda: bls.verify(public, message, signature), repeats, 3)
     report.time_calls("certificate: combine four shares and check", lambda: scheme.combine(message, shares), repeats, 3)
     report.time_calls("certificate: verify", lambda: scheme.verify(message, payload), repeats, 3)
-    report.rate("certificate: size", len(payload), "bytes")
+
+    for counts in (COUNTS, dict.fromkeys(VOTING_ROLES, 4)):
+        for name in SCHEME_NEEDS:
+            measure_scheme(report, name, counts, min(repeats, 30))
+
+
+def measure_scheme(report: Report, name: str, counts: dict[Role, int], repeats: int) -> None:
+    """Size of a certificate of one scheme, and what combining and verifying it takes."""
+    plans = [
+        MemberPlan(f"{role.value}-{number}", role, hashlib.sha256(f"{role} {number}".encode()).digest())
+        for role in VOTING_ROLES
+        for number in range(counts[role])
+    ]
+    genesis, secrets = generate_genesis(
+        name="bench.example/proofs", nonce=bytes(32), created_ms=0, plans=plans, certificate_scheme=name
+    )
+    scheme = scheme_for(genesis)
+    message = certificate_message(genesis.chain_id, 0, View(1), Digest(bytes(32)))
+    shares = {}
+    for member in genesis.members:
+        held = secrets[member.name]
+        shares[MemberId(member.id)] = scheme.share(held.key_share or held.identity, message)
+    payload = scheme.combine(message, shares)
+    of = f"{name}, {len(plans)} voters"
+    report.time_calls(f"{of}: combine and check", lambda: scheme.combine(message, shares), repeats, 2)
+    report.time_calls(f"{of}: verify", lambda: scheme.verify(message, payload), repeats, 2)
+    report.rate(f"{of}: size", len(payload), "bytes")
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from msgspec import Struct
 from consensus import bls
 from consensus.codec import encode
 from consensus.identifiers import VOTING_ROLES, MemberId, Role, Tag, tagged_hash
-from consensus.key_generation import Ceremony, KeyShare, run_local_key_generation
+from consensus.key_generation import Ceremony, run_local_key_generation
 from consensus.keys import Ed25519SigningKey, MlDsa65SigningKey, SignatureScheme, Signer
 from consensus.membership import (
     BLS_THRESHOLD,
@@ -33,8 +33,10 @@ from consensus.membership import (
     Parameters,
     RoleGroup,
     RoleThreshold,
+    SchemeNeeds,
     default_threshold,
     member_id,
+    scheme_needs,
 )
 from consensus.rejection import Reason, Rejected
 from consensus.threshold import member_possession_context
@@ -69,7 +71,8 @@ class MemberPlan:
     name: str
     role: Role
     seed: bytes
-    scheme: SignatureScheme = SignatureScheme.ED25519
+    scheme: SignatureScheme | None = None
+    """Of its identity key; None for what the certificate scheme needs, or Ed25519."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -81,7 +84,8 @@ class MemberSecrets:
     transport_seed: bytes
     log_seed: bytes | None
     key_share: bls.Secret | None
-    """Its share of the role key; ``None`` too where certificates need no BLS keys."""
+    """Its share of the role key, or its own BLS secret where roles have none; ``None`` where certificates need neither.
+    """
 
 
 def genesis_to_json(genesis: Genesis) -> bytes:
@@ -126,16 +130,19 @@ def generate_genesis(
     ``thresholds`` default to ``default_threshold`` of each role's size.
 
     Raises:
-        Rejected: ``BAD_KEY`` for a seed or nonce of another length than 32 bytes.
+        Rejected: ``BAD_KEY`` for a seed or nonce of another length than 32 bytes; ``BAD_MEMBERSHIP`` for an unknown
+            certificate scheme.
     """
     if len(nonce) != 32:
         raise Rejected(Reason.BAD_KEY, f"a nonce has 32 bytes, not {len(nonce)}")
     quorums = {role: default_threshold(sum(plan.role == role for plan in plans)) for role in VOTING_ROLES}
     quorums.update(thresholds or {})
-    identities = {plan.name: _identity(plan) for plan in plans}
-    shares: dict[str, KeyShare] = {}
+    needs = scheme_needs(certificate_scheme)
+    identities = {plan.name: _identity(plan, needs) for plan in plans}
+    with_bls = {plan.name for plan in plans if needs.member_keys and plan.role in VOTING_ROLES}
+    shares: dict[str, bls.Secret] = {plan.name: _own_bls_secret(plan) for plan in plans if plan.name in with_bls}
     groups: list[RoleGroup] = []
-    if certificate_scheme == BLS_THRESHOLD:
+    if needs.group_keys:
         for role in VOTING_ROLES:
             role_plans = [plan for plan in plans if plan.role == role]
             ceremony = Ceremony(nonce, GENESIS_EPOCH, role, quorums[role], len(role_plans))
@@ -144,7 +151,7 @@ def generate_genesis(
                 [_id(identities[plan.name]) for plan in role_plans],
                 [derive_seed(plan.seed, "bls") for plan in role_plans],
             )
-            shares.update({plan.name: share for plan, share in zip(role_plans, made, strict=True)})
+            shares.update({plan.name: share.secret for plan, share in zip(role_plans, made, strict=True)})
             group = made[0].group
             groups.append(
                 RoleGroup(
@@ -161,7 +168,7 @@ def generate_genesis(
         nonce=nonce,
         created_ms=created_ms,
         certificate_scheme=certificate_scheme,
-        members=tuple(_member(plan, identities[plan.name], nonce, plan.name in shares) for plan in plans),
+        members=tuple(_member(plan, identities[plan.name], nonce, plan.name in with_bls) for plan in plans),
         thresholds=tuple(RoleThreshold(role=role, threshold=quorums[role]) for role in VOTING_ROLES),
         groups=tuple(groups),
         parameters=parameters or Parameters(),
@@ -172,7 +179,7 @@ def generate_genesis(
             identity_seed=derive_seed(plan.seed, "identity"),
             transport_seed=derive_seed(plan.seed, "transport"),
             log_seed=derive_seed(plan.seed, "log") if plan.role in VOTING_ROLES else None,
-            key_share=shares[plan.name].secret if plan.name in shares else None,
+            key_share=shares.get(plan.name),
         )
         for plan in plans
     }
@@ -195,10 +202,14 @@ def signer_for(scheme: SignatureScheme, seed: bytes) -> Signer:
     return Ed25519SigningKey(seed)
 
 
-def _identity(plan: MemberPlan) -> Signer:
+def _identity(plan: MemberPlan, needs: SchemeNeeds) -> Signer:
     if len(plan.seed) != 32:
         raise Rejected(Reason.BAD_KEY, f"a seed has 32 bytes, not {len(plan.seed)}")
-    return signer_for(plan.scheme, derive_seed(plan.seed, "identity"))
+    return signer_for(plan.scheme or needs.identity or SignatureScheme.ED25519, derive_seed(plan.seed, "identity"))
+
+
+def _own_bls_secret(plan: MemberPlan) -> bls.Secret:
+    return bls.secret_from_seed(derive_seed(plan.seed, "bls"))
 
 
 def _id(identity: Signer) -> MemberId:
@@ -208,7 +219,7 @@ def _id(identity: Signer) -> MemberId:
 def _member(plan: MemberPlan, identity: Signer, nonce: bytes, with_bls: bool) -> Member:
     bls_key = bls_possession = log_key = b""
     if with_bls:
-        own = bls.secret_from_seed(derive_seed(plan.seed, "bls"))
+        own = _own_bls_secret(plan)
         bls_key = bls.public_key(own)
         bls_possession = bls.prove_possession(own, member_possession_context(nonce, _id(identity)))
     if plan.role in VOTING_ROLES:

@@ -23,14 +23,8 @@ from typing import Annotated
 from msgspec import Meta
 
 from consensus.block import MAX_HEADER_BYTES, Header, decode_header
-from consensus.certificate import (
-    MAX_CERTIFICATE_BYTES,
-    BlsThreshold,
-    Ed25519List,
-    decode_certificate,
-    scheme_for,
-    verify_certificate,
-)
+from consensus.certificate import MAX_CERTIFICATE_BYTES, CertificateScheme, decode_certificate, verify_certificate
+from consensus.certificate_schemes import scheme_for
 from consensus.codec import decode
 from consensus.event import MAX_ENTRY_BYTES, SHAPES, Entry, check_author, check_signatures, event_id
 from consensus.identifiers import ChainId, Digest
@@ -78,7 +72,7 @@ class Anchor:
     chain_id: ChainId
     genesis: Genesis
     committee: Committee
-    scheme: BlsThreshold | Ed25519List
+    scheme: CertificateScheme
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from consensus.membership import MAX_MEMBERS, Committee
 from consensus.rejection import Reason, Rejected
 
 MAX_VIEW = 2**53 - 1
-MAX_SHARE_BYTES = 96
+MAX_SHARE_BYTES = keys.ML_DSA_65_SIGNATURE_BYTES
 MAX_SIGNATURE_BYTES = 8_192
 
 ViewNumber = Annotated[int, Meta(ge=1, le=MAX_VIEW)]

@@ -23,7 +23,8 @@ from pathlib import Path
 from rocksdict import AccessType
 
 from consensus.block import Body, Header, check_body, decode_header, header_digest
-from consensus.certificate import decode_certificate, scheme_for, verify_certificate
+from consensus.certificate import decode_certificate, verify_certificate
+from consensus.certificate_schemes import scheme_for
 from consensus.codec import decode, encode
 from consensus.event import MAX_ENTRY_BYTES, CheckedEvent, Entry, check_parts, event_id
 from consensus.identifiers import Digest

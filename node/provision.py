@@ -26,6 +26,7 @@ from pathlib import Path
 
 from consensus.genesis import MemberPlan, MemberSecrets, generate_genesis, genesis_from_json, genesis_to_json
 from consensus.identifiers import VOTING_ROLES, ChainId, Role
+from consensus.keys import SignatureScheme
 from consensus.membership import BLS_THRESHOLD, Genesis, Parameters, check_genesis
 from consensus.rejection import ConfigError, Rejected
 from node.config import Address, load_config
@@ -86,6 +87,7 @@ def provision(
     *,
     created_ms: int,
     certificate_scheme: str = BLS_THRESHOLD,
+    identity_scheme: SignatureScheme | None = None,
     thresholds: Mapping[Role, int] | None = None,
     parameters: Parameters | None = None,
     passphrase: bytes | None = None,
@@ -105,7 +107,7 @@ def provision(
             name=origin,
             nonce=os.urandom(32),
             created_ms=created_ms,
-            plans=[MemberPlan(request.name, request.role, os.urandom(32)) for request in requests],
+            plans=[MemberPlan(request.name, request.role, os.urandom(32), identity_scheme) for request in requests],
             certificate_scheme=certificate_scheme,
             thresholds=thresholds,
             parameters=parameters,

@@ -14,13 +14,14 @@ import statistics
 import trio
 
 from consensus import bls
-from consensus.certificate import BlsThreshold, Ed25519List, scheme_for
+from consensus.certificate import CertificateScheme
+from consensus.certificate_schemes import scheme_for
 from consensus.checkpoint import assemble_note, checkpoint_text, sign_note
 from consensus.engine import Timing
 from consensus.event import CheckedEvent
 from consensus.identifiers import VOTING_ROLES, Digest, MemberId
 from consensus.keys import Ed25519SigningKey, Signer
-from consensus.membership import Genesis
+from consensus.membership import Genesis, scheme_needs
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state import EVIDENCE_TABLE
 from node.api import serve
@@ -128,16 +129,20 @@ class Node:
         )
         self._note: tuple[int, bytes] | None = None
 
-    def _open_voter(self, store: Store, scheme: BlsThreshold | Ed25519List) -> Voter | None:
+    def _open_voter(self, store: Store, scheme: CertificateScheme) -> Voter | None:
         member, secrets = self._identity.member, self._identity.secrets
         if member.role not in VOTING_ROLES:
             self._why_not_voting = "a verifier never votes"
             return None
         share: bls.Secret | Signer = self._identity.signer
-        if isinstance(scheme, BlsThreshold):
+        if scheme_needs(self._ledger.genesis.certificate_scheme).member_keys:
             if secrets.bls_share is None:
                 raise ConfigError(f"{self.config.node.keystore}: expected a BLS key share, found none")
             share = bls.Secret.from_bytes(secrets.bls_share)
+        try:
+            scheme.check_secret(member.id, share)
+        except Rejected as error:
+            raise ConfigError(f"{self.config.node.keystore}: expected this member's BLS secret: {error}") from error
         path = self.config.node.data_directory / JOURNAL_FILE
         remembered = store.vote_mark()
         head = store.head()

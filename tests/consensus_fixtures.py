@@ -17,7 +17,7 @@ def make_genesis(
     certificate_scheme: str = BLS_THRESHOLD,
     thresholds: Mapping[str, int] | None = None,
     *,
-    scheme: SignatureScheme = SignatureScheme.ED25519,
+    scheme: SignatureScheme | None = None,
     parameters: Parameters | None = None,
 ) -> tuple[Genesis, dict[str, MemberSecrets]]:
     """``counts`` members of each role, called ``<role>-<n>`` from 1, and their secrets by name."""

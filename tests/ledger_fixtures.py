@@ -17,7 +17,8 @@ from consensus_fixtures import SMALLEST, make_genesis
 from consensus import portions as p
 from consensus.admission import admit
 from consensus.block import Body, Header
-from consensus.certificate import Certificate, certificate_message, scheme_for
+from consensus.certificate import Certificate, certificate_message
+from consensus.certificate_schemes import scheme_for
 from consensus.codec import encode
 from consensus.event import JOB_SIGNER_ROLE, CheckedEvent, Entry, Kind, check_event, make_entry, pack, sign_entry
 from consensus.evidence import EvidenceReport

@@ -16,7 +16,7 @@ from consensus import portions as p
 from consensus.codec import encode
 from consensus.event import Kind, make_entry, pack, sign_entry
 from consensus.identifiers import MemberId
-from consensus.membership import Parameters
+from consensus.membership import BLS_THRESHOLD, Parameters
 from node.clock import SystemClock
 from node.config import Address, ApiSection, CountersignSection, NetworkSection, NodeConfig, NodeSection
 from node.keystore import Secrets
@@ -36,9 +36,12 @@ class Consortium:
         counts: Mapping[str, int] = SMALLEST,
         parameters: Parameters = FAST,
         thresholds: Mapping[str, int] | None = None,
+        certificate_scheme: str = BLS_THRESHOLD,
     ) -> None:
         self.folder = folder
-        self.genesis, self.secrets = make_genesis(counts, thresholds=thresholds, parameters=parameters)
+        self.genesis, self.secrets = make_genesis(
+            counts, certificate_scheme=certificate_scheme, thresholds=thresholds, parameters=parameters
+        )
         self.ports = dict(
             zip((m.name for m in self.genesis.members), free_ports(len(self.genesis.members)), strict=True)
         )

@@ -5,12 +5,15 @@ from pathlib import Path
 import click
 
 from consensus.identifiers import VOTING_ROLES, Role
-from consensus.membership import BLS_THRESHOLD, ED25519_LIST, Genesis, Parameters, Tolerance, committee
+from consensus.keys import SignatureScheme
+from consensus.membership import BLS_THRESHOLD, SCHEME_NEEDS, Genesis, Parameters, Tolerance, committee
 from node.clock import SystemClock
 from node.commands.output import print_json, print_table
 from node.config import Address
 from node.files import read_private
 from node.provision import DEFAULT_PURPOSES, MemberRequest, Provisioned, provision
+
+IDENTITIES = {"ed25519": SignatureScheme.ED25519, "ml-dsa-65": SignatureScheme.ML_DSA_65}
 
 
 def parse_members(
@@ -63,10 +66,15 @@ def network() -> None:
 )
 @click.option(
     "--scheme",
-    type=click.Choice([BLS_THRESHOLD, ED25519_LIST]),
+    type=click.Choice(list(SCHEME_NEEDS)),
     default=BLS_THRESHOLD,
     show_default=True,
     help="How ledger blocks are certified.",
+)
+@click.option(
+    "--identity",
+    type=click.Choice(list(IDENTITIES)),
+    help="What members sign with; default: what the scheme needs, or ed25519.",
 )
 @click.option(
     "--threshold",
@@ -100,6 +108,7 @@ def network_init(
     origin: str,
     requests: tuple[MemberRequest, ...],
     scheme: str,
+    identity: str | None,
     thresholds: dict[Role, int],
     passphrase_file: Path | None,
     heartbeat_ms: int | None,
@@ -129,6 +138,7 @@ def network_init(
         requests,
         created_ms=SystemClock().now_ms(),
         certificate_scheme=scheme,
+        identity_scheme=None if identity is None else IDENTITIES[identity],
         thresholds=thresholds,
         parameters=Parameters() if heartbeat_ms is None else Parameters(heartbeat_ms=heartbeat_ms),
         passphrase=passphrase,

@@ -9,8 +9,9 @@ from consensus.genesis import derive_seed
 from consensus.identifiers import VOTING_ROLES, MemberId, Role, View
 from consensus.keys import Ed25519SigningKey, SignatureScheme
 from consensus.membership import (
-    BLS_THRESHOLD,
     ED25519_LIST,
+    ML_DSA_65_LIST,
+    SCHEME_NEEDS,
     Genesis,
     Member,
     check_genesis,
@@ -50,7 +51,7 @@ def refused(genesis: Genesis, reason: Reason, match: str | None = None) -> None:
     assert refusal.value.reason is reason
 
 
-@pytest.mark.parametrize("certificate_scheme", [BLS_THRESHOLD, ED25519_LIST])
+@pytest.mark.parametrize("certificate_scheme", SCHEME_NEEDS)
 @pytest.mark.parametrize(
     "counts",
     [
@@ -73,12 +74,6 @@ def test_post_quantum_identities_are_accepted():
 
 def test_lower_threshold_than_default_is_accepted_above_half():
     check_genesis(make_genesis({"data-source": 3, "governance": 3, "operator": 3}, thresholds={"operator": 2})[0])
-
-
-@pytest.mark.parametrize("scheme", ["bls-multisig", "ml-dsa-65"])
-def test_scheme_not_implemented_yet_is_refused_by_name(scheme):
-    genesis = msgspec.structs.replace(GENESIS, certificate_scheme=scheme)
-    refused(genesis, Reason.BAD_MEMBERSHIP, f"{scheme} is not implemented yet")
 
 
 def test_unknown_scheme_is_refused():
@@ -181,8 +176,24 @@ def test_verifier_with_keys_it_has_no_use_for_is_refused():
 
 
 def test_list_certificates_need_identities_that_sign_them():
-    genesis, _ = make_genesis(certificate_scheme=ED25519_LIST, scheme=SignatureScheme.ML_DSA_65)
-    refused(genesis, Reason.BAD_MEMBERSHIP, "Ed25519 identity")
+    for certificate_scheme, scheme in (
+        (ED25519_LIST, SignatureScheme.ML_DSA_65),
+        (ML_DSA_65_LIST, SignatureScheme.ED25519),
+    ):
+        genesis, _ = make_genesis(certificate_scheme=certificate_scheme, scheme=scheme)
+        refused(genesis, Reason.BAD_MEMBERSHIP, "another scheme")
+
+
+@pytest.mark.parametrize("certificate_scheme", SCHEME_NEEDS)
+@pytest.mark.parametrize("other", SCHEME_NEEDS)
+def test_members_made_for_one_scheme_are_refused_under_one_that_needs_other_keys(certificate_scheme, other):
+    genesis, _ = make_genesis(certificate_scheme=certificate_scheme)
+    moved = msgspec.structs.replace(genesis, certificate_scheme=other)
+    if certificate_scheme == other:
+        check_genesis(moved)
+    else:
+        with pytest.raises(Rejected):
+            check_genesis(moved)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from consensus_fixtures import make_genesis, seed_bytes
 from rocksdict import AccessType
 
-from consensus.certificate import Certificate, certificate_message, scheme_for
+from consensus.certificate import Certificate, certificate_message
+from consensus.certificate_schemes import scheme_for
 from consensus.codec import encode
 from consensus.event import CheckedEvent, Kind, check_event, make_entry, pack, sign_entry
 from consensus.genesis import MemberSecrets

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from consensus import bls
-from consensus.certificate import scheme_for
+from consensus.certificate_schemes import scheme_for
 from consensus.genesis import genesis_from_json
 from consensus.identifiers import VOTING_ROLES, Role
-from consensus.keys import Ed25519SigningKey
+from consensus.keys import Ed25519SigningKey, SignatureScheme
 from consensus.membership import ED25519_LIST, Parameters, check_genesis, committee
 from consensus.rejection import ConfigError
 from node.commands.member import load_member
@@ -109,7 +109,8 @@ def test_free_ports_are_all_different() -> None:
         ((*FOUR, MemberRequest("../outside", Role.VERIFIER)), {}, "no sound genesis"),
         ((*FOUR, MemberRequest("Upper", Role.VERIFIER)), {}, "no sound genesis"),
         (FOUR, {"thresholds": {Role.DATA_SOURCE: 1}}, "no sound genesis"),
-        (FOUR, {"certificate_scheme": "bls-multisig"}, "no sound genesis"),
+        (FOUR, {"certificate_scheme": "rot13"}, "no sound genesis"),
+        (FOUR, {"certificate_scheme": "ed25519", "identity_scheme": SignatureScheme.ML_DSA_65}, "no sound genesis"),
     ],
 )
 def test_members_that_make_no_genesis_are_refused_before_anything_is_written(

@@ -1,5 +1,6 @@
 """The replica over real sockets and disks: agreement, restart, catching up, what stops a vote."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import pytest
 import trio
 from node_fixtures import Consortium, running, until
 
-from consensus.rejection import InvariantBroken, Reason, Rejected
+from consensus.certificate import verify_certificate
+from consensus.membership import BLS_THRESHOLD, SCHEME_NEEDS
+from consensus.receipt import anchor
+from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
 from node.runner import JOURNAL_FILE
 from node.service import EventState
 
@@ -27,6 +31,36 @@ async def test_every_node_ends_at_the_same_log_and_state(tmp_path: Path) -> None
         assert {node.snapshot().log_size for node in nodes} == {40}
         assert len({(node.snapshot().log_root, node.snapshot().state_root) for node in nodes}) == 1
         assert not nodes[4].snapshot().voting
+
+
+@pytest.mark.parametrize("certificate_scheme", [name for name in SCHEME_NEEDS if name != BLS_THRESHOLD])
+async def test_every_certificate_scheme_carries_real_nodes_and_its_receipts(
+    tmp_path: Path, certificate_scheme: str
+) -> None:
+    consortium = Consortium(tmp_path, certificate_scheme=certificate_scheme)
+    nodes = [consortium.node(name) for name in NAMES]
+    async with running(nodes):
+        for number in range(5):
+            event = nodes[0].submit(consortium.source_event("data-source-1", number))
+            assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+        await until(lambda: len({node.snapshot().head for node in nodes}) == 1)
+        certificate = nodes[4].ledger.certificate
+    assert certificate is not None
+    assert certificate.scheme == certificate_scheme
+    trusted = anchor(consortium.genesis, consortium.genesis.chain_id)
+    verify_certificate(trusted.scheme, trusted.chain_id, certificate)
+    again = consortium.node("operator-1")
+    assert again.snapshot().log_size == 5
+    again.ledger.store.close()
+
+
+async def test_keystore_with_another_members_bls_secret_stops_the_node(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    consortium.secrets["operator-1"] = dataclasses.replace(
+        consortium.secrets["operator-1"], key_share=consortium.secrets["governance-1"].key_share
+    )
+    with pytest.raises(ConfigError, match="expected this member's BLS secret"):
+        consortium.node("operator-1")
 
 
 async def test_restarted_voter_keeps_the_log_and_goes_on_voting(tmp_path: Path) -> None:

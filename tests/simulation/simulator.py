@@ -30,9 +30,9 @@ from consensus.certificate import (
     BadCertificateShares,
     Certificate,
     certificate_message,
-    scheme_for,
     verify_certificate,
 )
+from consensus.certificate_schemes import scheme_for
 from consensus.codec import encode
 from consensus.effect import (
     Broadcast,

@@ -9,6 +9,9 @@ import pytest
 from consensus_fixtures import make_genesis
 from simulation.simulator import DELAY_MS, Fork, Keys, Plan, Simulation, worst_gap_ms
 
+from consensus.evidence import EvidenceReport, convicted
+from consensus.membership import SCHEME_NEEDS
+
 SEEDS = os.environ.get("COUNTERSIGN_SIMULATION_SEEDS")
 
 CHAOS = {"loss": 0.15, "duplication": 0.1, "crash": 0.002, "partition_every_ms": 400, "heal_ms": 4_000}
@@ -94,10 +97,8 @@ def test_traitors_at_the_agreement_bound_fork_history() -> None:
 
 def test_equivocating_voters_and_leaders_are_named_by_evidence() -> None:
     simulation = Simulation(3, Plan(traitors=(1, 1, 1), end_ms=4_000)).run()
-    culprits = set()
-    for effect in simulation.evidence:
-        first = effect.evidence.first
-        culprits.add(first.voter if hasattr(first, "voter") else simulation.headers[first.digest].leader)
+    reports = [EvidenceReport(effect.evidence) for effect in simulation.evidence]
+    culprits = {convicted(report, simulation.committee).member for report in reports}
     assert culprits == simulation.traitors
 
 
@@ -126,7 +127,7 @@ def test_idle_network_makes_heartbeats_only() -> None:
     assert simulation.steps < 40
 
 
-@pytest.mark.parametrize("scheme", ["bls-threshold", "ed25519"])
+@pytest.mark.parametrize("scheme", SCHEME_NEEDS)
 def test_real_signatures_and_certificates_carry_the_round(scheme: str) -> None:
     counts = {"data-source": 2, "governance": 1, "operator": 1}
     cryptography = Keys(*make_genesis(counts, certificate_scheme=scheme))
