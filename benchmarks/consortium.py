@@ -24,9 +24,8 @@ from harness import cpu_seconds
 from consensus import portions as p
 from consensus.codec import encode
 from consensus.event import Kind, make_entry, pack, sign_entry
-from consensus.genesis import signer_for
 from consensus.identifiers import MemberId, Role, View
-from consensus.keys import SignatureScheme, Signer
+from consensus.keys import SignatureScheme, Signer, signer_for
 from consensus.membership import Member, committee
 from node.demo.processes import Child, Processes, countersign_command
 from node.keystore import Keystore, read_passphrase

@@ -243,18 +243,27 @@ def check_dealt_shares(
     _check_complete(ceremony, dealt)
     total = 0
     for dealer in sorted(dealt):
-        share = dealt[dealer]
-        if share.recipient != index:
-            raise BadDealing(dealer, f"its share is for {share.recipient}, not for {index}")
-        try:
-            value = bls.Secret.from_bytes(share.value)
-            fits = bls.public_key(value) == _evaluate(reveals[dealer].coefficients, index)
-        except Rejected as error:
-            raise BadDealing(dealer, f"its share for {index} is no scalar: {error.detail}") from error
-        if not fits:
-            raise BadDealing(dealer, f"its share for {index} is not on the polynomial it revealed")
+        value = check_dealt_share(ceremony, index, dealer, reveals[dealer], dealt[dealer])
         total = (total + value.scalar) % bls.GROUP_ORDER
     return bls.Secret(total)
+
+
+def check_dealt_share(ceremony: Ceremony, recipient: int, dealer: int, reveal: Reveal, share: DealtShare) -> bls.Secret:
+    """One dealer's value for one recipient is on the polynomial it revealed.
+
+    Raises:
+        BadDealing: naming the dealer.
+    """
+    if (share.ceremony, share.dealer, share.recipient) != (ceremony.id, dealer, recipient):
+        raise BadDealing(dealer, f"its share is for {share.recipient}, not for {recipient}")
+    try:
+        value = bls.Secret.from_bytes(share.value)
+        fits = bls.public_key(value) == _evaluate(reveal.coefficients, recipient)
+    except Rejected as error:
+        raise BadDealing(dealer, f"its share for {recipient} is no scalar: {error.detail}") from error
+    if not fits:
+        raise BadDealing(dealer, f"its share for {recipient} is not on the polynomial it revealed")
+    return value
 
 
 def sum_member_keys(
@@ -306,39 +315,6 @@ def combine_possession(ceremony: Ceremony, group: GroupKeys, shares: Mapping[int
     possession = combine_shares(ceremony.threshold, ceremony.member_count, signatures)
     bls.verify_possession(group.group_key, ceremony.possession_context, possession)
     return possession
-
-
-def run_local_key_generation(
-    ceremony: Ceremony, members: Sequence[MemberId], seeds: Sequence[bytes]
-) -> tuple[tuple[KeyShare, ...], bytes]:
-    """The whole ceremony among members in one process: their key shares, and the joint proof of possession.
-
-    A member's own key is ``bls.secret_from_seed`` of its 32-byte seed; nothing a member keeps secret
-    depends on another's seed except through the messages it would have received.
-
-    Raises:
-        Rejected: ``BAD_KEY`` for a seed of another length.
-    """
-    indices = range(1, ceremony.member_count + 1)
-    if ceremony.summed:
-        secrets = [bls.secret_from_seed(seed) for seed in seeds]
-        possessions = [
-            bls.prove_possession(secret, member_possession_context(ceremony.nonce, member))
-            for member, secret in zip(members, secrets, strict=True)
-        ]
-        group = sum_member_keys(ceremony, members, [bls.public_key(secret) for secret in secrets], possessions)
-    else:
-        dealers = [Dealer(ceremony, index, seed) for index, seed in zip(indices, seeds, strict=True)]
-        commitments = {dealer.index: dealer.commitment() for dealer in dealers}
-        reveals = {dealer.index: dealer.reveal(commitments) for dealer in dealers}
-        group = check_reveals(ceremony, commitments, reveals)
-        secrets = [
-            check_dealt_shares(ceremony, index, reveals, {dealer.index: dealer.share_for(index) for dealer in dealers})
-            for index in indices
-        ]
-    shares = tuple(KeyShare(index, secret, group) for index, secret in zip(indices, secrets, strict=True))
-    parts = {share.index: possession_share(ceremony, share) for share in shares}
-    return shares, combine_possession(ceremony, group, parts)
 
 
 def _check_complete(ceremony: Ceremony, messages: Mapping[int, Message]) -> None:

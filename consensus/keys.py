@@ -112,6 +112,17 @@ class MlDsa65SigningKey:
         return f"MlDsa65SigningKey(public_key={self._public_key[:16].hex()}…)"
 
 
+def signer_for(scheme: SignatureScheme, seed: bytes) -> Signer:
+    """The signing key of ``scheme`` that ``seed`` gives.
+
+    Raises:
+        Rejected: ``BAD_KEY`` for a seed of another length than 32 bytes.
+    """
+    if scheme == SignatureScheme.ML_DSA_65:
+        return MlDsa65SigningKey(seed)
+    return Ed25519SigningKey(seed)
+
+
 def check_public_key(scheme: int, key: bytes) -> None:
     """``key`` is a usable public key of ``scheme``.
 

@@ -293,11 +293,37 @@ def check_genesis(genesis: Genesis) -> None:
     """
     needs = scheme_needs(genesis.certificate_scheme)
     _check_quorums(genesis)
-    _check_members(genesis, needs)
+    _check_members(genesis)
     if needs.group_keys:
         _check_groups(genesis)
     elif genesis.groups:
         raise Rejected(Reason.BAD_MEMBERSHIP, f"{genesis.certificate_scheme} certificates need no role keys")
+
+
+def check_member_keys(member: Member, certificate_scheme: str, nonce: bytes) -> None:
+    """A member has the keys its role and the certificate scheme need, valid and possessed, and no other.
+
+    Raises:
+        Rejected: ``BAD_MEMBERSHIP``, ``BAD_KEY``, ``BAD_PROOF_OF_POSSESSION``.
+    """
+    needs = scheme_needs(certificate_scheme)
+    votes = member.role in VOTING_ROLES
+    keys.check_public_key(member.scheme, member.identity_key)
+    keys.check_public_key(keys.SignatureScheme.ED25519, member.transport_key)
+    if votes:
+        keys.check_public_key(keys.SignatureScheme.ED25519, member.log_key)
+    elif member.log_key:
+        raise Rejected(Reason.BAD_MEMBERSHIP, f"{member.name} is a verifier and signs no checkpoints")
+    if votes and needs.identity is not None and member.scheme != needs.identity:
+        raise Rejected(
+            Reason.BAD_MEMBERSHIP,
+            f"{certificate_scheme} certificates list identity signatures: {member.name} has another scheme",
+        )
+    if votes and needs.member_keys:
+        context = threshold.member_possession_context(nonce, member.id)
+        bls.verify_possession(member.bls_key, context, member.bls_possession)
+    elif member.bls_key or member.bls_possession:
+        raise Rejected(Reason.BAD_MEMBERSHIP, f"{member.name} has no use for a BLS key")
 
 
 def _check_quorums(genesis: Genesis) -> None:
@@ -315,7 +341,7 @@ def _check_quorums(genesis: Genesis) -> None:
             )
 
 
-def _check_members(genesis: Genesis, needs: SchemeNeeds) -> None:
+def _check_members(genesis: Genesis) -> None:
     """Valid keys, unique names, and no key twice anywhere."""
     names: set[str] = set()
     seen: dict[bytes, str] = {}
@@ -323,7 +349,7 @@ def _check_members(genesis: Genesis, needs: SchemeNeeds) -> None:
         if member.name in names:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"two members are called {member.name}")
         names.add(member.name)
-        _check_member_keys(genesis, member, needs)
+        check_member_keys(member, genesis.certificate_scheme, genesis.nonce)
         for purpose, key in (
             ("identity", member.identity_key),
             ("transport", member.transport_key),
@@ -336,26 +362,6 @@ def _check_members(genesis: Genesis, needs: SchemeNeeds) -> None:
             if key in seen:
                 raise Rejected(Reason.BAD_MEMBERSHIP, f"the {use} is also the {seen[key]}")
             seen[key] = use
-
-
-def _check_member_keys(genesis: Genesis, member: Member, needs: SchemeNeeds) -> None:
-    votes = member.role in VOTING_ROLES
-    keys.check_public_key(member.scheme, member.identity_key)
-    keys.check_public_key(keys.SignatureScheme.ED25519, member.transport_key)
-    if votes:
-        keys.check_public_key(keys.SignatureScheme.ED25519, member.log_key)
-    elif member.log_key:
-        raise Rejected(Reason.BAD_MEMBERSHIP, f"{member.name} is a verifier and signs no checkpoints")
-    if votes and needs.identity is not None and member.scheme != needs.identity:
-        raise Rejected(
-            Reason.BAD_MEMBERSHIP,
-            f"{genesis.certificate_scheme} certificates list identity signatures: {member.name} has another scheme",
-        )
-    if votes and needs.member_keys:
-        context = threshold.member_possession_context(genesis.nonce, member.id)
-        bls.verify_possession(member.bls_key, context, member.bls_possession)
-    elif member.bls_key or member.bls_possession:
-        raise Rejected(Reason.BAD_MEMBERSHIP, f"{member.name} has no use for a BLS key")
 
 
 def _check_groups(genesis: Genesis) -> None:

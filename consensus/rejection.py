@@ -29,6 +29,8 @@ class Reason(StrEnum):
     BAD_PROOF_OF_POSSESSION = "bad-proof-of-possession"
     BAD_SHARE = "bad-share"
     BAD_DEALING = "bad-dealing"
+    EQUIVOCATION = "equivocation"
+    CEREMONY_INCOMPLETE = "ceremony-incomplete"
     MISSING_SIGNATURE = "missing-signature"
     SURPLUS_SIGNATURE = "surplus-signature"
     # Membership

@@ -2,15 +2,19 @@
 
 A new or renamed file is durable only when its directory is synced too. A file that holds a secret is
 created 0600 and refused when group or others can read it. One process holds a data directory at a time:
-libp2p shares ports silently, so nothing else stops a second node from voting with the same keys.
+libp2p shares ports silently, so nothing else stops a second node from voting with the same keys. A file that others
+hand in is read only if it is a regular one: a pipe or a device has no end.
 """
 
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from consensus.rejection import ConfigError
+from consensus.rejection import ConfigError, Reason, Rejected
 
 PRIVATE_MODE = 0o600
 
@@ -74,6 +78,47 @@ def replace_private(path: Path, content: bytes) -> None:
     finally:
         os.close(descriptor)
     temporary.rename(path)
+    sync_directory(path.parent)
+
+
+@contextmanager
+def open_regular(path: Path, max_bytes: int) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, opened, and its size in bytes.
+
+    Raises:
+        Rejected: ``NOT_FOUND`` when it cannot be opened or read, or is a pipe, a device, a folder;
+            ``OVERSIZED`` above ``max_bytes``.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe nobody writes to would never return.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise Rejected(Reason.NOT_FOUND, f"{path} cannot be read: not a regular file")
+            if status.st_size > max_bytes:
+                raise Rejected(Reason.OVERSIZED, f"{path} has {status.st_size} bytes, at most {max_bytes} allowed")
+            yield file, status.st_size
+    except OSError as error:
+        raise Rejected(Reason.NOT_FOUND, f"{path} cannot be read: {error.strerror}") from error
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Make a file that anybody may read, whole or not at all, never in place of another.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        write_fully(descriptor, content)
+        os.fsync(descriptor)
+        os.link(temporary, path)
+    finally:
+        os.close(descriptor)
+        temporary.unlink()
     sync_directory(path.parent)
 
 

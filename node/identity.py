@@ -6,8 +6,8 @@ A key that is not the one the genesis has for this member stops here: what it si
 import os
 from dataclasses import dataclass
 
-from consensus.genesis import MAX_JSON_BYTES, genesis_from_json, signer_for
-from consensus.keys import Ed25519SigningKey, SignatureScheme, Signer
+from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
+from consensus.keys import Ed25519SigningKey, SignatureScheme, Signer, signer_for
 from consensus.membership import Genesis, Member, check_genesis
 from consensus.rejection import ConfigError, Rejected
 from node.config import NodeConfig

@@ -47,13 +47,17 @@ class Secrets(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     ``identity_seed`` signs votes and events, ``transport_seed`` is the libp2p host key, ``log_seed`` signs
     checkpoints, ``bls_share`` is the share of the role's group key (none before the ceremony, for a
-    verifier, or under a scheme without BLS), ``job_keys`` are delegated job keys by name.
+    verifier, or under a scheme without BLS), ``job_keys`` are delegated job keys by name. ``ceremony_seed`` makes all
+    of a member's keys and is here only while a ceremony lasts, as is ``ceremony_dealt_over``: the commitments it dealt
+    over, which it must never deal over others of.
     """
 
     identity_seed: _Seed
     transport_seed: _Seed
     log_seed: _Seed
     bls_share: _Seed | None = None
+    ceremony_seed: _Seed | None = None
+    ceremony_dealt_over: bytes = b""
     job_keys: dict[str, _Seed] = msgspec.field(default_factory=dict)
 
     def __repr__(self) -> str:

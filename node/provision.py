@@ -10,8 +10,8 @@ member's node starts from::
     DIR/<name>/data/            made by the node on its first run
 
 Whoever runs this sees every secret, so the result proves nothing between parties that do not trust that
-person. In production each member makes its own keys and the parties exchange the messages of
-``consensus.key_generation``.
+person. In production each member makes its own keys and the parties exchange the same messages as files
+(``node/ceremony.py``).
 
 Trial values: every node signs every grant for the purposes given (``[countersign]``), its HTTP interface is on
 loopback without tokens, and ports not given are free ones at the time of writing.
@@ -24,10 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from consensus.genesis import MemberPlan, MemberSecrets, generate_genesis, genesis_from_json, genesis_to_json
+from consensus.genesis import MemberPlan, generate_genesis, genesis_from_json, genesis_to_json
 from consensus.identifiers import VOTING_ROLES, ChainId, Role
 from consensus.keys import SignatureScheme
 from consensus.membership import BLS_THRESHOLD, Genesis, Parameters, check_genesis
+from consensus.participant import MemberSecrets
 from consensus.rejection import ConfigError, Rejected
 from node.config import Address, load_config
 from node.files import replace_private

@@ -25,7 +25,8 @@ from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.predicates import Answer, Predicate, ReleasedFile, Verdict, predicate_named, verify
 from consensus.receipt import anchor
 from consensus.rejection import Reason, Rejected
-from node.weights import open_regular, read_weights
+from node.files import open_regular
+from node.weights import read_weights
 
 LATEST_PRINTABLE_MS = 253_402_300_799_999
 """The end of the year 9999, the last that a calendar date is printed for."""

@@ -12,10 +12,6 @@ is needed.
 
 import hashlib
 import json
-import os
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +22,7 @@ from blake3 import blake3
 from consensus.parameters import DTYPE_SIZE_BITS, MAX_DIMENSIONS, MAX_EXTENT, TensorDescriptor
 from consensus.predicates import ReleasedFile
 from consensus.rejection import Reason, Rejected
+from node.files import open_regular
 
 MAX_WEIGHTS_BYTES = 1 << 42
 MAX_HEADER_BYTES = 32 * 1024 * 1024
@@ -44,28 +41,6 @@ class _Place:
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-@contextmanager
-def open_regular(path: Path, max_bytes: int) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file, opened, and its size in bytes.
-
-    Raises:
-        Rejected: ``NOT_FOUND`` when it cannot be opened or read, or is a pipe, a device, a folder;
-            ``OVERSIZED`` above ``max_bytes``.
-    """
-    try:
-        # Without O_NONBLOCK, opening a pipe nobody writes to would never return.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise Rejected(Reason.NOT_FOUND, f"{path} cannot be read: not a regular file")
-            if status.st_size > max_bytes:
-                raise Rejected(Reason.OVERSIZED, f"{path} has {status.st_size} bytes, at most {max_bytes} allowed")
-            yield file, status.st_size
-    except OSError as error:
-        raise Rejected(Reason.NOT_FOUND, f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_weights(path: Path) -> ReleasedFile:

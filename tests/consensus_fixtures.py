@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Mapping
 
-from consensus.genesis import MemberPlan, MemberSecrets, generate_genesis
+from consensus.genesis import MemberPlan, generate_genesis
 from consensus.identifiers import Role
 from consensus.keys import SignatureScheme
 from consensus.membership import BLS_THRESHOLD, Genesis, Parameters
+from consensus.participant import MemberSecrets
 
 SMALLEST = {"data-source": 2, "governance": 1, "operator": 1, "verifier": 1}
 

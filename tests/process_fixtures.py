@@ -15,8 +15,8 @@ import httpx
 from consensus import portions as p
 from consensus.codec import encode
 from consensus.event import Kind, make_entry, pack, sign_entry
-from consensus.genesis import signer_for
 from consensus.identifiers import MemberId, Role
+from consensus.keys import signer_for
 from consensus.membership import Member, Parameters
 from consensus.portions import Portions
 from node.keystore import Keystore

@@ -118,7 +118,7 @@ def network_init(
     """Write genesis, configuration and keystores of a whole network.
 
     For trials and demonstrations: you run it, so you see every member's secrets. In production every party
-    makes its own keys in a key ceremony, which comes in a later release.
+    makes its own keys, with the same messages and checks: see countersign ceremony.
 
     \b
     Example:

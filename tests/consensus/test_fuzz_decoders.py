@@ -12,12 +12,14 @@ from ledger_fixtures import Story, story
 
 from consensus.block import Header, decode_header
 from consensus.bundle import Bundle, open_bundle
+from consensus.ceremony import Invitation, Invited, Transcript, decode_invitation
 from consensus.certificate import Certificate, decode_certificate
 from consensus.codec import decode, encode
 from consensus.event import MAX_EVENT_BYTES, Entry, check_event, check_parts, unpack
 from consensus.evidence import EvidenceReport, check_evidence
 from consensus.genesis import genesis_from_json, genesis_to_json
-from consensus.membership import ED25519_LIST, check_genesis
+from consensus.identifiers import VOTING_ROLES
+from consensus.membership import ED25519_LIST, Parameters, RoleThreshold, check_genesis
 from consensus.portions import (
     Campaign,
     Delegation,
@@ -65,6 +67,21 @@ def checked(kind: type[msgspec.Struct], check: Callable[..., object]) -> Callabl
     return lambda encoded: check(decode(encoded, kind, MAX_EVENT_BYTES), told().ledger.committee)
 
 
+@functools.cache
+def invitation() -> Invitation:
+    """One member of each role, under the scheme without joint keys."""
+    return Invitation(
+        1,
+        "fuzz.example/log",
+        bytes(32),
+        0,
+        ED25519_LIST,
+        tuple(Invited(role.value, role) for role in VOTING_ROLES),
+        tuple(RoleThreshold(role, 1) for role in VOTING_ROLES),
+        Parameters(),
+    )
+
+
 def trusted() -> object:
     genesis = told().ledger.genesis
     return anchor(genesis, genesis.chain_id)
@@ -96,6 +113,8 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "notarization": checked(Notarization, check_notarization),
     "nullification": checked(Nullification, check_nullification),
     "stalled": checked(Stalled, check_stalled),
+    "invitation": decode_invitation,
+    "ceremony message": lambda encoded: Transcript(invitation(), [encoded]),
     "evidence": checked(EvidenceReport, check_evidence),
     "map proof": lambda encoded: verify_map_proof(bytes(32), bytes(33), decode(encoded, MapProof, MAX_EVENT_BYTES)),
     "prefix proof": lambda encoded: verify_prefix_proof(

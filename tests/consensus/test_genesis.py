@@ -15,10 +15,9 @@ from consensus.genesis import (
     generate_genesis,
     genesis_from_json,
     genesis_to_json,
-    signer_for,
 )
 from consensus.identifiers import Role
-from consensus.keys import Ed25519SigningKey, MlDsa65SigningKey, SignatureScheme
+from consensus.keys import Ed25519SigningKey, MlDsa65SigningKey, SignatureScheme, signer_for
 from consensus.membership import ED25519_LIST, MAX_GENESIS_BYTES, Genesis
 from consensus.rejection import Reason, Rejected
 

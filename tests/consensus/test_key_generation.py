@@ -1,5 +1,7 @@
 """Distributed key generation: one cheating member neither fixes the key nor goes unnamed."""
 
+from collections.abc import Sequence
+
 import msgspec
 import pytest
 
@@ -19,10 +21,10 @@ from consensus.key_generation import (
     check_reveals,
     combine_possession,
     possession_share,
-    run_local_key_generation,
     sum_member_keys,
 )
 from consensus.rejection import InvariantBroken, Reason, Rejected
+from consensus.threshold import member_possession_context
 
 CEREMONY = Ceremony(nonce=b"n" * 32, epoch=0, role=Role.GOVERNANCE, threshold=3, member_count=4)
 SEEDS = [bytes([index]) * 32 for index in range(1, 5)]
@@ -32,6 +34,32 @@ COMMITMENTS = {index: dealer.commitment() for index, dealer in DEALERS.items()}
 REVEALS = {index: dealer.reveal(COMMITMENTS) for index, dealer in DEALERS.items()}
 GROUP = check_reveals(CEREMONY, COMMITMENTS, REVEALS)
 STRANGER = bls.secret_from_seed(b"s" * 32)
+
+
+def run_key_generation(
+    ceremony: Ceremony, members: Sequence[MemberId], seeds: Sequence[bytes]
+) -> tuple[tuple[KeyShare, ...], bytes]:
+    """The messages of one role among members in one process: their key shares, and the joint proof of possession."""
+    indices = range(1, ceremony.member_count + 1)
+    if ceremony.summed:
+        secrets = [bls.secret_from_seed(seed) for seed in seeds]
+        possessions = [
+            bls.prove_possession(secret, member_possession_context(ceremony.nonce, member))
+            for member, secret in zip(members, secrets, strict=True)
+        ]
+        group = sum_member_keys(ceremony, members, [bls.public_key(secret) for secret in secrets], possessions)
+    else:
+        dealers = [Dealer(ceremony, index, seed) for index, seed in zip(indices, seeds, strict=True)]
+        commitments = {dealer.index: dealer.commitment() for dealer in dealers}
+        reveals = {dealer.index: dealer.reveal(commitments) for dealer in dealers}
+        group = check_reveals(ceremony, commitments, reveals)
+        secrets = [
+            check_dealt_shares(ceremony, index, reveals, {dealer.index: dealer.share_for(index) for dealer in dealers})
+            for index in indices
+        ]
+    shares = tuple(KeyShare(index, secret, group) for index, secret in zip(indices, secrets, strict=True))
+    parts = {share.index: possession_share(ceremony, share) for share in shares}
+    return shares, combine_possession(ceremony, group, parts)
 
 
 def dealt_to(recipient: int) -> dict[int, DealtShare]:
@@ -52,7 +80,7 @@ def changed(reveal: Reveal, **fields: object) -> Reveal:
 def test_members_get_fitting_shares_and_the_group_signs(t, n):
     ceremony = Ceremony(b"n" * 32, 0, Role.OPERATOR, t, n)
     members = [MemberId(bytes([index]) * 32) for index in range(n)]
-    shares, possession = run_local_key_generation(ceremony, members, [bytes([i]) * 32 for i in range(n)])
+    shares, possession = run_key_generation(ceremony, members, [bytes([i]) * 32 for i in range(n)])
     group = shares[0].group
     threshold.check_group_keys(group)
     bls.verify_possession(group.group_key, ceremony.possession_context, possession)
@@ -62,12 +90,12 @@ def test_members_get_fitting_shares_and_the_group_signs(t, n):
 
 
 def test_key_generation_is_a_function_of_seeds_and_ceremony_alone():
-    first = run_local_key_generation(CEREMONY, MEMBERS, SEEDS)
-    again = run_local_key_generation(CEREMONY, MEMBERS, SEEDS)
+    first = run_key_generation(CEREMONY, MEMBERS, SEEDS)
+    again = run_key_generation(CEREMONY, MEMBERS, SEEDS)
     assert first[1] == again[1]
     assert first[0][0].group == again[0][0].group
     other = Ceremony(b"o" * 32, 0, Role.GOVERNANCE, 3, 4)
-    assert run_local_key_generation(other, MEMBERS, SEEDS)[0][0].group != first[0][0].group
+    assert run_key_generation(other, MEMBERS, SEEDS)[0][0].group != first[0][0].group
 
 
 def test_same_seed_gives_unrelated_polynomials_in_every_ceremony():
@@ -226,7 +254,7 @@ def test_members_that_saw_different_reveals_cannot_prove_possession():
 
 
 def test_bad_part_of_the_joint_possession_names_its_member():
-    shares, _ = run_local_key_generation(CEREMONY, MEMBERS, SEEDS)
+    shares, _ = run_key_generation(CEREMONY, MEMBERS, SEEDS)
     parts = {share.index: possession_share(CEREMONY, share) for share in shares}
     parts[3] = msgspec.structs.replace(parts[3], signature=parts[2].signature)
     with pytest.raises(BadDealing, match="no proof of possession") as refusal:
@@ -265,7 +293,7 @@ def test_summing_and_dealing_are_not_mixed_up():
 
 
 def test_round_messages_survive_the_wire_and_show_no_secret():
-    part = possession_share(CEREMONY, run_local_key_generation(CEREMONY, MEMBERS, SEEDS)[0][0])
+    part = possession_share(CEREMONY, run_key_generation(CEREMONY, MEMBERS, SEEDS)[0][0])
     share = DEALERS[1].share_for(2)
     for message in (COMMITMENTS[1], REVEALS[1], share, part):
         assert decode(encode(message), type(message), 4_096) == message

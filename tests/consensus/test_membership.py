@@ -5,7 +5,6 @@ import pytest
 from consensus_fixtures import make_genesis, seed_bytes
 
 from consensus import bls
-from consensus.genesis import derive_seed
 from consensus.identifiers import VOTING_ROLES, MemberId, Role, View
 from consensus.keys import Ed25519SigningKey, SignatureScheme
 from consensus.membership import (
@@ -18,6 +17,7 @@ from consensus.membership import (
     committee,
     default_threshold,
 )
+from consensus.participant import derive_seed
 from consensus.rejection import Reason, Rejected
 from consensus.threshold import combine_shares, group_possession_context, member_possession_context
 
@@ -180,8 +180,9 @@ def test_list_certificates_need_identities_that_sign_them():
         (ED25519_LIST, SignatureScheme.ML_DSA_65),
         (ML_DSA_65_LIST, SignatureScheme.ED25519),
     ):
-        genesis, _ = make_genesis(certificate_scheme=certificate_scheme, scheme=scheme)
-        refused(genesis, Reason.BAD_MEMBERSHIP, "another scheme")
+        with pytest.raises(Rejected, match="another scheme") as refusal:
+            make_genesis(certificate_scheme=certificate_scheme, scheme=scheme)
+        assert refusal.value.reason is Reason.BAD_MEMBERSHIP
 
 
 @pytest.mark.parametrize("certificate_scheme", SCHEME_NEEDS)

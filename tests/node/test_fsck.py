@@ -13,9 +13,9 @@ from consensus.certificate import Certificate, certificate_message
 from consensus.certificate_schemes import scheme_for
 from consensus.codec import encode
 from consensus.event import CheckedEvent, Kind, check_event, make_entry, pack, sign_entry
-from consensus.genesis import MemberSecrets
 from consensus.identifiers import View
 from consensus.membership import Genesis
+from consensus.participant import MemberSecrets
 from consensus.portions import DataItem, DataPortion, Portions, SourceClaim, SourceRevocation, Wire
 from consensus.rejection import ConfigError
 from consensus.state import SOURCE_TABLE

@@ -46,6 +46,7 @@ PURE_MODULES = frozenset(
 
 LIBRARIES_OF = {
     "consensus/bls.py": {"blspy", "pyblst"},
+    "consensus/participant.py": {"nacl.bindings", "nacl.exceptions"},
     "consensus/keys.py": {
         "cryptography.exceptions",
         "cryptography.hazmat.primitives.asymmetric.mldsa",

@@ -51,7 +51,6 @@ from consensus.effect import (
     VerifyBlock,
 )
 from consensus.engine import Engine, Timing
-from consensus.genesis import MemberSecrets
 from consensus.identifiers import VOTING_ROLES, ZERO_DIGEST, ChainId, Digest, MemberId, View
 from consensus.membership import (
     Committee,
@@ -62,6 +61,7 @@ from consensus.membership import (
     committee,
     default_threshold,
 )
+from consensus.participant import MemberSecrets
 from consensus.vote import (
     Notarization,
     Nullification,

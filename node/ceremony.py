@@ -1,0 +1,218 @@
+"""The founding ceremony as files in a folder that members pass around: by mail, on a stick, in a shared directory.
+
+``invitation.ceremony`` and one file for each message, ``ROUND-NAME.ceremony``. Names of files mean nothing: what
+counts is what is in them, and two files with different messages of one member and round convict it. Every file is read
+once, in bounded memory, and only if it is a regular file; nothing that is there is ever overwritten.
+
+What must not leave the member's machine is in its keystore: the seed of all its keys until the ceremony is over, and
+over which commitments it has dealt, which is on disk before the deal is.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from consensus.ceremony import MAX_MESSAGE_BYTES, Invitation, Join, SignedMessage, Transcript, decode_invitation
+from consensus.codec import decode, encode
+from consensus.genesis import genesis_to_json
+from consensus.keys import SignatureScheme, signer_for
+from consensus.membership import MAX_MEMBERS, Genesis
+from consensus.participant import Participant, member_seeds
+from consensus.rejection import ConfigError, Rejected
+from node.files import open_regular, write_new
+from node.keystore import KeyCost, Keystore, Secrets
+
+SUFFIX = ".ceremony"
+INVITATION_FILE = "invitation.ceremony"
+GENESIS_FILE = "genesis.json"
+MAX_FILES = 8 * MAX_MEMBERS
+NOT_A_MESSAGE = frozenset({INVITATION_FILE})
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What a ceremony's folder holds."""
+
+    path: Path
+    invitation: Invitation
+    messages: tuple[bytes, ...]
+
+    def transcript(self) -> Transcript:
+        """Everything said, checked. Raises as ``Transcript``."""
+        return Transcript(self.invitation, self.messages)
+
+
+def read_folder(path: Path) -> Folder:
+    """A ceremony's folder; its messages are not checked yet.
+
+    Raises:
+        ConfigError: there is no invitation, or far too many files.
+        Rejected: the invitation leads to no genesis; a file is too large or no regular file.
+    """
+    invitation = path / INVITATION_FILE
+    if not invitation.exists():
+        raise ConfigError(f"{invitation}: expected a ceremony's invitation, found none")
+    files = sorted(held for held in path.iterdir() if held.suffix == SUFFIX and held.name not in NOT_A_MESSAGE)
+    if len(files) > MAX_FILES:
+        raise ConfigError(f"{path}: expected at most {MAX_FILES} messages, found {len(files)}")
+    return Folder(path, decode_invitation(_read(invitation)), tuple(_read(held) for held in files))
+
+
+def write_invitation(path: Path, invitation: Invitation) -> None:
+    """Begin a ceremony in an empty or missing folder.
+
+    Raises:
+        ConfigError: the folder holds something.
+        Rejected: nobody could make a genesis of it.
+    """
+    encoded = encode(invitation)
+    decode_invitation(encoded)
+    if path.exists() and any(path.iterdir()):
+        raise ConfigError(f"{path}: expected an empty or missing folder, found files in it")
+    path.mkdir(parents=True, exist_ok=True)
+    write_new(path / INVITATION_FILE, encoded)
+
+
+def join(
+    path: Path,
+    name: str,
+    invitation_digest: str,
+    keystore: Path,
+    passphrase: bytes,
+    scheme: SignatureScheme | None,
+    cost: KeyCost,
+) -> Path:
+    """Make a member's keys, keep them in a new keystore, and say so in the folder; the file written.
+
+    Raises:
+        ConfigError: the digest is not this invitation's; the keystore exists; somebody has joined under the name.
+        Rejected: as ``Participant``.
+    """
+    folder = read_folder(path)
+    if folder.invitation.digest.hex() != invitation_digest:
+        raise ConfigError(
+            f"{path}: expected the invitation {invitation_digest}, found {folder.invitation.digest.hex()}: "
+            "ask who sent it, by another channel"
+        )
+    if name in folder.transcript().said(Join):
+        raise ConfigError(f"{path}: somebody has joined as {name} already")
+    seed = os.urandom(32)
+    participant = Participant(folder.invitation, name, seed, scheme)
+    message = participant.join()
+    Transcript(folder.invitation, [*folder.messages, message])
+    Keystore.create(keystore, _first_secrets(seed), passphrase, cost)
+    return _write(folder.path, message)
+
+
+def contribute(path: Path, keystore: Keystore, told: Callable[[str], None]) -> Transcript:
+    """Say everything that is due from the keystore's member; ``told`` gets each file's name. The transcript after it.
+
+    Raises:
+        ConfigError: the keystore takes no part in this ceremony.
+        Rejected: what somebody has done wrong.
+    """
+    while True:
+        folder = read_folder(path)
+        transcript = folder.transcript()
+        participant = _participant(folder, transcript, keystore)
+        message = participant.next_message(transcript)
+        if message is None:
+            return transcript
+        if participant.dealt_over != keystore.secrets.ceremony_dealt_over:
+            keystore.save(msgspec.structs.replace(keystore.secrets, ceremony_dealt_over=participant.dealt_over))
+        told(_write(path, message).name)
+
+
+def finish(path: Path, keystore: Keystore) -> tuple[Genesis, str]:
+    """The genesis and this member's name; writes genesis.json, and into the keystore what a node needs, no more.
+
+    May be repeated: a keystore that has finished finds the same genesis again.
+
+    Raises:
+        ConfigError: the keystore takes no part in this ceremony; genesis.json is another one.
+        Rejected: ``CEREMONY_INCOMPLETE``, or what somebody has done wrong.
+    """
+    folder = read_folder(path)
+    transcript = folder.transcript()
+    genesis = transcript.genesis()
+    name = _name_of(transcript, keystore)
+    if keystore.secrets.ceremony_seed is not None:
+        secret = _participant(folder, transcript, keystore).secret(transcript)
+        keystore.save(
+            msgspec.structs.replace(
+                keystore.secrets,
+                bls_share=None if secret is None else secret.to_bytes(),
+                ceremony_seed=None,
+                ceremony_dealt_over=b"",
+            )
+        )
+    write_genesis(path, genesis)
+    return genesis, name
+
+
+def write_genesis(path: Path, genesis: Genesis) -> None:
+    """genesis.json into a ceremony's folder, or nothing if it is there.
+
+    Raises:
+        ConfigError: another one is there.
+    """
+    file, encoded = path / GENESIS_FILE, genesis_to_json(genesis)
+    if not file.exists():
+        write_new(file, encoded)
+    elif _read(file, len(encoded)) != encoded:
+        raise ConfigError(f"{file}: expected the genesis this ceremony ends in, found another file")
+
+
+def _participant(folder: Folder, transcript: Transcript, keystore: Keystore) -> Participant:
+    secrets = keystore.secrets
+    if secrets.ceremony_seed is None:
+        raise ConfigError(f"{keystore.path}: expected a keystore in a ceremony, found one that takes part in none")
+    name = _name_of(transcript, keystore)
+    scheme = SignatureScheme(transcript.member(name).scheme)
+    return Participant(folder.invitation, name, secrets.ceremony_seed, scheme, secrets.ceremony_dealt_over)
+
+
+def _name_of(transcript: Transcript, keystore: Keystore) -> str:
+    """Whose keystore it is: both identity keys its seed may have are compared with those that joined."""
+    for name, joined in transcript.said(Join).items():
+        scheme = SignatureScheme(joined.member.scheme)
+        if signer_for(scheme, keystore.secrets.identity_seed).public_key == joined.member.identity_key:
+            return name
+    raise ConfigError(f"{keystore.path}: expected a keystore of a member that has joined, found another")
+
+
+def _first_secrets(seed: bytes) -> Secrets:
+    seeds = member_seeds(seed)
+    return Secrets(
+        identity_seed=seeds.identity,
+        transport_seed=seeds.transport,
+        # A verifier signs no checkpoints; the file's form has the seed all the same, and nothing uses it.
+        log_seed=seeds.log,
+        ceremony_seed=seed,
+    )
+
+
+def _write(path: Path, message: bytes) -> Path:
+    held = decode(message, SignedMessage, 2 * MAX_MESSAGE_BYTES)
+    file = path / f"{_round_of(held.body)}-{held.sender}{SUFFIX}"
+    if file.exists():
+        raise ConfigError(f"{file}: expected no such file, found one whose message is another's: move it away and look")
+    write_new(file, message)
+    return file
+
+
+def _round_of(body: bytes) -> str:
+    """The round's name, from a body of our own making."""
+    tag: str = msgspec.msgpack.decode(body)[0]
+    return tag.removeprefix("ceremony-")
+
+
+def _read(file: Path, max_bytes: int = 2 * MAX_MESSAGE_BYTES) -> bytes:
+    try:
+        with open_regular(file, max_bytes) as (opened, size_bytes):
+            return opened.read(size_bytes)
+    except Rejected as error:
+        raise Rejected(error.reason, f"{file.name}: {error.detail}") from error

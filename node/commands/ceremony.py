@@ -1,0 +1,293 @@
+"""``countersign ceremony``: partners who trust no machine but their own make a network's keys together."""
+
+import os
+from pathlib import Path
+
+import click
+
+from consensus.ceremony import Invitation, Invited, Join, Transcript
+from consensus.genesis import genesis_to_json
+from consensus.identifiers import VOTING_ROLES, Role
+from consensus.membership import (
+    BLS_THRESHOLD,
+    SCHEME_NEEDS,
+    VERSION,
+    Genesis,
+    Parameters,
+    RoleThreshold,
+    committee,
+    default_threshold,
+)
+from consensus.rejection import Reason, Rejected
+from node.ceremony import GENESIS_FILE, contribute, finish, join, read_folder, write_genesis, write_invitation
+from node.clock import SystemClock
+from node.commands.fields import hex_argument
+from node.commands.network import IDENTITIES, parse_members, parse_thresholds, print_tolerances
+from node.commands.output import print_json, print_table
+from node.files import open_regular
+from node.keystore import MODERATE_COST, Keystore, read_passphrase
+from node.provision import MemberRequest
+
+_FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+_KEYSTORE = click.option(
+    "--keystore", "keystore_path", type=click.Path(path_type=Path), required=True, help="This member's keystore file."
+)
+_PASSPHRASE = click.option(
+    "--passphrase-file",
+    type=click.Path(path_type=Path),
+    help="File of mode 0600 with the keystore's passphrase; else the variable COUNTERSIGN_PASSPHRASE.",
+)
+
+
+@click.group()
+def ceremony() -> None:
+    """Make a network's keys and genesis together, over files that members exchange.
+
+    \b
+    1. one person:    ceremony init FOLDER ...          and sends FOLDER to everybody
+    2. every member:  ceremony join FOLDER --as NAME    and sends back its join-NAME file
+    3. every member:  ceremony contribute FOLDER        again whenever files of others came, until nothing is awaited
+    4. every member:  ceremony finish FOLDER            and all compare the chain id
+
+    Whoever carries the files can delay the ceremony and cannot change what comes out of it.
+    """
+
+
+@ceremony.command("init")
+@_FOLDER
+@click.option("--name", "origin", metavar="ORIGIN", required=True, help="Origin name of the log, as our.example/log.")
+@click.option(
+    "--member",
+    "requests",
+    callback=parse_members,
+    metavar="NAME:ROLE",
+    multiple=True,
+    required=True,
+    help="A member to invite: role data-source, governance, operator or verifier.",
+)
+@click.option(
+    "--scheme",
+    type=click.Choice(list(SCHEME_NEEDS)),
+    default=BLS_THRESHOLD,
+    show_default=True,
+    help="How ledger blocks are certified.",
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    callback=parse_thresholds,
+    metavar="ROLE=N",
+    multiple=True,
+    help="Members of a role that must agree; more than half. Default: two thirds, rounded down, plus one.",
+)
+@click.option(
+    "--heartbeat-ms",
+    type=click.IntRange(10, 86_400_000),
+    help="An idle network makes an empty ledger block this often.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def ceremony_init(
+    folder: Path,
+    origin: str,
+    requests: tuple[MemberRequest, ...],
+    scheme: str,
+    thresholds: dict[Role, int],
+    heartbeat_ms: int | None,
+    as_json: bool,
+) -> None:
+    """Write the invitation into FOLDER.
+
+    Whoever does this chooses members, roles, quorums and the random nonce, sees no secret, and need not be trusted:
+    everybody reads the invitation before joining, and joins the one whose digest was read out.
+
+    \b
+    Example:
+      countersign ceremony init founding --name our.example/log --member library:data-source \\
+        --member council:governance --member laboratory:operator
+    """
+    counts = {role: sum(request.role == role for request in requests) for role in VOTING_ROLES}
+    invitation = Invitation(
+        version=VERSION,
+        name=origin,
+        nonce=os.urandom(32),
+        created_ms=SystemClock().now_ms(),
+        certificate_scheme=scheme,
+        members=tuple(Invited(request.name, request.role) for request in requests),
+        thresholds=tuple(
+            RoleThreshold(role, thresholds.get(role, default_threshold(counts[role]))) for role in VOTING_ROLES
+        ),
+        parameters=Parameters() if heartbeat_ms is None else Parameters(heartbeat_ms=heartbeat_ms),
+    )
+    write_invitation(folder, invitation)
+    if as_json:
+        print_json(_invitation_document(invitation))
+        return
+    _print_invitation(invitation)
+    click.echo(
+        f"\nSend {folder} to every member, and read them the digest by another channel. Each then joins with\n"
+        f"  countersign ceremony join {folder} --as NAME --invitation {invitation.digest.hex()} --keystore FILE"
+    )
+
+
+@ceremony.command("join")
+@_FOLDER
+@click.option("--as", "name", metavar="NAME", required=True, help="The name this member was invited by.")
+@click.option(
+    "--invitation", metavar="DIGEST", required=True, callback=hex_argument, help="The digest that was read to you."
+)
+@_KEYSTORE
+@_PASSPHRASE
+@click.option(
+    "--identity",
+    type=click.Choice(list(IDENTITIES)),
+    help="What this member signs with; default: what the scheme needs, or ed25519.",
+)
+def ceremony_join(
+    folder: Path, name: str, invitation: str, keystore_path: Path, passphrase_file: Path | None, identity: str | None
+) -> None:
+    """Make this member's keys, on this machine, and join.
+
+    The keystore is new and never leaves this machine; keep passphrase and keystore apart. Send the file this writes
+    to the other members.
+
+    \b
+    Example:
+      countersign ceremony join founding --as library --invitation DIGEST \\
+        --keystore library.keystore --passphrase-file library.passphrase
+    """
+    passphrase = read_passphrase(passphrase_file, os.environ)
+    scheme = None if identity is None else IDENTITIES[identity]
+    written = join(folder, name, invitation, keystore_path, passphrase, scheme, MODERATE_COST)
+    click.echo(f"wrote {written}: send it to the other members")
+    _print_awaited(read_folder(folder).transcript())
+
+
+@ceremony.command("contribute")
+@_FOLDER
+@_KEYSTORE
+@_PASSPHRASE
+def ceremony_contribute(folder: Path, keystore_path: Path, passphrase_file: Path | None) -> None:
+    """Check what the others said and say what is due from this member.
+
+    Run it whenever files of others have come into FOLDER: at most four times. It says nothing twice, and nothing
+    before it is safe to say.
+
+    \b
+    Example:
+      countersign ceremony contribute founding --keystore library.keystore --passphrase-file library.passphrase
+    """
+    keystore = Keystore.open(keystore_path, read_passphrase(passphrase_file, os.environ))
+    transcript = contribute(folder, keystore, lambda written: click.echo(f"wrote {folder / written}: send it on"))
+    _print_awaited(transcript)
+
+
+@ceremony.command("status")
+@_FOLDER
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def ceremony_status(folder: Path, as_json: bool) -> None:
+    """Check everything in FOLDER and say who is awaited. Needs no secret.
+
+    \b
+    Example:
+      countersign ceremony status founding
+    """
+    transcript = read_folder(folder).transcript()
+    if as_json:
+        print_json(
+            {
+                **_invitation_document(transcript.invitation),
+                "joined": list(transcript.said(Join)),
+                "awaited": [
+                    {"round": awaited.round, "members": list(awaited.members)} for awaited in transcript.awaited()
+                ],
+            }
+        )
+        return
+    _print_invitation(transcript.invitation)
+    click.echo("")
+    _print_awaited(transcript)
+
+
+@ceremony.command("finish")
+@_FOLDER
+@_KEYSTORE
+@_PASSPHRASE
+def ceremony_finish(folder: Path, keystore_path: Path, passphrase_file: Path | None) -> None:
+    """Write genesis.json, and into the keystore what this member's node needs.
+
+    \b
+    Example:
+      countersign ceremony finish founding --keystore library.keystore --passphrase-file library.passphrase
+    """
+    keystore = Keystore.open(keystore_path, read_passphrase(passphrase_file, os.environ))
+    genesis, name = finish(folder, keystore)
+    _print_genesis(folder, genesis)
+    click.echo(
+        f"\nCompare the chain id with every other member, by another channel. Then {name} starts its node from\n"
+        f"{folder / GENESIS_FILE} and {keystore_path}: see configs/."
+    )
+
+
+@ceremony.command("verify")
+@_FOLDER
+@click.option("--chain-id", metavar="HEX", callback=hex_argument, help="Refuse any other chain.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def ceremony_verify(folder: Path, chain_id: str | None, as_json: bool) -> None:
+    """Check a whole ceremony again, from its files alone, and that genesis.json is what it ends in.
+
+    For anybody who was not there. Exit code 0 when it is so, 1 when it is not.
+
+    \b
+    Example:
+      countersign ceremony verify founding --chain-id CHAIN_ID
+    """
+    genesis = read_folder(folder).transcript().genesis()
+    if chain_id is not None and genesis.chain_id.hex() != chain_id:
+        raise Rejected(Reason.WRONG_CHAIN, f"this ceremony ends in chain {genesis.chain_id.hex()}, not {chain_id}")
+    file, encoded = folder / GENESIS_FILE, genesis_to_json(genesis)
+    if file.exists():
+        with open_regular(file, len(encoded)) as (opened, size_bytes):
+            if opened.read(size_bytes) != encoded:
+                raise Rejected(Reason.WRONG_CHAIN, f"{file} is not the genesis this ceremony ends in")
+    else:
+        write_genesis(folder, genesis)
+    if as_json:
+        print_json({"chain_id": genesis.chain_id.hex(), "genesis": str(file), "members": len(genesis.members)})
+        return
+    _print_genesis(folder, genesis)
+    click.echo(f"\nchecked: every message of {len(genesis.members)} members, and that {file} is what they end in")
+
+
+def _print_awaited(transcript: Transcript) -> None:
+    awaited = transcript.awaited()
+    for one in awaited:
+        click.echo(f"awaited: {one.round} of {', '.join(one.members)}")
+    if not awaited:
+        click.echo("nothing is awaited: every member can finish")
+
+
+def _print_invitation(invitation: Invitation) -> None:
+    click.echo(f"digest  {invitation.digest.hex()}")
+    click.echo(f"log     {invitation.name}, certified by {invitation.certificate_scheme}\n")
+    needed = {entry.role: str(entry.threshold) for entry in invitation.thresholds}
+    rows = [
+        (invited.name, invited.role.value, needed.get(invited.role, "none: it does not vote"))
+        for invited in invitation.members
+    ]
+    print_table(("member", "role", "needed of its role"), rows)
+
+
+def _invitation_document(invitation: Invitation) -> dict[str, object]:
+    return {
+        "digest": invitation.digest.hex(),
+        "name": invitation.name,
+        "scheme": invitation.certificate_scheme,
+        "members": [{"name": invited.name, "role": invited.role.value} for invited in invitation.members],
+        "thresholds": {entry.role.value: entry.threshold for entry in invitation.thresholds},
+    }
+
+
+def _print_genesis(folder: Path, genesis: Genesis) -> None:
+    click.echo(f"chain id  {genesis.chain_id.hex()}")
+    click.echo(f"genesis   {folder / GENESIS_FILE}\n")
+    print_tolerances(committee(genesis).tolerances())

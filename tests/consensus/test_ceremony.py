@@ -1,0 +1,373 @@
+"""The founding ceremony: who cheats is named and fixes no key, and everybody who has the messages has the genesis."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+
+import pytest
+from msgspec.structs import replace
+
+from consensus import bls
+from consensus import key_generation as dkg
+from consensus.ceremony import (
+    Answer,
+    Body,
+    Commit,
+    Complain,
+    Confirm,
+    Deal,
+    Invitation,
+    Invited,
+    Join,
+    SignedMessage,
+    Transcript,
+    decode_invitation,
+)
+from consensus.certificate import certificate_message
+from consensus.certificate_schemes import scheme_for
+from consensus.codec import decode, encode
+from consensus.identifiers import VOTING_ROLES, Digest, Role, Tag, View, tagged_message
+from consensus.keys import SignatureScheme
+from consensus.membership import SCHEME_NEEDS, Parameters, RoleThreshold, check_genesis
+from consensus.participant import Participant, hold_ceremony
+from consensus.rejection import Reason, Rejected
+
+SMALL = {Role.DATA_SOURCE: (2, 2), Role.GOVERNANCE: (1, 1), Role.OPERATOR: (1, 1), Role.VERIFIER: (1, 0)}
+DEALT = {Role.DATA_SOURCE: (3, 2), Role.GOVERNANCE: (1, 1), Role.OPERATOR: (1, 1), Role.VERIFIER: (1, 0)}
+"""Members and how many of them are needed."""
+FIRST, SECOND, LAST = "data-source-1", "data-source-2", "data-source-3"
+
+
+def invitation_of(counts: dict[Role, tuple[int, int]] = DEALT, scheme: str = "bls-threshold") -> Invitation:
+    return Invitation(
+        version=1,
+        name="ceremony.example/log",
+        nonce=b"n" * 32,
+        created_ms=1_700_000_000_000,
+        certificate_scheme=scheme,
+        members=tuple(
+            Invited(f"{role.value}-{number}", role)
+            for role, (count, _) in counts.items()
+            for number in range(1, count + 1)
+        ),
+        thresholds=tuple(RoleThreshold(role, counts[role][1]) for role in VOTING_ROLES),
+        parameters=Parameters(),
+    )
+
+
+def seed(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+class Table:
+    """All participants of a ceremony and what has been said; a round at a time, so that a test can interfere."""
+
+    def __init__(self, invitation: Invitation | None = None) -> None:
+        self.invitation = invitation or invitation_of()
+        self.members = {
+            invited.name: Participant(self.invitation, invited.name, seed(invited.name))
+            for invited in self.invitation.members
+        }
+        self.messages: list[bytes] = []
+
+    def transcript(self) -> Transcript:
+        return Transcript(self.invitation, self.messages)
+
+    def round(self, without: Iterable[str] = ()) -> "Table":
+        """Everybody, but ``without``, says what is due."""
+        transcript = self.transcript()
+        self.messages += [
+            message
+            for name, member in self.members.items()
+            if name not in without and (message := member.next_message(transcript)) is not None
+        ]
+        return self
+
+    def says(self, name: str, body: Body) -> "Table":
+        """A member says what it likes, with its own signature."""
+        encoded = encode(body)
+        signature = self.members[name].identity.sign(tagged_message(Tag.CEREMONY, encoded))
+        self.messages.append(encode(SignedMessage(name, encoded, signature)))
+        return self
+
+    def due(self, name: str) -> Body:
+        """What a member would say."""
+        message = self.members[name].next_message(self.transcript())
+        assert message is not None
+        body: Body = decode(decode(message, SignedMessage, 1 << 20).body, Body, 1 << 20)  # type: ignore[arg-type]
+        return body
+
+
+def refused(reason: Reason, call: Callable[[], object]) -> Rejected:
+    with pytest.raises(Rejected) as caught:
+        call()
+    assert caught.value.reason is reason
+    return caught.value
+
+
+def assert_signs(table: Table) -> None:
+    """The genesis is sound, and the members' secrets make certificates of it."""
+    transcript = table.transcript()
+    genesis = transcript.genesis()
+    check_genesis(genesis)
+    scheme = scheme_for(genesis)
+    message = certificate_message(genesis.chain_id, 0, View(1), Digest(bytes(32)))
+    shares = {}
+    for voter in scheme.committee.voters:
+        member = table.members[voter.name]
+        secret = member.secret(transcript)
+        scheme.check_secret(voter.id, secret or member.identity)
+        shares[voter.id] = scheme.share(secret or member.identity, message)
+    scheme.verify(message, scheme.combine(message, shares))
+
+
+# Honest members
+
+
+@pytest.mark.parametrize("scheme", SCHEME_NEEDS)
+@pytest.mark.parametrize("counts", [SMALL, DEALT], ids=["all needed", "some needed"])
+def test_honest_members_reach_one_genesis_whose_certificates_their_secrets_make(
+    scheme: str, counts: dict[Role, tuple[int, int]]
+) -> None:
+    table = Table(invitation_of(counts, scheme))
+    for _ in range(5):
+        table.round()
+    said = len(table.messages)
+    assert table.transcript().awaited() == ()
+    assert len(table.round().messages) == said
+    assert_signs(table)
+    assert table.transcript().genesis() == Transcript(table.invitation, reversed(table.messages * 2)).genesis()
+
+
+def test_each_round_waits_for_every_member_and_says_for_whom() -> None:
+    table = Table()
+    for expected in ("join", "commit", "deal", "confirm"):
+        table.round(without=[LAST])
+        waits = {awaited.round: awaited.members for awaited in table.transcript().awaited()}
+        assert waits[expected] == (LAST,)
+        others = [name for name in table.members if name != LAST]
+        assert all(table.members[name].next_message(table.transcript()) is None for name in others if "data" in name)
+        error = refused(Reason.CEREMONY_INCOMPLETE, table.transcript().genesis)
+        assert LAST in error.detail
+        table.round()
+    assert_signs(table)
+
+
+def test_participant_is_a_function_of_its_seed() -> None:
+    one, other = Table(), Table()
+    for _ in range(4):
+        one.round()
+        other.round()
+    assert one.messages == other.messages
+    assert "secret" not in repr(one.members[FIRST])
+
+
+def test_post_quantum_identities_take_part() -> None:
+    invitation = invitation_of()
+    members = [
+        Participant(invitation, invited.name, seed(invited.name), SignatureScheme.ML_DSA_65)
+        for invited in invitation.members
+    ]
+    check_genesis(hold_ceremony(invitation, members).genesis())
+
+
+# The last dealer
+
+
+def test_last_dealer_that_saw_the_others_reveal_cannot_choose_its_polynomial() -> None:
+    """The attack on plain Feldman: pick the own constant so that the sum is a key one knows."""
+    table = Table().round().round()
+    names = table.invitation.role_members(Role.DATA_SOURCE)
+    transcript = table.transcript()
+    for name in (FIRST, SECOND):
+        table.says(name, table.due(name))
+    rogue = dkg.Dealer(table.invitation.key_ceremony(Role.DATA_SOURCE), 3, b"chosen after the others' reveals!"[:32])
+    honest = table.due(LAST)
+    assert isinstance(honest, Deal)
+    commitments = {names.index(name) + 1: held.commitment for name, held in transcript.said(Commit).items()}
+    chosen = replace(honest, reveal=rogue.reveal({**commitments, 3: rogue.commitment()}))
+    error = refused(Reason.BAD_DEALING, table.says(LAST, chosen).transcript)
+    assert LAST in error.detail
+    assert "something else than it committed to" in error.detail
+
+
+def test_last_dealer_that_changes_its_commitment_after_the_reveals_is_an_equivocator() -> None:
+    table = Table().round().round()
+    first = table.due(FIRST)
+    table.says(FIRST, first)
+    rogue = dkg.Dealer(table.invitation.key_ceremony(Role.DATA_SOURCE), 3, b"r" * 32)
+    other = Commit(table.transcript().roster, rogue.commitment())
+    error = refused(Reason.EQUIVOCATION, lambda: Table.says(table, LAST, other).transcript())
+    assert LAST in error.detail
+
+
+def test_member_that_dealt_once_deals_over_no_other_commitments_though_its_files_are_gone() -> None:
+    table = Table().round().round()
+    member = table.members[FIRST]
+    assert isinstance(table.due(FIRST), Deal)
+    assert member.dealt_over == table.transcript().commitments(Role.DATA_SOURCE)
+    restarted = Participant(table.invitation, FIRST, seed(FIRST), dealt_over=member.dealt_over)
+    shown = Table().round()
+    rogue = dkg.Dealer(shown.invitation.key_ceremony(Role.DATA_SOURCE), 3, b"r" * 32)
+    shown.says(LAST, Commit(shown.transcript().roster, rogue.commitment())).round(without=[LAST])
+    error = refused(Reason.EQUIVOCATION, lambda: restarted.next_message(shown.transcript()))
+    assert "dealt over other commitments" in error.detail
+
+
+# Bad values, complaints
+
+
+def spoiled(deal: Body, recipient: int) -> Deal:
+    """A deal whose value for one recipient does not open."""
+    assert isinstance(deal, Deal)
+    sealed = list(deal.sealed)
+    sealed[recipient - 1] = bytes(48)
+    return replace(deal, sealed=tuple(sealed))
+
+
+def test_bad_value_is_complained_of_answered_in_the_open_and_the_ceremony_ends_well() -> None:
+    table = Table().round().round()
+    table.says(SECOND, spoiled(table.due(SECOND), 1)).round(without=[SECOND])
+    complaint = table.due(FIRST)
+    assert isinstance(complaint, Complain)
+    assert complaint.dealers == (2,)
+    table.says(FIRST, complaint)
+    assert table.transcript().awaited()[0].round == "answer"
+    assert table.members[FIRST].next_message(table.transcript()) is None
+    answer = table.due(SECOND)
+    assert isinstance(answer, Answer)
+    table.says(SECOND, answer).round().round()
+    assert_signs(table)
+
+
+def test_dealer_that_answers_a_complaint_with_a_wrong_value_is_convicted() -> None:
+    table = Table().round().round()
+    table.says(SECOND, spoiled(table.due(SECOND), 1)).round(without=[SECOND])
+    table.says(FIRST, table.due(FIRST))
+    answer = table.due(SECOND)
+    assert isinstance(answer, Answer)
+    wrong = replace(answer.shares[0], value=bytes(31) + b"\x05")
+    error = refused(Reason.BAD_DEALING, table.says(SECOND, replace(answer, shares=(wrong,))).transcript)
+    assert SECOND in error.detail
+
+
+def test_false_complaint_delays_and_convicts_nobody() -> None:
+    table = Table().round().round().round()
+    table.says(LAST, Complain(table.transcript().deals(Role.DATA_SOURCE), (1, 2)))
+    table.round(without=[LAST]).round().round()
+    assert_signs(table)
+
+
+@pytest.mark.parametrize("dealers", [(2, 1), (1, 1), (4,)])
+def test_complaint_of_repeated_disordered_or_unknown_dealers_is_refused(dealers: tuple[int, ...]) -> None:
+    table = Table().round().round().round()
+    complaint = Complain(table.transcript().deals(Role.DATA_SOURCE), dealers)
+    refused(Reason.BAD_FIELD, lambda: table.says(LAST, complaint).transcript().awaited())
+
+
+def test_confirmation_with_a_secret_of_ones_own_choosing_is_named() -> None:
+    table = Table().round().round().round().round(without=[LAST])
+    honest = table.due(LAST)
+    assert isinstance(honest, Confirm)
+    group = table.transcript().group(Role.DATA_SOURCE)
+    ceremony = table.invitation.key_ceremony(Role.DATA_SOURCE)
+    forged = dkg.possession_share(ceremony, dkg.KeyShare(3, bls.secret_from_seed(b"o" * 32), group))
+    table.says(LAST, replace(honest, possession=forged))
+    refused(Reason.BAD_DEALING, table.transcript().genesis)
+
+
+# Other people's messages
+
+
+def test_message_of_a_stranger_forged_or_of_another_ceremony_is_refused() -> None:
+    table = Table().round()
+    wider = replace(table.invitation, members=(*table.invitation.members, Invited("eve", Role.OPERATOR)))
+    stranger = Participant(wider, "eve", seed("eve"))
+    refused(Reason.UNKNOWN_MEMBER, lambda: Transcript(table.invitation, [stranger.join()]))
+    other = Table(replace(table.invitation, nonce=b"o" * 32)).round()
+    refused(Reason.WRONG_CHAIN, lambda: Transcript(table.invitation, other.messages))
+    stolen = decode(table.messages[0], SignedMessage, 1 << 20)
+    relabelled = encode(replace(stolen, sender=SECOND))
+    refused(Reason.BAD_MEMBERSHIP, lambda: Transcript(table.invitation, [relabelled]))
+    forged = encode(replace(stolen, signature=bytes(64)))
+    refused(Reason.BAD_SIGNATURE, lambda: Transcript(table.invitation, [forged]))
+
+
+def test_commitment_under_another_members_name_is_refused() -> None:
+    table = Table().round()
+    body = encode(table.due(FIRST))
+    signature = table.members[FIRST].identity.sign(tagged_message(Tag.CEREMONY, body))
+    forged = encode(SignedMessage(SECOND, body, signature))
+    refused(Reason.BAD_SIGNATURE, lambda: Transcript(table.invitation, [*table.messages, forged]))
+
+
+def test_member_that_takes_anothers_name_first_is_noticed_by_its_owner() -> None:
+    table = Table().round(without=[LAST])
+    impostor = Participant(table.invitation, LAST, seed("impostor"))
+    transcript = Transcript(table.invitation, [*table.messages, impostor.join()])
+    refused(Reason.WRONG_CHAIN, lambda: table.members[LAST].next_message(transcript))
+
+
+def test_members_shown_different_joins_find_out_at_the_next_round() -> None:
+    table = Table().round()
+    other = Table()
+    other.members[LAST] = Participant(other.invitation, LAST, seed("another last"))
+    other.round()
+    table.says(FIRST, other.due(FIRST))
+    error = refused(Reason.WRONG_CHAIN, table.transcript)
+    assert FIRST in error.detail
+
+
+def test_key_taken_from_another_member_proves_no_possession() -> None:
+    table = Table().round(without=[LAST])
+    honest = table.due(LAST)
+    assert isinstance(honest, Join)
+    theirs = table.transcript().member(FIRST)
+    for fields, reason in (
+        ({"bls_key": theirs.bls_key}, Reason.BAD_PROOF_OF_POSSESSION),
+        ({"bls_key": theirs.bls_key, "bls_possession": theirs.bls_possession}, Reason.BAD_PROOF_OF_POSSESSION),
+        ({"role": Role.OPERATOR}, Reason.BAD_MEMBERSHIP),
+        ({"name": FIRST}, Reason.BAD_MEMBERSHIP),
+        ({"log_key": b""}, Reason.BAD_KEY),
+    ):
+        joined = Table().round(without=[LAST]).says(LAST, replace(honest, member=replace(honest.member, **fields)))
+        refused(reason, joined.transcript)
+
+
+def test_messages_out_of_turn_are_refused() -> None:
+    table = Table().round()
+    commit = table.due(FIRST)
+    missing_join = [message for message in table.messages if decode(message, SignedMessage, 1 << 20).sender != LAST]
+    early = Table()
+    early.messages = missing_join
+    refused(Reason.CEREMONY_INCOMPLETE, early.says(FIRST, commit).transcript)
+    roster = table.transcript().roster
+    for name in ("governance-1", "verifier-1"):
+        again = Table().round()
+        refused(Reason.BAD_FIELD, again.says(name, Commit(roster, commit.commitment)).transcript)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("position", range(0, 400, 37))
+def test_changed_byte_of_a_message_is_refused(position: int) -> None:
+    table = Table().round()
+    changed = bytearray(table.messages[0])
+    changed[position % len(changed)] ^= 0x21
+    with pytest.raises(Rejected):
+        Transcript(table.invitation, [bytes(changed), *table.messages[1:]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"certificate_scheme": "rot13"}, Reason.BAD_MEMBERSHIP),
+        ({"thresholds": tuple(RoleThreshold(role, 1) for role in VOTING_ROLES)}, Reason.BAD_MEMBERSHIP),
+        ({"thresholds": tuple(RoleThreshold(Role.OPERATOR, 1) for _ in range(3))}, Reason.BAD_MEMBERSHIP),
+        ({"members": (Invited("a", Role.OPERATOR),) * 3}, Reason.BAD_MEMBERSHIP),
+        ({"members": tuple(Invited(name, Role.OPERATOR) for name in "abc")}, Reason.BAD_MEMBERSHIP),
+        ({"name": "Upper"}, Reason.MALFORMED),
+        ({"nonce": b""}, Reason.MALFORMED),
+        ({"version": 2}, Reason.MALFORMED),
+    ],
+)
+def test_invitation_that_leads_to_no_genesis_is_refused(changes: dict[str, object], reason: Reason) -> None:
+    assert decode_invitation(encode(invitation_of())) == invitation_of()
+    refused(reason, lambda: decode_invitation(encode(replace(invitation_of(), **changes))))
