@@ -208,6 +208,7 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
             planned_steps=campaign.planned_steps,
             routing_granularity=campaign.routing_granularity,
             event_granularity=campaign.event_granularity,
+            accumulator_window_steps=campaign.accumulator_window_steps,
         ),
     )
     view.put(

@@ -5,7 +5,8 @@ stands; every event here is by the campaign's job key, next in sequence, and mov
 
 * *step*: inside an open grant, chained to the last event and parameter root; presented examples exactly the
   sampler's; admitted ones granted, refused ones recorded before; profiles at or below the policy's; a
-  parameter block that no admitted example may touch has not moved.
+  parameter block that no admitted example may touch has not moved; windows of accumulators are committed where
+  they end.
 * *refusal*: the true reason, before its step. *rollback*: restores a root on the log, and must follow a step
   whose memorization signal is above the policy's threshold. *release*: the root on the log.
 """
@@ -15,6 +16,7 @@ from collections import Counter
 import msgspec
 
 from consensus import portions as p
+from consensus.accumulators import ends_window
 from consensus.event import CheckedEvent
 from consensus.membership import Committee
 from consensus.policy import DISCRETIONARY_REFUSALS, REVOCATION_VOID, check_profile, why_refused
@@ -65,6 +67,7 @@ def admit_step(view: StateView, event: CheckedEvent, timestamp_ms: int, committe
         raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
     grant, policy = _open_grant(view, event, governance.grant, governance.policy, operation.index, timestamp_ms)
     _check_step_chain(governance, operation, campaign, head)
+    _check_accumulators(operation, campaign)
     uses = tuple(item for item in event.items if isinstance(item, p.SourceUse))
     for held in head.pending:
         _check_refusal_reason(view, held.source, held.reason, campaign, grant, policy)
@@ -114,6 +117,17 @@ def _check_step_chain(
         raise Rejected(
             Reason.PARAMETER_ROOT_BROKEN,
             f"starts from {operation.root_before.hex()}, the campaign stands at {head.root.hex()}",
+        )
+
+
+def _check_accumulators(operation: p.StepOperation, campaign: CampaignRecord) -> None:
+    """The step that ends a window commits to its sums, and no other does: no window can be left out."""
+    due = ends_window(campaign.accumulator_window_steps, campaign.planned_steps, operation.index)
+    if due != bool(operation.accumulator_root):
+        expected = "ends a window and commits to its sums" if due else "ends no window of accumulators"
+        found = operation.accumulator_root.hex() or "none"
+        raise Rejected(
+            Reason.ACCUMULATORS_INCOMPLETE, f"step {operation.index} {expected}, its accumulator root is {found}"
         )
 
 

@@ -71,6 +71,7 @@ class Tag(StrEnum):
     ENVIRONMENT = "countersign/v1/environment"
     RANDOM_STATE = "countersign/v1/random-state"
     CAMPAIGN = "countersign/v1/campaign"
+    ACCUMULATOR = "countersign/v1/accumulator"
     CEREMONY = "countersign/v1/ceremony"
     DKG_CEREMONY = "countersign/v1/dkg-ceremony"
     DKG_POLYNOMIAL = "countersign/v1/dkg-polynomial"

@@ -265,6 +265,8 @@ class Campaign(Wire, frozen=True):
     ``base_root`` is the base model's parameter root; ``base_provenance`` the event that released it on
     another log, or empty. The presented examples of every step follow from the manifest (data portion),
     ``sampler_seed`` and ``batch_size`` (``sampler.py``), so refusals = presented − admitted is checkable.
+    For tracing: ``factors_digest`` is the SHA-256 of the Kronecker factors file, or empty;
+    ``accumulator_window_steps`` how many steps a window of per-source sums holds, 0 where none are kept.
     """
 
     name: Name
@@ -283,6 +285,7 @@ class Campaign(Wire, frozen=True):
     hyperparameters: Settings
     environment: Settings
     factors_digest: OptionalBytes32
+    accumulator_window_steps: Natural
 
     def __post_init__(self) -> None:
         _require_whole(self.base_provenance, self.factors_digest)
@@ -313,7 +316,8 @@ class StepOperation(Wire, frozen=True):
     """What one optimizer step did to the parameters. Claims of the operator, chained and countable.
 
     ``previous`` is the campaign's last step, rollback or opening event. ``loss_micro`` and
-    ``learning_rate_nano`` are millionths and billionths.
+    ``learning_rate_nano`` are millionths and billionths. ``accumulator_root`` is that of the window of per-source
+    sums which this step ends (``accumulators.py``), empty in every other step.
     """
 
     index: Annotated[int, Meta(ge=1, le=2**53 - 1)]
@@ -326,11 +330,11 @@ class StepOperation(Wire, frozen=True):
     loss_micro: Natural
     rng_digest: Bytes32
     memorization: Annotated[tuple[MemorizationSignal, ...], Meta(max_length=MAX_EXAMPLES)]
-    sketch_root: OptionalBytes32
+    accumulator_root: OptionalBytes32
     step_microseconds: Natural
 
     def __post_init__(self) -> None:
-        _require_whole(self.sketch_root)
+        _require_whole(self.accumulator_root)
 
 
 class RefusalOperation(Wire, frozen=True):

@@ -68,6 +68,7 @@ class Reason(StrEnum):
     PARAMETER_ROOT_BROKEN = "parameter-root-broken"
     STEP_CHAIN_BROKEN = "step-chain-broken"
     COUNTS_NOT_CONSERVED = "counts-not-conserved"
+    ACCUMULATORS_INCOMPLETE = "accumulators-incomplete"
     GRANULARITY_NOT_ADMITTED = "granularity-not-admitted"
     MEMORIZATION_ABOVE_THRESHOLD = "memorization-above-threshold"
     ROLLBACK_REQUIRED = "rollback-required"

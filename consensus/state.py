@@ -103,6 +103,7 @@ class CampaignRecord(Wire, frozen=True):
     planned_steps: Natural
     routing_granularity: Name
     event_granularity: Name
+    accumulator_window_steps: Natural
 
 
 class SourceCounts(Wire, frozen=True):

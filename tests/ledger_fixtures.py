@@ -305,6 +305,7 @@ class CampaignRun:
     manifest: tuple[p.ManifestRange, ...]
     name: str = "campaign"
     batch_size: int = 12
+    accumulator_window_steps: int = 0
     operator: str = OPERATOR
     attempt: int = 0
     sequence: int = 0
@@ -373,6 +374,7 @@ class CampaignRun:
             hyperparameters=(p.Setting("optimizer", "adamw"),),
             environment=(),
             factors_digest=b"",
+            accumulator_window_steps=self.accumulator_window_steps,
         )
         items = tuple(p.DataItem(encode(entry)) for entry in self.manifest)
         return delegated, self.written(
@@ -431,6 +433,7 @@ class CampaignRun:
         grant: GrantRecord | None = None,
         profiles: tuple[p.ClassProfile, ...] = (),
         reason: str = "",
+        accumulator_root: bytes = b"",
     ) -> tuple[CheckedEvent, ...]:
         """The refusal the next step needs, if any, and the step. ``flagged`` is a source it memorized.
 
@@ -478,7 +481,7 @@ class CampaignRun:
             loss_micro=2_000_000 - index,
             rng_digest=digest("rng", index),
             memorization=signals,
-            sketch_root=b"",
+            accumulator_root=accumulator_root,
             step_microseconds=1_000,
         )
         governance = p.StepGovernance(
@@ -586,7 +589,7 @@ class Story:
     weights: bytes
 
 
-def begin(**ledger_options: object) -> Story:
+def begin(accumulator_window_steps: int = 0, **ledger_options: object) -> Story:
     """A ledger with a policy, three sources and an open campaign; nothing granted yet.
 
     ``books`` is the librarian's, class text; ``records`` the hospital's, class medical; ``archive`` the
@@ -598,7 +601,8 @@ def begin(**ledger_options: object) -> Story:
     archive = ledger.source(HOSPITAL, "archive", licence="LicenseRef-internal")
     ledger.seal(ledger.policy(), books, records, archive)
     sources = (books.id, records.id, archive.id)
-    run = CampaignRun(ledger, tuple(p.ManifestRange(source, 0, 8) for source in sources))
+    manifest = tuple(p.ManifestRange(source, 0, 8) for source in sources)
+    run = CampaignRun(ledger, manifest, accumulator_window_steps=accumulator_window_steps)
     ledger.seal(*run.open())
     return Story(ledger, run, *sources, b"")
 

@@ -14,8 +14,9 @@ profiles, clips per parameter block, steps the optimizer and records the step. I
 1. a grant for it (asked for ahead; training pauses only without one);
 2. refusals: sources outside the grant with the policy's true reason, examples recited before;
 3. forward (the caller's) and one routed backward pass per micro-batch, normalised by the *presented* count;
-4. parameter commitment, hashed while the next step runs; refusals and step event then go to the outbox;
-5. the memorization check of the step's suspects (``memorization_watch.py``). Above the policy's threshold the step is
+4. where the plan says so, per-source sums of gradients (``accumulators.py``), committed at the end of each window;
+5. parameter commitment, hashed while the next step runs; refusals and step event then go to the outbox;
+6. the memorization check of the step's suspects (``memorization_watch.py``). Above the policy's threshold the step is
    recorded with its signal, the job restored bit for bit, a ``rollback`` recorded, and the step repeated without
    the recited examples. They, and neighbours that the model recites as well, stay out.
 
@@ -49,6 +50,7 @@ from consensus.identifiers import ZERO_DIGEST, Digest
 from consensus.keys import Signer
 from consensus.rejection import CountersignError, InvariantBroken, Reason, Rejected
 from consensus.sampler import presented_examples
+from trainer_client.accumulators import SourceAccumulators
 from trainer_client.commitment import (
     copied_tensors,
     parameter_root_of,
@@ -120,7 +122,9 @@ class GovernedRun(Generic[E]):
         )
         self._stack = ExitStack()
         self._micro_batch = ExitStack()
-        stateful = {"scheduler": self._scheduler} if self._scheduler is not None else {}
+        self._accumulators = _accumulators_of(arguments)
+        parts = {"scheduler": self._scheduler, "accumulators": self._accumulators}
+        stateful = {name: part for name, part in parts.items() if part is not None}
         self._state = TrainingState(self._model, self._optimizer, stateful)
         self._step: Step | None = None
         self._candidate: RecordedEvent | None = None
@@ -140,7 +144,9 @@ class GovernedRun(Generic[E]):
             the model holds parameters that no policy can be enforced on. ConfigError, Unavailable.
         """
         try:
-            opened = open_run(self._arguments, self._state, self._stack, lambda: self._wait_on_close)
+            opened = open_run(
+                self._arguments, self._state, self._stack, lambda: self._wait_on_close, self._accumulators
+            )
         except BaseException:
             self._stack.close()
             raise
@@ -197,11 +203,14 @@ class GovernedRun(Generic[E]):
             if step.learned < len(step.admitted):
                 return
             self._routing.finish_step()
-            clip_block_gradients(self._model, self._block_of, self._plan.clip_norm)
+            norms = clip_block_gradients(self._model, self._block_of, self._plan.clip_norm)
         with costs.governance():
             if step.before is None and self._watch.has_suspects:
                 step.before = take_snapshot(self._state, self._done, ZERO_DIGEST, step.beginning)
             self._book.settle_optimizer()
+            if self._accumulators is not None:
+                policy = step.grant.permission.policy
+                self._accumulators.take_step(policy, self._optimizer, norms, self._plan.clip_norm)
         with costs.training():
             learning_rate = self._optimizer.param_groups[0]["lr"]
             self._optimizer.step()
@@ -247,6 +256,8 @@ class GovernedRun(Generic[E]):
         """What happened so far and what it cost."""
         place = self._ledger.place
         background_cpu_seconds = self._ledger.background_cpu_seconds + self._book.background_cpu_seconds
+        if self._accumulators is not None:
+            background_cpu_seconds += self._accumulators.cpu_seconds
         return self._record.summary(place.steps, place.attempt, place.root.hex(), background_cpu_seconds)
 
     def _generate(self) -> Iterator[Batch]:
@@ -319,10 +330,14 @@ class GovernedRun(Generic[E]):
         return {(source, example): self._sources[source].examples[example] for source, example in examples}
 
     def _present(self, step: Step, examples: tuple[Example, ...]) -> Batch:
+        if self._accumulators is not None:
+            # Neighbours of one source are summed in place; scattered ones would be gathered first.
+            examples = tuple(sorted(examples, key=lambda example: example[0]))
         with self._record.costs.governance():
             weights = [list(step.grant.profiles[self._classes[source]].weights_permille) for source, _ in examples]
             inputs = self._arguments.collate(list(self._content(examples).values()))
-            self._micro_batch.enter_context(self._routing.micro_batch(weights))
+            groups = [source for source, _ in examples]
+            self._micro_batch.enter_context(self._routing.micro_batch(weights, groups))
         self._yielded = (Moment.now(), examples)
         attempt = self._ledger.place.attempt
         return Batch(step.index, attempt, inputs, examples, step.replayed)
@@ -331,6 +346,9 @@ class GovernedRun(Generic[E]):
         self._step = None
         self._done = step.index
         self._record.trained(step.index, replayed=step.replayed)
+        accumulator_root = None
+        if self._accumulators is not None:
+            accumulator_root = self._accumulators.end_step(step.index, recorded=not step.replayed)
         if step.replayed:
             self._end_replay_if_due()
             return
@@ -340,7 +358,7 @@ class GovernedRun(Generic[E]):
         with self._record.costs.memorization():
             signals = self._watch.signals(self._model, threshold_permille)
         self._resolve()
-        self._book.write(step, before, after, self._optimizer, learning_rate, signals)
+        self._book.write(step, before, after, self._optimizer, learning_rate, signals, accumulator_root)
         self._before = after
         self._history[step.index] = dataclasses.replace(step, before=None)
         recited = tuple(signal for signal in signals if signal.signal_permille > threshold_permille)
@@ -473,6 +491,14 @@ def governed(
             on_progress=on_progress,
         )
     )
+
+
+def _accumulators_of(arguments: RunArguments[E]) -> SourceAccumulators | None:
+    plan = arguments.plan
+    if not plan.accumulator_window_steps:
+        return None
+    directory = arguments.run_directory / "accumulators"
+    return SourceAccumulators(directory, plan.campaign, plan.accumulator_window_steps, plan.planned_steps)
 
 
 def _rejected(failure: Fate) -> Rejected:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from consensus.keys import Signer
+from trainer_client.accumulators import SourceAccumulators
 from trainer_client.capture import capture_environment
 from trainer_client.commitment import copied_tensors, root_of_tensors
 from trainer_client.ledger_side import LedgerSide
@@ -75,9 +76,15 @@ class OpenedRun:
 
 
 def open_run(
-    arguments: RunArguments[E], state: TrainingState, stack: ExitStack, wait_on_close: Callable[[], bool]
+    arguments: RunArguments[E],
+    state: TrainingState,
+    stack: ExitStack,
+    wait_on_close: Callable[[], bool],
+    accumulators: SourceAccumulators | None,
 ) -> OpenedRun:
     """Opens the campaign and begins to ask for grants; ``wait_on_close`` is asked whether to wait for delivery.
+
+    ``accumulators``, where the campaign keeps them, learn of model and routing.
 
     Raises:
         Rejected, RoutingUnsupported, ConfigError, Unavailable: as ``GovernedRun.__enter__``; ``stack`` is the
@@ -88,7 +95,10 @@ def open_run(
     client = node if isinstance(node, Client) else stack.enter_context(Client(node))
     blocks = blocks_of(plan, model)
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
-    routing = stack.enter_context(Routing(model, block_of))
+    if accumulators is not None:
+        accumulators.attach(model, block_of)
+        stack.enter_context(accumulators)
+    routing = stack.enter_context(Routing(model, block_of, accumulators))
     directory.mkdir(parents=True, exist_ok=True)
     sources = {source.id: source for source in arguments.sources}
     claims = {identifier: client.source_record(identifier).claim for identifier in sorted(sources)}

@@ -35,6 +35,8 @@ class CampaignPlan:
         batch_size: examples presented at each step, refused ones included.
         blocks: parameter block name to parameter names; None takes ``default_blocks``.
         clip_norm: largest L2 norm of each parameter block's gradient.
+        factors_digest: SHA-256 of the file of Kronecker factors that traces of this campaign are to use.
+        accumulator_window_steps: steps per window of per-source gradient sums (``accumulators.py``); 0 keeps none.
     """
 
     chain_id: ChainId
@@ -53,6 +55,7 @@ class CampaignPlan:
     clip_norm: float = 1.0
     hyperparameters: Mapping[str, str] = field(default_factory=dict)
     factors_digest: bytes = b""
+    accumulator_window_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ def campaign_terms(
         hyperparameters=_hyperparameters(plan, optimizer),
         environment=environment,
         factors_digest=plan.factors_digest,
+        accumulator_window_steps=plan.accumulator_window_steps,
     )
 
 

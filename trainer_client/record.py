@@ -86,7 +86,7 @@ class StepOutcome:
     rng_digest: bytes
     memorization: tuple[p.MemorizationSignal, ...]
     step_microseconds: int
-    sketch_root: bytes = b""
+    accumulator_root: bytes = b""
 
 
 class Recorder:
@@ -202,7 +202,7 @@ class Recorder:
             loss_micro=outcome.loss_micro,
             rng_digest=outcome.rng_digest,
             memorization=outcome.memorization,
-            sketch_root=outcome.sketch_root,
+            accumulator_root=outcome.accumulator_root,
             step_microseconds=outcome.step_microseconds,
         )
         if outcome.root_before != place.root:

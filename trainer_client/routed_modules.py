@@ -13,7 +13,7 @@ of positions.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,23 @@ class RoutingLeak(RoutingError):
     """A gradient arrived where the weights allow none, or under other weights than its forward pass."""
 
 
+Observe = Callable[[str, bytes, Tensor], None]
+"""Told of ``"weight"`` or ``"bias"``, a group of examples, and what it adds to that parameter's gradient; the tensor
+is the callee's to keep. Called inside the backward pass."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which rows of one module call enter its parameters' gradients, and by how much."""
+    """Which rows of one module call enter its parameters' gradients, and by how much.
+
+    Where somebody observes, examples of one group (of one source, say) are summed apart: ``groups_B`` names each
+    example's group, and the gradient is the sum over groups of what ``observe`` was told.
+    """
 
     weights_B: Weights
     check_token: Callable[[], None]
+    groups_B: tuple[bytes, ...] = ()
+    observe: Observe | None = None
 
     @property
     def open(self) -> bool:
@@ -76,6 +87,47 @@ class Route:
             factor_B = torch.tensor(factors, dtype=operands[0].dtype, device=operands[0].device)
             operands = (operands[0] * factor_B.view(shape), *operands[1:])
         return operands
+
+    def by_group(self) -> list[tuple[bytes, "Route"]]:
+        """For each group with weight, in order of its first example: the route of its examples alone."""
+        groups = dict.fromkeys(group for group, weight in zip(self.groups_B, self.weights_B, strict=True) if weight)
+        return [
+            (
+                group,
+                replace(
+                    self,
+                    weights_B=tuple(
+                        weight if own == group else 0 for own, weight in zip(self.groups_B, self.weights_B, strict=True)
+                    ),
+                ),
+            )
+            for group in groups
+        ]
+
+    def linear_gradients(
+        self, delta: Tensor, x: Tensor | None, *, weight: bool, bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of a linear's weight ``[O, I]`` and bias ``[O]``, ``None`` for those not asked for."""
+        if self.observe is None:
+            product = self.weighted_products(delta, x) if weight and x is not None else None
+            return product, self.weighted_rows(delta) if bias else None
+        sums: dict[str, Tensor] = {}
+        for group, route in self.by_group():
+            parts: dict[str, Tensor] = {}
+            if weight and x is not None:
+                parts["weight"] = route.weighted_products(delta, x)
+            if bias:
+                parts["bias"] = route.weighted_rows(delta)
+            for parameter, part in parts.items():
+                # The first part is copied: the observer keeps its own, autograd keeps the sum.
+                sums[parameter] = sums[parameter].add_(part) if parameter in sums else part.clone()
+                self.observe(parameter, group, part)
+        return sums.get("weight"), sums.get("bias")
+
+    def weighted_rows(self, delta: Tensor) -> Tensor:
+        """Sum over examples and positions of weight times delta: ``[B, *, O]`` to ``[O]``."""
+        (admitted,) = self.admitted(delta)
+        return _rows(admitted).sum(dim=0)
 
     def weighted_products(self, delta: Tensor, x: Tensor) -> Tensor:
         """Sum over examples of weight times deltaᵀ x: ``[B, *, O]`` and ``[B, *, I]`` to ``[O, I]``."""
@@ -120,11 +172,9 @@ class _RoutedLinear(torch.autograd.Function):
         x, weight_OI = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_x = delta.matmul(weight_OI) if need_x else None
-        grad_weight = route.weighted_products(delta, x) if need_weight and route.open else None
-        grad_bias = None
-        if need_bias and route.open:
-            (admitted,) = route.admitted(delta)
-            grad_bias = _rows(admitted).sum(dim=0)
+        grad_weight = grad_bias = None
+        if route.open:
+            grad_weight, grad_bias = route.linear_gradients(delta, x, weight=need_weight, bias=need_bias)
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -291,6 +341,23 @@ def census(model: nn.Module) -> dict[str, nn.Module]:
             raise RoutingUnsupported(f"{label} uses max_norm, scale_grad_by_freq or sparse gradients")
         routed[name] = module
     return routed
+
+
+def observed_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Trainable parameters whose gradient is, in whole, what an observer is told: those of linears alone.
+
+    A tensor that an embedding shares (a tied head) is none of them: its gradient has a second part.
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    for module in census(model).values():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and all(ROUTED_FORWARDS[type(owner).forward] is _linear for owner in owners[id(parameter)])
+    )
 
 
 def _rows(x: Tensor) -> Tensor:

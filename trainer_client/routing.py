@@ -41,7 +41,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -70,12 +70,27 @@ __all__ = [
 ]
 
 
+CLIP_EPSILON = 1e-6
+"""Added to a norm before dividing by it, as in ``torch.nn.utils.clip_grad_norm_``."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
     """One forward and backward pass: a token, compared by identity."""
 
     weights_KB: tuple[Weights, ...]
     example_count: int
+    groups_B: tuple[bytes, ...] = ()
+
+
+class GradientObserver(Protocol):
+    """Told, inside each backward pass, what every group of examples adds to the gradient of a linear's parameter.
+
+    ``gradient`` is weighted and normalised as in the sum above, and the observer's to keep. A parameter is told of
+    once for each use of its module and each group with weight; see ``routed_modules.observed_parameters``.
+    """
+
+    def observe(self, parameter: str, group: bytes, gradient: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +109,18 @@ class Routing:
         model: its trainable parameters must all appear in ``block_of_parameter``.
         block_of_parameter: name as in ``model.named_parameters()`` (a tied tensor under its first name)
             to the index of its parameter block, from 0 without gaps.
+        observer: then every micro-batch names the group of each example.
 
     Raises:
         RoutingUnsupported: a trainable parameter has no block or a module outside the census, or names or
             indexes are left over.
     """
 
-    def __init__(self, model: nn.Module, block_of_parameter: Mapping[str, int]) -> None:
+    def __init__(
+        self, model: nn.Module, block_of_parameter: Mapping[str, int], observer: GradientObserver | None = None
+    ) -> None:
         self._model = model
+        self._observer = observer
         self._block_of = _checked_blocks(model, block_of_parameter)
         self.block_count = max(self._block_of.values()) + 1
         self._modules = census(model)
@@ -133,16 +152,22 @@ class Routing:
         self._installed = False
 
     @contextmanager
-    def micro_batch(self, weights_permille_BK: Sequence[Sequence[int]]) -> Iterator[MicroBatch]:
+    def micro_batch(
+        self, weights_permille_BK: Sequence[Sequence[int]], groups_B: Sequence[bytes] = ()
+    ) -> Iterator[MicroBatch]:
         """Weights for the forward *and* backward pass of one micro-batch: a row per example.
 
+        ``groups_B`` names each example's group, for the observer; neighbours of one group cost least.
+
         Raises:
-            RoutingError: outside ``with routing``, inside another micro-batch, or not B rows of K
-                integers from 0 to 1000.
+            RoutingError: outside ``with routing``, inside another micro-batch, not B rows of K
+                integers from 0 to 1000, or an observer and not B groups.
         """
         if not self._installed or self._active is not None:
             raise RoutingError("a micro-batch runs inside 'with routing' and outside any other micro-batch")
-        token = MicroBatch(_columns(weights_permille_BK, self.block_count), len(weights_permille_BK))
+        if self._observer is not None and len(groups_B) != len(weights_permille_BK):
+            raise RoutingError(f"expected a group for each of {len(weights_permille_BK)} examples for the observer")
+        token = MicroBatch(_columns(weights_permille_BK, self.block_count), len(weights_permille_BK), tuple(groups_B))
         self._active = token
         try:
             yield token
@@ -210,6 +235,12 @@ class Routing:
         if len(blocks) != 1:
             raise RoutingUnsupported(f"module {module_name!r} is split between parameter blocks {sorted(blocks)}")
         block = blocks.pop()
+        observer = self._observer
+        names = {own: name_of[id(parameter)] for own, parameter in module.named_parameters(recurse=False)}
+
+        def observe(own_name: str, group: bytes, gradient: Tensor) -> None:
+            assert observer is not None
+            observer.observe(names[own_name], group, gradient)
 
         def forward(input: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
@@ -223,9 +254,20 @@ class Routing:
                     f"module {module_name!r} expects {token.example_count} examples along dimension 0 and at"
                     f" least 2 dimensions, found shape {tuple(input.shape)}"
                 )
-            return routed(module, input, Route(token.weights_KB[block], partial(self.check_token, token)))
+            route = Route(
+                token.weights_KB[block],
+                partial(self.check_token, token),
+                token.groups_B,
+                None if observer is None else observe,
+            )
+            return routed(module, input, route)
 
         return forward
+
+
+def clip_factor(norm: float, maximum_norm: float) -> float:
+    """By how much a gradient of that norm is scaled."""
+    return min(1.0, maximum_norm / (norm + CLIP_EPSILON))
 
 
 def clip_block_gradients(
@@ -251,7 +293,7 @@ def clip_block_gradients(
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise RoutingError(f"the gradient of parameter block {block} has norm {norm.item()}")
-        scale = torch.clamp(maximum_norm / (norm + 1e-6), max=1.0)
+        scale = torch.clamp(maximum_norm / (norm + CLIP_EPSILON), max=1.0)
         torch._foreach_mul_(gradients, scale)
         norms.append(norm.item())
     return tuple(norms)

@@ -59,6 +59,7 @@ class _Open:
     optimizer_digest: Future[Digest]
     learning_rate_nano: int
     signals: tuple[p.MemorizationSignal, ...]
+    accumulator_root: Future[Digest] | None
     microseconds: int
 
 
@@ -98,8 +99,11 @@ class StepBook:
         optimizer: torch.optim.Optimizer,
         learning_rate: float,
         signals: tuple[p.MemorizationSignal, ...],
+        accumulator_root: Future[Digest] | None = None,
     ) -> None:
         """A step was taken: begin its digests. ``before`` and ``after`` are copies nobody changes.
+
+        ``accumulator_root`` is that of the window which the step ends, once its blobs are on disk.
 
         Raises:
             InvariantBroken: the step before is not resolved.
@@ -114,6 +118,7 @@ class StepBook:
             optimizer_digest=optimizer_digest,
             learning_rate_nano=round(learning_rate * NANO),
             signals=signals,
+            accumulator_root=accumulator_root,
             microseconds=round((time.perf_counter() - step.started) * MICRO),
         )
 
@@ -146,6 +151,7 @@ class StepBook:
             loss_micro=round(max(loss or 0.0, 0.0) * MICRO),
             rng_digest=step.rng_digest,
             memorization=taken.signals,
+            accumulator_root=b"" if taken.accumulator_root is None else taken.accumulator_root.result(),
             step_microseconds=taken.microseconds,
         )
         events = self._ledger.record_step(step.grant, StepUse(frozenset(step.admitted), step.refused), outcome)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_fixtures import Story, story
 
+from consensus.accumulators import AccumulatorWindow, decode_window
 from consensus.block import Header, decode_header
 from consensus.bundle import Bundle, open_bundle
 from consensus.ceremony import Invitation, Invited, Transcript, decode_invitation
@@ -113,6 +114,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "notarization": checked(Notarization, check_notarization),
     "nullification": checked(Nullification, check_nullification),
     "stalled": checked(Stalled, check_stalled),
+    "accumulator window": lambda encoded: decode_window(encoded, bytes(32)),
     "invitation": decode_invitation,
     "ceremony message": lambda encoded: Transcript(invitation(), [encoded]),
     "evidence": checked(EvidenceReport, check_evidence),
@@ -123,6 +125,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     **{
         kind.__name__: typed(kind)
         for kind in (
+            AccumulatorWindow,
             Bundle,
             Campaign,
             Certificate,

@@ -58,6 +58,7 @@ class Scene:
             hyperparameters=(),
             environment=(),
             factors_digest=b"",
+            accumulator_window_steps=0,
         )
         self.take(self.recorder.open_campaign(terms, self.manifest))
 

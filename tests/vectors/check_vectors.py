@@ -269,6 +269,14 @@ def check_sample(case: dict) -> None:
     check(examples, case["examples"], "examples presented")
 
 
+def check_window(case: dict) -> None:
+    leaves = [bytes.fromhex(part) for part in (case["terms"], *case["entries"])]
+    check(tree([tagged(name("accumulator"), part) for part in leaves]).hex(), case["root"], "root of a window")
+    kind, version, terms, entries = unpack(bytes.fromhex(case["window"]))
+    check((kind, version), ("accumulator-window", 1), "kind and version of a window")
+    check([pack(part) for part in (terms, *entries)], leaves, "terms and entries of a window")
+
+
 CHECKS = {
     "tagged_hash": check_hash,
     "portions": check_portions,
@@ -277,6 +285,7 @@ CHECKS = {
     "log_tree": check_tree,
     "state_map": check_state,
     "sampler": check_sample,
+    "accumulators": check_window,
 }
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from consensus import portions as p
+from consensus.accumulators import AccumulatorWindow, WindowEntry, WindowTerms, window_root
 from consensus.block import Header
 from consensus.codec import encode
 from consensus.event import JOB_SIGNER_ROLE, VERSION, Entry, Kind, event_id, sign_entry, signature_message
@@ -207,6 +208,24 @@ def samples() -> list[Case]:
     return cases
 
 
+def windows() -> list[Case]:
+    """Accumulator windows and their roots."""
+    cases: list[Case] = []
+    for count in (0, 1, 2, 5):
+        places = [(b"", b""), *sorted((octets("policy", n % 2), octets("source", n)) for n in range(count))]
+        entries = tuple(WindowEntry(*place, octets("blob", n), 1_000 * n) for n, place in enumerate(places))
+        window = AccumulatorWindow(1, WindowTerms(octets("campaign"), 10 * count + 1, 10 * count + 10), entries)
+        cases.append(
+            {
+                "window": encode(window).hex(),
+                "terms": encode(window.terms).hex(),
+                "entries": [encode(entry).hex() for entry in entries],
+                "root": window_root(window).hex(),
+            }
+        )
+    return cases
+
+
 FILES = {
     "tagged_hash": hashes,
     "portions": portions,
@@ -215,6 +234,7 @@ FILES = {
     "log_tree": trees,
     "state_map": states,
     "sampler": samples,
+    "accumulators": windows,
 }
 
 

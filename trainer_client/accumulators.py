@@ -1,0 +1,264 @@
+"""Per-source accumulators: what each source added to the gradients of a window of steps, at full rank.
+
+For policy, source and parameter of a linear, over the steps t of a window (``consensus/accumulators.py``):
+
+    sum_t  learning_rate_t * clip_factor_t * sum_{i of the source} (w_i / 1000) * g_i / c
+
+which is the source's part of the gradient that the optimizer received, times the learning rate. Formed in the routed
+backward pass, which sums rows source by source anyway (``routing.GradientObserver``); nothing is computed twice.
+
+* **Conservation.** Apart from that, the whole gradient after clipping, times the learning rate, is summed from the
+  parameters' ``grad``: the window's *total*. At its end the parts must add up to it, or the run stops: something
+  else than the admitted examples reached the optimizer. Blobs hold parts and total, so anybody can check again.
+* **Undone steps leave no trace.** Sums are part of every snapshot (``state_dict``); what a rollback restores, it
+  restores here. A replayed step is summed again and written nowhere.
+* **Durable before it is said.** A window's blobs are on disk before the step event that names their root.
+
+Not covered: embeddings, norms, and tensors shared with an embedding (``routed_modules.observed_parameters``).
+
+Memory: for each policy and source of a window, a float32 copy of what linears hold, beside the one for the total and
+those in snapshots. Sums and files are made in one thread of their own.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from consensus.accumulators import (
+    VERSION,
+    AccumulatorWindow,
+    WindowEntry,
+    WindowTerms,
+    ends_window,
+    window_bounds,
+    window_root,
+)
+from consensus.codec import encode
+from consensus.identifiers import Digest
+from consensus.rejection import CountersignError
+from trainer_client.routed_modules import observed_parameters
+from trainer_client.routing import clip_factor
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""How far parts may be from their total, relative to the sum of their norms, by the gradients' narrowest dtype."""
+
+Sums = dict[str, Tensor]
+"""Parameter name to sum."""
+
+
+class AccumulatorsBroken(CountersignError):
+    """The per-source sums do not add up to the gradient that the optimizer received."""
+
+
+class SourceAccumulators:
+    """The sums of one run; an observer of its routing, and stateful for its snapshots.
+
+    Args:
+        directory: ``windows/ROOT.window`` and ``blobs/SHA256.safetensors`` go below it.
+        window_steps: at least 1.
+        dtype: of the blobs; sums are float32 (float64 for float64 gradients).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        campaign: bytes,
+        window_steps: int,
+        planned_steps: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self._directory = directory
+        self._campaign = campaign
+        self._window_steps = window_steps
+        self._planned_steps = planned_steps
+        self._dtype = dtype
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._block_of: Mapping[str, int] = {}
+        self._pending: dict[tuple[bytes, str], Tensor] = {}
+        self._sums: dict[tuple[bytes, bytes], Sums] = {}
+        self._total: Sums = {}
+        self._narrowest = torch.float32
+        self._folding: Future[None] | None = None
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="accumulators")
+        self.cpu_seconds = 0.0
+
+    def attach(self, model: nn.Module, block_of_parameter: Mapping[str, int]) -> None:
+        """Learns whose gradients to sum; makes the directories.
+
+        Raises:
+            RoutingUnsupported: as ``routed_modules.census``.
+        """
+        parameters = dict(model.named_parameters())
+        self._parameters = {name: parameters[name] for name in observed_parameters(model)}
+        self._block_of = block_of_parameter
+        for name in ("windows", "blobs"):
+            (self._directory / name).mkdir(parents=True, exist_ok=True)
+
+    def observe(self, parameter: str, group: bytes, gradient: Tensor) -> None:
+        """One source's part of one parameter's gradient, in one backward pass."""
+        if parameter not in self._parameters:
+            return
+        if gradient.dtype in (torch.bfloat16, torch.float16):
+            self._narrowest = gradient.dtype
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        held = self._pending.get((group, parameter))
+        if held is None:
+            self._pending[group, parameter] = wide
+        else:
+            held.add_(wide)
+
+    def take_step(
+        self,
+        policy: bytes,
+        optimizer: torch.optim.Optimizer,
+        norms: Sequence[float | None],
+        maximum_norm: float,
+    ) -> None:
+        """Between clipping and ``optimizer.step()``: the step's parts and whole gradient enter the window.
+
+        ``norms`` are those of the parameter blocks before clipping to ``maximum_norm``.
+        """
+        rates = {id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]}
+        self._wait()
+        factors = {}
+        for name, parameter in self._parameters.items():
+            norm, rate = norms[self._block_of[name]], rates.get(id(parameter), 0.0)
+            if parameter.grad is None or norm is None:
+                continue
+            factors[name] = rate * clip_factor(norm, maximum_norm)
+            _add(self._total, name, parameter.grad, rate)
+        pending, self._pending = self._pending, {}
+        self._folding = self._executor.submit(self._fold, policy, pending, factors)
+
+    def end_step(self, index: int, *, recorded: bool) -> Future[Digest] | None:
+        """After a step: where a window ends, its root, once its blobs are on disk. ``None`` within a window.
+
+        A step that is only replayed (not ``recorded``) ends its window without writing it again.
+        """
+        if not ends_window(self._window_steps, self._planned_steps, index):
+            return None
+        self._wait()
+        sums, total, narrowest = self._sums, self._total, self._narrowest
+        self._sums, self._total, self._narrowest = {}, {}, torch.float32
+        if not recorded:
+            return None
+        first, last = window_bounds(self._window_steps, self._planned_steps, index)
+        terms = WindowTerms(self._campaign, first, last)
+        return self._executor.submit(self._write, terms, sums, total, TOLERANCE[narrowest])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of the window so far, without the step being taken."""
+        self._wait()
+        sums = [(policy, source, dict(held)) for (policy, source), held in self._sums.items()]
+        return {"sums": sums, "total": dict(self._total), "narrowest": self._narrowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Back to those sums; what the step being taken added is dropped."""
+        self._wait()
+        self._pending = {}
+        self._sums = {(policy, source): dict(held) for policy, source, held in state_dict["sums"]}
+        self._total = dict(state_dict["total"])
+        self._narrowest = state_dict["narrowest"]
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._executor.shutdown(wait=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wait(self) -> None:
+        folding, self._folding = self._folding, None
+        if folding is not None:
+            folding.result()
+
+    def _fold(self, policy: bytes, pending: dict[tuple[bytes, str], Tensor], factors: Mapping[str, float]) -> None:
+        for (source, name), part in pending.items():
+            if name in factors:
+                _add(self._sums.setdefault((policy, source), {}), name, part, factors[name])
+        self.cpu_seconds = time.thread_time()
+
+    def _write(
+        self, terms: WindowTerms, sums: Mapping[tuple[bytes, bytes], Sums], total: Sums, tolerance: float
+    ) -> Digest:
+        check_conservation(sums.values(), total, tolerance)
+        entries = [self._blob(b"", b"", total)]
+        entries += [self._blob(policy, source, held) for (policy, source), held in sorted(sums.items(), key=_place)]
+        window = AccumulatorWindow(VERSION, terms, tuple(entries))
+        root = window_root(window)
+        path = self._directory / "windows" / f"{root.hex()}.window"
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_bytes(encode(window))
+        _make_durable(unfinished, path)
+        self.cpu_seconds = time.thread_time()
+        return root
+
+    def _blob(self, policy: bytes, source: bytes, sums: Sums) -> WindowEntry:
+        folder = self._directory / "blobs"
+        unfinished = folder / "blob.unfinished"
+        save_file({name: tensor.to("cpu", self._dtype).contiguous() for name, tensor in sums.items()}, unfinished)
+        with unfinished.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+        size_bytes = unfinished.stat().st_size
+        _make_durable(unfinished, folder / f"{digest.hex()}.safetensors")
+        return WindowEntry(policy, source, digest, size_bytes)
+
+
+def check_conservation(parts: Iterable[Mapping[str, Tensor]], total: Mapping[str, Tensor], tolerance: float) -> None:
+    """The parts of each parameter add up to its total.
+
+    Raises:
+        AccumulatorsBroken: they differ by more than ``tolerance`` times the sum of their norms.
+    """
+    parts = tuple(parts)
+    for name in sorted(set(total).union(*parts)):
+        own = [held[name] for held in parts if name in held]
+        shape = (own[0] if own else total[name]).shape
+        difference = total.get(name, torch.zeros(shape)).clone()
+        for part in own:
+            difference -= part
+        found = float(difference.norm())
+        scale = sum(float(part.norm()) for part in own)
+        if not found <= tolerance * scale:
+            raise AccumulatorsBroken(
+                f"parameter {name!r}: the sources' gradients are {found:.3g} away from the whole one, of norm"
+                f" {scale:.3g} together; something else than admitted examples reached the optimizer"
+            )
+
+
+def _add(sums: Sums, name: str, part: Tensor, factor: float) -> None:
+    held = sums.get(name)
+    if held is None:
+        sums[name] = part.to(torch.promote_types(part.dtype, torch.float32)) * factor
+    else:
+        held.add_(part, alpha=factor)
+
+
+def _place(item: tuple[tuple[bytes, bytes], Sums]) -> tuple[bytes, bytes]:
+    return item[0]
+
+
+def _make_durable(unfinished: Path, path: Path) -> None:
+    """Content, then name: what is named is whole, also after a crash."""
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
