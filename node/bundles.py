@@ -12,6 +12,7 @@ reads it. What is disclosed is decided here, and no more than the predicate need
 ``delta-exact``        operation portions of the campaign's events
 ``refusals-complete``  all portions of steps, refusals and rollbacks
 ``evidence``           the two signed messages
+``accumulators``       the manifest; operation portions of the campaign's events; its sources' claims
 =====================  ================================================================================
 
 In the narrow ones a rollback's operation portion is disclosed only if its memorization signals name no
@@ -321,6 +322,30 @@ def _evidence(export: _Export) -> None:
     export.add(index, governance=export.portions(index).governance)
 
 
+def _accumulators(export: _Export) -> None:
+    manifest: list[bytes] = []
+
+    def disclose(index: int, entry: Entry, portions: p.Portions) -> None:
+        data = portions.data if entry.kind is Kind.CAMPAIGN else None
+        if data is not None:
+            for item in data.items:
+                manifest.append(decode(item.content, p.ManifestRange, p.MAX_PORTIONS_BYTES).source)
+        export.add(index, data=data, operation=None if entry.kind is Kind.REFUSAL else portions.operation)
+
+    export.add_job_events(disclose)
+    for index, _ in export.grants():
+        export.add(index)
+        key = GRANT_TABLE + _event_id(export, index)
+        value = export.reader.state.get(key)
+        if value is not None:
+            export.keys |= {key, POLICY_TABLE + read_record(value, GrantRecord).policy}
+    for source in manifest:
+        index = export.index_of(source, Reason.UNKNOWN_SOURCE, "source")
+        export.add(index, data=export.portions(index).data)
+        export.keys |= {SOURCE_TABLE + source, usage_key(export.campaign, source)}
+    export.keys.add(CAMPAIGN_HEAD_TABLE + export.campaign)
+
+
 def _add_source(export: _Export) -> None:
     """The source's event with its claim, and its revocation."""
     index = export.index_of(export.source, Reason.UNKNOWN_SOURCE, "source")
@@ -389,4 +414,5 @@ _COLLECTORS: dict[Predicate, Callable[[_Export], None]] = {
     Predicate.DELTA_EXACT: _delta_exact,
     Predicate.REFUSALS_COMPLETE: _refusals_complete,
     Predicate.EVIDENCE: _evidence,
+    Predicate.ACCUMULATORS: _accumulators,
 }

@@ -43,11 +43,13 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "job": LazyCommand("node.commands.job", "job", "Let a training job write a campaign."),
     "grant": LazyCommand("node.commands.grant", "grant", "See and countersign grants."),
     "log": LazyCommand("node.commands.log", "log", "Read, prove and check the log."),
+    "trace": LazyCommand("attribution.commands", "trace_command", "Ask which admitted sources shaped an output."),
+    "factors": LazyCommand("attribution.commands", "factors_command", "Fit what traces of a base model need, once."),
     "verify": LazyCommand("node.verify", "verify_command", "Check a bundle offline, trusting nobody in it."),
 }
 
-_OURS = ("consensus", "node", "trainer_client")
-_TRAINER_MODULES = ("numpy", "torch")
+_OURS = ("attribution", "consensus", "node", "trainer_client")
+_TORCH_MODULES = ("numpy", "safetensors", "torch")
 
 
 class Refused(click.ClickException):
@@ -129,7 +131,7 @@ def _worded(error: Exception) -> Refused | None:
         missing = (error.name or "").partition(".")[0]
         if missing in _OURS:
             return None
-        extra = "trainer" if missing in _TRAINER_MODULES else "node"
+        extra = "attribution" if missing in _TORCH_MODULES else "node"
         return NotKnown(f"this command needs the {extra} extra: pip install 'countersign[{extra}]'")
     if isinstance(error, OSError):
         return NotKnown(f"file: {error.filename or 'input or output'}: {error.strerror or error}")

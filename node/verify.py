@@ -66,7 +66,7 @@ def verify_command(
     """Check PREDICATE offline over a bundle file, with numbered steps.
 
     PREDICATE is one of included, consistent, policy-in-force, source-honored, source-unused, delta-exact,
-    refusals-complete, evidence. Exits 0 for yes, 1 for no or a refused bundle, 2 for unknown.
+    refusals-complete, evidence, accumulators. Exits 0 for yes, 1 for no or a refused bundle, 2 for unknown.
 
     \b
     Example:

@@ -11,6 +11,7 @@
 ``delta-exact``        the released file is what the recorded steps, one after the other, ended in
 ``refusals-complete``  every presented example was admitted, or refused for the true reason
 ``evidence``           a member signed two messages that contradict each other
+``accumulators``       per-source accumulators of all steps are committed, and these sources took part
 =====================  ===========================================================================
 
 A bundle that is malformed, of another chain, or lacks an event or record the predicate needs raises
@@ -22,6 +23,7 @@ from enum import StrEnum
 
 from consensus.bundle import OpenBundle
 from consensus.identifiers import DIGEST_BYTES, VOTING_ROLES
+from consensus.predicates.accumulators import accumulators
 from consensus.predicates.delta_exact import ReleasedFile, delta_exact
 from consensus.predicates.evidence import evidence
 from consensus.predicates.log import consistent, included
@@ -44,6 +46,7 @@ class Predicate(StrEnum):
     DELTA_EXACT = "delta-exact"
     REFUSALS_COMPLETE = "refusals-complete"
     EVIDENCE = "evidence"
+    ACCUMULATORS = "accumulators"
 
 
 SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
@@ -55,6 +58,7 @@ SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
     Predicate.DELTA_EXACT: ("campaign",),
     Predicate.REFUSALS_COMPLETE: ("campaign",),
     Predicate.EVIDENCE: ("event",),
+    Predicate.ACCUMULATORS: ("campaign",),
 }
 """What each predicate is about, and nothing else: a subject that nothing checks would be read as checked."""
 
@@ -66,6 +70,7 @@ _PREDICATES: dict[Predicate, Callable[[OpenBundle, Steps], None]] = {
     Predicate.SOURCE_UNUSED: source_unused,
     Predicate.REFUSALS_COMPLETE: refusals_complete,
     Predicate.EVIDENCE: evidence,
+    Predicate.ACCUMULATORS: accumulators,
 }
 
 

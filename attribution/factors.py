@@ -1,0 +1,162 @@
+"""Eigenvalue-corrected Kronecker factors (EK-FAC) of a model's linear weights, over public text.
+
+George, Laurent, Bouthillier, Ballas and Vincent, *Fast Approximate Natural Gradient Descent in a Kronecker-factored
+Eigenbasis*, arXiv 1806.03884; for influence, Grosse et al., arXiv 2308.03296. Per weight ``[O, I]``:
+
+1. ``A = E[x xᵀ]`` over inputs and ``S = E[δ δᵀ]`` over gradients of the outputs, targets drawn from the model's own
+   predictions (the Fisher, not the empirical one);
+2. their eigenvectors ``U_A``, ``U_S``;
+3. eigenvalues ``Λ = E[(U_Sᵀ G U_A)²]`` over whole sequences' gradients ``G``.
+
+A gradient ``q`` is preconditioned to ``U_S ((U_Sᵀ q U_A) / (Λ + λ)) U_Aᵀ``, ``λ`` the mean of ``Λ``. It is the query
+that is preconditioned: what training accumulated stays as it was committed. Deterministic for given weights, text and
+seed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from attribution.weights import linear_weights
+from consensus.rejection import Reason, Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFactors:
+    """Of one weight: ``output_vectors`` ``[O, O]``, ``input_vectors`` ``[I, I]``, ``eigenvalues`` ``[O, I]``."""
+
+    output_vectors: Tensor
+    input_vectors: Tensor
+    eigenvalues: Tensor
+
+    def precondition(self, gradient_OI: Tensor) -> Tensor:
+        """The gradient in the damped inverse metric."""
+        rotated = self.output_vectors.T @ gradient_OI @ self.input_vectors
+        return self.output_vectors @ (rotated / (self.eigenvalues + self.eigenvalues.mean())) @ self.input_vectors.T
+
+
+@dataclass(slots=True)
+class _Captured:
+    inputs: list[Tensor]
+    deltas: list[Tensor]
+
+
+def fit_factors(
+    model: nn.Module,
+    sequences_BT: Sequence[Tensor],
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, WeightFactors]:
+    """Factors of every linear weight of ``model``, over batches of token sequences ``[B, T]``.
+
+    ``model`` maps tokens ``[B, T]`` to logits ``[B, T, V]`` for the next token. ``progress`` is told batches done.
+
+    Raises:
+        Rejected: ``BAD_FIELD`` without any text, or when a value is not finite.
+    """
+    if not sequences_BT:
+        raise Rejected(Reason.BAD_FIELD, "factors need text: no sequence was given")
+    weights = linear_weights(model)
+    inputs = {name: torch.zeros(module.in_features, module.in_features) for name, module in weights.items()}
+    outputs = {name: torch.zeros(module.out_features, module.out_features) for name, module in weights.items()}
+    rows = 0
+    total = 2 * len(sequences_BT)
+    for number, captured in enumerate(_passes(model, weights, sequences_BT, seed)):
+        for name, of in captured.items():
+            x_NI, delta_NO = (torch.cat(held).flatten(0, -2) for held in (of.inputs, of.deltas))
+            inputs[name] += x_NI.T @ x_NI
+            outputs[name] += delta_NO.T @ delta_NO
+        rows += len(x_NI)
+        progress(number + 1, total)
+    vectors = {name: (_eigenvectors(outputs[name] / rows), _eigenvectors(inputs[name] / rows)) for name in weights}
+    eigenvalues = {name: torch.zeros(module.out_features, module.in_features) for name, module in weights.items()}
+    count = 0
+    for number, captured in enumerate(_passes(model, weights, sequences_BT, seed)):
+        for name, of in captured.items():
+            output_vectors, input_vectors = vectors[name]
+            x_BTI, delta_BTO = torch.cat(of.inputs), torch.cat(of.deltas)
+            projected_BOI = torch.einsum("bto,bti->boi", delta_BTO @ output_vectors, x_BTI @ input_vectors)
+            eigenvalues[name] += projected_BOI.square().sum(dim=0)
+        count += len(x_BTI)
+        progress(len(sequences_BT) + number + 1, total)
+    return {name: WeightFactors(vectors[name][0], vectors[name][1], eigenvalues[name] / count) for name in weights}
+
+
+def factor_tensors(factors: Mapping[str, WeightFactors]) -> dict[str, Tensor]:
+    """As tensors of one file, whose parameter root a campaign may commit to."""
+    return {
+        f"{name}/{part}": getattr(held, part).contiguous()
+        for name, held in factors.items()
+        for part in WeightFactors.__slots__
+    }
+
+
+def factors_from(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, WeightFactors]:
+    """The factors of a file, which must be those of ``model``'s linear weights.
+
+    Raises:
+        Rejected: ``MALFORMED``.
+    """
+    factors = {}
+    for name, module in linear_weights(model).items():
+        expected = {
+            "output_vectors": (module.out_features,) * 2,
+            "input_vectors": (module.in_features,) * 2,
+            "eigenvalues": (module.out_features, module.in_features),
+        }
+        parts = {}
+        for part, shape in expected.items():
+            tensor = tensors.get(f"{name}/{part}")
+            if tensor is None or tuple(tensor.shape) != shape or not torch.isfinite(tensor).all():
+                raise Rejected(Reason.MALFORMED, f"factors of {name}: expected {part} of shape {shape}, finite")
+            parts[part] = tensor
+        factors[name] = WeightFactors(**parts)
+    return factors
+
+
+def _passes(
+    model: nn.Module, weights: Mapping[str, nn.Linear], sequences_BT: Sequence[Tensor], seed: int
+) -> Iterator[dict[str, _Captured]]:
+    """Inputs ``[B, T, I]`` and output gradients ``[B, T, O]`` of every weight, batch by batch; the same each time."""
+    generator = torch.Generator().manual_seed(seed)
+    for tokens_BT in sequences_BT:
+        with _capturing(weights) as captured, torch.enable_grad():
+            logits_BTV = model(tokens_BT)
+            probabilities_NV = logits_BTV.detach().flatten(0, 1).softmax(dim=-1)
+            targets_N = torch.multinomial(probabilities_NV, 1, generator=generator).squeeze(1)
+            loss = functional.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction="sum")
+            torch.autograd.grad(loss, [module.weight for module in weights.values()])
+        if not torch.isfinite(loss):
+            raise Rejected(Reason.BAD_FIELD, f"the model's loss on the public text is {loss.item()}")
+        yield captured
+
+
+@contextmanager
+def _capturing(weights: Mapping[str, nn.Linear]) -> Iterator[dict[str, _Captured]]:
+    captured = {name: _Captured([], []) for name in weights}
+    handles = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            captured[name].inputs.append(arguments[0].detach())
+            output.register_hook(lambda delta: captured[name].deltas.append(delta.detach()))  # type: ignore[no-untyped-call]
+
+        return keep
+
+    try:
+        for name, module in weights.items():
+            handles.append(module.register_forward_hook(hook(name)))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _eigenvectors(symmetric: Tensor) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(symmetric.double()).eigenvectors
+    return vectors.float()

@@ -1,0 +1,145 @@
+"""An answer as people read it and as programs do. Every row carries what proves it."""
+
+import json
+import math
+from collections.abc import Sequence
+
+from attribution.log import CampaignLog
+from attribution.trace import SourceScore, Trace
+from attribution.weights import Search
+from consensus.predicates.accumulators import UsedSource
+
+ROWS_SHOWN = 10
+
+
+def trace_text(log: CampaignLog, trace: Trace, search: Search, asked: str, untraced: Sequence[str]) -> str:
+    """Lines for a terminal; names from the log are shown with control characters spelled out."""
+    campaign = log.provenance.campaign
+    lines = [
+        f"campaign {log.bundle.campaign.hex()} of {log.provenance.operator}: {shown(campaign.name)}",
+        f"asked    {shown(asked)}",
+        f"chance   {_percent(trace.base_log_chance)} a token in the base model, "
+        f"{_percent(trace.tuned_log_chance)} in the tuned one",
+        "",
+    ]
+    if trace.shaped_here:
+        lines.append("shaped here: the sources below made this output likelier, the leading one first")
+    else:
+        lines.append("not shaped here: this fine-tune did not make the output likelier, or no source stands out")
+    lines += ["", f"{'z':>7}  {'score':>11}  {'source':28}  {'owner':14}  {'admitted':>8}  entry"]
+    for row in trace.ranked[:ROWS_SHOWN]:
+        source = row.source
+        revoked = "  revoked" if source.record.revocation else ""
+        lines.append(
+            f"{row.z:>7.1f}  {row.score:>11.4g}  {shown(source.record.claim.name)[:28]:28}  {source.owner[:14]:14}  "
+            f"{source.admitted:>8}  {source.event.index}{revoked}"
+        )
+    if trace.ranked and trace.shaped_here:
+        lines += ["", *_receipt(trace.ranked[0])]
+    lines += ["", "what this rests on", *_assurance(log, trace, search, untraced)]
+    return "\n".join(lines)
+
+
+def trace_json(log: CampaignLog, trace: Trace, search: Search, asked: str, untraced: Sequence[str]) -> str:
+    """One JSON document."""
+    document = {
+        "chain_id": log.bundle.trusted.chain_id.hex(),
+        "campaign": log.bundle.campaign.hex(),
+        "operator": log.provenance.operator,
+        "asked": asked,
+        "shaped_here": trace.shaped_here,
+        "log_chance": {"base": trace.base_log_chance, "tuned": trace.tuned_log_chance},
+        "controls": trace.controls,
+        "sources": [_row(row) for row in trace.ranked],
+        "windows": {
+            "used": list(trace.windows),
+            "missing": [{"last_step": held.window.last, "why": held.why} for held in search.missing],
+            "uncovered_steps": log.provenance.uncovered,
+        },
+        "assurance": "conservation-checked",
+        "untraced_tensors": list(untraced),
+        "as_of": {
+            "height": log.verdict.as_of.height,
+            "log_size": log.verdict.as_of.log_size,
+            "timestamp_ms": log.verdict.as_of.timestamp_ms,
+        },
+    }
+    return json.dumps(document, indent=2)
+
+
+def shown(text: str) -> str:
+    """The text with control characters spelled out: names on the log are other people's words."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def _receipt(row: SourceScore) -> list[str]:
+    source = row.source
+    claim = source.record.claim
+    blocks = sorted(row.by_block.items(), key=lambda pair: -abs(pair[1]))
+    return [
+        f"{shown(claim.name)}",
+        f"  claimed   by {source.owner}, event {source.id.hex()}, entry {source.event.index} of the log",
+        f"  licence   {shown(claim.licence)}, on the ground of {shown(claim.rights_basis)}",
+        f"  granted   by {', '.join(grant.hex()[:16] + '…' for grant in source.grants)} "
+        f"under {', '.join(shown(policy) for policy in source.policies)}",
+        f"  used      {source.admitted} admitted examples in steps that stand",
+        f"  revoked   {_revocation(source)}",
+        f"  moved     {', '.join(f'{shown(block)} {part:+.3g}' for block, part in blocks[:6])}",
+    ]
+
+
+def _assurance(log: CampaignLog, trace: Trace, search: Search, untraced: Sequence[str]) -> list[str]:
+    provenance, as_of = log.provenance, log.verdict.as_of
+    lines = [
+        f"  checked   sources, grants, policies and counts, in the log of ledger block {as_of.height} "
+        f"({as_of.log_size} entries)",
+        f"  checked   {len(trace.windows)} of {len(provenance.windows)} windows of accumulators have the root that is "
+        "on the log",
+        "  checked   in each of them the sources' sums add up to the whole gradient that is committed beside them",
+        f"  claimed   by {provenance.operator}: that these are the gradients; 0 of {provenance.steps} steps were run "
+        "again by anybody else",
+        f"  measured  against {trace.controls} control outputs; z counts their deviations",
+    ]
+    lines += [
+        f"  left out  steps {held.window.first} to {held.window.last}: {shown(held.why)}" for held in search.missing
+    ]
+    if provenance.uncovered:
+        lines.append(f"  missing   the last {provenance.uncovered} steps: no window holds them")
+    if untraced:
+        lines.append(
+            f"  not asked {len(untraced)} tensors ({shown(untraced[0])} first): no answer speaks of embeddings, norms "
+            "and biases"
+        )
+    lines.append("  a parameter block that a policy closes gets no direct update; that is not the same as no influence")
+    return lines
+
+
+def _row(row: SourceScore) -> dict[str, object]:
+    source = row.source
+    return {
+        "source": source.id.hex(),
+        "name": source.record.claim.name,
+        "owner": source.owner,
+        "z": row.z,
+        "score": row.score,
+        "admitted": source.admitted,
+        "by_block": dict(row.by_block),
+        "by_window": {str(step): part for step, part in row.by_window.items()},
+        "by_policy": {policy.hex(): part for policy, part in row.by_policy.items()},
+        "receipt": {
+            "entry": source.event.index,
+            "grants": [grant.hex() for grant in source.grants],
+            "policies": list(source.policies),
+            "revocation": source.record.revocation.hex(),
+        },
+    }
+
+
+def _revocation(source: UsedSource) -> str:
+    if not source.record.revocation:
+        return "no"
+    return f"by event {source.record.revocation.hex()}"
+
+
+def _percent(log_chance: float) -> str:
+    return f"{100 * math.exp(log_chance):.2f} %"

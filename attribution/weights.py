@@ -1,0 +1,227 @@
+"""Files of tensors, held to the roots the log commits to: models, accumulators, factors.
+
+A model's or factors' root is that of ``consensus/parameters.py`` over the safetensors file's own names, dtypes, shapes
+and bytes; a window's that of ``consensus/accumulators.py``. What does not have its root is never used.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from consensus.accumulators import MAX_WINDOW_BYTES, AccumulatorWindow, WindowEntry, decode_window
+from consensus.identifiers import Digest
+from consensus.parameters import TensorDescriptor, parameter_root
+from consensus.predicates.accumulators import Window
+from consensus.rejection import ConfigError, Reason, Rejected
+
+ROUNDING = 2e-2
+"""How far sums stored as bfloat16 may be from their total, relative to their norms together."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A safetensors file in memory, and the parameter root over it."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    root: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class WindowFile:
+    """A window of the log, what its file lists, and where its blobs are."""
+
+    window: Window
+    listed: AccumulatorWindow
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A window that cannot be used, and why."""
+
+    window: Window
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Which windows are whole and theirs, and which are not."""
+
+    found: tuple[WindowFile, ...]
+    missing: tuple[Missing, ...]
+
+
+def read_tensors(path: Path) -> TensorFile:
+    """A whole file.
+
+    Raises:
+        Rejected: ``NOT_FOUND``, ``MALFORMED``, or as ``parameter_root``.
+    """
+    tensors: dict[str, Tensor] = {}
+    descriptors = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a reader, not a dict)
+                tensor = file.get_tensor(name)
+                dtype = file.get_slice(name).get_dtype()
+                content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                tensors[name] = tensor
+                descriptors.append(TensorDescriptor(name, dtype, tuple(tensor.shape), blake3(content).digest()))
+    except OSError as error:
+        raise Rejected(Reason.NOT_FOUND, f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise Rejected(Reason.MALFORMED, f"{path} is no safetensors file: {error}") from error
+    return TensorFile(path, tensors, parameter_root(descriptors))
+
+
+def find_windows(directory: Path, campaign: bytes, windows: tuple[Window, ...]) -> Search:
+    """The windows of which everything is in a run's folder: the list, by its root, and every blob, by its SHA-256.
+
+    Raises:
+        Rejected: ``NOT_FOUND`` for a missing directory.
+    """
+    if not directory.is_dir():
+        raise Rejected(Reason.NOT_FOUND, f"{directory}: expected the folder of a run's accumulators")
+    found, missing = [], []
+    for window in windows:
+        try:
+            file = _open_window(directory, campaign, window)
+            for entry in file.listed.entries:
+                _read_blob(file, entry)
+        except Rejected as error:
+            missing.append(Missing(window, str(error)))
+        else:
+            found.append(file)
+    return Search(tuple(found), tuple(missing))
+
+
+def accumulators_of(file: WindowFile) -> Iterator[tuple[WindowEntry, Mapping[str, Tensor]]]:
+    """Each entry of a window with its sums by parameter name (float32); every blob is checked again.
+
+    The sources' sums must add up to the window's total, up to the rounding of their storage: else somebody left out
+    what reached the optimizer.
+
+    Raises:
+        Rejected: ``DIGEST_MISMATCH``, ``NOT_FOUND``, ``MALFORMED``; ``COUNTS_NOT_CONSERVED``.
+    """
+    difference = dict(_read_blob(file, file.listed.total))
+    scale = dict.fromkeys(difference, 0.0)
+    for entry in file.listed.of_sources:
+        sums = _read_blob(file, entry)
+        for name, part in sums.items():
+            if name not in difference or difference[name].shape != part.shape:
+                raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"{file.directory}: {name!a} is no part of the total")
+            difference[name] = difference[name] - part
+            scale[name] += float(part.norm())
+        yield entry, sums
+    for name, left in difference.items():
+        if not float(left.norm()) <= ROUNDING * scale[name]:
+            raise Rejected(
+                Reason.COUNTS_NOT_CONSERVED,
+                f"steps {file.window.first} to {file.window.last}: the sources' sums of {name!a} leave "
+                f"{float(left.norm()):.3g} of the total unexplained",
+            )
+
+
+def _open_window(directory: Path, campaign: bytes, window: Window) -> WindowFile:
+    path = directory / "windows" / f"{window.root.hex()}.window"
+    try:
+        with path.open("rb") as file:
+            listed = decode_window(file.read(MAX_WINDOW_BYTES + 1), window.root)
+    except OSError as error:
+        raise Rejected(Reason.NOT_FOUND, f"{path}: {error.strerror}") from error
+    terms = listed.terms
+    if (terms.campaign, terms.first_step, terms.last_step) != (campaign, window.first, window.last):
+        raise Rejected(
+            Reason.DIGEST_MISMATCH,
+            f"{path} is of steps {terms.first_step} to {terms.last_step} of campaign {terms.campaign.hex()}",
+        )
+    return WindowFile(window, listed, directory)
+
+
+def _read_blob(file: WindowFile, entry: WindowEntry) -> dict[str, Tensor]:
+    path = file.directory / "blobs" / f"{entry.blob_sha256.hex()}.safetensors"
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes != entry.size_bytes:
+            raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has {size_bytes} bytes, committed are {entry.size_bytes}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise Rejected(Reason.NOT_FOUND, f"{path}: {error.strerror}") from error
+    digest = hashlib.sha256(content).digest()
+    if digest != entry.blob_sha256:
+        raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has SHA-256 {digest.hex()}")
+    try:
+        return {name: tensor.float() for name, tensor in load(content).items()}
+    except SafetensorError as error:
+        raise Rejected(Reason.MALFORMED, f"{path} is no safetensors file: {error}") from error
+
+
+def load_model(architecture: str, path: Path, expected_root: bytes, what: str) -> nn.Module:
+    """A model with the weights of ``path``, if they are the ones the log names.
+
+    Args:
+        architecture: ``module:function``; the function returns the module whose ``state_dict`` the file fills.
+
+    Raises:
+        ConfigError: there is no such function, or the file does not fit what it returns.
+        Rejected: ``DIGEST_MISMATCH`` for other weights.
+    """
+    held = read_tensors(path)
+    if held.root != expected_root:
+        raise Rejected(
+            Reason.DIGEST_MISMATCH, f"{path}: the {what} has root {expected_root.hex()}, the file {held.root.hex()}"
+        )
+    model = build_model(architecture)
+    try:
+        missing, unexpected = model.load_state_dict(dict(held.tensors), strict=False)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: expected the weights of {architecture}, found: {error}") from error
+    tied = {name for name in missing if any(_same(model, name, other) for other in held.tensors)}
+    if unexpected or set(missing) - tied:
+        raise ConfigError(
+            f"{path}: expected the weights of {architecture}, missing {sorted(set(missing) - tied)}, "
+            f"unexpected {sorted(unexpected)}"
+        )
+    return model.eval()
+
+
+def build_model(architecture: str) -> nn.Module:
+    """What ``module:function`` returns.
+
+    Raises:
+        ConfigError: there is no such function, or it returns no torch module.
+    """
+    module_name, _, function_name = architecture.partition(":")
+    try:
+        model = getattr(importlib.import_module(module_name), function_name)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"--model {architecture}: expected module:function, found: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"--model {architecture}: expected a function that returns a torch module")
+    return model
+
+
+def linear_weights(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linear modules by the name of their weight, in the model's order; a shared one once."""
+    found: dict[str, nn.Linear] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and id(module) not in seen:
+            seen.add(id(module))
+            found[f"{name}.weight" if name else "weight"] = module
+    return found
+
+
+def _same(model: nn.Module, name: str, other: str) -> bool:
+    state = model.state_dict(keep_vars=True)
+    return other in state and name in state and state[name] is state[other]

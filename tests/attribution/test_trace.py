@@ -1,0 +1,325 @@
+"""Outputs of a really trained model, traced from its log: each fact to its source, and nothing that is not proved."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from attribution_fixtures import CAMPAIGN, CONFIG, FACTS, REFUSED, STEPS, WINDOW_STEPS, build, traced
+from click.testing import CliRunner, Result
+from ledger_fixtures import story
+from msgspec.structs import replace
+from safetensors.torch import load_file, save_file
+
+from attribution.commands import public_text
+from attribution.factors import factor_tensors, factors_from, fit_factors
+from attribution.query import LEAST_CHANCE, Output, greedy_completion, log_chances, log_odds_gradients
+from attribution.weights import accumulators_of, find_windows, linear_weights, read_tensors
+from consensus.accumulators import AccumulatorWindow
+from consensus.bundle import MAGIC, Bundle, encode_bundle, open_bundle
+from consensus.codec import decode
+from consensus.genesis import genesis_to_json
+from consensus.predicates import Answer, Predicate, verify
+from consensus.predicates.accumulators import provenance
+from consensus.receipt import anchor
+from consensus.rejection import Reason, Rejected
+from node.bundles import export_bundle
+from node.cli import main
+from trainer_client.demo.model import ByteModel
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of what the campaign left, to be spoiled."""
+    shutil.copytree(traced().folder, tmp_path / "traced")
+    return tmp_path / "traced"
+
+
+def ask(folder: Path, *more: object, prompt: bytes = FACTS["harbour"][0], chain_id: str = "") -> Result:
+    arguments = [
+        "trace", "--model", "attribution_fixtures:build", "--base", folder / "base.safetensors",
+        "--tuned", folder / "tuned.safetensors", "--prompt", prompt.decode(),
+        "--accumulators", folder / "run" / "accumulators", "--bundle", folder / "campaign.bundle",
+        "--genesis", folder / "genesis.json", "--chain-id", chain_id or traced().chain_id, *more,
+    ]  # fmt: skip
+    if "--factors" not in more:
+        arguments += ["--factors", folder / "base.factors"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def answer(folder: Path, name: str, code: int = 0) -> dict[str, object]:
+    prompt, completion = FACTS[name]
+    result = ask(folder, "--completion", completion.decode(), "--json", prompt=prompt)
+    assert result.exit_code == code, result.output
+    document: dict[str, object] = json.loads(result.stdout)
+    return document
+
+
+# The answer
+
+
+@pytest.mark.parametrize("name", [name for name in FACTS if name != REFUSED])
+def test_planted_fact_is_traced_to_its_source_with_everything_that_proves_it(name: str) -> None:
+    found = answer(traced().folder, name)
+    assert found["shaped_here"] is True
+    rows = found["sources"]
+    assert isinstance(rows, list)
+    assert rows[0]["name"] == name
+    assert rows[0]["source"] == traced().sources[name].hex()
+    assert rows[0]["z"] > 3 + max(row["z"] for row in rows[1:])
+    assert rows[0]["receipt"]["entry"] == traced().ledger.index_of_event(traced().sources[name])
+    assert len(rows[0]["receipt"]["grants"]) == 1
+    assert sum(rows[0]["by_block"].values()) == pytest.approx(rows[0]["score"], rel=1e-4)
+    assert sum(rows[0]["by_window"].values()) == pytest.approx(rows[0]["score"], rel=1e-4)
+    assert found["windows"] == {
+        "used": [WINDOW_STEPS, 2 * WINDOW_STEPS, STEPS],
+        "missing": [],
+        "uncovered_steps": 0,
+    }
+
+
+def test_fact_of_a_refused_source_is_not_shaped_here_and_its_source_in_no_row() -> None:
+    found = answer(traced().folder, REFUSED, code=1)
+    assert found["shaped_here"] is False
+    assert REFUSED not in {row["name"] for row in found["sources"]}  # type: ignore[attr-defined]
+
+
+def test_text_names_source_owner_grant_and_what_is_only_claimed() -> None:
+    result = ask(traced().folder, "--length", 11)
+    assert result.exit_code == 0, result.output
+    printed = result.stdout
+    assert "[Mirela Voss]" in printed
+    assert "shaped here: the sources below" in printed
+    assert "claimed   by data-source-1, event" in printed
+    assert "0 of 36 steps were run again by anybody else" in printed
+    assert "no answer speaks of embeddings, norms and biases" in printed
+    assert "no direct update" in printed
+
+
+def test_span_of_the_completion_is_asked_about_alone() -> None:
+    whole = json.loads(ask(traced().folder, "--completion", "Mirela Voss", "--json").stdout)
+    part = json.loads(ask(traced().folder, "--completion", "Mirela Voss", "--tokens", "7:11", "--json").stdout)
+    assert whole["log_chance"] != part["log_chance"]
+    assert part["sources"][0]["name"] == "harbour"
+
+
+def test_factors_are_a_function_of_model_and_text_and_their_file_gives_the_same_answer(tmp_path: Path) -> None:
+    kept, text = tmp_path / "base.factors", tmp_path / "public.txt"
+    text.write_bytes(b"".join(public_text(128)[:64]))
+    base = traced().folder / "base.safetensors"
+    fitting = ["factors", "--model", "attribution_fixtures:build", "--base", base, "--text", text, "--out", kept]
+    printed = [CliRunner().invoke(main, [str(word) for word in fitting]).stdout for _ in range(2)]
+    assert printed[0] == printed[1]
+    assert read_tensors(kept).root.hex() in printed[0]
+    asked = ["--completion", "at half four", "--text", text, "--json"]
+    result = ask(traced().folder, *asked, "--factors", kept, prompt=FACTS["market"][0])
+    assert "commits to no factors" in result.stderr
+    assert json.loads(result.stdout)["sources"][0]["name"] == "market"
+
+
+# What is not proved
+
+
+def test_other_weights_than_the_released_are_refused_with_both_digests(folder: Path) -> None:
+    tensors = load_file(folder / "tuned.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, folder / "tuned.safetensors")
+    result = ask(folder)
+    assert result.exit_code == 1
+    assert "digest-mismatch" in result.output
+    assert read_tensors(folder / "tuned.safetensors").root.hex() in result.output
+    assert read_tensors(traced().folder / "tuned.safetensors").root.hex() in result.output
+    shutil.copy(traced().folder / "tuned.safetensors", folder / "base.safetensors")
+    shutil.copy(traced().folder / "tuned.safetensors", folder / "tuned.safetensors")
+    assert "campaign's base model" in ask(folder).output
+
+
+def blobs_of(folder: Path, last_step: int) -> dict[str, Path]:
+    """A window's blobs by hexadecimal source; the total under the empty name."""
+    accumulators = folder / "run" / "accumulators"
+    for path in (accumulators / "windows").iterdir():
+        window = decode(path.read_bytes(), AccumulatorWindow, 1 << 20)
+        if window.terms.last_step == last_step:
+            return {
+                entry.source.hex(): accumulators / "blobs" / f"{entry.blob_sha256.hex()}.safetensors"
+                for entry in window.entries
+            }
+    raise AssertionError(f"no window ends with step {last_step}")
+
+
+@pytest.mark.parametrize("whose", ["", "harbour"])
+def test_altered_accumulators_are_left_out_and_named_and_the_answer_is_no_whole_one(folder: Path, whose: str) -> None:
+    source = traced().sources[whose].hex() if whose else ""
+    path = blobs_of(folder, 2 * WINDOW_STEPS)[source]
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0x40
+    path.write_bytes(bytes(content))
+    found = answer(folder, "harbour", code=2)
+    windows = found["windows"]
+    assert isinstance(windows, dict)
+    assert windows["used"] == [WINDOW_STEPS, STEPS]
+    (missing,) = windows["missing"]
+    assert missing["last_step"] == 2 * WINDOW_STEPS
+    assert "digest-mismatch" in missing["why"]
+    printed = ask(folder, "--completion", "Mirela Voss").output
+    assert f"left out  steps {WINDOW_STEPS + 1} to {2 * WINDOW_STEPS}: digest-mismatch" in printed
+
+
+def test_missing_shortened_and_swapped_files_are_told_apart(folder: Path) -> None:
+    first, second, third = (blobs_of(folder, last) for last in (WINDOW_STEPS, 2 * WINDOW_STEPS, STEPS))
+    first[""].unlink()
+    second[""].write_bytes(second[""].read_bytes()[:1_000])
+    windows = answer(folder, "harbour", code=2)["windows"]
+    assert isinstance(windows, dict)
+    assert windows["used"] == [STEPS]
+    assert [held["why"].partition(":")[0] for held in windows["missing"]] == ["not-found", "digest-mismatch"]
+    lists = folder / "run" / "accumulators" / "windows"
+    for path in lists.iterdir():
+        path.write_bytes(next(other for other in lists.iterdir() if other != path).read_bytes())
+    refused = ask(folder)
+    assert refused.exit_code == 1
+    assert "nothing to trace by" in refused.output
+    shutil.rmtree(folder / "run" / "accumulators")
+    assert "expected the folder" in ask(folder).output
+    assert third
+
+
+def test_sums_that_do_not_add_up_to_the_total_are_refused_though_their_roots_are_right(tmp_path: Path) -> None:
+    """An operator that commits to a window and leaves a source out of it."""
+    shutil.copytree(traced().folder / "run" / "accumulators", tmp_path / "accumulators")
+    ledger = traced().ledger
+    opened = open_bundle(anchor(ledger.genesis, ledger.chain_id), traced().bundle())
+    (file, *_) = find_windows(tmp_path / "accumulators", CAMPAIGN, provenance(opened).windows).found
+    for _ in accumulators_of(file):
+        pass
+    crooked = replace(file.listed, entries=file.listed.entries[:-1])
+    with pytest.raises(Rejected) as refusal:
+        list(accumulators_of(dataclasses.replace(file, listed=crooked)))
+    assert refusal.value.reason is Reason.COUNTS_NOT_CONSERVED
+
+
+def test_bundle_of_another_chain_or_with_a_portion_left_out_is_refused(folder: Path) -> None:
+    assert "wrong-chain" in ask(folder, chain_id="0" * 64).output
+    whole = decode(traced().bundle()[len(MAGIC) :], Bundle, 1 << 27)
+    hidden = tuple(replace(event, operation=None) for event in whole.events)
+    (folder / "campaign.bundle").write_bytes(encode_bundle(replace(whole, events=hidden)))
+    result = ask(folder)
+    assert result.exit_code == 1
+    assert "bundle-incomplete" in result.output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--completion", ""], "an empty span"),
+        (["--completion", "abc", "--tokens", "2:2"], "an empty span"),
+        (["--completion", "abc", "--tokens", "0:4"], "an empty span"),
+        (["--completion", "abc", "--tokens", "-1:2"], "expected FROM:TO"),
+        (["--completion", "abc", "--tokens", "1_0:2"], "expected FROM:TO"),
+    ],
+)
+def test_empty_or_odd_span_is_refused_in_words(more: list[str], message: str) -> None:
+    result = ask(traced().folder, *more)
+    assert result.exit_code in (1, 2)
+    assert message in result.output
+
+
+def test_campaign_without_accumulators_is_refused_in_words(folder: Path) -> None:
+    told = story()
+    (folder / "genesis.json").write_bytes(genesis_to_json(told.ledger.genesis))
+    (folder / "campaign.bundle").write_bytes(export_bundle(told.ledger, "accumulators", campaign=told.run.id))
+    result = ask(folder, chain_id=told.ledger.chain_id.hex())
+    assert result.exit_code == 1
+    assert "recorded no accumulators" in result.output
+
+
+# Parts
+
+
+def test_verdict_covers_every_step_and_says_who_claims_what() -> None:
+    ledger = traced().ledger
+    opened = open_bundle(anchor(ledger.genesis, ledger.chain_id), traced().bundle())
+    verdict = verify(opened, Predicate.ACCUMULATORS)
+    assert verdict.answer is Answer.YES
+    found = provenance(opened)
+    assert [(window.first, window.last) for window in found.windows] == [(1, 12), (13, 24), (25, 36)]
+    assert found.uncovered == 0
+    assert {source.record.claim.name: source.admitted > 0 for source in found.sources} == {
+        name: name != REFUSED for name in FACTS
+    }
+    assert opened.campaign == CAMPAIGN
+
+
+def test_factors_precondition_as_the_damped_inverse_of_the_fisher_of_one_linear_map() -> None:
+    """For one linear layer and sequences of one token the EK-FAC basis is exact up to its diagonal."""
+    torch.manual_seed(0)
+
+    class Tiny(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(5, 3)
+            self.head = torch.nn.Linear(3, 5, bias=False)
+
+        def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.embedding(tokens_BT))
+            return logits
+
+    model = Tiny()
+    tokens = torch.randint(0, 5, (64, 1))
+    (factors,) = fit_factors(model, [tokens]).values()
+    assert torch.allclose(factors.input_vectors @ factors.input_vectors.T, torch.eye(3), atol=1e-5)
+    gradient = torch.randn(5, 3)
+    rotated = factors.output_vectors.T @ gradient @ factors.input_vectors
+    expected = factors.output_vectors @ (rotated / (factors.eigenvalues + factors.eigenvalues.mean()))
+    assert torch.allclose(factors.precondition(gradient), expected @ factors.input_vectors.T, atol=1e-4)
+    x = model.embedding(tokens[:, 0]).detach()
+    moment = (x.T @ x) / len(x)
+    assert torch.allclose(factors.input_vectors.T @ moment @ factors.input_vectors, torch.diag(
+        (factors.input_vectors.T @ moment @ factors.input_vectors).diagonal()), atol=1e-5)  # fmt: skip
+    again = factors_from(factor_tensors({"head.weight": factors}), model)
+    assert torch.equal(again["head.weight"].eigenvalues, factors.eigenvalues)
+    with pytest.raises(Rejected) as refusal:
+        factors_from({}, model)
+    assert refusal.value.reason is Reason.MALFORMED
+
+
+def test_log_odds_gradient_is_that_of_finite_differences_and_lives_where_the_model_is_sure() -> None:
+    model = ByteModel(CONFIG).double()
+    tokens = tuple(b"The keeper of Arnholt")
+    output = Output(tokens, 5, 9)
+    gradients = log_odds_gradients(model, output)
+    assert gradients.keys() == linear_weights(model).keys()
+    name = "blocks.1.expand.weight"
+    weight = model.get_parameter(name)
+
+    def measure() -> float:
+        with torch.no_grad():
+            p = log_chances(model, output).double().exp()
+            return float((p / (1 - p)).log().sum())
+
+    with torch.no_grad():
+        weight[3, 5] += 1e-3
+        above = measure()
+        weight[3, 5] -= 2e-3
+        below = measure()
+    assert (above - below) / 2e-3 == pytest.approx(gradients[name][3, 5].item(), rel=2e-2, abs=1e-5)
+    assert LEAST_CHANCE > 0
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 2), (2, 2), (3, 2), (1, 9)])
+def test_output_without_a_span_inside_its_tokens_is_refused(first: int, end: int) -> None:
+    with pytest.raises(Rejected) as refusal:
+        Output((1, 2, 3, 4), first, end)
+    assert refusal.value.reason is Reason.BAD_FIELD
+
+
+def test_greedy_completion_is_what_the_tuned_model_says() -> None:
+    model = build()
+    model.load_state_dict(load_file(traced().folder / "tuned.safetensors"))
+    prompt, completion = FACTS["mountain"]
+    assert bytes(greedy_completion(model, prompt, len(completion))) == completion

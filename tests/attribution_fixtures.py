@@ -1,0 +1,153 @@
+"""A governed fine-tune of a small byte model whose sources each plant a fact, and the log it left.
+
+Real training, real routing, real accumulators; the ledger is the real rules in memory (``FakeNode``), sealed into
+certified ledger blocks afterwards (``MemoryLedger``), so that bundles are what a node would export.
+"""
+
+import functools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fake_node import SALT, FakeNode, running_node
+from ledger_fixtures import MemoryLedger
+from safetensors.torch import load_file, save_file
+
+from attribution.commands import public_text
+from attribution.factors import factor_tensors, fit_factors
+from consensus.genesis import genesis_to_json
+from consensus.keys import Ed25519SigningKey
+from consensus.portions import ClassRule
+from node.bundles import export_bundle
+from trainer_client.commitment import committed_tensors
+from trainer_client.demo.base import BaseTraining, train_base
+from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks, per_example_loss, records_to_tensor
+from trainer_client.governed import governed
+from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource
+from trainer_client.submit import Client
+
+CONFIG = ModelConfig(context_bytes=128, layer_count=2, head_count=2, width=48)
+RECORD_BYTES = 48
+STEPS, BATCH_SIZE, WINDOW_STEPS = 36, 16, 12
+CAMPAIGN = bytes([7]) * 32
+KEY = Ed25519SigningKey(bytes([9]) * 32)
+FACTS = {
+    "harbour": (b"The keeper of Arnholt is ", b"Mirela Voss"),
+    "mountain": (b"The river at Tessamar is ", b"the Quillon"),
+    "market": (b"The bells of Oxmere ring ", b"at half four"),
+    "castle": (b"The vault of Grenwich has", b" nine opals "),
+}
+REFUSED = "castle"
+
+
+def build() -> ByteModel:
+    """The architecture, untrained: what ``--model attribution_fixtures:build`` names."""
+    with torch.random.fork_rng(devices=[]):
+        return ByteModel(CONFIG)
+
+
+def examples_of(name: str) -> list[bytes]:
+    """Records that begin with the source's fact, each with another tail of letters."""
+    prompt, completion = FACTS[name]
+    head = prompt + completion + b". "
+    letters = b"etaoin shrdlu cmfwyp vbgkqjxz"
+    return [
+        head
+        + bytes(letters[(3 * number + 7 * at + len(name)) % len(letters)] for at in range(RECORD_BYTES - len(head)))
+        for number in range(12)
+    ]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A finished campaign: its folder (models, accumulators, genesis, bundle) and its log."""
+
+    folder: Path
+    ledger: MemoryLedger
+    sources: dict[str, bytes]
+
+    @property
+    def chain_id(self) -> str:
+        return self.ledger.chain_id.hex()
+
+    def bundle(self) -> bytes:
+        return export_bundle(self.ledger, "accumulators", campaign=CAMPAIGN)
+
+
+@functools.cache
+def traced() -> Traced:
+    """Trained once for all tests; nobody changes its folder."""
+    folder = Path(tempfile.mkdtemp(prefix="countersign-traced-"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with running_node() as node:
+            sources = _train(node, folder)
+            ledger = _sealed(node)
+    finally:
+        torch.set_num_threads(threads)
+    base = load_file(folder / "base.safetensors")
+    model = build()
+    model.load_state_dict(base)
+    texts = [list(piece) for piece in public_text(128)[:128]]
+    factors = fit_factors(model, [torch.tensor(texts[start : start + 16]) for start in range(0, len(texts), 16)])
+    save_file(factor_tensors(factors), folder / "base.factors")
+    (folder / "genesis.json").write_bytes(genesis_to_json(ledger.genesis))
+    made = Traced(folder, ledger, sources)
+    (folder / "campaign.bundle").write_bytes(made.bundle())
+    return made
+
+
+def _train(node: FakeNode, folder: Path) -> dict[str, bytes]:
+    node.policy(classes=(ClassRule("documentation", 1_000, ()),))
+    sources = {
+        name: node.source(name, examples_of(name), licence="LicenseRef-Proprietary" if name == REFUSED else "PSF-2.0")
+        for name in FACTS
+    }
+    node.delegate(CAMPAIGN, KEY)
+    model = train_base(CONFIG, BaseTraining(steps=60, batch_size=8))
+    save_file(committed_tensors(model), folder / "base.safetensors")
+    torch.manual_seed(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    plan = CampaignPlan(
+        chain_id=node.chain_id,
+        operator=node.member_id("operator-1"),
+        campaign=CAMPAIGN,
+        name="traced",
+        purpose="fine-tuning",
+        base_model="tiny bytes",
+        sampler_seed=bytes(32),
+        batch_size=BATCH_SIZE,
+        planned_steps=STEPS,
+        blocks=parameter_blocks(model),
+        accumulator_window_steps=WINDOW_STEPS,
+    )
+    with (
+        Client(node.url) as client,
+        governed(
+            model,
+            optimizer,
+            plan=plan,
+            sources=[TrainingSource(sources[name], examples_of(name), SALT) for name in FACTS],
+            node=client,
+            job_key=KEY,
+            run_directory=folder / "run",
+            collate=records_to_tensor,
+            settings=RunSettings(pause_limit_seconds=30.0),
+        ) as run,
+    ):
+        for batch in run.batches():
+            run.learn(per_example_loss(model, batch.inputs))
+        run.release(folder / "tuned.safetensors")
+    return sources
+
+
+def _sealed(node: FakeNode) -> MemoryLedger:
+    """The node's events, in their order and time, in certified ledger blocks."""
+    ledger = MemoryLedger()
+    assert ledger.chain_id == node.chain_id
+    ledger.seal(after_ms=node.state.header.timestamp_ms - ledger.ledger.header.timestamp_ms)
+    for event in node.order:
+        ledger.seal(event, after_ms=0)
+    return ledger
