@@ -69,5 +69,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 		"$$python" -m venv --clear $(VENV); \
 	fi
 	@echo 'Installing into $(VENV) (minutes the first time)'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[node,trainer,attribution,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[node,trainer,hf,attribution,dev]'
 	@touch $@

@@ -1,10 +1,12 @@
 """Modules whose parameter gradients can be summed over chosen examples, and the census of them.
 
 For each module type a custom backward: the forward value and the gradient of the activations are torch's own,
-the parameters' gradients sum only the rows of examples with weight. Blocked rows are left out before any
-arithmetic, because 0 times infinity is not 0; which rows enter depends on weights alone.
+the parameters' gradients sum only the rows that the call's ``route`` admits.
 
-``census`` is the default-deny list: a trainable parameter outside these module types is refused by name.
+``census`` is the default-deny list: a trainable parameter outside these modules is refused by name. It holds torch's
+linear, embedding and layer norm, the linear of GPT-2's makers (``Conv1D`` of transformers), and modules known by
+what they do instead of by name (``rowwise.py``): the norms that every model family brings of its own. LoRA's two
+matrices are linears; the frozen weight beside them needs no route.
 
 Left to others: which weights, for which micro-batch, and when forwards are replaced (``routing.py``).
 
@@ -12,8 +14,10 @@ Shape suffixes: B examples, N rows (examples times positions), I inputs, O outpu
 of positions.
 """
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,137 +25,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
-from consensus.rejection import CountersignError
-
-FULL_PERMILLE = 1_000
-MAX_RUNS = 4
-"""Up to so many runs of equal weight are multiplied in place; more are first gathered into one copy."""
-
-Weights = tuple[int, ...]
-"""One parameter block's weight for each example of a micro-batch, in permille."""
-
-
-class RoutingError(CountersignError):
-    """Routing could not hold what it promises for this step; the step must not reach the optimizer."""
-
-
-class RoutingUnsupported(RoutingError):
-    """The model holds trainable parameters whose gradients cannot be attributed to examples."""
-
-
-class RoutingLeak(RoutingError):
-    """A gradient arrived where the weights allow none, or under other weights than its forward pass."""
-
-
-Observe = Callable[[str, bytes, Tensor], None]
-"""Told of ``"weight"`` or ``"bias"``, a group of examples, and what it adds to that parameter's gradient; the tensor
-is the callee's to keep. Called inside the backward pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Which rows of one module call enter its parameters' gradients, and by how much.
-
-    Where somebody observes, examples of one group (of one source, say) are summed apart: ``groups_B`` names each
-    example's group, and the gradient is the sum over groups of what ``observe`` was told.
-    """
-
-    weights_B: Weights
-    check_token: Callable[[], None]
-    groups_B: tuple[bytes, ...] = ()
-    observe: Observe | None = None
-
-    @property
-    def open(self) -> bool:
-        return any(self.weights_B)
-
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Runs of neighbours of equal weight that is not zero: first, end, weight."""
-        runs: list[tuple[int, int, int]] = []
-        for example, weight in enumerate(self.weights_B):
-            if runs and runs[-1][1] == example and runs[-1][2] == weight:
-                runs[-1] = (runs[-1][0], example + 1, weight)
-            elif weight:
-                runs.append((example, example + 1, weight))
-        return runs
-
-    def admitted(self, *operands: Tensor) -> tuple[Tensor, ...]:
-        """The operands' rows of examples with weight; the first operand is scaled by the weights."""
-        kept = [example for example, weight in enumerate(self.weights_B) if weight]
-        if len(kept) < len(self.weights_B):
-            index_B = torch.tensor(kept, device=operands[0].device)
-            operands = tuple(operand.index_select(0, index_B) for operand in operands)
-        factors = [self.weights_B[example] / FULL_PERMILLE for example in kept]
-        if any(factor != 1.0 for factor in factors):
-            shape = (len(kept),) + (1,) * (operands[0].dim() - 1)
-            factor_B = torch.tensor(factors, dtype=operands[0].dtype, device=operands[0].device)
-            operands = (operands[0] * factor_B.view(shape), *operands[1:])
-        return operands
-
-    def by_group(self) -> list[tuple[bytes, "Route"]]:
-        """For each group with weight, in order of its first example: the route of its examples alone."""
-        groups = dict.fromkeys(group for group, weight in zip(self.groups_B, self.weights_B, strict=True) if weight)
-        return [
-            (
-                group,
-                replace(
-                    self,
-                    weights_B=tuple(
-                        weight if own == group else 0 for own, weight in zip(self.groups_B, self.weights_B, strict=True)
-                    ),
-                ),
-            )
-            for group in groups
-        ]
-
-    def linear_gradients(
-        self, delta: Tensor, x: Tensor | None, *, weight: bool, bias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of a linear's weight ``[O, I]`` and bias ``[O]``, ``None`` for those not asked for."""
-        if self.observe is None:
-            product = self.weighted_products(delta, x) if weight and x is not None else None
-            return product, self.weighted_rows(delta) if bias else None
-        sums: dict[str, Tensor] = {}
-        for group, route in self.by_group():
-            parts: dict[str, Tensor] = {}
-            if weight and x is not None:
-                parts["weight"] = route.weighted_products(delta, x)
-            if bias:
-                parts["bias"] = route.weighted_rows(delta)
-            for parameter, part in parts.items():
-                # The first part is copied: the observer keeps its own, autograd keeps the sum.
-                sums[parameter] = sums[parameter].add_(part) if parameter in sums else part.clone()
-                self.observe(parameter, group, part)
-        return sums.get("weight"), sums.get("bias")
-
-    def weighted_rows(self, delta: Tensor) -> Tensor:
-        """Sum over examples and positions of weight times delta: ``[B, *, O]`` to ``[O]``."""
-        (admitted,) = self.admitted(delta)
-        return _rows(admitted).sum(dim=0)
-
-    def weighted_products(self, delta: Tensor, x: Tensor) -> Tensor:
-        """Sum over examples of weight times deltaᵀ x: ``[B, *, O]`` and ``[B, *, I]`` to ``[O, I]``."""
-        runs = self.runs()
-        if len(runs) > MAX_RUNS:
-            if delta.shape[-1] <= x.shape[-1]:
-                delta, x = self.admitted(delta, x)
-            else:
-                x, delta = self.admitted(x, delta)
-            return _rows(delta).t() @ _rows(x)
-        product_OI: Tensor | None = None
-        for first, end, weight in runs:
-            delta_ON = _rows(delta[first:end]).t()
-            x_NI = _rows(x[first:end])
-            factor = weight / FULL_PERMILLE
-            if product_OI is None:
-                product_OI = delta_ON @ x_NI
-                if factor != 1.0:
-                    product_OI *= factor
-            else:
-                product_OI.addmm_(delta_ON, x_NI, alpha=factor)
-        if product_OI is None:
-            raise RoutingError("no example has weight: the block must be skipped, not summed")
-        return product_OI
+from trainer_client.route import FULL_PERMILLE, Route, RoutingUnsupported
+from trainer_client.rowwise import is_rowwise
 
 
 class _RoutedLinear(torch.autograd.Function):
@@ -174,7 +49,34 @@ class _RoutedLinear(torch.autograd.Function):
         grad_x = delta.matmul(weight_OI) if need_x else None
         grad_weight = grad_bias = None
         if route.open:
-            grad_weight, grad_bias = route.linear_gradients(delta, x, weight=need_weight, bias=need_bias)
+            product = (delta, x) if need_weight else None
+            grad_weight, grad_bias = route.linear_gradients(product, delta if need_bias else None)
+        return grad_x, grad_weight, grad_bias, None
+
+
+class _RoutedConv1D(torch.autograd.Function):
+    """The linear of GPT-2's makers, whose weight is ``[I, O]``: as ``_RoutedLinear``, in their order of operations."""
+
+    @staticmethod
+    def forward(ctx, x, weight_IO, bias_O, route):  # type: ignore[no-untyped-def]
+        ctx.route = route
+        keep_x = route.open and weight_IO.requires_grad
+        ctx.save_for_backward(x if keep_x else None, weight_IO)
+        output_NO = torch.addmm(bias_O, x.reshape(-1, x.shape[-1]), weight_IO)
+        return output_NO.view(*x.shape[:-1], weight_IO.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, delta):  # type: ignore[no-untyped-def]
+        route = ctx.route
+        route.check_token()
+        x, weight_IO = ctx.saved_tensors
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad_x = delta.matmul(weight_IO.t()) if need_x else None
+        grad_weight = grad_bias = None
+        if route.open:
+            product = (x, delta) if need_weight else None
+            grad_weight, grad_bias = route.linear_gradients(product, delta if need_bias else None)
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -245,48 +147,65 @@ class _RoutedLayerNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-class _RoutedRMSNorm(torch.autograd.Function):
-    """``functional.rms_norm`` whose scale gradient sums over admitted examples alone.
+class _RoutedByRowwiseRule(torch.autograd.Function):
+    """A module that treats rows alike and apart (``rowwise.py``): its parameters' gradients of admitted examples alone.
 
-    The backward pass runs the norm again, once for activations and once for the scale: it is cheap beside
-    a linear, and torch has no public backward of its own for it.
+    The backward pass runs the module's own forward again, for activations over all rows and for parameters over
+    the admitted ones: cheap for a norm beside a linear, and whatever the module computes is what is differentiated.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, settings):  # type: ignore[no-untyped-def]
-        ctx.shape, ctx.epsilon, ctx.route = settings
-        ctx.save_for_backward(x, weight)
-        return functional.rms_norm(x, ctx.shape, weight, ctx.epsilon)
+    def forward(ctx, settings, x, *parameters):  # type: ignore[no-untyped-def]
+        ctx.compute, ctx.route = settings
+        ctx.autocast = (
+            x.device.type,
+            torch.get_autocast_dtype(x.device.type),
+            torch.is_autocast_enabled(x.device.type),
+        )
+        ctx.parameters = parameters
+        ctx.save_for_backward(x)
+        return ctx.compute(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, delta):  # type: ignore[no-untyped-def]
         route = ctx.route
         route.check_token()
-        x, weight = (tensor.detach() for tensor in ctx.saved_tensors)
-        grad_x = grad_weight = None
-        with torch.enable_grad():
-            if ctx.needs_input_grad[0]:
-                x_again = x.requires_grad_()
-                output = functional.rms_norm(x_again, ctx.shape, weight, ctx.epsilon)
-                (grad_x,) = torch.autograd.grad(output, x_again, delta)
-            if ctx.needs_input_grad[1] and route.open:
+        (x,) = ctx.saved_tensors
+        need_x = ctx.needs_input_grad[1]
+        wanted = [parameter for parameter, need in zip(ctx.parameters, ctx.needs_input_grad[2:], strict=True) if need]
+        grad_x, found = None, {}
+        device, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+            if need_x:
+                x_again = x.detach().requires_grad_()
+                (grad_x,) = torch.autograd.grad(ctx.compute(x_again), x_again, delta)
+            if wanted and route.open:
                 delta_kept, x_kept = route.admitted(delta, x.detach())
-                weight_again = weight.requires_grad_()
-                output = functional.rms_norm(x_kept, ctx.shape, weight_again, ctx.epsilon)
-                (grad_weight,) = torch.autograd.grad(output, weight_again, delta_kept)
-        return grad_x, grad_weight, None
+                gradients = torch.autograd.grad(ctx.compute(x_kept), wanted, delta_kept)
+                found = {id(parameter): gradient for parameter, gradient in zip(wanted, gradients, strict=True)}
+        return None, grad_x, *(found.get(id(parameter)) for parameter in ctx.parameters)
 
 
-def _linear(module: nn.Linear, x: Tensor, route: Route) -> Tensor:
-    weight_OI: Tensor = module.weight
-    bias_O: Tensor | None = module.bias
+def _linear(module: nn.Module, x: Tensor, route: Route) -> Tensor:
+    output: Tensor = _RoutedLinear.apply(*_autocast(module, x), route)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _conv1d(module: nn.Module, x: Tensor, route: Route) -> Tensor:
+    output: Tensor = _RoutedConv1D.apply(*_autocast(module, x), route)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _autocast(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias in the dtype in which autocast, where it is on, would multiply them."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight_OI = x.to(dtype), weight_OI.to(dtype)
-        bias_O = bias_O.to(dtype) if bias_O is not None else None
-    output: Tensor = _RoutedLinear.apply(x, weight_OI, bias_O, route)  # type: ignore[no-untyped-call]
-    return output
+        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x, weight, bias
 
 
 def _embedding(module: nn.Embedding, index_BX: Tensor, route: Route) -> Tensor:
@@ -302,10 +221,9 @@ def _layer_norm(module: nn.LayerNorm, x: Tensor, route: Route) -> Tensor:
     return output
 
 
-def _rms_norm(module: nn.RMSNorm, x: Tensor, route: Route) -> Tensor:
-    shape = list(module.normalized_shape)
-    x = _in_dtype_of(module.weight, x)
-    output: Tensor = _RoutedRMSNorm.apply(x, module.weight, (shape, module.eps, route))  # type: ignore[no-untyped-call]
+def _by_rowwise_rule(module: nn.Module, x: Tensor, route: Route) -> Tensor:
+    compute = partial(type(module).forward, module)
+    output: Tensor = _RoutedByRowwiseRule.apply((compute, route), x, *module.parameters(recurse=False))  # type: ignore[no-untyped-call]
     return output
 
 
@@ -314,13 +232,27 @@ def _in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
     return x.to(weight.dtype) if torch.is_autocast_enabled(x.device.type) else x
 
 
-ROUTED_FORWARDS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+RoutedForward = Callable[[Any, Tensor, Route], Tensor]
+
+ROUTED_FORWARDS: dict[Callable[..., Tensor], RoutedForward] = {
     nn.Linear.forward: _linear,
     nn.Embedding.forward: _embedding,
     nn.LayerNorm.forward: _layer_norm,
-    nn.RMSNorm.forward: _rms_norm,
 }
 """The census, by forward method: a subclass that computes something else is not in it."""
+
+
+def routed_forward(module: nn.Module) -> RoutedForward | None:
+    """What takes the place of a module's forward; None for one outside the census."""
+    forward = type(module).forward
+    names = {name for name, _ in module.named_parameters(recurse=False)}
+    if forward in ROUTED_FORWARDS and names <= {"weight", "bias"}:
+        return ROUTED_FORWARDS[forward]
+    # Whoever has a module of this class has imported its home; nobody else needs transformers.
+    transformers_home = sys.modules.get("transformers.pytorch_utils")
+    if transformers_home is not None and forward is transformers_home.Conv1D.forward:
+        return _conv1d
+    return _by_rowwise_rule if is_rowwise(module) else None
 
 
 def census(model: nn.Module) -> dict[str, nn.Module]:
@@ -333,10 +265,10 @@ def census(model: nn.Module) -> dict[str, nn.Module]:
         own = {own_name for own_name, p in module.named_parameters(recurse=False) if p.requires_grad}
         if not own:
             continue
-        if type(module).forward not in ROUTED_FORWARDS or own - {"weight", "bias"}:
-            raise RoutingUnsupported(f"{label} owns trainable {sorted(own)} and is not in the census")
         if "forward" in module.__dict__:
             raise RoutingUnsupported(f"{label} already has a forward of its own on the instance")
+        if routed_forward(module) is None:
+            raise RoutingUnsupported(f"{label} owns trainable {sorted(own)} and is not in the census")
         if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
             raise RoutingUnsupported(f"{label} uses max_norm, scale_grad_by_freq or sparse gradients")
         routed[name] = module
@@ -356,16 +288,5 @@ def observed_parameters(model: nn.Module) -> tuple[str, ...]:
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
-        and all(ROUTED_FORWARDS[type(owner).forward] is _linear for owner in owners[id(parameter)])
+        and all(routed_forward(owner) in (_linear, _conv1d) for owner in owners[id(parameter)])
     )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """All dimensions but the last folded into one: ``[N, features]``."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _check_embedding(label: str, module: nn.Embedding) -> None:
-    """``max_norm`` rewrites rows that were looked up, and frequencies count other examples' rows."""
-    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-        raise RoutingUnsupported(f"{label} uses max_norm, scale_grad_by_freq or sparse gradients")

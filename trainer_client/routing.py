@@ -21,9 +21,10 @@ and nothing else. What the policy blocks never enters the sum:
   shrink the update of this one.
 * **Default deny.** Trainable parameters may be owned only by the module types of ``routed_modules.census``,
   called with the examples along dimension 0. Anything else is refused by name, before the first step:
-  parameters held by other modules, shared batch statistics, forwards that somebody else replaced. ``probe``
-  then shows on the real model that nothing bypasses the census (``functional.linear(x, layer.weight)``) and
-  that no loss term or operation couples examples.
+  parameters held by other modules, shared batch statistics, forwards that somebody else replaced. What a census
+  cannot see (``functional.linear(x, layer.weight)``, a loss that couples examples) ``probe.py`` finds on a real batch.
+* **An embedding called with one row of indexes** (position ids ``[1, T]``) looks them up for each example of the
+  micro-batch: the same values, in a shape whose gradient is still told apart by example.
 * **A backward pass runs under the weights of its forward pass.** Each micro-batch is a token; a gradient that
   arrives under another one raises. Gradient checkpointing recomputes inside the same micro-batch, or raises.
 
@@ -47,16 +48,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainer_client.routed_modules import (
-    FULL_PERMILLE,
-    ROUTED_FORWARDS,
-    Route,
-    RoutingError,
-    RoutingLeak,
-    RoutingUnsupported,
-    Weights,
-    census,
-)
+from trainer_client.route import FULL_PERMILLE, Route, RoutingError, RoutingLeak, RoutingUnsupported, Weights
+from trainer_client.routed_modules import census, routed_forward
 
 __all__ = [
     "MicroBatch",
@@ -66,7 +59,6 @@ __all__ = [
     "RoutingUnsupported",
     "StepWeights",
     "clip_block_gradients",
-    "probe",
 ]
 
 
@@ -152,6 +144,15 @@ class Routing:
         self._installed = False
 
     @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, between two steps, the model has its own forwards."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    @contextmanager
     def micro_batch(
         self, weights_permille_BK: Sequence[Sequence[int]], groups_B: Sequence[bytes] = ()
     ) -> Iterator[MicroBatch]:
@@ -225,7 +226,8 @@ class Routing:
     def _routed_forward(self, module_name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The replacement for ``module.forward``: routed where gradients are recorded, else the original."""
         original = module.forward
-        routed = ROUTED_FORWARDS[type(module).forward]
+        routed = routed_forward(module)
+        assert routed is not None, "the census holds no other"
         name_of = {id(parameter): name for name, parameter in self._model.named_parameters()}
         blocks = {
             self._block_of[name_of[id(parameter)]]
@@ -248,6 +250,8 @@ class Routing:
             token = self._active
             if token is None:
                 raise RoutingError(f"module {module_name!r} ran with gradients outside a micro-batch")
+            if input.dim() >= 2 and input.shape[0] == 1 and isinstance(module, nn.Embedding):
+                input = input.expand(token.example_count, *input.shape[1:])
             rows_first = input.dim() >= 2 and input.shape[0] == token.example_count
             if not rows_first:
                 raise RoutingUnsupported(
@@ -299,73 +303,6 @@ def clip_block_gradients(
     return tuple(norms)
 
 
-def probe(
-    model: nn.Module,
-    block_of_parameter: Mapping[str, int],
-    loss_of_examples: Callable[[nn.Module, Tensor], Tensor],
-    examples: Tensor,
-    replacement: Tensor,
-) -> None:
-    """Shows on the real model, before the first step, that nothing bypasses the routing.
-
-    Args:
-        loss_of_examples: model and ``[B, …]`` examples to a loss per example ``[B]``.
-        examples: at least two.
-        replacement: one example unlike ``examples[0]``, without the batch dimension.
-
-    1. With every weight zero no parameter has a gradient.
-    2. A batch with one example less runs too: no module takes another dimension for that of examples.
-    3. With example 0 blocked, replacing it changes no bit of any gradient or buffer.
-
-    Gradients, buffers and torch's random state are as before afterwards.
-
-    Raises:
-        RoutingUnsupported: a module is outside the census or is not called with examples first.
-        RoutingLeak: one of the three does not hold; the message names the parameter or buffer.
-    """
-    example_count = examples.shape[0]
-    if example_count < 2:
-        raise RoutingError(f"the probe needs at least two examples, found {example_count}")
-    parameters = dict(model.named_parameters())
-    gradients_before = {name: parameter.grad for name, parameter in parameters.items()}
-    buffers_before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    random_before = _random_states()
-
-    def outcome(routing: Routing, shown: Tensor, weights_BK: list[list[int]]) -> dict[str, Tensor]:
-        _set_random_states(random_before)
-        _restore_buffers(model, buffers_before)
-        for parameter in parameters.values():
-            parameter.grad = None
-        with routing.micro_batch(weights_BK):
-            routing.routed_loss(loss_of_examples(model, shown), example_count).backward()  # type: ignore[no-untyped-call]
-        found = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        return found | {name: p.grad for name, p in parameters.items() if p.grad is not None}
-
-    try:
-        with Routing(model, block_of_parameter) as routing:
-            blocked = [[0] * routing.block_count]
-            uneven = [
-                [1 + (137 * row + 61 * block) % FULL_PERMILLE for block in range(routing.block_count)]
-                for row in range(1, example_count)
-            ]
-            leaked = outcome(routing, examples, blocked * example_count).keys() - buffers_before.keys()
-            if leaked:
-                raise RoutingLeak(f"every weight is zero, yet gradients arrived at {sorted(leaked)}")
-            outcome(routing, examples[1:], uneven)
-            first = outcome(routing, examples, blocked + uneven)
-            replaced = examples.clone()
-            replaced[0] = replacement
-            second = outcome(routing, replaced, blocked + uneven)
-    finally:
-        _set_random_states(random_before)
-        _restore_buffers(model, buffers_before)
-        for name, parameter in parameters.items():
-            parameter.grad = gradients_before[name]
-    changed = [name for name in sorted(first) if not _same_bits(first[name], second[name])]
-    if changed:
-        raise RoutingLeak(f"replacing a blocked example changes: {changed}")
-
-
 class _TokenCheck(torch.autograd.Function):
     """The identity; its backward, the first of a pass, checks the micro-batch."""
 
@@ -406,25 +343,3 @@ def _columns(weights_permille_BK: Sequence[Sequence[int]], block_count: int) -> 
             if type(weight) is not int or not 0 <= weight <= FULL_PERMILLE:
                 raise RoutingError(f"example {example}: expected integers from 0 to 1000, found {weight!r}")
     return tuple(zip(*weights_permille_BK, strict=True))
-
-
-def _random_states() -> list[Tensor]:
-    """torch's global random states: the CPU's, then each CUDA device's."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
-
-
-def _set_random_states(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
-
-
-def _restore_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(saved[name])
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    """Equal in every bit, NaN included."""
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))

@@ -83,6 +83,17 @@ for module in pkgutil.walk_packages(consensus.__path__, "consensus."):
     assert finished.returncode == 0, finished.stderr
 
 
+def test_trainer_client_without_the_hf_extra_imports_but_for_its_one_module() -> None:
+    program = """
+import importlib, pkgutil, trainer_client
+for module in pkgutil.walk_packages(trainer_client.__path__, "trainer_client."):
+    if module.name != "trainer_client.hf":
+        importlib.import_module(module.name)
+"""
+    finished = run_without(("accelerate", "peft", "transformers"), program)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_base_installation_brings_no_network_storage_or_torch() -> None:
     base = {distribution_name(requirement) for requirement in PROJECT["dependencies"]}
     absent = {re.sub(r"_", "-", name) for name in NOT_FOR_A_VERIFIER}

@@ -28,7 +28,7 @@ from trainer_client.demo.model import (
     per_example_loss,
     records_to_tensor,
 )
-from trainer_client.routing import probe
+from trainer_client.probe import probe, tensor_inputs
 
 CORPUS = demonstration_corpus("library", "press")
 TINY = ModelConfig(context_bytes=RECORD_BYTES, layer_count=1, head_count=2, width=16)
@@ -111,7 +111,8 @@ def test_model_passes_the_routing_probe() -> None:
     model = ByteModel(TINY)
     blocks = {name: index for index, names in enumerate(parameter_blocks(model).values()) for name in names}
     records_BT = records_to_tensor(CORPUS.sources[0].examples[:4])
-    probe(model, blocks, per_example_loss, records_BT, records_to_tensor(CORPUS.sources[1].examples[:1])[0])
+    another = records_to_tensor(CORPUS.sources[1].examples[:1])[0]
+    probe(model, blocks, per_example_loss, tensor_inputs(records_BT, another))
 
 
 def test_a_byte_is_not_seen_by_those_before_it() -> None:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from trainer_client.probe import probe, tensor_inputs
 from trainer_client.routing import (
     Routing,
     RoutingError,
     RoutingLeak,
     RoutingUnsupported,
     clip_block_gradients,
-    probe,
 )
 
 EXAMPLES, LENGTH, WIDTH, VOCABULARY = 6, 5, 8, 11
@@ -406,7 +406,7 @@ def test_weights_that_are_not_permille_integers_are_refused(rows: list[Row]) -> 
 
 def run_probe(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor] = loss_of_examples) -> None:
     examples = new_examples()
-    probe(model, BLOCKS, loss, examples, (examples[0] % (VOCABULARY - 1)) + 1)
+    probe(model, BLOCKS, loss, tensor_inputs(examples, (examples[0] % (VOCABULARY - 1)) + 1))
 
 
 def test_probe_passes_and_leaves_gradients_buffers_and_random_state() -> None:

@@ -1,0 +1,121 @@
+"""The probe: shows on the real model, loss and examples, before the first step, that nothing bypasses the routing.
+
+The census of ``routed_modules.py`` sees modules, not what is done with their parameters elsewhere
+(``functional.linear(x, layer.weight)``), nor what couples examples (a loss normalised over the batch, an operation
+across dimension 0). So a real batch is tried:
+
+1. With every weight zero no parameter has a gradient.
+2. A batch with one example less runs too: no module takes another dimension for that of examples.
+3. With example 0 blocked and the others at uneven weights, replacing it changes no bit of any gradient or buffer.
+
+What a probe shows it shows of this batch. Whoever computes something else later is found by the log's other checks
+or not at all.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer_client.route import FULL_PERMILLE, RoutingError, RoutingLeak
+from trainer_client.routing import Routing
+
+Inputs = TypeVar("Inputs")
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeInputs(Generic[Inputs]):
+    """Inputs of ``count`` examples, of all but the first, and of all with another in the first's place."""
+
+    count: int
+    whole: Inputs
+    shorter: Inputs
+    replaced: Inputs
+
+
+def tensor_inputs(examples: Tensor, replacement: Tensor) -> ProbeInputs[Tensor]:
+    """From ``[B, …]`` examples, and one unlike ``examples[0]`` without the batch dimension."""
+    replaced = examples.clone()
+    replaced[0] = replacement
+    return ProbeInputs(len(examples), examples, examples[1:], replaced)
+
+
+def probe(
+    model: nn.Module,
+    block_of_parameter: Mapping[str, int],
+    loss_of_inputs: Callable[[nn.Module, Inputs], Tensor],
+    inputs: ProbeInputs[Inputs],
+) -> None:
+    """Does what the header says; gradients, buffers and torch's random state are as before afterwards.
+
+    Args:
+        block_of_parameter: as ``Routing``.
+        loss_of_inputs: model and inputs to a loss per example ``[B]``.
+
+    Raises:
+        RoutingUnsupported: a module is outside the census or is not called with examples first.
+        RoutingLeak: one of the three does not hold; the message names the parameter or buffer.
+        RoutingError: fewer than two examples.
+    """
+    if inputs.count < 2:
+        raise RoutingError(f"the probe needs at least two examples, found {inputs.count}")
+    parameters = dict(model.named_parameters())
+    gradients_before = {name: parameter.grad for name, parameter in parameters.items()}
+    buffers_before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    random_before = _random_states()
+
+    def outcome(routing: Routing, shown: Inputs, weights_BK: list[list[int]]) -> dict[str, Tensor]:
+        _set_random_states(random_before)
+        _restore_buffers(model, buffers_before)
+        for parameter in parameters.values():
+            parameter.grad = None
+        with routing.micro_batch(weights_BK):
+            routing.routed_loss(loss_of_inputs(model, shown), inputs.count).backward()  # type: ignore[no-untyped-call]
+        found = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return found | {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+    try:
+        with Routing(model, block_of_parameter) as routing:
+            blocked = [[0] * routing.block_count]
+            uneven = [
+                [1 + (137 * row + 61 * block) % FULL_PERMILLE for block in range(routing.block_count)]
+                for row in range(1, inputs.count)
+            ]
+            leaked = outcome(routing, inputs.whole, blocked * inputs.count).keys() - buffers_before.keys()
+            if leaked:
+                raise RoutingLeak(f"every weight is zero, yet gradients arrived at {sorted(leaked)}")
+            outcome(routing, inputs.shorter, uneven)
+            first = outcome(routing, inputs.whole, blocked + uneven)
+            second = outcome(routing, inputs.replaced, blocked + uneven)
+    finally:
+        _set_random_states(random_before)
+        _restore_buffers(model, buffers_before)
+        for name, parameter in parameters.items():
+            parameter.grad = gradients_before[name]
+    changed = [name for name in sorted(first) if not _same_bits(first[name], second[name])]
+    if changed:
+        raise RoutingLeak(f"replacing a blocked example changes: {changed}")
+
+
+def _random_states() -> list[Tensor]:
+    """torch's global random states: the CPU's, then each CUDA device's."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def _set_random_states(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def _restore_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(saved[name])
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    """Equal in every bit, NaN included."""
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))

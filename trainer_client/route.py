@@ -1,0 +1,157 @@
+"""The way of one module call's gradient: which examples enter, by how much, and the errors when that cannot hold.
+
+Blocked rows are left out before any arithmetic, because 0 times infinity is not 0; which rows enter depends on weights
+alone. Where somebody observes, examples of one group are summed apart.
+
+Left to others: which modules have a route (``routed_modules.py``), which weights (``routing.py``).
+
+Shape suffixes: B examples, N rows (examples times positions), I inputs, O outputs; P and Q either of the last two.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from consensus.rejection import CountersignError
+
+FULL_PERMILLE = 1_000
+MAX_RUNS = 4
+"""Up to so many runs of equal weight are multiplied in place; more are first gathered into one copy."""
+
+Weights = tuple[int, ...]
+"""One parameter block's weight for each example of a micro-batch, in permille."""
+
+
+class RoutingError(CountersignError):
+    """Routing could not hold what it promises for this step; the step must not reach the optimizer."""
+
+
+class RoutingUnsupported(RoutingError):
+    """The model holds trainable parameters whose gradients cannot be attributed to examples."""
+
+
+class RoutingLeak(RoutingError):
+    """A gradient arrived where the weights allow none, or under other weights than its forward pass."""
+
+
+Observe = Callable[[str, bytes, Tensor], None]
+"""Told of ``"weight"`` or ``"bias"``, a group of examples, and what it adds to that parameter's gradient; the tensor
+is the callee's to keep. Called inside the backward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which rows of one module call enter its parameters' gradients, and by how much.
+
+    Where somebody observes, examples of one group (of one source, say) are summed apart: ``groups_B`` names each
+    example's group, and the gradient is the sum over groups of what ``observe`` was told.
+    """
+
+    weights_B: Weights
+    check_token: Callable[[], None]
+    groups_B: tuple[bytes, ...] = ()
+    observe: Observe | None = None
+
+    @property
+    def open(self) -> bool:
+        return any(self.weights_B)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Runs of neighbours of equal weight that is not zero: first, end, weight."""
+        runs: list[tuple[int, int, int]] = []
+        for example, weight in enumerate(self.weights_B):
+            if runs and runs[-1][1] == example and runs[-1][2] == weight:
+                runs[-1] = (runs[-1][0], example + 1, weight)
+            elif weight:
+                runs.append((example, example + 1, weight))
+        return runs
+
+    def admitted(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        """The operands' rows of examples with weight; the first operand is scaled by the weights."""
+        kept = [example for example, weight in enumerate(self.weights_B) if weight]
+        if len(kept) < len(self.weights_B):
+            index_B = torch.tensor(kept, device=operands[0].device)
+            operands = tuple(operand.index_select(0, index_B) for operand in operands)
+        factors = [self.weights_B[example] / FULL_PERMILLE for example in kept]
+        if any(factor != 1.0 for factor in factors):
+            shape = (len(kept),) + (1,) * (operands[0].dim() - 1)
+            factor_B = torch.tensor(factors, dtype=operands[0].dtype, device=operands[0].device)
+            operands = (operands[0] * factor_B.view(shape), *operands[1:])
+        return operands
+
+    def by_group(self) -> list[tuple[bytes, "Route"]]:
+        """For each group with weight, in order of its first example: the route of its examples alone."""
+        groups = dict.fromkeys(group for group, weight in zip(self.groups_B, self.weights_B, strict=True) if weight)
+        return [
+            (
+                group,
+                replace(
+                    self,
+                    weights_B=tuple(
+                        weight if own == group else 0 for own, weight in zip(self.groups_B, self.weights_B, strict=True)
+                    ),
+                ),
+            )
+            for group in groups
+        ]
+
+    def linear_gradients(
+        self, product: tuple[Tensor, Tensor] | None, delta: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of a linear's weight and bias; ``None`` for one whose operands are ``None``.
+
+        Args:
+            product: ``[B, *, P]`` and ``[B, *, Q]``: delta and input, ordered as the weight's dimensions ``[P, Q]``.
+            delta: ``[B, *, O]``, for the bias.
+        """
+        if self.observe is None:
+            weight_PQ = None if product is None else self.weighted_products(*product)
+            return weight_PQ, None if delta is None else self.weighted_rows(delta)
+        sums: dict[str, Tensor] = {}
+        for group, route in self.by_group():
+            parts: dict[str, Tensor] = {}
+            if product is not None:
+                parts["weight"] = route.weighted_products(*product)
+            if delta is not None:
+                parts["bias"] = route.weighted_rows(delta)
+            for parameter, part in parts.items():
+                # The first part is copied: the observer keeps its own, autograd keeps the sum.
+                sums[parameter] = sums[parameter].add_(part) if parameter in sums else part.clone()
+                self.observe(parameter, group, part)
+        return sums.get("weight"), sums.get("bias")
+
+    def weighted_rows(self, delta: Tensor) -> Tensor:
+        """Sum over examples and positions of weight times delta: ``[B, *, O]`` to ``[O]``."""
+        (admitted,) = self.admitted(delta)
+        return _rows(admitted).sum(dim=0)
+
+    def weighted_products(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sum over examples of weight times leftᵀ right: ``[B, *, P]`` and ``[B, *, Q]`` to ``[P, Q]``."""
+        runs = self.runs()
+        if len(runs) > MAX_RUNS:
+            if left.shape[-1] <= right.shape[-1]:
+                left, right = self.admitted(left, right)
+            else:
+                right, left = self.admitted(right, left)
+            return _rows(left).t() @ _rows(right)
+        product_PQ: Tensor | None = None
+        for first, end, weight in runs:
+            left_PN = _rows(left[first:end]).t()
+            right_NQ = _rows(right[first:end])
+            factor = weight / FULL_PERMILLE
+            if product_PQ is None:
+                product_PQ = left_PN @ right_NQ
+                if factor != 1.0:
+                    product_PQ *= factor
+            else:
+                product_PQ.addmm_(left_PN, right_NQ, alpha=factor)
+        if product_PQ is None:
+            raise RoutingError("no example has weight: the block must be skipped, not summed")
+        return product_PQ
+
+
+def _rows(x: Tensor) -> Tensor:
+    """All dimensions but the last folded into one: ``[N, features]``."""
+    return x.reshape(-1, x.shape[-1])
