@@ -43,9 +43,11 @@ from node.store_layout import (
     BY_LEAF,
     BY_LOG_SIZE,
     CHAIN_KEY,
+    HEAD_BYTES,
     HEAD_KEY,
     SCHEMA_KEY,
     SCHEMA_VERSION,
+    VOTE_MARK_KEY,
     Head,
     open_database,
     term_prefix,
@@ -54,7 +56,7 @@ from node.store_layout import (
 )
 
 MAX_VOTE_BYTES = 16_384
-HEAD_BYTES = 48
+_META_KEYS = (SCHEMA_KEY, CHAIN_KEY, HEAD_KEY, VOTE_MARK_KEY)
 
 ProgressReport = Callable[[str, int, int], None]
 """Told the stage, how much of it is done, and how much it is in all."""
@@ -67,11 +69,14 @@ def check_data_directory(directory: Path, genesis: Genesis, progress: ProgressRe
         ConfigError: no data directory there, another process holds it, or it is another chain's.
     """
     path = directory / "rocksdb"
-    if not (path / "CURRENT").exists():
+    if not path.exists():
         raise ConfigError(f"{directory}: expected a Countersign data directory, found none")
     report = Report()
     lock = DirectoryLock.acquire(directory)
     try:
+        if not (path / "CURRENT").exists():
+            report.add("database", str(path / "CURRENT"), "missing")
+            return report
         try:
             database = open_database(path, False, AccessType.read_only(False))
         except InvariantBroken as error:
@@ -355,6 +360,9 @@ class _Check:
             for key, _ in self._reader.items(family):
                 if not self._belongs(family, key, height):
                     self._strange(family, key)
+        for key, _ in self._reader.items("meta"):  # read whole: its newest values hide older, damaged blocks
+            if key not in _META_KEYS:
+                self._strange("meta", key)
         for family, check in (("lookup", self._lookup_belongs), ("index", self._listing_belongs)):
             if sum(1 for _ in self._reader.items(family)) > self._expected[family]:
                 for key, value in self._reader.items(family):

@@ -31,12 +31,15 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from consensus.identifiers import ChainId, MemberId
 from consensus.rejection import ConfigError, InvariantBroken
 from node.files import replace_private, write_fully
 
 MAX_RECORD_BYTES = 8 << 20
+JOURNAL_FILE = "votes.journal"
+"""Its name in the data directory."""
 
 _MAGIC = b"CSVOTES1"
 _HEAD = struct.Struct(">8s32s32sQQ")
@@ -64,6 +67,8 @@ class VoteRecord:
 class VoteMark:
     """How far a journal has come: its highest view and how many records were ever written."""
 
+    ENCODED_BYTES: ClassVar[int] = 16
+
     view: int
     records: int
 
@@ -78,8 +83,8 @@ class VoteMark:
         Raises:
             InvariantBroken: not 16 bytes.
         """
-        if len(encoded) != 16:
-            raise InvariantBroken(f"vote mark of {len(encoded)} bytes, expected 16")
+        if len(encoded) != cls.ENCODED_BYTES:
+            raise InvariantBroken(f"vote mark of {len(encoded)} bytes, expected {cls.ENCODED_BYTES}")
         return cls(int.from_bytes(encoded[:8], "big"), int.from_bytes(encoded[8:], "big"))
 
 

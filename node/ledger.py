@@ -51,7 +51,7 @@ class Ledger:
 
         Raises:
             InvariantBroken: the disk does not hold what its head's certificate vouches for; run
-                ``countersign log fsck``.
+                ``countersign log fsck`` and ``countersign log repair``.
         """
         self.store = store
         self.genesis = genesis
@@ -85,7 +85,9 @@ class Ledger:
             if state.root != header.state_root:
                 raise Rejected(Reason.STATE_ROOT_MISMATCH, f"the state on disk is not ledger block {head.height}'s")
         except Rejected as error:
-            raise InvariantBroken(f"the data directory is damaged ({error}): run 'countersign log fsck'") from error
+            raise InvariantBroken(
+                f"the data directory is damaged ({error}): run 'countersign log fsck', then 'countersign log repair'"
+            ) from error
         self.certificate = certificate
         return LedgerState(header, header.digest, frontier, state)
 

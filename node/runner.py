@@ -31,7 +31,7 @@ from node.countersign import CountersignDesk
 from node.evidence import EvidenceDesk
 from node.identity import Identity, load_genesis, load_identity
 from node.intake import Intake
-from node.journal import Journal, JournalLost, VoteMark, check_not_lost
+from node.journal import JOURNAL_FILE, Journal, JournalLost, VoteMark, check_not_lost
 from node.ledger import Ledger
 from node.mempool import Mempool
 from node.messages import AskCountersign, DeliverSignature, decode_request
@@ -45,7 +45,6 @@ from node.voter import Voter, VotingKeys
 
 log = logging.getLogger("countersign")
 
-JOURNAL_FILE = "votes.journal"
 EVIDENCE_DIRECTORY = "evidence"
 
 

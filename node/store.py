@@ -55,6 +55,10 @@ from node.store_layout import (
 )
 
 STATE_PAGE_ITEMS = 4_096
+REPAIRING_DIRECTORY = "repairing"
+"""Where ``repair.py`` makes the database that replaces a damaged one."""
+_REPAIR = "run 'countersign log repair'"
+_CHECK = "run 'countersign log fsck', then 'countersign log repair'"
 
 
 class Store:
@@ -83,7 +87,9 @@ class Store:
         if not existing and not create:
             raise ConfigError(f"{path}: expected a Countersign data directory, found none")
         if not existing and (path / "rocksdb").exists() and any((path / "rocksdb").iterdir()):
-            raise ConfigError(f"{path}: expected a Countersign data directory, found a database without CURRENT")
+            raise ConfigError(f"{path}: expected a database, found one without its file CURRENT: {_REPAIR}")
+        if not (path / "rocksdb").exists() and (path / REPAIRING_DIRECTORY).exists():
+            raise ConfigError(f"{path}: expected a database, found a repair that was cut off: {_REPAIR} again")
         path.mkdir(parents=True, exist_ok=True)
         lock = DirectoryLock.acquire(path)
         store = cls._opened(path, lock, chain_id, create, AccessType.read_write())
@@ -108,7 +114,11 @@ class Store:
     def _opened(cls, path: Path, lock: DirectoryLock, chain_id: ChainId, create: bool, access: AccessType) -> "Store":
         store: Store | None = None
         try:
-            store = cls(path, lock, open_database(path / "rocksdb", create, access))
+            try:
+                database = open_database(path / "rocksdb", create, access)
+            except InvariantBroken as error:
+                raise InvariantBroken(f"{error}: {_CHECK}") from error
+            store = cls(path, lock, database)
             store._identify(chain_id, create)
             store._load_head()
         except BaseException:
@@ -379,7 +389,8 @@ class Store:
                 raise
             if poisons:
                 self._failure = f"{what}: {error}"
-            raise InvariantBroken(f"{self._directory}: {what} failed: {error}") from error
+            hint = f": {_CHECK}" if "Corruption" in str(error) else ""
+            raise InvariantBroken(f"{self._directory}: {what} failed: {error}{hint}") from error
 
 
 __all__ = ["BlockWrite", "EntryWrite", "Head", "Store"]

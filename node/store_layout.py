@@ -49,6 +49,8 @@ SCHEMA_KEY = b"schema-version"
 CHAIN_KEY = b"chain-id"
 HEAD_KEY = b"head"
 VOTE_MARK_KEY = b"vote-mark"
+HEAD_BYTES = 48
+"""A head has at least so many bytes."""
 BY_EVENT, BY_LEAF, BY_BLOCK, BY_LOG_SIZE = b"e", b"l", b"b", b"s"
 
 

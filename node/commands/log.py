@@ -1,4 +1,4 @@
-"""``countersign log``: read the log, keep proofs of what is on it, recompute it."""
+"""``countersign log``: read the log and keep proofs of what is on it; ``log_disk.py`` has what needs the disk."""
 
 import time
 from pathlib import Path
@@ -15,6 +15,7 @@ from consensus.rejection import Reason, Rejected
 from node.client import EventRow, NodeClient
 from node.commands.connection import connect, node_options
 from node.commands.fields import hex_argument
+from node.commands.log_disk import log_fsck, log_repair
 from node.commands.member import read_event
 from node.commands.output import print_json, utc
 from node.commands.submission import deliver
@@ -23,7 +24,6 @@ from node.identity import load_genesis
 
 PAGE_EVENTS = 500
 FOLLOW_SECONDS = 1.0
-PROGRESS_SECONDS = 2.0
 
 _CONFIG = click.option(
     "--config", "config_path", type=click.Path(path_type=Path), required=True, help="The node's configuration file."
@@ -32,7 +32,11 @@ _CONFIG = click.option(
 
 @click.group()
 def log() -> None:
-    """Read, prove and check the log."""
+    """Read, prove, check and repair the log."""
+
+
+log.add_command(log_fsck)
+log.add_command(log_repair)
 
 
 @log.command("checkpoint")
@@ -194,62 +198,6 @@ def log_prove(
     for name, value in said.items():
         click.echo(f"{name.replace('_', ' '):14} {value}")
     click.echo(f"{'kept in':14} {out} ({len(proof)} bytes)")
-
-
-@log.command("fsck")
-@_CONFIG
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def log_fsck(config_path: Path, as_json: bool) -> None:
-    """Recompute everything a stopped node has on disk, and name what is damaged.
-
-    Every header, certificate, event, tree node and state value, from genesis on. Nothing is changed. Exit code 0
-    when all is as it should be, 1 when something is not.
-
-    \b
-    Example:
-      countersign log fsck --config library/node.toml
-    """
-    from node.fsck import check_data_directory  # noqa: PLC0415 (only this command opens the database)
-
-    config = load_config(config_path)
-    genesis = load_genesis(config)
-    progress = Progress()
-    report = check_data_directory(config.node.data_directory, genesis, progress)
-    if as_json:
-        print_json(
-            {
-                "sound": report.sound,
-                "ledger_blocks": report.height,
-                "events": report.log_size,
-                "state_values": report.state_values,
-                "damages": [msgspec.to_builtins(damage) for damage in report.damages],
-                "damages_left_out": report.damages_left_out,
-            }
-        )
-    else:
-        for damage in report.damages:
-            click.echo(f"damaged: {damage.family} {damage.key}: {damage.detail}")
-        if report.damages_left_out:
-            click.echo(f"and {report.damages_left_out} more")
-        verdict = "sound" if report.sound else "damaged"
-        click.echo(
-            f"{verdict}: {report.height} ledger blocks, {report.log_size} events, {report.state_values} state values"
-        )
-    if not report.sound:
-        raise click.exceptions.Exit(1)
-
-
-class Progress:
-    """Says on standard error how far a long check has come, at most every two seconds."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last >= PROGRESS_SECONDS:
-            self._last = now
-            click.echo(f"{stage}: {done} of {total}", err=True)
 
 
 def _page(

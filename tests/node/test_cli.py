@@ -504,6 +504,11 @@ def check_logs(configs: dict[str, Path]) -> None:
     database.root.close()
     damaged = run("log", "fsck", "--config", configs["press"])
     assert (damaged.exit_code, f"damaged: state key {bytes(33).hex()}" in damaged.stdout) == (1, True)
+    repaired = run("log", "repair", "--config", configs["press"])
+    assert repaired.exit_code == 0, repaired.output
+    assert f"set aside: {configs['press'].parent / 'data' / 'rocksdb.damaged-1'}" in repaired.stdout
+    again = run("log", "repair", "--config", configs["press"], "--json")
+    assert (again.exit_code, json.loads(again.stdout)["set_aside"]) == (0, None)
 
 
 def test_a_log_line_is_one_json_object_whatever_the_message_holds() -> None:

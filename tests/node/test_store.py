@@ -320,7 +320,7 @@ def test_head_without_its_header_is_refused(tmp_path: Path) -> None:
 def test_database_that_lost_its_current_file_is_not_created_anew(tmp_path: Path) -> None:
     filled(tmp_path)
     (tmp_path / "rocksdb" / "CURRENT").unlink()
-    with pytest.raises(ConfigError, match="without CURRENT"):
+    with pytest.raises(ConfigError, match="without its file CURRENT: run 'countersign log repair'"):
         Store.open(tmp_path, CHAIN, create=True)
 
 

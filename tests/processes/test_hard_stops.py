@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from process_fixtures import Processes, processes, source
+from process_fixtures import COUNTERSIGN, Processes, processes, source
 
 pytestmark = pytest.mark.processes
 
@@ -89,17 +89,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_full_disk_stops_a_node_by_name_and_loses_nothing_acknowledged(tmp_path: Path, small_disk: Path) -> None:
+def move_data(consortium: Processes, name: str, disk: Path) -> None:
+    """Put a node's data directory on another file system; the node is stopped and not started again."""
+    consortium.kill(name, signal.SIGTERM)
+    home = consortium.provisioned.members[name].directory / "data"
+    assert home.is_dir(), list(home.parent.iterdir())
+    shutil.move(home, disk / "data")
+    home.symlink_to(disk / "data")
+
+
+VERIFIER, VOTER = "guild", "press"
+"""Without this voter its role has no quorum: what it fails to vote for must become final once it is back."""
+
+
+@pytest.mark.parametrize("name", [VERIFIER, VOTER])
+def test_full_disk_stops_a_node_by_name_and_loses_nothing_acknowledged(
+    tmp_path: Path, small_disk: Path, name: str
+) -> None:
     with processes(tmp_path / "consortium", *NAMES) as consortium:
-        consortium.kill("guild", signal.SIGTERM)
-        home = consortium.provisioned.members["guild"].directory / "data"
-        assert home.is_dir(), list(home.parent.iterdir())
-        moved = small_disk / "data"
-        shutil.move(home, moved)
-        home.symlink_to(moved)
-        consortium.start("guild")
+        move_data(consortium, name, small_disk)
+        consortium.start(name)
         first = flood(consortium, "library", 0, 200)
-        Processes.wait_until(lambda: consortium.status("guild")["log_size"] == len(first))
+        Processes.wait_until(lambda: consortium.status(name)["log_size"] == len(first))
         filler = small_disk / "filler"
         with filler.open("wb") as full:
             try:
@@ -109,17 +120,38 @@ def test_full_disk_stops_a_node_by_name_and_loses_nothing_acknowledged(tmp_path:
             except OSError:
                 pass
         second = flood(consortium, "library", 1_000, 1_000)
-        process = consortium.running["guild"]
-        assert process.wait(timeout=30) == 1, consortium.log("guild")
-        consortium.running.pop("guild")
-        log = consortium.log("guild")
+        process = consortium.running[name]
+        assert process.wait(timeout=30) == 1, consortium.log(name)
+        consortium.running.pop(name)
+        log = consortium.log(name)
         assert "invariant-broken" in log
         assert "No space left on device" in log
         filler.unlink()
-        consortium.start("guild")
+        consortium.start(name)
         total = len(first) + len(second)
-        Processes.wait_until(lambda: consortium.status("guild")["log_size"] == total)
+        Processes.wait_until(lambda: consortium.status(name)["log_size"] == total)
         for event in first[::20] + second[::100]:
-            found = consortium.get("guild", f"/v1/events/{event}")
+            found = consortium.get(name, f"/v1/events/{event}")
             assert found is not None
             assert found["status"] == "final"
+        if name == VOTER:
+            Processes.wait_until(lambda: bool(consortium.status(name)["voting"]))
+
+
+def test_read_only_disk_refuses_to_start_by_name_and_loses_nothing(tmp_path: Path, small_disk: Path) -> None:
+    with processes(tmp_path / "consortium", *NAMES[:4]) as consortium:
+        events = flood(consortium, "library", 0, 100)
+        Processes.wait_until(lambda: consortium.status(VOTER)["log_size"] == len(events))
+        move_data(consortium, VOTER, small_disk)
+        waiting = flood(consortium, "library", 1_000, 50)
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        config = str(consortium.provisioned.members[VOTER].config)
+        refused = subprocess.run(
+            [COUNTERSIGN, "node", "run", "--config", config], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert refused.returncode == 2, refused.stderr
+        assert "Read-only file system" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+        consortium.start(VOTER)
+        Processes.wait_until(lambda: consortium.status(VOTER)["log_size"] == len(events) + len(waiting))
