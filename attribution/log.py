@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consensus.bundle import MAX_BUNDLE_BYTES, OpenBundle, open_bundle
+from consensus.epochs import anchor
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import ChainId
 from consensus.predicates import Predicate, Verdict, verify
 from consensus.predicates.accumulators import Provenance, provenance
-from consensus.receipt import anchor
 from consensus.rejection import Reason, Rejected
 
 

@@ -35,10 +35,11 @@ from harness import Report, at_least, at_most, progress, resident_megabytes, run
 
 from consensus.certificate import decode_certificate
 from consensus.codec import decode
+from consensus.epochs import anchor
 from consensus.event import check_event
 from consensus.identifiers import Role
 from consensus.membership import committee
-from consensus.receipt import MAX_RECEIPT_BYTES, Receipt, anchor, verify_receipt
+from consensus.receipt import MAX_RECEIPT_BYTES, Receipt, verify_receipt
 from node.demo.processes import stop_signals
 from node.provision import MemberRequest
 

@@ -10,7 +10,7 @@ The rules, by kind (DESIGN of the protocol: ``docs/protocol.md``, section "Admis
 * *source*: a sane window. *revocation*: by the source's author, once.
 * *delegation*: one job key for a campaign; a replacement names the campaign's exact head.
 * *campaign*: by its delegated job key, under the policy in force, over registered sources.
-* *evidence*: the first of its member, epoch and offence.
+* *evidence*: the first of its member, epoch and offence. *membership*: ``membership_change.py``.
 * *grant*: every named source admitted by the policy in force until the grant closes, with the
   signature of each one's authority; within the policy's bounds; for the campaign's current job key.
 * steps, refusals, rollbacks, abandon, release: ``campaign_rules.py``.
@@ -26,6 +26,7 @@ from consensus.evidence import EvidenceReport, convicted
 from consensus.identifiers import Digest, MemberId, Role
 from consensus.keys import SignatureScheme, check_public_key
 from consensus.membership import Committee
+from consensus.membership_change import MembershipChange, admit_change, holder, holders
 from consensus.policy import check_grant_terms, check_policy, why_refused
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
@@ -114,8 +115,8 @@ def _admit_revocation(view: StateView, event: CheckedEvent, timestamp_ms: int, c
     assert isinstance(revocation, p.SourceRevocation)
     key = SOURCE_TABLE + revocation.source
     source = view.get(key, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
-    if source.author != event.entry.author:
-        raise Rejected(Reason.WRONG_AUTHOR, "a source is revoked only by its author")
+    if holder(view, source.author) != event.entry.author:
+        raise Rejected(Reason.WRONG_AUTHOR, "a source is revoked only by its author, or who succeeded it")
     if source.revocation:
         raise Rejected(Reason.DUPLICATE, f"source {revocation.source.hex()} is already revoked")
     view.put(key, SourceRecord(source.author, source.claim, source.registered_at_ms, timestamp_ms, event.id))
@@ -135,6 +136,12 @@ def _admit_evidence(view: StateView, event: CheckedEvent, timestamp_ms: int, com
         key,
         EvidenceRecord(event.id, found.member, found.offence.value, found.epoch, found.view, timestamp_ms),
     )
+
+
+def _admit_membership(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    change = event.governance
+    assert isinstance(change, MembershipChange)
+    admit_change(view, change.membership, event.id, timestamp_ms, committee)
 
 
 def _admit_delegation(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
@@ -163,7 +170,7 @@ def _admit_delegation(view: StateView, event: CheckedEvent, timestamp_ms: int, c
     old = view.get(old_key, DelegationRecord, Reason.UNKNOWN_JOB_KEY, "job key")
     if head.closed:
         raise Rejected(Reason.CAMPAIGN_CLOSED, f"the campaign is {head.closed}")
-    if old.operator != event.entry.author:
+    if holder(view, old.operator) != event.entry.author:
         raise Rejected(Reason.WRONG_AUTHOR, "a job key is replaced only by its operator")
     if delegation.replaces != head.job_key or delegation.head != head.last_event:
         raise Rejected(
@@ -280,9 +287,10 @@ def _admit_grant(view: StateView, event: CheckedEvent, timestamp_ms: int, commit
     check_grant_terms(Digest(terms.policy), policy, terms, timestamp_ms)
     sources = tuple(item.source for item in event.items if isinstance(item, p.GrantedSource))
     check_granted_sources(view, campaign, policy, sources, timestamp_ms, terms.closes_at_ms)
-    owners = {
-        view.get(SOURCE_TABLE + source, SourceRecord, Reason.UNKNOWN_SOURCE, "source").author for source in sources
-    }
+    owners = holders(
+        view,
+        [view.get(SOURCE_TABLE + source, SourceRecord, Reason.UNKNOWN_SOURCE, "source").author for source in sources],
+    )
     for owner in sorted(owners - event.signers):
         name = committee.member(MemberId(owner)).name
         raise Rejected(Reason.MISSING_SIGNATURE, f"the grant names a source of {name}, which has not signed")
@@ -353,6 +361,7 @@ _HANDLERS: dict[Kind, Callable[[StateView, CheckedEvent, int, Committee], None]]
     Kind.SOURCE: _admit_source,
     Kind.REVOCATION: _admit_revocation,
     Kind.EVIDENCE: _admit_evidence,
+    Kind.MEMBERSHIP: _admit_membership,
     Kind.DELEGATION: _admit_delegation,
     Kind.CAMPAIGN: _admit_campaign,
     Kind.GRANT: _admit_grant,

@@ -5,9 +5,10 @@ A bundle names its chain, its predicate and what the predicate is about, and hol
 of records of the state. Everything is bounded, canonical and checked by ``open_bundle`` before a predicate
 looks at it:
 
-1. magic, size, canonical bytes, version; 2. the chain is the verifier's; 3. the header's certificate;
-4. each event: inclusion in ``log_root``, form, signatures; 5. each disclosed portion against the entry's
-commitment; 6. each record, absence or range against ``state_root``.
+1. magic, size, canonical bytes, version; 2. the chain is the verifier's; 3. the links from the genesis to the header's
+epoch, the header's certificate, and that its log continues the one the verifier pins, if it does;
+4. each event: inclusion in ``log_root``, form, signatures; 5. each disclosed portion against the entry's commitment;
+6. each record, absence or range against ``state_root``.
 
 A portion is disclosed whole, or, for the data portion, item by item: an item comes with its own salt and
 its place in the portion's tree, which reveals how many items there are and nothing of the others.
@@ -26,18 +27,11 @@ from msgspec import Meta
 from consensus import portions as p
 from consensus.block import Header
 from consensus.codec import decode, encode
+from consensus.epochs import Anchor, CertificateBytes, EpochLinks, HeaderBytes, Pin, has_pinned, verify_header
 from consensus.event import SHAPES, Entry, Kind, Shape
 from consensus.identifiers import Digest, Role
 from consensus.merkle import leaf_hash, root_of, verify_consistency, verify_inclusion
-from consensus.receipt import (
-    Anchor,
-    CertificateBytes,
-    EntryBytes,
-    HeaderBytes,
-    InclusionPath,
-    verify_entry,
-    verify_header,
-)
+from consensus.receipt import EntryBytes, InclusionPath, verify_entry
 from consensus.rejection import Reason, Rejected
 from consensus.state import read_record
 from consensus.state_map import KEY_BYTES, MapProof, PrefixProof, verify_map_proof, verify_prefix_proof
@@ -109,6 +103,13 @@ class EarlierHeader(p.Wire, frozen=True):
     proof: InclusionPath
 
 
+class PinnedSize(p.Wire, frozen=True):
+    """What shows that the log continues the one of this size, which whoever asked for the bundle had seen."""
+
+    log_size: p.Natural
+    proof: InclusionPath
+
+
 class Bundle(p.Wire, frozen=True, tag="bundle"):
     """The wire form after ``MAGIC``. ``campaign``, ``source`` and ``event`` are empty where not asked about."""
 
@@ -120,6 +121,8 @@ class Bundle(p.Wire, frozen=True, tag="bundle"):
     event: p.OptionalBytes32
     header: HeaderBytes
     certificate: CertificateBytes
+    epochs: EpochLinks
+    pinned: PinnedSize | None
     earlier: EarlierHeader | None
     events: Annotated[tuple[BundleEvent, ...], Meta(max_length=MAX_EVENTS)]
     records: Annotated[tuple[StateProof, ...], Meta(max_length=MAX_EVENTS)]
@@ -168,6 +171,8 @@ class OpenBundle:
     by_id: dict[bytes, OpenEvent]
     records: dict[bytes, bytes | None]
     ranges: dict[bytes, tuple[tuple[bytes, bytes], ...]]
+    pin: Pin | None = None
+    """A log the verifier knows, which this one continues; None where it knows of none."""
 
     def event_of(self, identifier: bytes, what: str) -> OpenEvent:
         """The event of that id."""
@@ -202,11 +207,12 @@ def encode_bundle(bundle: Bundle) -> bytes:
     return MAGIC + encode(bundle)
 
 
-def open_bundle(trusted: Anchor, encoded: bytes) -> OpenBundle:
-    """A bundle of the anchor's chain with all of its proofs checked.
+def open_bundle(trusted: Anchor, encoded: bytes, pin: Pin | None = None) -> OpenBundle:
+    """A bundle of the anchor's chain with all of its proofs checked; with a ``pin``, of a log that continues it.
 
     Raises:
-        Rejected: ``MALFORMED``, ``OVERSIZED``, ``NON_CANONICAL``, ``WRONG_CHAIN``, ``BAD_CERTIFICATE``,
+        Rejected: ``BAD_CHECKPOINT`` for a log that is not shown to continue the pinned one; ``MALFORMED``,
+            ``OVERSIZED``, ``NON_CANONICAL``, ``WRONG_CHAIN``, ``BAD_CERTIFICATE``,
             ``BAD_PROOF``, ``PORTION_MISMATCH``, ``DUPLICATE``, or an entry's or signature's reason.
     """
     if len(encoded) > MAX_BUNDLE_BYTES:
@@ -219,8 +225,11 @@ def open_bundle(trusted: Anchor, encoded: bytes) -> OpenBundle:
             Reason.WRONG_CHAIN,
             f"bundle of chain {bundle.chain_id.hex()}, the pinned chain id is {trusted.chain_id.hex()}",
         )
+    trusted = trusted.follow(bundle.epochs[len(trusted.epochs) - 1 :])
     header = verify_header(trusted, bundle.header, bundle.certificate)
     earlier = None if bundle.earlier is None else _open_earlier(trusted, bundle.earlier, header)
+    if pin is not None:
+        _check_pin(pin, bundle, header)
     _check_rising("events", [event.index for event in bundle.events])
     _check_rising("state records", [proof.key for proof in bundle.records])
     _check_rising("state ranges", [proof.prefix for proof in bundle.ranges])
@@ -242,7 +251,29 @@ def open_bundle(trusted: Anchor, encoded: bytes) -> OpenBundle:
         ranges={
             proof.prefix: verify_prefix_proof(header.state_root, proof.prefix, proof.proof) for proof in bundle.ranges
         },
+        pin=pin,
     )
+
+
+def _check_pin(pin: Pin, bundle: Bundle, header: Header) -> None:
+    """The header's log begins with the pinned one."""
+    if has_pinned(pin, header):
+        return
+    if header.log_size < pin.log_size:
+        raise Rejected(
+            Reason.BAD_CHECKPOINT,
+            f"a log of size {header.log_size}, older than the pinned one of size {pin.log_size}: ask for a newer",
+        )
+    if bundle.pinned is None or bundle.pinned.log_size != pin.log_size:
+        raise Rejected(
+            Reason.BAD_CHECKPOINT,
+            f"nothing shows that the log of size {header.log_size} continues the pinned one of size {pin.log_size}: "
+            "ask for the bundle with this checkpoint",
+        )
+    try:
+        verify_consistency(pin.log_size, header.log_size, bundle.pinned.proof, pin.log_root, header.log_root)
+    except Rejected as error:
+        raise Rejected(Reason.BAD_CHECKPOINT, f"another history than the pinned one: {error.detail}") from error
 
 
 def _check_rising(what: str, places: list[int] | list[bytes]) -> None:
@@ -258,7 +289,7 @@ def _open_earlier(trusted: Anchor, earlier: EarlierHeader, header: Header) -> He
 
 def _open_event(trusted: Anchor, event: BundleEvent, header: Header) -> OpenEvent:
     verify_inclusion(leaf_hash(event.entry), event.index, header.log_size, event.proof, header.log_root)
-    verified = verify_entry(event.entry, trusted.committee)
+    verified = verify_entry(event.entry, trusted.at(event.index).committee)
     entry = verified.entry
     shape = SHAPES[entry.kind]
     return OpenEvent(

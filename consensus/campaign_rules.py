@@ -19,6 +19,7 @@ from consensus import portions as p
 from consensus.accumulators import ends_window
 from consensus.event import CheckedEvent
 from consensus.membership import Committee
+from consensus.membership_change import holder
 from consensus.policy import DISCRETIONARY_REFUSALS, REVOCATION_VOID, check_profile, why_refused
 from consensus.rejection import Reason, Rejected
 from consensus.sampler import presented_examples
@@ -455,7 +456,7 @@ def check_job_key(view: StateView, event: CheckedEvent, job_key: bytes, timestam
     delegation = view.get(DELEGATION_TABLE + signer, DelegationRecord, Reason.UNKNOWN_JOB_KEY, "job key")
     if signer != job_key or delegation.replaced:
         raise Rejected(Reason.UNKNOWN_JOB_KEY, f"signed by {signer.hex()}, the campaign's job key is {job_key.hex()}")
-    if delegation.operator != event.entry.author:
+    if holder(view, delegation.operator) != event.entry.author:
         raise Rejected(Reason.WRONG_AUTHOR, "the job key was delegated by another operator")
     if delegation.campaign != event.entry.campaign:
         raise Rejected(Reason.UNKNOWN_JOB_KEY, "the job key was delegated for another campaign")
@@ -475,7 +476,7 @@ def open_campaign(view: StateView, event: CheckedEvent) -> tuple[CampaignRecord,
     identifier = event.entry.campaign
     campaign = view.get(CAMPAIGN_TABLE + identifier, CampaignRecord, Reason.UNKNOWN_CAMPAIGN, "campaign")
     head = view.get(CAMPAIGN_HEAD_TABLE + identifier, CampaignHead, Reason.UNKNOWN_CAMPAIGN, "campaign")
-    if event.entry.author != campaign.operator:
+    if event.entry.author != holder(view, campaign.operator):
         raise Rejected(Reason.WRONG_AUTHOR, "the campaign is another operator's")
     if head.closed:
         raise Rejected(Reason.CAMPAIGN_CLOSED, f"the campaign is {head.closed}")

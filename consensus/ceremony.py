@@ -42,11 +42,12 @@ from consensus.membership import (
     LogName,
     Member,
     MemberName,
+    Membership,
     Parameters,
     RoleGroup,
     RoleThreshold,
-    check_genesis,
     check_member_keys,
+    check_membership,
     scheme_needs,
 )
 from consensus.rejection import Reason, Rejected
@@ -68,7 +69,9 @@ class Invited(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ceremony-invitation"):
-    """All of a genesis but the members' keys. The fields are those of ``Genesis``."""
+    """All of a genesis but the members' keys; the fields are those of ``Genesis``. For a later epoch of the same log
+    they are its genesis's again, with that epoch's members and quorums.
+    """
 
     version: Annotated[int, Meta(ge=VERSION, le=VERSION)]
     name: LogName
@@ -78,6 +81,7 @@ class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     members: Annotated[tuple[Invited, ...], Meta(min_length=3, max_length=MAX_MEMBERS)]
     thresholds: Annotated[tuple[RoleThreshold, ...], Meta(min_length=3, max_length=3)]
     parameters: Parameters
+    epoch: Annotated[int, Meta(ge=0, le=2**53 - 1)]
 
     @property
     def digest(self) -> Digest:
@@ -91,7 +95,7 @@ class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     def key_ceremony(self, role: Role) -> dkg.Ceremony:
         """What a voting role's key is made for."""
         needed = next(entry.threshold for entry in self.thresholds if entry.role == role)
-        return dkg.Ceremony(self.nonce, GENESIS_EPOCH, role, needed, len(self.role_members(role)))
+        return dkg.Ceremony(self.nonce, self.epoch, role, needed, len(self.role_members(role)))
 
 
 class Join(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ceremony-join"):
@@ -300,10 +304,32 @@ class Transcript:
         )
 
     def genesis(self) -> Genesis:
-        """What the ceremony ends in; the same for everyone who has the same messages.
+        """What the founding ceremony ends in; the same for everyone who has the same messages.
 
         Raises:
-            Rejected: ``CEREMONY_INCOMPLETE`` saying what is awaited; as ``membership.check_genesis``.
+            Rejected: ``WRONG_EPOCH`` for a ceremony of a later epoch; as ``membership``.
+            BadDealing: as ``membership``.
+        """
+        invitation, made = self.invitation, self.membership()
+        if invitation.epoch != GENESIS_EPOCH:
+            raise Rejected(Reason.WRONG_EPOCH, f"this ceremony makes the members of epoch {invitation.epoch}")
+        return Genesis(
+            version=VERSION,
+            name=invitation.name,
+            nonce=invitation.nonce,
+            created_ms=invitation.created_ms,
+            certificate_scheme=invitation.certificate_scheme,
+            members=made.members,
+            thresholds=made.thresholds,
+            groups=made.groups,
+            parameters=invitation.parameters,
+        )
+
+    def membership(self) -> Membership:
+        """Members and keys of the epoch that the ceremony is for.
+
+        Raises:
+            Rejected: ``CEREMONY_INCOMPLETE`` saying what is awaited; as ``membership.check_membership``.
             BadDealing: naming a member whose part in a proof of possession is bad.
         """
         for awaited in self.awaited():
@@ -318,19 +344,14 @@ class Transcript:
                 parts = {names.index(name) + 1: held.possession for name, held in self.said(Confirm, role).items()}
                 possession = dkg.combine_possession(invitation.key_ceremony(role), group, parts)
                 groups.append(RoleGroup(role, group.threshold, group.group_key, group.share_keys, possession))
-        genesis = Genesis(
-            version=VERSION,
-            name=invitation.name,
-            nonce=invitation.nonce,
-            created_ms=invitation.created_ms,
-            certificate_scheme=invitation.certificate_scheme,
+        made = Membership(
+            epoch=invitation.epoch,
             members=tuple(self.member(name) for name in self._roles),
             thresholds=invitation.thresholds,
             groups=tuple(groups),
-            parameters=invitation.parameters,
         )
-        check_genesis(genesis)
-        return genesis
+        check_membership(made, invitation.certificate_scheme, invitation.nonce)
+        return made
 
     # Checks
 

@@ -30,6 +30,9 @@ own proposal with the certificates of its gap, and the certificate that led to t
 what is missing (``Stalled``); repeat requests. The asked answer with certificates, at most
 ``MAX_ANSWER_MESSAGES`` at a time.
 
+EPOCHS. One engine serves one epoch. The host ends it once the epoch's terminal ledger block is final (``transition``),
+even if a carrier's certificate made it so, and begins another under the new members, whose views count from 1.
+
 DEVIATIONS from Chan and Pass, *Simplex Consensus*, eprint 2023/463:
 
 - Quorums are per role instead of 2n/3; leaders rotate instead of being drawn by a hash.
@@ -133,7 +136,12 @@ class Engine:
         finalized: Header,
         certificate: Certificate | None,
     ) -> None:
-        """``finalized`` is the ledger's head with its ``certificate``; the genesis header has None."""
+        """``finalized`` is the ledger's head with its ``certificate``.
+
+        An epoch begins at the genesis header or at the terminal ledger block of the epoch before: its view counts as 0,
+        and ``certificate`` is None.
+        """
+        final_view = View(finalized.view if finalized.epoch == committee.epoch else 0)
         self.committee = committee
         self.own = own
         self.timing = timing
@@ -144,9 +152,9 @@ class Engine:
         self._pending: Certificate | None = None
         self._rounds: dict[View, _Round] = {}
         self._unsettled: set[View] = set()
-        self._highest_certified = View(finalized.view)
-        self._highest_notarized = View(finalized.view)
-        self._highest_seen = View(finalized.view)
+        self._highest_certified = final_view
+        self._highest_notarized = final_view
+        self._highest_seen = final_view
         self._requested: set[Digest] = set()
         self._catching_up = False
         self._answered_ms: dict[MemberId, int] = {}
@@ -157,7 +165,7 @@ class Engine:
         self._last_block_ms = 0
         self._timeout_ms = timing.timeout_ms
         self._repeat_from = 0
-        self.view = View(finalized.view + 1)
+        self.view = View(final_view + 1)
         self._entry: Message | None = certificate
         self._entered_ms = 0
         self._active_since_ms: int | None = None
@@ -168,6 +176,12 @@ class Engine:
     def finalized(self) -> Header:
         """Header of the last finalized ledger block."""
         return self.branches.finalized
+
+    @property
+    def final_view(self) -> View:
+        """Its view in this epoch: 0 where the epoch begins at it."""
+        header = self.branches.finalized
+        return View(header.view if header.epoch == self.committee.epoch else 0)
 
     # Inputs
 
@@ -180,7 +194,7 @@ class Engine:
         for vote in votes:
             if vote.voter != self.own:
                 raise InvariantBroken(f"the journal holds a vote of {vote.voter.hex()}")
-            if vote.view <= self.finalized.view:
+            if vote.view <= self.final_view:
                 continue
             state = self._round(View(vote.view))
             block = Digest(vote.block)
@@ -198,7 +212,7 @@ class Engine:
             self._highest_seen = self.view
         for proposal in proposals:
             header = decode_header(proposal.header, self.committee.chain_id)
-            if header.view > self.finalized.view:
+            if header.view > self.final_view:
                 self.branches.add(proposal, header)
                 state = self._round(View(header.view))
                 state.proposal = state.proposal or proposal
@@ -236,7 +250,7 @@ class Engine:
 
     def own_vote(self, vote: Vote, now_ms: int) -> list[Effect]:
         """A vote the engine asked for, signed, journalled and sent."""
-        if self.halted is not None or vote.view <= self.finalized.view:
+        if self.halted is not None or vote.view <= self.final_view:
             return []
         state = self._round(View(vote.view))
         if not self._decided_to_cast(state, vote):
@@ -278,7 +292,7 @@ class Engine:
 
     def combine_failed(self, view: View, bad_voters: Iterable[MemberId], now_ms: int) -> list[Effect]:
         """The shares of ``bad_voters`` spoil the certificate: their votes do not count."""
-        if self.halted is not None or view <= self.finalized.view:
+        if self.halted is not None or view <= self.final_view:
             return []
         state = self._round(view)
         state.combining = False
@@ -289,7 +303,7 @@ class Engine:
 
     def caught_up(self, header: Header, certificate: Certificate, now_ms: int) -> list[Effect]:
         """The host has applied everything up to ``header``, certified by ``certificate``."""
-        if self.halted is not None or header.view <= self.finalized.view:
+        if self.halted is not None or header.view <= self.final_view:
             return []
         self._now_ms = now_ms
         try:
@@ -329,12 +343,12 @@ class Engine:
                 return self.branches.get(message.digest) is None
             case Notarization():
                 state = self._rounds.get(View(message.view))
-                return message.view > self.finalized.view and (state is None or state.notarization is None)
+                return message.view > self.final_view and (state is None or state.notarization is None)
             case Nullification():
                 state = self._rounds.get(View(message.view))
-                return message.view > self.finalized.view and (state is None or state.nullification is None)
+                return message.view > self.final_view and (state is None or state.nullification is None)
             case Certificate():
-                known = self.finalized.view if self._pending is None else self._pending.view
+                known = self.final_view if self._pending is None else self._pending.view
                 return message.view > known
             case Stalled():
                 return True
@@ -377,7 +391,7 @@ class Engine:
     def _on_proposal(self, proposal: Proposal) -> None:
         header = decode_header(proposal.header, self.committee.chain_id)
         digest = proposal.digest
-        if digest in self._requested and header.view > self.finalized.view:
+        if digest in self._requested and header.view > self.final_view:
             self._requested.discard(digest)
             self.branches.add(proposal, header)
         if not self._in_window(header.view):
@@ -395,7 +409,7 @@ class Engine:
             self._effects.append(PublishEvidence(evidence))
 
     def _on_notarization(self, notarization: Notarization) -> None:
-        if notarization.view > self.finalized.view:
+        if notarization.view > self.final_view:
             self._adopt_notarization(notarization)
             self._merge(notarization.votes)
 
@@ -412,7 +426,7 @@ class Engine:
             self._halt(f"two ledger blocks are notarized in view {view}: every role has too many traitors")
 
     def _on_nullification(self, nullification: Nullification) -> None:
-        if nullification.view > self.finalized.view:
+        if nullification.view > self.final_view:
             self._adopt_nullification(nullification)
             self._merge(nullification.votes)
 
@@ -433,9 +447,9 @@ class Engine:
 
     def _on_finalization(self, certificate: Certificate) -> None:
         view = View(certificate.view)
-        if view == self.finalized.view and certificate.block != self.branches.finalized_digest:
+        if view == self.final_view and certificate.block != self.branches.finalized_digest:
             self._halt(f"two ledger blocks are finalized in view {view}: every role has too many traitors")
-        if view > (self.finalized.view if self._pending is None else self._pending.view):
+        if view > (self.final_view if self._pending is None else self._pending.view):
             self._pending = certificate
             self._catching_up = False
             self._highest_certified = max(self._highest_certified, view)
@@ -458,7 +472,7 @@ class Engine:
     # Counting
 
     def _in_window(self, view: int) -> bool:
-        return self.finalized.view < view <= self.view + LOOKAHEAD_VIEWS
+        return self.final_view < view <= self.view + LOOKAHEAD_VIEWS
 
     def _round(self, view: View) -> _Round:
         state = self._rounds.get(view)
@@ -486,7 +500,7 @@ class Engine:
                 if state.nullification is None and (votes := state.tally.quorum(kind)):
                     self._adopt_nullification(Nullification(view=view, votes=votes))
             case VoteKind.FINALIZE:
-                pending_view = self.finalized.view if self._pending is None else self._pending.view
+                pending_view = self.final_view if self._pending is None else self._pending.view
                 if not state.combining and view > pending_view and (votes := state.tally.quorum(kind)):
                     state.combining = True
                     self._effects.append(CombineFinalization(view, Digest(votes[0].block), votes))
@@ -642,15 +656,15 @@ class Engine:
     def _may_follow(self, header: Header) -> bool:
         """False if the parent can never be one: behind or beside the finalized, or at another height."""
         parent = self.branches.header(Digest(header.parent))
-        if header.parent_view < self.finalized.view or (parent is not None and header.height != parent.height + 1):
+        if header.parent_view < self.final_view or (parent is not None and header.height != parent.height + 1):
             return False
-        return header.parent_view != self.finalized.view or header.parent == self.branches.finalized_digest
+        return header.parent_view != self.final_view or header.parent == self.branches.finalized_digest
 
     def _extends_certified(self, header: Header) -> bool:
         """The parent is final, or notarized and verified, and the gap to it is nullified."""
         if self.branches.header(Digest(header.parent)) is None:
             return False
-        if header.parent_view != self.finalized.view:
+        if header.parent_view != self.final_view:
             state = self._rounds.get(View(header.parent_view))
             if state is None or state.notarization is None or state.notarization.block != header.parent:
                 return False
@@ -676,7 +690,7 @@ class Engine:
 
     def _highest_parent(self) -> Header | None:
         """The highest verified notarized ledger block with every view since nullified."""
-        for view in range(self.view - 1, self.finalized.view, -1):
+        for view in range(self.view - 1, self.final_view, -1):
             state = self._rounds.get(View(view))
             if state is None:
                 return None
@@ -691,7 +705,7 @@ class Engine:
     # Time
 
     def _tip_is_final(self) -> bool:
-        return self._highest_notarized <= self.finalized.view and self._pending is None
+        return self._highest_notarized <= self.final_view and self._pending is None
 
     def _due_ms(self) -> int:
         """When the next ledger block is due."""
@@ -757,7 +771,7 @@ class Engine:
                     chain_id=self.committee.chain_id,
                     epoch=self.committee.epoch,
                     view=self.view,
-                    finalized_view=self.finalized.view,
+                    finalized_view=self.final_view,
                     missing_view=self._missing_view(),
                 )
             )
@@ -786,7 +800,7 @@ class Engine:
         self._effects.append(Broadcast(state.proposal))
 
     def _missing_view(self) -> View:
-        view = View(self.finalized.view + 1)
+        view = View(self.final_view + 1)
         while (state := self._rounds.get(view)) is not None and (
             state.notarization is not None or state.nullification is not None
         ):

@@ -10,6 +10,7 @@ Who signs (◆ of the design: one member never speaks for its role):
 policy                         ``t_r`` governance members, the author among them
 source, revocation             the author, a data-source member
 evidence                       the author, a member of any voting role
+membership                     ``t_r`` members of *every* voting role, the author among them
 delegation                     the author, an operator
 grant                          the author (operator), ``t_r`` governance members, every
                                data-source authority whose source it names
@@ -33,6 +34,7 @@ from consensus.evidence import EvidenceReport, check_evidence
 from consensus.identifiers import VOTING_ROLES, ChainId, Digest, MemberId, Role, Tag, tagged_hash, tagged_message
 from consensus.keys import SignatureScheme, Signer, verify
 from consensus.membership import Committee
+from consensus.membership_change import MembershipChange, check_change
 from consensus.merkle import leaf_hash
 from consensus.rejection import Reason, Rejected
 
@@ -57,6 +59,7 @@ class Kind(StrEnum):
     ABANDON = "abandon"
     RELEASE = "release"
     EVIDENCE = "evidence"
+    MEMBERSHIP = "membership"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ SHAPES: Mapping[Kind, Shape] = {
     Kind.ABANDON: Shape((Role.OPERATOR,), True, True, None, None, p.Abandon),
     Kind.RELEASE: Shape((Role.OPERATOR,), True, True, None, None, p.Release),
     Kind.EVIDENCE: Shape(VOTING_ROLES, False, False, None, EvidenceReport, None),
+    Kind.MEMBERSHIP: Shape(VOTING_ROLES, False, False, None, MembershipChange, None),
 }
 
 SINGLE_ITEM_KINDS = frozenset({Kind.SOURCE, Kind.REVOCATION})
@@ -236,7 +240,7 @@ def check_event(encoded: bytes, committee: Committee) -> CheckedEvent:
     """Every check of an event that needs no state, in order of cost.
 
     1. canonical bytes and sizes, 2. chain, 3. shape of its kind, 4. author and role, 5. commitments and
-    the content of each portion, 6. signatures, 7. what evidence proves.
+    the content of each portion, 6. signatures, 7. what evidence proves, and that a membership may follow this one.
 
     Raises:
         Rejected: the first rule broken.
@@ -251,6 +255,8 @@ def check_parts(entry_bytes: bytes, portions_bytes: bytes, committee: Committee)
     check_signatures(event.entry, event.id, committee)
     if isinstance(event.governance, EvidenceReport):
         check_evidence(event.governance, committee)
+    if isinstance(event.governance, MembershipChange):
+        check_change(event.governance.membership, committee)
     return event
 
 
@@ -374,6 +380,10 @@ def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> 
         _check_signer_roles(signers, committee, {Role.GOVERNANCE})
     elif entry.kind is Kind.GRANT:
         _check_signer_roles(signers, committee, {Role.GOVERNANCE, Role.DATA_SOURCE, Role.OPERATOR})
+    elif entry.kind is Kind.MEMBERSHIP:
+        _check_signer_roles(signers, committee, set(VOTING_ROLES))
+        if not committee.has_quorum(MemberId(signer) for signer in signers):
+            raise Rejected(Reason.MISSING_SIGNATURE, "a change of members is signed by a quorum of every voting role")
     elif len(signers) != 1:
         raise Rejected(Reason.SURPLUS_SIGNATURE, f"a {entry.kind.value} event is signed by its author alone")
     if entry.kind in (Kind.POLICY, Kind.GRANT):

@@ -24,6 +24,7 @@ from consensus.identifiers import VOTING_ROLES, Role
 from consensus.keys import SignatureScheme
 from consensus.membership import (
     BLS_THRESHOLD,
+    GENESIS_EPOCH,
     MAX_GENESIS_BYTES,
     VERSION,
     Genesis,
@@ -128,6 +129,7 @@ def generate_genesis(
         members=tuple(Invited(plan.name, plan.role) for plan in plans),
         thresholds=tuple(RoleThreshold(role=role, threshold=quorums[role]) for role in VOTING_ROLES),
         parameters=parameters or Parameters(),
+        epoch=GENESIS_EPOCH,
     )
     participants = [Participant(invitation, plan.name, plan.seed, plan.scheme) for plan in plans]
     transcript = hold_ceremony(invitation, participants)

@@ -48,6 +48,7 @@ class Tag(StrEnum):
 
     GENESIS = "countersign/v1/genesis"
     MEMBER = "countersign/v1/member"
+    MEMBERSHIP = "countersign/v1/membership"
     EVENT = "countersign/v1/event"
     EVENT_SIGNATURE = "countersign/v1/event-signature"
     PORTION = "countersign/v1/portion"

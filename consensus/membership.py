@@ -14,9 +14,10 @@ Rules:
 - The share keys of a role lie on one polynomial of degree ``t_r - 1`` whose value at zero is the group
   key; with ``t_r = n_r`` they are the members' own keys and the group key is their sum.
 
-Wire bounds are declared on the Structs; what they mean together is checked by ``check_genesis``. Key
-generation is left to ``key_generation``, certificates to ``certificate``, a change of members (a new
-epoch) to the ``membership`` event, the genesis file people read to ``genesis``.
+Members and keys hold for one *epoch*; those of epoch 0 stand in the genesis, later ones in a ``membership`` event.
+Wire bounds are declared on the Structs; what they mean together is checked by ``check_membership``. Key
+generation is left to ``key_generation``, certificates to ``certificate``, the change from one epoch to the next to
+``epochs``, the genesis file people read to ``genesis``.
 """
 
 from collections.abc import Iterable
@@ -118,6 +119,15 @@ class RoleThreshold(Struct, frozen=True, array_like=True, forbid_unknown_fields=
     threshold: Annotated[int, Meta(ge=1, le=MAX_MEMBERS)]
 
 
+class Membership(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="membership"):
+    """Members, quorums and role keys of one epoch; the fields are those of ``Genesis``."""
+
+    epoch: Annotated[int, Meta(ge=0, le=2**53 - 1)]
+    members: Annotated[tuple[Member, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
+    thresholds: Annotated[tuple[RoleThreshold, ...], Meta(min_length=3, max_length=3)]
+    groups: Annotated[tuple[RoleGroup, ...], Meta(max_length=3)]
+
+
 class Genesis(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="genesis"):
     """The beginning of a log. ``created_ms`` is Unix time in milliseconds."""
 
@@ -139,6 +149,11 @@ class Genesis(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, 
         """Digest of the canonical genesis: what every verifier pins."""
         return ChainId(tagged_hash(Tag.GENESIS, encode(self)))
 
+    @property
+    def membership(self) -> Membership:
+        """Members and keys of epoch 0."""
+        return Membership(GENESIS_EPOCH, self.members, self.thresholds, self.groups)
+
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
@@ -157,11 +172,15 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Committee:
-    """The voters of one epoch and their quorum, derived from a genesis by ``committee``."""
+    """The voters of one epoch and their quorum, made by ``committee``."""
 
     chain_id: ChainId
     epoch: int
+    nonce: bytes
+    """The genesis nonce: what every proof of possession of this chain is bound to."""
+    certificate_scheme: str
     members: tuple[Member, ...]
+    groups: tuple[RoleGroup, ...]
     voters: tuple[Member, ...]
     """Members of the voting roles, in the order of the genesis: the leaders' order."""
     _by_id: dict[MemberId, Member]
@@ -255,17 +274,21 @@ def default_threshold(member_count: int) -> int:
     return 2 * member_count // 3 + 1
 
 
-def committee(genesis: Genesis) -> Committee:
-    """The voters of a genesis that ``check_genesis`` has accepted."""
-    by_role = {role: tuple(member for member in genesis.members if member.role == role) for role in Role}
+def committee(genesis: Genesis, membership: Membership | None = None) -> Committee:
+    """The voters of an epoch: of the genesis itself, or of a later ``membership`` that passed ``check_membership``."""
+    held = membership or genesis.membership
+    by_role = {role: tuple(member for member in held.members if member.role == role) for role in Role}
     return Committee(
         chain_id=genesis.chain_id,
-        epoch=GENESIS_EPOCH,
-        members=genesis.members,
-        voters=tuple(member for member in genesis.members if member.role in VOTING_ROLES),
-        _by_id={member.id: member for member in genesis.members},
+        epoch=held.epoch,
+        nonce=genesis.nonce,
+        certificate_scheme=genesis.certificate_scheme,
+        members=held.members,
+        groups=held.groups,
+        voters=tuple(member for member in held.members if member.role in VOTING_ROLES),
+        _by_id={member.id: member for member in held.members},
         _by_role=by_role,
-        _thresholds={entry.role: entry.threshold for entry in genesis.thresholds},
+        _thresholds={entry.role: entry.threshold for entry in held.thresholds},
         _share_index={member.id: index for role in VOTING_ROLES for index, member in enumerate(by_role[role], start=1)},
     )
 
@@ -291,13 +314,22 @@ def check_genesis(genesis: Genesis) -> None:
     Raises:
         Rejected: ``BAD_MEMBERSHIP``, ``BAD_KEY``, ``BAD_PROOF_OF_POSSESSION``.
     """
-    needs = scheme_needs(genesis.certificate_scheme)
-    _check_quorums(genesis)
-    _check_members(genesis)
+    check_membership(genesis.membership, genesis.certificate_scheme, genesis.nonce)
+
+
+def check_membership(membership: Membership, certificate_scheme: str, nonce: bytes) -> None:
+    """``check_genesis`` for the members of any epoch of a chain.
+
+    Raises:
+        Rejected: ``BAD_MEMBERSHIP``, ``BAD_KEY``, ``BAD_PROOF_OF_POSSESSION``.
+    """
+    needs = scheme_needs(certificate_scheme)
+    _check_quorums(membership)
+    _check_members(membership, certificate_scheme, nonce)
     if needs.group_keys:
-        _check_groups(genesis)
-    elif genesis.groups:
-        raise Rejected(Reason.BAD_MEMBERSHIP, f"{genesis.certificate_scheme} certificates need no role keys")
+        _check_groups(membership, nonce)
+    elif membership.groups:
+        raise Rejected(Reason.BAD_MEMBERSHIP, f"{certificate_scheme} certificates need no role keys")
 
 
 def check_member_keys(member: Member, certificate_scheme: str, nonce: bytes) -> None:
@@ -326,12 +358,12 @@ def check_member_keys(member: Member, certificate_scheme: str, nonce: bytes) -> 
         raise Rejected(Reason.BAD_MEMBERSHIP, f"{member.name} has no use for a BLS key")
 
 
-def _check_quorums(genesis: Genesis) -> None:
+def _check_quorums(membership: Membership) -> None:
     """``n_r/2 < t_r <= n_r`` with at least one member in every voting role."""
-    if tuple(entry.role for entry in genesis.thresholds) != VOTING_ROLES:
+    if tuple(entry.role for entry in membership.thresholds) != VOTING_ROLES:
         raise Rejected(Reason.BAD_MEMBERSHIP, "thresholds must name every voting role once, in order")
-    for entry in genesis.thresholds:
-        n = sum(member.role == entry.role for member in genesis.members)
+    for entry in membership.thresholds:
+        n = sum(member.role == entry.role for member in membership.members)
         if n == 0:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"no member holds the voting role {entry.role.value}")
         if not n < 2 * entry.threshold <= 2 * n:
@@ -341,15 +373,15 @@ def _check_quorums(genesis: Genesis) -> None:
             )
 
 
-def _check_members(genesis: Genesis) -> None:
+def _check_members(membership: Membership, certificate_scheme: str, nonce: bytes) -> None:
     """Valid keys, unique names, and no key twice anywhere."""
     names: set[str] = set()
     seen: dict[bytes, str] = {}
-    for member in genesis.members:
+    for member in membership.members:
         if member.name in names:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"two members are called {member.name}")
         names.add(member.name)
-        check_member_keys(member, genesis.certificate_scheme, genesis.nonce)
+        check_member_keys(member, certificate_scheme, nonce)
         for purpose, key in (
             ("identity", member.identity_key),
             ("transport", member.transport_key),
@@ -364,12 +396,12 @@ def _check_members(genesis: Genesis) -> None:
             seen[key] = use
 
 
-def _check_groups(genesis: Genesis) -> None:
+def _check_groups(membership: Membership, nonce: bytes) -> None:
     """Role keys are what their members' shares add up to, and were made by them."""
-    if tuple(group.role for group in genesis.groups) != VOTING_ROLES:
+    if tuple(group.role for group in membership.groups) != VOTING_ROLES:
         raise Rejected(Reason.BAD_MEMBERSHIP, "role keys must be given for every voting role once, in order")
-    for group, entry in zip(genesis.groups, genesis.thresholds, strict=True):
-        members = [member for member in genesis.members if member.role == group.role]
+    for group, entry in zip(membership.groups, membership.thresholds, strict=True):
+        members = [member for member in membership.members if member.role == group.role]
         if group.threshold != entry.threshold or len(group.share_keys) != len(members):
             raise Rejected(
                 Reason.BAD_MEMBERSHIP,
@@ -383,15 +415,15 @@ def _check_groups(genesis: Genesis) -> None:
                 Reason.BAD_MEMBERSHIP,
                 f"{group.role.value} needs all its members: its share keys must be their own keys",
             )
-        context = threshold.group_possession_context(genesis.nonce, GENESIS_EPOCH, group.role)
+        context = threshold.group_possession_context(nonce, membership.epoch, group.role)
         bls.verify_possession(group.group_key, context, group.possession)
-    _check_no_key_in_two_roles(genesis)
+    _check_no_key_in_two_roles(membership)
 
 
-def _check_no_key_in_two_roles(genesis: Genesis) -> None:
+def _check_no_key_in_two_roles(membership: Membership) -> None:
     """With shares in common, whoever holds one role would hold part of another."""
     seen: set[bytes] = set()
-    for group in genesis.groups:
+    for group in membership.groups:
         own = {group.group_key, *group.share_keys}
         if seen & own:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"a key of {group.role.value} appears in two roles")

@@ -67,7 +67,8 @@ class Participant:
     """One member's part: a pure function of its 32-byte seed and of the transcripts it is shown.
 
     ``dealt_over`` is the digest of the commitments it dealt over, empty before: whoever hosts a participant keeps it
-    durably *before* a deal leaves the machine, and gives it back after a restart.
+    durably *before* a deal leaves the machine, and gives it back after a restart. ``kept`` are the seeds of a member
+    that took part before and keeps its identity, transport and log key; its BLS keys are made anew from ``seed``.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Participant:
         seed: bytes,
         scheme: SignatureScheme | None = None,
         dealt_over: bytes = b"",
+        kept: MemberSeeds | None = None,
     ) -> None:
         """
         Raises:
@@ -92,9 +94,8 @@ class Participant:
         self.name = name
         self.role = found.role
         self.dealt_over = dealt_over
-        self.identity: Signer = signer_for(
-            scheme or needs.identity or SignatureScheme.ED25519, member_seeds(seed).identity
-        )
+        self._seeds = kept or member_seeds(seed)
+        self.identity: Signer = signer_for(scheme or needs.identity or SignatureScheme.ED25519, self._seeds.identity)
         self._seed = seed
         self._box_public, self._box_secret = crypto_box_seed_keypair(derive_seed(seed, "ceremony-box"))
         self._own: bls.Secret | None = None
@@ -106,7 +107,7 @@ class Participant:
 
     def join(self) -> bytes:
         """Round 1."""
-        own, seeds = self._own, member_seeds(self._seed)
+        own, seeds = self._own, self._seeds
         bls_key = possession = log_key = b""
         identity = self.identity
         if own is not None:
@@ -163,7 +164,7 @@ class Participant:
 
     def secrets(self, transcript: Transcript) -> MemberSecrets:
         """What the member keeps, once the ceremony is over; raises as ``secret``."""
-        seeds = member_seeds(self._seed)
+        seeds = self._seeds
         return MemberSecrets(
             identity=self.identity,
             identity_seed=seeds.identity,

@@ -6,9 +6,11 @@ under such a header. ``verify_receipt`` numbers its steps; ``docs/`` and message
 
 1. the bytes are canonical, the version is known;
 2. header and entry are of this chain (the verifier's ``Anchor``, never something the receipt brought);
-3. the certificate is of this very header: every voting role finalized it;
+3. the links lead from the genesis to the header's epoch, each certified by the epoch before (``epochs``), and the
+   certificate is of this very header: every voting role of its epoch finalized it;
 4. the entry's leaf hash is in the tree of the header's ``log_size`` and ``log_root``;
-5. the entry is well formed for its kind, and everyone who must sign it has.
+5. the entry is well formed for its kind, and everyone who must sign it has: members of the epoch in which it was
+   appended.
 
 A state receipt has steps 1 to 3, and the proof against the header's ``state_root`` as step 4.
 
@@ -22,24 +24,22 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from consensus.block import MAX_HEADER_BYTES, Header, decode_header
-from consensus.certificate import MAX_CERTIFICATE_BYTES, CertificateScheme, decode_certificate, verify_certificate
-from consensus.certificate_schemes import scheme_for
+from consensus.block import MAX_HEADER_BYTES, Header
+from consensus.certificate import MAX_CERTIFICATE_BYTES
 from consensus.codec import decode
+from consensus.epochs import MAX_LINKS_BYTES, Anchor, CertificateBytes, EpochLinks, HeaderBytes, verify_header
 from consensus.event import MAX_ENTRY_BYTES, SHAPES, Entry, check_author, check_signatures, event_id
-from consensus.identifiers import ChainId, Digest
-from consensus.membership import Committee, Genesis, check_genesis
+from consensus.identifiers import Digest
+from consensus.membership import Committee
 from consensus.merkle import leaf_hash, verify_inclusion
 from consensus.portions import Bytes32, Natural, Wire
 from consensus.rejection import Reason, Rejected
 from consensus.state_map import KEY_BYTES, MAX_VALUE_BYTES, MapProof, verify_map_proof
 
 VERSION = 1
-MAX_RECEIPT_BYTES = MAX_ENTRY_BYTES + MAX_HEADER_BYTES + MAX_CERTIFICATE_BYTES + 64 * 34 + 64
-MAX_STATE_RECEIPT_BYTES = MAX_VALUE_BYTES + MAX_HEADER_BYTES + MAX_CERTIFICATE_BYTES + 264 * 40 + 256
+MAX_RECEIPT_BYTES = MAX_ENTRY_BYTES + MAX_HEADER_BYTES + MAX_CERTIFICATE_BYTES + 64 * 34 + 64 + MAX_LINKS_BYTES
+MAX_STATE_RECEIPT_BYTES = MAX_VALUE_BYTES + MAX_HEADER_BYTES + MAX_CERTIFICATE_BYTES + 264 * 40 + 256 + MAX_LINKS_BYTES
 
-HeaderBytes = Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
-CertificateBytes = Annotated[bytes, Meta(max_length=MAX_CERTIFICATE_BYTES)]
 EntryBytes = Annotated[bytes, Meta(max_length=MAX_ENTRY_BYTES)]
 InclusionPath = Annotated[tuple[Bytes32, ...], Meta(max_length=64)]
 
@@ -53,6 +53,7 @@ class Receipt(Wire, frozen=True, tag="receipt"):
     proof: InclusionPath
     header: HeaderBytes
     certificate: CertificateBytes
+    epochs: EpochLinks = ()
 
 
 class StateReceipt(Wire, frozen=True, tag="state-receipt"):
@@ -63,16 +64,7 @@ class StateReceipt(Wire, frozen=True, tag="state-receipt"):
     proof: MapProof
     header: HeaderBytes
     certificate: CertificateBytes
-
-
-@dataclass(frozen=True, slots=True)
-class Anchor:
-    """What a verifier trusts: a checked genesis and what follows from it."""
-
-    chain_id: ChainId
-    genesis: Genesis
-    committee: Committee
-    scheme: CertificateScheme
+    epochs: EpochLinks = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +95,6 @@ class VerifiedState:
     header: Header
 
 
-def anchor(genesis: Genesis, pinned: ChainId) -> Anchor:
-    """The trust anchor of everything that follows. Build it once; it takes some milliseconds.
-
-    Raises:
-        Rejected: ``WRONG_CHAIN`` when the genesis is not the pinned one, naming both; ``MALFORMED`` for text
-            that has no UTF-8 form; else as ``membership.check_genesis``.
-    """
-    try:
-        chain_id = genesis.chain_id
-    except UnicodeEncodeError as error:
-        raise Rejected(Reason.MALFORMED, f"a genesis with text that is not Unicode: {error}") from error
-    if chain_id != pinned:
-        raise Rejected(
-            Reason.WRONG_CHAIN,
-            f"the genesis is that of chain {chain_id.hex()}, the pinned chain id is {pinned.hex()}",
-        )
-    check_genesis(genesis)
-    scheme = scheme_for(genesis)
-    return Anchor(chain_id, genesis, scheme.committee, scheme)
-
-
 def verify_receipt(trusted: Anchor, encoded: bytes) -> VerifiedReceipt:
     """The event of a receipt, checked by the five steps in the module's header.
 
@@ -131,9 +102,10 @@ def verify_receipt(trusted: Anchor, encoded: bytes) -> VerifiedReceipt:
         Rejected: the first step that fails.
     """
     receipt = decode(encoded, Receipt, MAX_RECEIPT_BYTES)  # 1
+    trusted = trusted.follow(receipt.epochs[len(trusted.epochs) - 1 :])
     header = verify_header(trusted, receipt.header, receipt.certificate)  # 2, 3
     verify_inclusion(leaf_hash(receipt.entry), receipt.index, header.log_size, receipt.proof, header.log_root)  # 4
-    verified = verify_entry(receipt.entry, trusted.committee)  # 2, 5
+    verified = verify_entry(receipt.entry, trusted.at(receipt.index).committee)  # 2, 5
     return VerifiedReceipt(verified.entry, verified.id, receipt.index, header)
 
 
@@ -146,28 +118,10 @@ def verify_state_receipt(trusted: Anchor, encoded: bytes, key: bytes) -> Verifie
     receipt = decode(encoded, StateReceipt, MAX_STATE_RECEIPT_BYTES)  # 1
     if receipt.key != key:
         raise Rejected(Reason.BAD_PROOF, f"receipt of state record {receipt.key.hex()}, expected {key.hex()}")
+    trusted = trusted.follow(receipt.epochs[len(trusted.epochs) - 1 :])
     header = verify_header(trusted, receipt.header, receipt.certificate)  # 2, 3
     value = verify_map_proof(header.state_root, receipt.key, receipt.proof)  # 4
     return VerifiedState(receipt.key, value, header)
-
-
-def verify_header(trusted: Anchor, encoded_header: bytes, encoded_certificate: bytes) -> Header:
-    """The header of this chain that the certificate is of (steps 2 and 3).
-
-    Raises:
-        Rejected: ``WRONG_CHAIN``, ``BAD_CERTIFICATE``, ``WRONG_EPOCH``, or as ``codec.decode``.
-    """
-    header = decode_header(encoded_header, trusted.chain_id)
-    certificate = decode_certificate(encoded_certificate)
-    named = (certificate.block, certificate.view, certificate.epoch)
-    if named != (header.digest, header.view, header.epoch):
-        raise Rejected(
-            Reason.BAD_CERTIFICATE,
-            f"certificate of ledger block {certificate.block.hex()} in view {certificate.view}, "
-            f"the header is {header.digest.hex()} in view {header.view}",
-        )
-    verify_certificate(trusted.scheme, trusted.chain_id, certificate)
-    return header
 
 
 def verify_entry(encoded: bytes, members: Committee) -> VerifiedEntry:

@@ -15,6 +15,8 @@ table     key                 record
 7         grant id            ``GrantRecord``
 8         campaign ‖ source   ``Usage``: exact counts of one source in one campaign
 9         conviction          ``EvidenceRecord``: a member's first proved offence of a kind in an epoch
+10        zero                ``EpochHead``: the newest membership after the genesis
+11        member id           ``RetiredMember``: an identity key that left, and who follows it
 ========  ==================  ==================================================
 """
 
@@ -50,6 +52,8 @@ CAMPAIGN_HEAD_TABLE = b"\x06"
 GRANT_TABLE = b"\x07"
 USAGE_TABLE = b"\x08"
 EVIDENCE_TABLE = b"\x09"
+EPOCH_HEAD_KEY = b"\x0a" + bytes(32)
+RETIRED_TABLE = b"\x0b"
 
 R = TypeVar("R", bound=Wire)
 
@@ -186,6 +190,22 @@ class EvidenceRecord(Wire, frozen=True):
     epoch: Natural
     view: Natural
     recorded_at_ms: Natural
+
+
+class EpochHead(Wire, frozen=True):
+    """The newest epoch and the digest of its membership. In a header of the epoch before: this one is about to end."""
+
+    epoch: Natural
+    membership: Bytes32
+    event: Bytes32
+    since_ms: Natural
+
+
+class RetiredMember(Wire, frozen=True):
+    """An identity key that took part until ``last_epoch`` and never will again; ``successor`` may be empty."""
+
+    last_epoch: Natural
+    successor: OptionalBytes32
 
 
 def usage_key(campaign: bytes, source: bytes) -> bytes:

@@ -5,6 +5,10 @@ at no cost; only finalized ones reach a disk. ``build`` makes a ledger block on 
 one, both by the same steps: admit the events in order at the block's timestamp, append their leaves,
 root the state.
 
+Epochs: a ledger block whose last event is a ``membership`` event is *terminal*. Its descendants within the epoch carry
+nothing: they exist only so that a finalization of one of them makes the terminal one final. The next epoch begins at
+the terminal ledger block itself, whatever carriers there were: views count from 1 again, under the new members.
+
 Time here is only monotonic. Whether a timestamp is close to a voter's own clock is a question for the
 voter when it votes, never for ``apply``: a replica that catches up a year later must agree.
 """
@@ -14,12 +18,12 @@ from dataclasses import dataclass
 
 from consensus.admission import RETRYABLE, admit
 from consensus.block import MAX_BLOCK_EVENTS, VERSION, Body, Header, check_body, genesis_header
-from consensus.event import CheckedEvent
+from consensus.event import CheckedEvent, Kind
 from consensus.identifiers import ChainId, Digest, MemberId, View
 from consensus.membership import Committee
 from consensus.merkle import Frontier, Node
 from consensus.rejection import Reason, Rejected
-from consensus.state import StateView
+from consensus.state import EPOCH_HEAD_KEY, EpochHead, StateView, read_record
 from consensus.state_map import StateMap
 
 
@@ -31,6 +35,16 @@ class LedgerState:
     digest: Digest
     frontier: Frontier
     state: StateMap
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the next epoch's members are settled: this ledger block is terminal, or a carrier after it."""
+        return epoch_head(self.state).epoch > self.header.epoch
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether this ledger block settled them itself: the next epoch begins at it."""
+        return self.ends_epoch and self.header.event_count > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,12 @@ class Built:
     changes: dict[bytes, bytes]
     nodes: tuple[Node, ...]
     refused: tuple[tuple[CheckedEvent, Rejected], ...]
+
+
+def epoch_head(state: StateMap) -> EpochHead:
+    """The newest epoch that a state knows of; epoch 0, of the genesis, where there was no change."""
+    value = state.get(EPOCH_HEAD_KEY)
+    return EpochHead(0, bytes(32), bytes(32), 0) if value is None else read_record(value, EpochHead)
 
 
 def genesis_state(chain_id: ChainId, created_ms: int) -> LedgerState:
@@ -69,14 +89,18 @@ def build(
 ) -> Built:
     """The ledger block a leader proposes: candidates in order, those not admissible left out and named.
 
-    The timestamp is raised to the parent's if it is behind it.
+    The timestamp is raised to the parent's if it is behind it. Nothing follows a membership event.
+
+    Raises:
+        Rejected: ``WRONG_EPOCH``: these members make no ledger block on that parent.
     """
     timestamp_ms = max(timestamp_ms, parent.header.timestamp_ms)
     admitted: list[CheckedEvent] = []
     refused: list[tuple[CheckedEvent, Rejected]] = []
     changes = StateView(parent.state)
     size_bytes = 0
-    for event in candidates:
+    parent_view = _parent_view(parent, committee)
+    for event in candidates if _takes_events(parent, committee) else ():
         event_bytes = len(event.entry_bytes) + len(event.portions_bytes)
         if len(admitted) >= min(max_events, MAX_BLOCK_EVENTS) or size_bytes + event_bytes > max_bytes:
             break
@@ -87,6 +111,8 @@ def build(
             continue
         admitted.append(event)
         size_bytes += event_bytes
+        if event.entry.kind is Kind.MEMBERSHIP:
+            break
     body = Body(tuple(event.leaf_hash for event in admitted))
     frontier, nodes = parent.frontier.append_with_nodes(body.leaf_hashes)
     changed = changes.changes()
@@ -94,12 +120,12 @@ def build(
     header = Header(
         version=VERSION,
         chain_id=parent.header.chain_id,
-        epoch=parent.header.epoch,
+        epoch=committee.epoch,
         height=parent.header.height + 1,
         view=view,
         leader=leader,
         parent=parent.digest,
-        parent_view=parent.header.view,
+        parent_view=parent_view,
         timestamp_ms=timestamp_ms,
         body_root=body.root,
         event_count=len(admitted),
@@ -126,6 +152,10 @@ def apply(
     _check_place(parent, header, committee)
     if tuple(event.leaf_hash for event in events) != body.leaf_hashes:
         raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
+    if events and not _takes_events(parent, committee):
+        raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} has events after its epoch's last")
+    if any(event.entry.kind is Kind.MEMBERSHIP for event in events[:-1]):
+        raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} has events after a membership event")
     changes = StateView(parent.state)
     for event in events:
         admit(changes, event, header.timestamp_ms, committee)
@@ -155,12 +185,13 @@ def _check_place(parent: LedgerState, header: Header, committee: Committee) -> N
     before = parent.header
     if header.chain_id != before.chain_id:
         raise Rejected(Reason.WRONG_CHAIN, f"header of chain {header.chain_id.hex()}")
-    if header.epoch != before.epoch:
-        raise Rejected(Reason.WRONG_EPOCH, f"epoch {header.epoch}, expected {before.epoch}")
-    if (header.parent, header.parent_view, header.height) != (parent.digest, before.view, before.height + 1):
+    if header.epoch != committee.epoch:
+        raise Rejected(Reason.WRONG_EPOCH, f"epoch {header.epoch}, these are the members of {committee.epoch}")
+    parent_view = _parent_view(parent, committee)
+    if (header.parent, header.parent_view, header.height) != (parent.digest, parent_view, before.height + 1):
         raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} does not follow its parent")
-    if header.view <= before.view:
-        raise Rejected(Reason.BAD_BLOCK, f"view {header.view} is not after its parent's {before.view}")
+    if header.view <= parent_view:
+        raise Rejected(Reason.BAD_BLOCK, f"view {header.view} is not after its parent's {parent_view}")
     if header.leader != committee.leader(View(header.view)).id:
         raise Rejected(Reason.BAD_BLOCK, f"ledger block of view {header.view} by another than its leader")
     if header.timestamp_ms < before.timestamp_ms:
@@ -168,3 +199,21 @@ def _check_place(parent: LedgerState, header: Header, committee: Committee) -> N
             Reason.BAD_TIMESTAMP,
             f"timestamp {header.timestamp_ms} ms is before its parent's {before.timestamp_ms} ms",
         )
+
+
+def _parent_view(parent: LedgerState, committee: Committee) -> int:
+    """The view that the parent counts as, for a child made by ``committee``: 0 where its epoch begins there."""
+    if committee.epoch == parent.header.epoch:
+        return parent.header.view
+    if committee.epoch != parent.header.epoch + 1 or not parent.is_terminal:
+        raise Rejected(
+            Reason.WRONG_EPOCH,
+            f"members of epoch {committee.epoch} follow no ledger block {parent.header.height} of epoch"
+            f" {parent.header.epoch}",
+        )
+    return 0
+
+
+def _takes_events(parent: LedgerState, committee: Committee) -> bool:
+    """Whether a child of ``parent`` made by ``committee`` may have events: not if it is a carrier."""
+    return not (parent.ends_epoch and committee.epoch == parent.header.epoch)

@@ -13,11 +13,12 @@ import msgspec
 import trio
 
 from consensus import merkle
+from consensus.block import decode_header
 from consensus.checkpoint import TILE_HASHES, EntryBundle, parse_tile_path
 from consensus.codec import decode, encode
 from consensus.event import MAX_ENTRY_BYTES, Entry, Kind, event_id, pack_parts
 from consensus.genesis import genesis_to_json
-from consensus.identifiers import Digest, MemberId
+from consensus.identifiers import Digest
 from consensus.membership import Genesis
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
@@ -60,7 +61,7 @@ class LogApi:
     def endpoints(self) -> tuple[Endpoint, ...]:
         """The table."""
         filters = ("kind", "campaign", "source", "start", "limit")
-        about = ("campaign", "source", "event", "earlier")
+        about = ("campaign", "source", "event", "earlier", "size")
         return (
             Endpoint("GET", "/v1/events", "List final events.", self.events, filters),
             Endpoint("GET", "/v1/events/{id}", "Where an event stands.", self.event, ("wait",), refusals=(404,)),
@@ -146,7 +147,7 @@ class LogApi:
             "id": event_id(entry).hex(),
             "kind": entry.kind.value,
             "author": entry.author.hex(),
-            "author_name": self._ledger.committee.member(MemberId(entry.author)).name,
+            "author_name": self._ledger.epochs.member(entry.author).name,
             "campaign": "" if entry.campaign == bytes(32) else entry.campaign.hex(),
             "sequence": entry.sequence,
             "attempt": entry.attempt,
@@ -218,7 +219,7 @@ class LogApi:
                     "id": key[1:].hex(),
                     "name": claim.name,
                     "author": record.author.hex(),
-                    "author_name": self._ledger.committee.member(MemberId(record.author)).name,
+                    "author_name": self._ledger.epochs.member(record.author).name,
                     "licence": claim.licence,
                     "rights_basis": claim.rights_basis,
                     "purposes": list(claim.purposes),
@@ -258,11 +259,18 @@ class LogApi:
         earlier = None
         if "earlier" in call.query:
             earlier = self._ledger.certified(fields.whole_number("earlier", call.query["earlier"], least=1))
+        pinned_size = fields.needed_number(call.query, "size") if "size" in call.query else None
         reading = LogReading(self._ledger)
 
         def export() -> bytes:
             return export_bundle(
-                reading, call.path["predicate"], campaign=campaign, source=source, event=event, earlier=earlier
+                reading,
+                call.path["predicate"],
+                campaign=campaign,
+                source=source,
+                event=event,
+                earlier=earlier,
+                pinned_size=pinned_size,
             )
 
         return HttpReply(200, await trio.to_thread.run_sync(export, limiter=self._bundles), OCTETS)
@@ -308,13 +316,11 @@ class LogReading:
 
     def __init__(self, ledger: Ledger) -> None:
         """Raises ``Rejected`` with ``NOT_FOUND`` while no ledger block is final."""
-        if ledger.certificate is None:
-            raise Rejected(Reason.NOT_FOUND, "no ledger block is final yet")
         self._store: Store = ledger.store
         self._log_size = ledger.final.header.log_size
         self.genesis: Genesis = ledger.genesis
-        self.header = encode(ledger.final.header)
-        self.certificate = encode(ledger.certificate)
+        self.header, self.certificate = ledger.final_certified
+        self.links = ledger.links[: decode_header(self.header, ledger.genesis.chain_id).epoch]
         self.state = ledger.final.state
         self.node = ledger.node
         self._event = ledger.event

@@ -32,11 +32,13 @@ from consensus.bundle import (
     DisclosedItem,
     DisclosedItems,
     EarlierHeader,
+    PinnedSize,
     RangeProof,
     StateProof,
     encode_bundle,
 )
 from consensus.codec import decode
+from consensus.epochs import EpochLink
 from consensus.event import MAX_ENTRY_BYTES, SHAPES, Entry, Kind, event_id
 from consensus.membership import Genesis
 from consensus.predicates import SUBJECTS, Predicate, predicate_named
@@ -75,6 +77,10 @@ class LogReader(Protocol):
         """Canonical bytes of its certificate."""
 
     @property
+    def links(self) -> tuple[EpochLink, ...]:
+        """What leads from the genesis to the header's epoch."""
+
+    @property
     def state(self) -> StateMap:
         """The state whose root the header names."""
 
@@ -102,8 +108,10 @@ def export_bundle(
     source: bytes = b"",
     event: bytes = b"",
     earlier: tuple[bytes, bytes] | None = None,
+    pinned_size: int | None = None,
 ) -> bytes:
-    """The bytes of a bundle for ``predicate``. ``earlier`` is an older header and its certificate.
+    """The bytes of a bundle for ``predicate``. ``earlier`` is an older header and its certificate; ``pinned_size`` the
+    size of a log that whoever asks has seen, which this one is shown to continue.
 
     Raises:
         Rejected: ``UNKNOWN_PREDICATE``; ``BAD_FIELD`` when what it is about is not given; ``NOT_FOUND``,
@@ -132,6 +140,8 @@ def export_bundle(
             event=event,
             header=reader.header,
             certificate=reader.certificate,
+            epochs=reader.links,
+            pinned=None if pinned_size is None else export.pinned(pinned_size),
             earlier=None if earlier is None else export.earlier(*earlier),
             events=tuple(held for _, held in sorted(export.events.items())),
             records=tuple(StateProof(key, reader.state.prove(key)) for key in sorted(export.keys)),
@@ -157,6 +167,11 @@ class _Export:
         older = decode_header(header, self.reader.genesis.chain_id)
         proof = merkle.consistency_proof(older.log_size, self.header.log_size, self.reader.node)
         return EarlierHeader(header, certificate, proof)
+
+    def pinned(self, log_size: int) -> PinnedSize:
+        if log_size > self.header.log_size:
+            raise Rejected(Reason.NOT_FOUND, f"the log has {self.header.log_size} entries, fewer than {log_size}")
+        return PinnedSize(log_size, merkle.consistency_proof(log_size, self.header.log_size, self.reader.node))
 
     def index_of(self, identifier: bytes, missing: Reason, what: str) -> int:
         index = self.reader.index_of_event(identifier)

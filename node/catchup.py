@@ -21,6 +21,7 @@ from consensus.codec import decode, encode
 from consensus.event import CheckedEvent, check_event
 from consensus.identifiers import Digest, MemberId
 from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
+from node.epoch_end import Certified
 from node.ledger import MAX_BODY_BYTES, MAX_CERTIFICATE_BYTES, Finalized, Ledger
 from node.messages import (
     ANSWER_TARGET_BYTES,
@@ -42,14 +43,18 @@ EVENTS_BETWEEN_PAUSES = 64
 
 
 def serve_blocks(ledger: Ledger, request: GetBlocks) -> Blocks:
-    """Finalized ledger blocks from a height on, ending with a certified one where that fits."""
+    """Finalized ledger blocks of one epoch from a height on, ending with a certified one where that fits."""
     head_height = ledger.final.header.height
     records: list[BlockRecord] = []
-    certified = 0
+    certified = epoch = 0
     size_bytes = 0
     height = request.from_height
     while height <= head_height:
         header, body, events = ledger.block(height)
+        header_epoch = decode_header(header, ledger.genesis.chain_id).epoch
+        if header_epoch != epoch and records:
+            break  # whoever asks learns from the last one who certifies this
+        epoch = header_epoch
         record_bytes = len(header) + len(body) + sum(len(event) + 8 for event in events)
         if records and size_bytes + record_bytes > MAX_ANSWER_BYTES - MAX_CERTIFICATE_BYTES:
             break
@@ -64,10 +69,13 @@ def serve_blocks(ledger: Ledger, request: GetBlocks) -> Blocks:
         del records[certified:]
     last = request.from_height + len(records) - 1
     certified_height = ledger.store.certified_at_or_after(last)
-    if not records or certified_height is None or certified_height - last > MAX_ONWARD_HEADERS:
+    if not records or certified_height is None:
+        return Blocks((), (), b"", head_height)
+    held = Certified.decode(ledger.store.certificate(certified_height) or b"")
+    if certified_height - last + len(held.onward) > MAX_ONWARD_HEADERS:
         return Blocks((), (), b"", head_height)
     onward = [ledger.store.header(height) or b"" for height in range(last + 1, certified_height + 1)]
-    return Blocks(tuple(records), tuple(onward), ledger.store.certificate(certified_height) or b"", head_height)
+    return Blocks(tuple(records), (*onward, *held.onward), encode(held.certificate), head_height)
 
 
 def serve_events(held: Iterator[bytes]) -> Events:
@@ -188,6 +196,7 @@ class CatchUp:
         """Check and apply a chunk; ``pending`` are headers applied and not committed yet, for want of a certificate."""
         ledger = self._ledger
         headers, certificate = self._checked_chain(blocks, first_height)
+        ended_height = 0
         await trio.to_thread.run_sync(verify_certificate, ledger.scheme, ledger.genesis.chain_id, certificate)
         for header, record in zip(headers, blocks.blocks, strict=False):
             pending.append(header)
@@ -204,14 +213,18 @@ class CatchUp:
             if parent is None:
                 raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} does not follow our log")
             try:
-                ledger.verify(parent, header, body, events)
+                after = ledger.verify(parent, header, body, events)
             except Rejected as error:
                 raise CertifiedInvalid(f"ledger block {header.height} is certified but invalid: {error}") from error
             self.events_fetched += len(events)
             self.blocks_fetched += 1
             await trio.lowlevel.checkpoint()
-        if not blocks.onward:
-            self._appended(ledger.commit(pending, certificate, ()))
+            if after.is_terminal:
+                ended_height = header.height
+                break
+        if ended_height or not blocks.onward:
+            carriers = [header for header in headers if ended_height and header.height > ended_height]
+            self._appended(ledger.commit([*pending, *carriers], certificate, ()))
             pending.clear()
 
     def _checked_chain(self, blocks: Blocks, first_height: int) -> tuple[list[Header], Certificate]:

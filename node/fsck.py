@@ -4,13 +4,15 @@ Reads the database below ``Store``, so that damage which stops a node from start
 changes nothing. In order, per ledger block:
 
 1. header: canonical, of this chain, at its height, naming its predecessor's digest;
-2. certificate, where there is one: of this header, by a quorum of every role; the head has one;
+2. certificate, where there is one: of this header or a carrier after it, by a quorum of every role of its epoch; the
+   head has one;
 3. body: the one the header names; votes: signed by members, for this view;
 4. events: bytes that hash to the body's leaves, portions that hash to the entry's commitments, signatures;
 5. tree: every complete node, and the root and size the header names;
 6. rules: the events applied again to the state since genesis, and the root the header names;
 7. lookups and listings of all of these.
 
+The links between epochs come first: who certifies what follows from them, and they from the genesis.
 Then head, every value of the state, and that no column family holds anything more. After damage that a later
 check builds on, that check stops and says from where on; the others go on. The vote journal is not covered: the
 node itself refuses to vote with a damaged or older one.
@@ -23,9 +25,8 @@ from pathlib import Path
 from rocksdict import AccessType
 
 from consensus.block import Body, Header, check_body, decode_header, header_digest
-from consensus.certificate import decode_certificate, verify_certificate
-from consensus.certificate_schemes import scheme_for
 from consensus.codec import decode, encode
+from consensus.epochs import MAX_LINKS, MAX_LINKS_BYTES, EpochLink, anchor, verify_header
 from consensus.event import MAX_ENTRY_BYTES, CheckedEvent, Entry, check_parts, event_id
 from consensus.identifiers import Digest
 from consensus.membership import Genesis
@@ -34,6 +35,7 @@ from consensus.rejection import ConfigError, InvariantBroken, Rejected
 from consensus.state_map import StateMap
 from consensus.transition import LedgerState, apply, genesis_state
 from consensus.vote import Vote, check_vote
+from node.epoch_end import Certified
 from node.files import DirectoryLock
 from node.fsck_reader import Damage, Reader, Report
 from node.ledger import MAX_BODY_BYTES, index_terms
@@ -43,6 +45,7 @@ from node.store_layout import (
     BY_LEAF,
     BY_LOG_SIZE,
     CHAIN_KEY,
+    EPOCH_LINK,
     HEAD_BYTES,
     HEAD_KEY,
     SCHEMA_KEY,
@@ -98,8 +101,7 @@ class _Check:
     def __init__(self, reader: Reader, genesis: Genesis, progress: ProgressReport, report: Report) -> None:
         self._reader = reader
         self._genesis = genesis
-        self._scheme = scheme_for(genesis)
-        self._committee = self._scheme.committee
+        self._epochs = anchor(genesis, genesis.chain_id)
         self._progress = progress
         self._report = report
         start = genesis_state(genesis.chain_id, genesis.created_ms)
@@ -112,6 +114,7 @@ class _Check:
 
     def run(self, directory: Path) -> None:
         self._check_meta(directory)
+        self._follow_links()
         head = self._read_head()
         height = head.height if head is not None else self._newest_header()
         if head is not None or height:
@@ -134,6 +137,18 @@ class _Check:
         chain = self._reader.need("meta", CHAIN_KEY, "chain id")
         if chain is not None and chain != self._genesis.chain_id:
             raise ConfigError(f"{directory}: expected chain {self._genesis.chain_id.hex()}, found {chain.hex()}")
+
+    def _follow_links(self) -> None:
+        """From genesis as far as the links hold; events and votes of later epochs are then found wanting."""
+        for epoch in range(1, MAX_LINKS + 1):
+            encoded = self._reader.get("meta", EPOCH_LINK + u64(epoch), f"link to epoch {epoch}")
+            if encoded is None:
+                return
+            try:
+                self._epochs = self._epochs.follow([decode(encoded, EpochLink, MAX_LINKS_BYTES)])
+            except Rejected as error:
+                self._report.add("meta", f"link to epoch {epoch}", str(error))
+                return
 
     def _read_head(self) -> Head | None:
         encoded = self._reader.get("meta", HEAD_KEY, "head")
@@ -216,11 +231,9 @@ class _Check:
         if encoded is None:
             return
         try:
-            certificate = decode_certificate(encoded)
-            if (certificate.block, certificate.view) != (header.digest, header.view):
-                self._report.add("certificates", name, "of another ledger block")
-                return
-            verify_certificate(self._scheme, self._genesis.chain_id, certificate)
+            certified = Certified.decode(encoded)
+            of_header = certified.header(encode(header), self._genesis.chain_id)
+            verify_header(self._epochs, of_header, encode(certified.certificate))
         except Rejected as error:
             self._report.add("certificates", name, str(error))
 
@@ -231,7 +244,7 @@ class _Check:
             while encoded and at < len(encoded):
                 end = at + 4 + to_int(encoded[at : at + 4])
                 vote = decode(encoded[at + 4 : end], Vote, MAX_VOTE_BYTES)
-                check_vote(vote, self._committee)
+                check_vote(vote, self._epochs.of(header.epoch).committee)
                 if vote.view != header.view:
                     self._report.add("votes", name, f"a vote of view {vote.view}, expected {header.view}")
                 at = end
@@ -268,7 +281,7 @@ class _Check:
         if portions is None:
             return None
         try:
-            event = check_parts(entry, portions, self._committee)
+            event = check_parts(entry, portions, self._epochs.at(index).committee)
         except Rejected as error:
             self._report.add("entries" if leaf is None else "portions", name, str(error))
             return None
@@ -316,7 +329,8 @@ class _Check:
             self._cut_state(height)
             return
         try:
-            self._state = apply(self._state, header, body, intact, self._committee).state
+            members = self._epochs.of(header.epoch).committee
+            self._state = apply(self._state, header, body, intact, members).state
         except Rejected as error:
             self._report.add("headers", f"height {height}", f"its events do not apply: {error}")
             self._state = None
@@ -361,7 +375,7 @@ class _Check:
                 if not self._belongs(family, key, height):
                     self._strange(family, key)
         for key, _ in self._reader.items("meta"):  # read whole: its newest values hide older, damaged blocks
-            if key not in _META_KEYS:
+            if key not in _META_KEYS and not self._is_link(key):
                 self._strange("meta", key)
         for family, check in (("lookup", self._lookup_belongs), ("index", self._listing_belongs)):
             if sum(1 for _ in self._reader.items(family)) > self._expected[family]:
@@ -372,6 +386,9 @@ class _Check:
                         continue  # what it points to is damaged, and noted
                     if not belongs:
                         self._strange(family, key)
+
+    def _is_link(self, key: bytes) -> bool:
+        return key.startswith(EPOCH_LINK) and 0 < to_int(key[len(EPOCH_LINK) :]) < len(self._epochs.epochs)
 
     def _strange(self, family: str, key: bytes) -> None:
         self._report.add(family, f"key {key.hex()}", "does not belong here")
@@ -401,7 +418,7 @@ class _Check:
         portions = self._reader.get("portions", at, f"index {to_int(at)}")
         if entry is None or portions is None:
             return False
-        return key[1:-8] in index_terms(check_parts(entry, portions, self._committee))
+        return key[1:-8] in index_terms(check_parts(entry, portions, self._epochs.at(to_int(at)).committee))
 
 
 __all__ = ["Damage", "Report", "check_data_directory"]

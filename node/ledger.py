@@ -4,6 +4,9 @@ Opening checks what the disk says before it is used: the head's header against i
 pinned genesis, the state map's root and the tree's root against the header. A write-ahead log that
 vanished, a restored backup or a flipped byte in the state ends here, by name, not in a fork.
 
+The members that judge a ledger block are those of its epoch: the links to all epochs so far are kept beside the log
+(``epoch_end``) and checked when it is opened. What comes next is judged by the newest.
+
 One ledger block is one atomic write (``store.commit``), durable after ``sync``. Branches that are not
 final live in ``overlays`` and never touch the disk.
 """
@@ -13,11 +16,12 @@ from dataclasses import dataclass
 
 from consensus import merkle
 from consensus.block import Body, Header, decode_header
-from consensus.certificate import Certificate, CertificateScheme, verify_certificate
+from consensus.certificate import Certificate, CertificateScheme
 from consensus.codec import decode, encode
+from consensus.epochs import MAX_LINKS_BYTES, Anchor, EpochLink, anchor, verify_header
 from consensus.event import CheckedEvent, check_event, check_parts, pack_parts
 from consensus.identifiers import Digest, Height
-from consensus.membership import Committee, Genesis, committee
+from consensus.membership import Committee, Genesis
 from consensus.merkle import Frontier
 from consensus.portions import GrantedSource, ManifestRange, SourceClaim, SourceRefusal, SourceRevocation, SourceUse
 from consensus.receipt import Receipt, StateReceipt
@@ -25,6 +29,7 @@ from consensus.rejection import InvariantBroken, Reason, Rejected
 from consensus.state_map import StateMap
 from consensus.transition import Built, LedgerState, apply, genesis_state
 from consensus.vote import Vote
+from node.epoch_end import Certified, link_of
 from node.store import Store
 from node.store_layout import BlockWrite, EntryWrite
 
@@ -46,8 +51,8 @@ class Finalized:
 class Ledger:
     """One chain's log: finalized on disk, branches in memory."""
 
-    def __init__(self, store: Store, genesis: Genesis, scheme: CertificateScheme) -> None:
-        """Read the head and check it.
+    def __init__(self, store: Store, genesis: Genesis) -> None:
+        """Read the head and check it, with a genesis that ``check_genesis`` has accepted.
 
         Raises:
             InvariantBroken: the disk does not hold what its head's certificate vouches for; run
@@ -55,11 +60,22 @@ class Ledger:
         """
         self.store = store
         self.genesis = genesis
-        self.scheme = scheme
-        self.committee: Committee = committee(genesis)
+        self.epochs: Anchor = anchor(genesis, genesis.chain_id)
+        self.links: tuple[EpochLink, ...] = ()
         self.certificate: Certificate | None = None
+        self._onward: tuple[bytes, ...] = ()
         self.final = self._load()
         self.overlays: dict[Digest, Built] = {}
+
+    @property
+    def committee(self) -> Committee:
+        """The members of the newest epoch: they make the ledger block after the final one."""
+        return self.epochs.newest.committee
+
+    @property
+    def scheme(self) -> CertificateScheme:
+        """How the newest epoch certifies."""
+        return self.epochs.newest.scheme
 
     def _load(self) -> LedgerState:
         head = self.store.head()
@@ -73,11 +89,15 @@ class Ledger:
             encoded_header, encoded_certificate = self.store.header(head.height), self.store.certificate(head.height)
             if encoded_header is None or encoded_certificate is None:
                 raise Rejected(Reason.BAD_CERTIFICATE, f"ledger block {head.height} has no header or certificate")
+            self.links = tuple(decode(link, EpochLink, MAX_LINKS_BYTES) for link in self.store.epoch_links())
+            self.epochs = self.epochs.follow(self.links)
             header = decode_header(encoded_header, self.genesis.chain_id)
-            certificate = decode(encoded_certificate, Certificate, MAX_CERTIFICATE_BYTES)
-            if certificate.block != header.digest:
-                raise Rejected(Reason.BAD_CERTIFICATE, f"the certificate is not ledger block {head.height}'s")
-            verify_certificate(self.scheme, self.genesis.chain_id, certificate)
+            certified = Certified.decode(encoded_certificate)
+            verify_header(
+                self.epochs,
+                certified.header(encoded_header, self.genesis.chain_id),
+                encode(certified.certificate),
+            )
             frontier = Frontier.from_bytes(head.frontier)
             if (frontier.size, frontier.root) != (header.log_size, header.log_root):
                 raise Rejected(Reason.LOG_ROOT_MISMATCH, f"the tree on disk is not ledger block {head.height}'s")
@@ -88,7 +108,7 @@ class Ledger:
             raise InvariantBroken(
                 f"the data directory is damaged ({error}): run 'countersign log fsck', then 'countersign log repair'"
             ) from error
-        self.certificate = certificate
+        self.certificate, self._onward = certified.certificate, certified.onward
         return LedgerState(header, header.digest, frontier, state)
 
     # Branches
@@ -106,7 +126,7 @@ class Ledger:
         Raises:
             Rejected: the rule it breaks.
         """
-        built = apply(parent, header, body, events, self.committee)
+        built = apply(parent, header, body, events, self.epochs.of(header.epoch).committee)
         self.overlays[built.state.digest] = built
         return built.state
 
@@ -121,6 +141,8 @@ class Ledger:
     ) -> tuple[Finalized, ...]:
         """Append finalized ledger blocks from their branch, oldest first, in one atomic write.
 
+        Of an epoch that ends among them only those up to the terminal one are appended: the rest are carriers.
+
         ``certificate`` and ``votes`` are the last one's. Those on the log already are skipped. Written, not
         yet durable: ``store.sync`` makes it so.
 
@@ -130,24 +152,38 @@ class Ledger:
         written: list[BlockWrite] = []
         appended: list[Finalized] = []
         final = self.final
+        certified = Certified((), certificate)
+        link: EpochLink | None = None
         for header in headers:
-            if header.height <= final.header.height:
+            if header.height <= final.header.height or header.epoch < self.committee.epoch:
                 continue
             built = self.overlays.get(header.digest)
             if built is None or header.parent != final.digest:
                 raise InvariantBroken(f"ledger block {header.height} is final but its branch is not here")
-            last = header is headers[-1]
-            written.append(_block_write(final, built, encode(certificate) if last else None, votes if last else ()))
+            last = header is headers[-1] or built.state.is_terminal
+            if last:
+                onward = tuple(encode(carrier) for carrier in headers if carrier.height > header.height)
+                certified = Certified(onward, certificate)
+            link = link_of(built, certified) if last and built.state.is_terminal else None
+            kept = votes if last and not certified.onward else ()
+            written.append(_block_write(final, built, certified.encode() if last else None, kept, link))
             appended.append(Finalized(header, built.events))
             final = built.state
+            if link is not None:
+                break
         if not written:
             return ()
+        epochs = self.epochs if link is None else self.epochs.follow([link])
         self.store.commit(written)
+        if link is not None:
+            self.epochs, self.links = epochs, (*self.links, link)
         self.final = final
-        self.certificate = certificate
+        self.certificate, self._onward = certified.certificate, certified.onward
         height = final.header.height
         self.overlays = {
-            digest: branch for digest, branch in self.overlays.items() if branch.state.header.height > height
+            digest: branch
+            for digest, branch in self.overlays.items()
+            if branch.state.header.height > height and branch.state.header.epoch == self.committee.epoch
         }
         return tuple(appended)
 
@@ -210,7 +246,19 @@ class Ledger:
         certificate = self.store.certificate(certified) if certified is not None else None
         if header is None or certificate is None:
             raise Rejected(Reason.NOT_FOUND, f"no certified ledger block from height {height} on")
-        return header, certificate
+        held = Certified.decode(certificate)
+        return held.header(header, self.genesis.chain_id), encode(held.certificate)
+
+    @property
+    def final_certified(self) -> tuple[bytes, bytes]:
+        """A header with the final log and state, and its certificate: the final ledger block's or its carrier's.
+
+        Raises:
+            Rejected: ``NOT_FOUND`` on an empty log.
+        """
+        if self.certificate is None:
+            raise Rejected(Reason.NOT_FOUND, "no ledger block is final yet")
+        return self._onward[-1] if self._onward else encode(self.final.header), encode(self.certificate)
 
     def receipt(self, event_id: Digest) -> Receipt:
         """Proof that an event is on the log.
@@ -224,7 +272,13 @@ class Ledger:
         header, certificate = self.certified(height)
         size = decode_header(header, self.genesis.chain_id).log_size
         return Receipt(
-            1, self.event(index)[0], index, merkle.inclusion_proof(index, size, self.node), header, certificate
+            1,
+            self.event(index)[0],
+            index,
+            merkle.inclusion_proof(index, size, self.node),
+            header,
+            certificate,
+            self._links_to(header),
         )
 
     def state_receipt(self, key: bytes) -> StateReceipt:
@@ -233,13 +287,15 @@ class Ledger:
         Raises:
             Rejected: ``NOT_FOUND`` on an empty log.
         """
-        if self.certificate is None:
-            raise Rejected(Reason.NOT_FOUND, "no ledger block is final yet")
-        proof = self.final.state.prove(key)
-        return StateReceipt(1, key, proof, encode(self.final.header), encode(self.certificate))
+        header, certificate = self.final_certified
+        return StateReceipt(1, key, self.final.state.prove(key), header, certificate, self._links_to(header))
+
+    def _links_to(self, header: bytes) -> tuple[EpochLink, ...]:
+        """The links that lead to a header's epoch."""
+        return self.links[: decode_header(header, self.genesis.chain_id).epoch]
 
     def check(self, signed_event: bytes) -> CheckedEvent:
-        """``check_event`` against this chain's members.
+        """``check_event`` against the members of the newest epoch.
 
         Raises:
             Rejected: the first rule broken.
@@ -259,10 +315,16 @@ class Ledger:
 
     def checked(self, index: int) -> CheckedEvent:
         """The event at a log index, checked again."""
-        return check_parts(*self.event(index), self.committee)
+        return check_parts(*self.event(index), self.epochs.at(index).committee)
 
 
-def _block_write(parent: LedgerState, built: Built, certificate: bytes | None, votes: Iterable[Vote]) -> BlockWrite:
+def _block_write(
+    parent: LedgerState,
+    built: Built,
+    certificate: bytes | None,
+    votes: Iterable[Vote],
+    link: EpochLink | None = None,
+) -> BlockWrite:
     header = built.state.header
     first_index = parent.header.log_size
     return BlockWrite(
@@ -287,6 +349,7 @@ def _block_write(parent: LedgerState, built: Built, certificate: bytes | None, v
         state_changes=built.changes,
         log_size=header.log_size,
         frontier=built.state.frontier.to_bytes(),
+        epoch_link=None if link is None else (header.epoch + 1, encode(link)),
     )
 
 

@@ -30,6 +30,7 @@ _PARAMETERS: dict[str, tuple[str, dict[str, object]]] = {
     "proof": ("1: with its proof.", {"type": "string", "enum": ["1"]}),
     "first": ("Size of the older log.", {"type": "integer", "minimum": 0}),
     "second": ("Size of the newer log.", {"type": "integer", "minimum": 0}),
+    "size": ("Size of a log seen before, which the bundle is to continue.", {"type": "integer", "minimum": 1}),
     "earlier": ("Height of the older ledger block.", {"type": "integer", "minimum": 1}),
     "predicate": ("A predicate.", {"type": "string"}),
     "place": ("A C2SP tile path: LEVEL/INDEX[.p/WIDTH] or entries/INDEX[.p/WIDTH].", {"type": "string"}),

@@ -15,7 +15,6 @@ import trio
 
 from consensus import bls
 from consensus.certificate import CertificateScheme
-from consensus.certificate_schemes import scheme_for
 from consensus.checkpoint import assemble_note, checkpoint_text, sign_note
 from consensus.engine import Timing
 from consensus.event import CheckedEvent
@@ -79,8 +78,7 @@ class Node:
         self._why_not_voting = ""
         store = Store.open(config.node.data_directory, genesis.chain_id, create=True)
         try:
-            scheme = scheme_for(genesis)
-            self._ledger = Ledger(store, genesis, scheme)
+            self._ledger = Ledger(store, genesis)
             self._mempool = Mempool(config.limits.mempool_events, config.limits.mempool_bytes)
             self.network = Network(
                 identity.secrets.transport_seed,
@@ -96,7 +94,7 @@ class Node:
                 clock,
                 min(genesis.parameters.max_event_bytes, MAX_BLOCK_BYTES),
             )
-            self._voter = self._open_voter(store, scheme)
+            self._voter = self._open_voter(store, self._ledger.scheme)
             self.replica = Replica(
                 self._ledger,
                 self.network,

@@ -38,6 +38,7 @@ from node.store_layout import (
     BY_LEAF,
     BY_LOG_SIZE,
     CHAIN_KEY,
+    EPOCH_LINK,
     HEAD_KEY,
     SCHEMA_KEY,
     SCHEMA_VERSION,
@@ -214,6 +215,13 @@ class Store:
     def vote_mark(self) -> bytes | None:
         """What ``write_vote_mark`` last wrote."""
         return self._get("meta", VOTE_MARK_KEY)
+
+    def epoch_links(self) -> list[bytes]:
+        """The links from epoch 0 to the newest, in order."""
+        links: list[bytes] = []
+        while (link := self._get("meta", EPOCH_LINK + u64(len(links) + 1))) is not None:
+            links.append(link)
+        return links
 
     def entry(self, index: int) -> bytes | None:
         """The signed leaf entry at a log index."""

@@ -3,7 +3,8 @@
 Numbers are 8 bytes big-endian, so that RocksDB's byte order is their order. ``entries`` and ``portions``
 are by log index; ``headers``, ``bodies``, ``certificates`` and ``votes`` by height; ``nodes`` by level (one
 byte) and index; ``state`` by the state's own keys; ``lookup`` finds indexes and heights by digest or log
-size; ``index`` lists log indexes by term; ``meta`` holds schema version, chain, head and vote mark.
+size; ``index`` lists log indexes by term; ``meta`` holds schema version, chain, head, vote mark and
+the links between epochs, by number.
 """
 
 from collections.abc import Mapping
@@ -49,6 +50,7 @@ SCHEMA_KEY = b"schema-version"
 CHAIN_KEY = b"chain-id"
 HEAD_KEY = b"head"
 VOTE_MARK_KEY = b"vote-mark"
+EPOCH_LINK = b"epoch-link"
 HEAD_BYTES = 48
 """A head has at least so many bytes."""
 BY_EVENT, BY_LEAF, BY_BLOCK, BY_LOG_SIZE = b"e", b"l", b"b", b"s"
@@ -86,6 +88,8 @@ class BlockWrite:
     state_changes: Mapping[bytes, bytes | None]
     log_size: int
     frontier: bytes
+    epoch_link: tuple[int, bytes] | None = None
+    """The epoch that begins at this ledger block and the link to it, where one does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,8 @@ def fill_batch(batch: WriteBatch, block: BlockWrite, handles: Mapping[str, objec
     batch.put(height, block.header, handles["headers"])
     batch.put(height, block.body, handles["bodies"])
     batch.put(height, block.votes, handles["votes"])
+    if block.epoch_link is not None:
+        batch.put(EPOCH_LINK + u64(block.epoch_link[0]), block.epoch_link[1], handles["meta"])
     batch.put(BY_BLOCK + block.digest, height, lookup)
     if block.certificate is not None:
         batch.put(height, block.certificate, handles["certificates"])

@@ -20,14 +20,16 @@ from pathlib import Path
 import click
 
 from consensus.bundle import MAX_BUNDLE_BYTES, OpenBundle, open_bundle
+from consensus.checkpoint import note_text, parse_checkpoint, parse_verifier_key, verify_note
+from consensus.epochs import Pin, anchor
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.predicates import Answer, Predicate, ReleasedFile, Verdict, predicate_named, verify
-from consensus.receipt import anchor
 from consensus.rejection import Reason, Rejected
 from node.files import open_regular
 from node.weights import read_weights
 
+MAX_CHECKPOINT_BYTES = 65_536
 LATEST_PRINTABLE_MS = 253_402_300_799_999
 """The end of the year 9999, the last that a calendar date is printed for."""
 
@@ -48,6 +50,19 @@ LATEST_PRINTABLE_MS = 253_402_300_799_999
 @click.option("--source", default="", help="Refuse a bundle about another source (hex).")
 @click.option("--event", default="", help="Refuse a bundle about another event (hex).")
 @click.option("--earlier", default="", help="For consistent: refuse another earlier ledger block (digest, hex).")
+@click.option(
+    "--checkpoint",
+    "checkpoint_path",
+    type=click.Path(path_type=Path),
+    help="A checkpoint you know to be true: refuse a log that does not continue it.",
+)
+@click.option(
+    "--witness",
+    "witnesses",
+    multiple=True,
+    metavar="KEY",
+    help="Verifier key (C2SP) of a witness you trust: one of them must have signed the checkpoint.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def verify_command(
@@ -61,6 +76,8 @@ def verify_command(
     source: str,
     event: str,
     earlier: str,
+    checkpoint_path: Path | None,
+    witnesses: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Check PREDICATE offline over a bundle file, with numbered steps.
@@ -75,7 +92,9 @@ def verify_command(
     """
     subjects = {"campaign": campaign, "source": source, "event": event, "earlier": earlier}
     try:
-        bundle, verdict, hint = check_files(predicate, bundle_path, genesis_path, chain_id, weights, subjects)
+        bundle, verdict, hint = check_files(
+            predicate, bundle_path, genesis_path, chain_id, weights, subjects, checkpoint_path, witnesses
+        )
     except Rejected as error:
         if as_json:
             refused = {"predicate": predicate, "answer": "refused", "error": error.reason.value, "detail": error.detail}
@@ -96,6 +115,8 @@ def check_files(
     chain_id: str,
     weights: Sequence[Path],
     subjects: dict[str, str],
+    checkpoint_path: Path | None = None,
+    witnesses: Sequence[str] = (),
 ) -> tuple[OpenBundle, Verdict, str]:
     """The opened bundle, its verdict, and what to do about an unknown one.
 
@@ -105,7 +126,12 @@ def check_files(
     asked = predicate_named(predicate)
     pinned = ChainId(_unhex("chain id", chain_id))
     trusted = anchor(genesis_from_json(_read(genesis_path, MAX_JSON_BYTES)), pinned)
-    bundle = open_bundle(trusted, _read(bundle_path, MAX_BUNDLE_BYTES))
+    pin = None
+    if checkpoint_path is not None:
+        pin = read_pin(checkpoint_path, trusted.genesis.name, witnesses)
+    elif witnesses:
+        raise Rejected(Reason.BAD_FIELD, "a witness vouches for a checkpoint: give --checkpoint FILE")
+    bundle = open_bundle(trusted, _read(bundle_path, MAX_BUNDLE_BYTES), pin)
     held = {
         "campaign": bundle.campaign,
         "source": bundle.source,
@@ -127,6 +153,23 @@ def check_files(
     elif weights:
         raise Rejected(Reason.BAD_FIELD, f"'{asked.value}' compares no weights")
     return bundle, verify(bundle, asked, files), hint
+
+
+def read_pin(path: Path, origin: str, witnesses: Sequence[str] = ()) -> Pin:
+    """The log that a checkpoint file states: its signatures are looked at for ``witnesses`` (verifier keys) alone.
+
+    Raises:
+        Rejected: ``BAD_CHECKPOINT`` for a file that holds none, of another log, of an empty one, or by no witness.
+    """
+    note = _read(path, MAX_CHECKPOINT_BYTES)
+    stated = parse_checkpoint(note_text(note) if b"\n\n" in note else note)
+    if witnesses:
+        verify_note(note, dict(parse_verifier_key(witness) for witness in witnesses))
+    if stated.origin != origin:
+        raise Rejected(Reason.BAD_CHECKPOINT, f"a checkpoint of {stated.origin!a}, the genesis is that of {origin!a}")
+    if stated.size == 0:
+        raise Rejected(Reason.BAD_CHECKPOINT, "a checkpoint of an empty log pins nothing")
+    return Pin(stated.size, stated.root)
 
 
 def verdict_text(bundle: OpenBundle, verdict: Verdict) -> str:

@@ -100,7 +100,7 @@ class InstantNode:
 
     def __init__(self, memory: MemoryLedger, store: Store, max_events: int = 1_000) -> None:
         self.memory = memory
-        self.ledger = Ledger(store, memory.genesis, memory.scheme)
+        self.ledger = Ledger(store, memory.genesis)
         self.mempool = Mempool(max_events, 1 << 24)
         self.grants = Desk(self)
         self.name, self.role = "operator-1", Role.OPERATOR.value

@@ -16,22 +16,25 @@ from consensus_fixtures import SMALLEST, make_genesis
 
 from consensus import portions as p
 from consensus.admission import admit
-from consensus.block import Body, Header
+from consensus.block import Body, Header, decode_header
 from consensus.certificate import Certificate, certificate_message
 from consensus.certificate_schemes import scheme_for
 from consensus.codec import encode
+from consensus.epochs import EpochLink
 from consensus.event import JOB_SIGNER_ROLE, CheckedEvent, Entry, Kind, check_event, make_entry, pack, sign_entry
 from consensus.evidence import EvidenceReport
 from consensus.identifiers import Digest, MemberId, View, tagged_hash
 from consensus.identifiers import Tag as DomainTag
 from consensus.keys import Ed25519SigningKey
-from consensus.membership import BLS_THRESHOLD, Genesis
+from consensus.membership import BLS_THRESHOLD, Genesis, Membership
 from consensus.parameters import TensorDescriptor, parameter_root
+from consensus.participant import MemberSecrets
 from consensus.policy import maximum_profile, why_refused
 from consensus.rejection import Reason
 from consensus.sampler import presented_examples
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
+    EPOCH_HEAD_KEY,
     GRANT_TABLE,
     POLICY_HEAD_KEY,
     POLICY_TABLE,
@@ -86,6 +89,7 @@ class MemoryLedger:
         self.chain_id = self.genesis.chain_id
         self.ledger = genesis_state(self.chain_id, self.genesis.created_ms)
         self.events: list[CheckedEvent] = []
+        self.all_links: list[EpochLink] = []
         self.certified: list[tuple[bytes, bytes]] = []
         self.states: list[StateMap] = []
         self._nodes: dict[tuple[int, int], bytes] = {}
@@ -98,6 +102,11 @@ class MemoryLedger:
     @property
     def certificate(self) -> bytes:
         return self.certified[-1][1]
+
+    @property
+    def links(self) -> tuple[EpochLink, ...]:
+        """What leads to the epoch of ``header``."""
+        return self.all_links[: decode_header(self.header, self.chain_id).epoch]
 
     @property
     def state(self) -> StateMap:
@@ -148,7 +157,7 @@ class MemoryLedger:
         Raises:
             Rejected: why the first one refused was.
         """
-        view = self.ledger.header.view + 1
+        view = 1 + (self.ledger.header.view if self.ledger.header.epoch == self.committee.epoch else 0)
         built = build(
             self.ledger,
             events,
@@ -199,6 +208,15 @@ class MemoryLedger:
         )
         self._append(LedgerState(header, header.digest, frontier, state), events)
         return header
+
+    def enter_epoch(self, membership: Membership, secrets: dict[str, MemberSecrets]) -> None:
+        """Go on under these members, whom the last ledger block settled."""
+        proof = self.state.prove(EPOCH_HEAD_KEY)
+        self.all_links.append(EpochLink(encode(membership), self.header, self.certificate, proof))
+        self.scheme = scheme_for(self.genesis, membership)
+        self.committee = self.scheme.committee
+        self.secrets = {**self.secrets, **secrets}
+        self.ids = {**self.ids, **{member.name: member.id for member in membership.members}}
 
     def certify(self, header: Header) -> bytes:
         """The certificate of a header, by all voters."""

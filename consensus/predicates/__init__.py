@@ -120,12 +120,21 @@ def verify(bundle: OpenBundle, predicate: Predicate, files: Sequence[ReleasedFil
 def _opened(bundle: OpenBundle, steps: Steps) -> None:
     """What ``open_bundle`` has checked already."""
     trusted = bundle.trusted
-    quorums = ", ".join(f"{trusted.committee.threshold(role)} {role.value}" for role in VOTING_ROLES)
+    members = trusted.of(bundle.header.epoch).committee
+    quorums = ", ".join(f"{members.threshold(role)} {role.value}" for role in VOTING_ROLES)
     steps.checked(f"the genesis is that of the pinned chain {trusted.chain_id.hex()}")
+    if members.epoch:
+        steps.checked(
+            f"{members.epoch} changes of members lead from it to epoch {members.epoch}, each certified before"
+        )
     steps.checked(
         f"ledger block {bundle.header.height} ({bundle.header.digest.hex()}) is certified by a quorum of every role "
         f"({quorums})"
     )
+    if bundle.pin is not None:
+        steps.checked(f"its log begins with the one you pinned: size {bundle.pin.log_size}")
+    elif members.epoch:
+        steps.not_covered("whether retired keys wrote another history than the one others see: no checkpoint was given")
     if bundle.events:
         steps.checked(
             f"{len(bundle.events)} events stand in that log, with valid signatures of the author or its job key, "

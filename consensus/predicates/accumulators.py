@@ -13,7 +13,6 @@ from consensus import portions as p
 from consensus.accumulators import window_bounds
 from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import Kind
-from consensus.identifiers import MemberId
 from consensus.predicates.history import complete_grants, complete_job_events, member_name, note_closing, place_steps
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
@@ -151,7 +150,7 @@ def _used_source(bundle: OpenBundle, source: bytes, grants: dict[bytes, GrantRec
     )
     return UsedSource(
         id=source,
-        owner=bundle.trusted.committee.member(MemberId(record.author)).name,
+        owner=member_name(bundle, record.author),
         event=event,
         record=record,
         usage=bundle.find(usage_key(bundle.campaign, source), Usage),

@@ -38,8 +38,9 @@ def evidence(bundle: OpenBundle, steps: Steps) -> None:
         steps.unknown("the two messages: the portion that holds them is not disclosed")
         return
     assert isinstance(report, EvidenceReport)
-    found = check_evidence(report, bundle.trusted.committee)
-    member = bundle.trusted.committee.member(found.member)
+    members = bundle.trusted.at(event.index).committee
+    found = check_evidence(report, members)
+    member = members.member(found.member)
     first, second = _said(report, bundle.trusted.chain_id)
     steps.checked(f"{member.name} ({member.role.value}) signed, of view {found.view} in epoch {found.epoch}: {first}")
     steps.checked(f"{member.name} signed, of the same view: {second}")

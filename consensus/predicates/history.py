@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from consensus import portions as p
 from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import SHAPES, Kind
-from consensus.identifiers import MemberId
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
 from consensus.state import CAMPAIGN_HEAD_TABLE, DELEGATION_TABLE, CampaignHead, DelegationRecord
@@ -39,8 +38,13 @@ class PlacedStep:
 
 
 def member_name(bundle: OpenBundle, identifier: bytes) -> str:
-    """A member's name in the genesis."""
-    return bundle.trusted.committee.member(MemberId(identifier)).name
+    """A member's name, in the newest epoch that has it."""
+    return bundle.trusted.member(identifier).name
+
+
+def same_member(bundle: OpenBundle, first: bytes, second: bytes) -> bool:
+    """Whether two ids are one member's, under one identity key or another that followed it."""
+    return bundle.trusted.first_identity(first) == bundle.trusted.first_identity(second)
 
 
 def job_events(bundle: OpenBundle) -> tuple[OpenEvent, ...]:
@@ -68,9 +72,9 @@ def job_events(bundle: OpenBundle) -> tuple[OpenEvent, ...]:
     operator = events[0].entry.author
     for job_key in sorted({event.entry.signatures[0].signer for event in events}):
         delegation = bundle.record(DELEGATION_TABLE + job_key, DelegationRecord)
-        if (delegation.operator, delegation.campaign) != (operator, bundle.campaign):
+        if not same_member(bundle, delegation.operator, operator) or delegation.campaign != bundle.campaign:
             raise Rejected(Reason.UNKNOWN_JOB_KEY, f"job key {job_key.hex()} was delegated for something else")
-    if any(event.entry.author != operator for event in events):
+    if any(not same_member(bundle, event.entry.author, operator) for event in events):
         raise Rejected(Reason.WRONG_AUTHOR, "events of the campaign name different operators")
     return events
 

@@ -2,7 +2,7 @@
 
 from consensus.bundle import OpenBundle
 from consensus.event import SHAPES
-from consensus.predicates.history import member_name
+from consensus.predicates.history import member_name, same_member
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
 from consensus.state import DELEGATION_TABLE, DelegationRecord
@@ -22,7 +22,8 @@ def included(bundle: OpenBundle, steps: Steps) -> None:
         delegation = bundle.record(DELEGATION_TABLE + job_key, DelegationRecord)
         place = f"campaign {event.entry.campaign.hex()}"
         problems = []
-        if (delegation.operator, delegation.campaign) != (event.entry.author, event.entry.campaign):
+        same = same_member(bundle, delegation.operator, event.entry.author)
+        if not same or delegation.campaign != event.entry.campaign:
             problems.append("the key was delegated for something else")
         steps.check(f"signed by job key {job_key.hex()}, which {author} delegated for {place}", problems)
     else:

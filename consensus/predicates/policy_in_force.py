@@ -69,7 +69,7 @@ def _policies(bundle: OpenBundle, steps: Steps) -> tuple[dict[bytes, p.Policy], 
         elif event.governance != records[event.id].policy:
             problems.append(f"the record of policy {event.id.hex()} is not what was signed")
     names = sorted({member_name(bundle, held.signer) for event in order for held in event.entry.signatures})
-    quorum = bundle.trusted.committee.threshold(Role.GOVERNANCE)
+    quorum = min((bundle.trusted.at(event.index).committee.threshold(Role.GOVERNANCE) for event in order), default=0)
     steps.check(
         f"{len(order)} policies were ever in force, each signed by at least {quorum} of governance "
         f"({', '.join(names)}), as the state records them",

@@ -13,7 +13,7 @@ from consensus import portions as p
 from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import Kind
 from consensus.policy import REVOCATION_VOID, why_refused
-from consensus.predicates.history import PlacedStep, job_events, member_name, note_closing, place_steps
+from consensus.predicates.history import PlacedStep, job_events, member_name, note_closing, place_steps, same_member
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
@@ -169,9 +169,9 @@ def _check_use(
         raise Rejected(Reason.BUNDLE_INCOMPLETE, f"{use.where} names no grant of the campaign")
     number = grant.entry.sequence
     findings.grants.add(grant.id)
-    if record.author not in {held.signer for held in grant.entry.signatures}:
+    if not any(same_member(bundle, record.author, held.signer) for held in grant.entry.signatures):
         findings.consent.append(f"{use.where} names grant {number}, which the owner has not signed")
-    if grant.entry.author != campaign.entry.author or grant.index > use.step.event.index:
+    if not same_member(bundle, grant.entry.author, campaign.entry.author) or grant.index > use.step.event.index:
         findings.consent.append(f"{use.where} names grant {number}, of another operator or opened later")
     named = {item.content.source for item in grant.items if isinstance(item.content, p.GrantedSource)}
     if bundle.source not in named:

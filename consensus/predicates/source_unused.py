@@ -6,7 +6,7 @@ examples was admitted, is a fact with a proof. Which other sources the campaign 
 
 from consensus.bundle import OpenBundle
 from consensus.event import Kind
-from consensus.predicates.history import member_name, note_closing
+from consensus.predicates.history import member_name, note_closing, same_member
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
 from consensus.state import DELEGATION_TABLE, DelegationRecord, Usage, usage_key
@@ -24,7 +24,8 @@ def source_unused(bundle: OpenBundle, steps: Steps) -> None:
         raise Rejected(Reason.BUNDLE_INCOMPLETE, "the source's or the campaign's opening event is not in the bundle")
     job_key = campaign.entry.signatures[0].signer
     delegation = bundle.record(DELEGATION_TABLE + job_key, DelegationRecord)
-    if (delegation.operator, delegation.campaign) != (campaign.entry.author, bundle.campaign):
+    same = same_member(bundle, delegation.operator, campaign.entry.author)
+    if not same or delegation.campaign != bundle.campaign:
         raise Rejected(Reason.UNKNOWN_JOB_KEY, f"job key {job_key.hex()} was delegated for something else")
     owner, operator = member_name(bundle, source.entry.author), member_name(bundle, campaign.entry.author)
     steps.checked(f"the source is {owner}'s, entry {source.index}; the campaign {operator}'s, entry {campaign.index}")

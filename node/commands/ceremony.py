@@ -10,6 +10,7 @@ from consensus.genesis import genesis_to_json
 from consensus.identifiers import VOTING_ROLES, Role
 from consensus.membership import (
     BLS_THRESHOLD,
+    GENESIS_EPOCH,
     SCHEME_NEEDS,
     VERSION,
     Genesis,
@@ -117,6 +118,7 @@ def ceremony_init(
             RoleThreshold(role, thresholds.get(role, default_threshold(counts[role]))) for role in VOTING_ROLES
         ),
         parameters=Parameters() if heartbeat_ms is None else Parameters(heartbeat_ms=heartbeat_ms),
+        epoch=GENESIS_EPOCH,
     )
     write_invitation(folder, invitation)
     if as_json:

@@ -8,9 +8,10 @@ import msgspec
 
 from consensus.bundle import open_bundle
 from consensus.checkpoint import note_text, parse_checkpoint, verify_note_by
+from consensus.epochs import Anchor, Pin, anchor
 from consensus.event import Kind, check_event, pack_parts
 from consensus.membership import committee
-from consensus.receipt import Anchor, anchor, verify_receipt
+from consensus.receipt import verify_receipt
 from consensus.rejection import Reason, Rejected
 from node.client import EventRow, NodeClient
 from node.commands.connection import connect, node_options
@@ -21,6 +22,7 @@ from node.commands.output import print_json, utc
 from node.commands.submission import deliver
 from node.config import load_config
 from node.identity import load_genesis
+from node.verify import read_pin
 
 PAGE_EVENTS = 500
 FOLLOW_SECONDS = 1.0
@@ -151,6 +153,12 @@ def log_submit(config_path: Path, event_path: Path, as_json: bool) -> None:
 @click.option("--source", metavar="ID", callback=hex_argument, help="What the predicate is about.")
 @click.option("--event", "about_event", metavar="ID", callback=hex_argument, help="What the predicate is about.")
 @click.option("--earlier", metavar="HEIGHT", type=click.IntRange(min=1), help="Older ledger block, for 'consistent'.")
+@click.option(
+    "--checkpoint",
+    "checkpoint_path",
+    type=click.Path(path_type=Path),
+    help="A checkpoint seen before: show in the bundle that the log continues it.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write the proof to.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def log_prove(
@@ -161,6 +169,7 @@ def log_prove(
     source: str | None,
     about_event: str | None,
     earlier: int | None,
+    checkpoint_path: Path | None,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -177,6 +186,8 @@ def log_prove(
     """
     if (event_id is None) == (predicate is None):
         raise click.UsageError("give either EVENT_ID or --predicate")
+    if event_id is not None and checkpoint_path is not None:
+        raise click.UsageError("a receipt is held against no checkpoint: use --predicate included --event EVENT_ID")
     config = load_config(config_path)
     trusted = anchor(load_genesis(config), config.node.pinned_chain)
     with connect(config_path, None, None) as client:
@@ -189,8 +200,11 @@ def log_prove(
             asked = {name: value for name, value in subject.items() if value is not None}
             if earlier is not None:
                 asked["earlier"] = str(earlier)
+            pin = None if checkpoint_path is None else read_pin(checkpoint_path, trusted.genesis.name)
+            if pin is not None:
+                asked["size"] = str(pin.log_size)
             proof = client.bundle(predicate, asked)
-            said = _check_bundle(trusted, proof, predicate)
+            said = _check_bundle(trusted, proof, predicate, pin)
     out.write_bytes(proof)
     if as_json:
         print_json({**said, "file": str(out), "size_bytes": len(proof)})
@@ -233,8 +247,8 @@ def _check_receipt(trusted: Anchor, proof: bytes, event_id: str) -> dict[str, ob
     }
 
 
-def _check_bundle(trusted: Anchor, proof: bytes, predicate: str) -> dict[str, object]:
-    opened = open_bundle(trusted, proof)
+def _check_bundle(trusted: Anchor, proof: bytes, predicate: str, pin: Pin | None) -> dict[str, object]:
+    opened = open_bundle(trusted, proof, pin)
     if opened.predicate != predicate:
         raise Rejected(Reason.BAD_PROOF, f"asked for '{predicate}', the bundle is for '{opened.predicate}'")
     return {

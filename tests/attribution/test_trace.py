@@ -20,10 +20,10 @@ from attribution.weights import accumulators_of, find_windows, linear_weights, r
 from consensus.accumulators import AccumulatorWindow
 from consensus.bundle import MAGIC, Bundle, encode_bundle, open_bundle
 from consensus.codec import decode
+from consensus.epochs import anchor
 from consensus.genesis import genesis_to_json
 from consensus.predicates import Answer, Predicate, verify
 from consensus.predicates.accumulators import provenance
-from consensus.receipt import anchor
 from consensus.rejection import Reason, Rejected
 from node.bundles import export_bundle
 from node.cli import main

@@ -51,6 +51,7 @@ def invitation_of(counts: dict[Role, tuple[int, int]] = DEALT, scheme: str = "bl
         ),
         thresholds=tuple(RoleThreshold(role, counts[role][1]) for role in VOTING_ROLES),
         parameters=Parameters(),
+        epoch=0,
     )
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import msgspec
 import pytest
+from epoch_fixtures import change_event, next_membership
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_fixtures import GOVERNANCE, HOSPITAL, LIBRARIAN, OPERATOR, Story, digest
@@ -59,6 +60,8 @@ def every_kind(counts: dict[str, int] | None = None) -> tuple[Story, dict[Kind, 
     events[Kind.RELEASE] = run.release()
     abandon = p.Portions(None, None, ledger.salted(p.Abandon("")))
     events[Kind.ABANDON] = run.written(Kind.ABANDON, abandon)
+    membership, _ = next_membership(ledger.genesis, ledger.committee, ledger.secrets, add={"newcomer": "verifier"})
+    events[Kind.MEMBERSHIP] = change_event(ledger, membership)
     assert set(events) == set(Kind)
     return told, events
 

@@ -11,11 +11,11 @@ from consensus import portions as p
 from consensus.block import Body, Header
 from consensus.bundle import open_bundle
 from consensus.codec import decode, encode
+from consensus.epochs import anchor
 from consensus.event import CheckedEvent, Kind, check_unsigned, make_entry, sign_entry
 from consensus.evidence import EvidenceReport, Offence, check_evidence
 from consensus.identifiers import ZERO_DIGEST, Digest, View
 from consensus.predicates import Answer, Predicate, verify
-from consensus.receipt import anchor
 from consensus.rejection import Reason, Rejected
 from consensus.state import EVIDENCE_TABLE, EvidenceRecord, read_record
 from consensus.transition import is_final

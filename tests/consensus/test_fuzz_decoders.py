@@ -16,6 +16,7 @@ from consensus.bundle import Bundle, open_bundle
 from consensus.ceremony import Invitation, Invited, Transcript, decode_invitation
 from consensus.certificate import Certificate, decode_certificate
 from consensus.codec import decode, encode
+from consensus.epochs import anchor
 from consensus.event import MAX_EVENT_BYTES, Entry, check_event, check_parts, unpack
 from consensus.evidence import EvidenceReport, check_evidence
 from consensus.genesis import genesis_from_json, genesis_to_json
@@ -33,7 +34,7 @@ from consensus.portions import (
     StepOperation,
     decode_portions,
 )
-from consensus.receipt import anchor, verify_receipt, verify_state_receipt
+from consensus.receipt import verify_receipt, verify_state_receipt
 from consensus.rejection import Rejected
 from consensus.state_map import MapProof, PrefixProof, verify_map_proof, verify_prefix_proof
 from consensus.vote import (
@@ -80,6 +81,7 @@ def invitation() -> Invitation:
         tuple(Invited(role.value, role) for role in VOTING_ROLES),
         tuple(RoleThreshold(role, 1) for role in VOTING_ROLES),
         Parameters(),
+        epoch=0,
     )
 
 

@@ -19,11 +19,11 @@ from ledger_fixtures import (
 from consensus import portions as p
 from consensus.bundle import MAGIC, MAX_BUNDLE_BYTES, Bundle, encode_bundle, open_bundle
 from consensus.codec import decode, encode
+from consensus.epochs import anchor
 from consensus.event import Entry, Kind
 from consensus.genesis import genesis_from_json, genesis_to_json
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.predicates import SUBJECTS, Answer, Predicate, ReleasedFile, Status, Verdict, verify
-from consensus.receipt import anchor
 from consensus.rejection import Reason, Rejected
 from consensus.state import DELEGATION_TABLE, DelegationRecord, usage_key
 from node.bundles import export_bundle

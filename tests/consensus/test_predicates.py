@@ -23,10 +23,10 @@ from consensus.bundle import (
     open_bundle,
 )
 from consensus.codec import decode, encode
+from consensus.epochs import Anchor, anchor
 from consensus.event import Entry, Kind
 from consensus.identifiers import MemberId
 from consensus.predicates import Answer, Predicate, ReleasedFile, Status, Verdict, verify
-from consensus.receipt import Anchor, anchor
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,

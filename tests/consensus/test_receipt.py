@@ -10,19 +10,12 @@ from hypothesis import strategies as st
 from ledger_fixtures import MemoryLedger, Story, story
 
 from consensus.codec import decode, encode
+from consensus.epochs import Anchor, anchor
 from consensus.event import Kind
 from consensus.identifiers import ChainId, Digest
 from consensus.membership import ED25519_LIST
 from consensus.merkle import inclusion_proof, leaf_hash
-from consensus.receipt import (
-    MAX_RECEIPT_BYTES,
-    Anchor,
-    Receipt,
-    StateReceipt,
-    anchor,
-    verify_receipt,
-    verify_state_receipt,
-)
+from consensus.receipt import MAX_RECEIPT_BYTES, Receipt, StateReceipt, verify_receipt, verify_state_receipt
 from consensus.rejection import Reason, Rejected
 from consensus.state import CAMPAIGN_HEAD_TABLE, CampaignHead, read_record
 

@@ -12,10 +12,11 @@ from ledger_fixtures import HOSPITAL, LIBRARIAN, MemoryLedger, Story
 from consensus import merkle
 from consensus.bundle import open_bundle
 from consensus.checkpoint import entry_bundle_path, open_checkpoint, tile_path
+from consensus.epochs import anchor
 from consensus.event import Kind
 from consensus.genesis import genesis_from_json
 from consensus.portions import Policy
-from consensus.receipt import anchor, verify_receipt, verify_state_receipt
+from consensus.receipt import verify_receipt, verify_state_receipt
 from consensus.state import POLICY_HEAD_KEY, SOURCE_TABLE, SourceRecord, read_record
 from node.api_log import _matching
 from node.ledger import CAMPAIGN_TERM, KIND_TERM, term

@@ -575,7 +575,7 @@ async def test_ledger_blocks_under_one_distant_certificate_are_served_in_parts(
         memory.seal(memory.source("data-source-1", f"source {number}"))
     monkeypatch.setattr(catchup, "MAX_ANSWER_BYTES", MAX_CERTIFICATE_BYTES + 4_000)
     stores = [Store.open(tmp_path / name, memory.chain_id, create=True) for name in ("full", "empty")]
-    full, empty = (Ledger(store, memory.genesis, memory.scheme) for store in stores)
+    full, empty = (Ledger(store, memory.genesis) for store in stores)
     headers = []
     state = full.final
     for height, (encoded, _) in enumerate(memory.certified, start=1):

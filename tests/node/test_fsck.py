@@ -80,7 +80,7 @@ def write_chain(directory: Path) -> Chain:
     members = scheme.committee
     logged: list[CheckedEvent] = []
     with Store.open(directory, genesis.chain_id, create=True) as store:
-        ledger = Ledger(store, genesis, scheme)
+        ledger = Ledger(store, genesis)
         for height in range(1, BLOCKS + 1):
             candidates = [claim(genesis, secrets, len(logged) + offset) for offset in range(EVENTS_PER_BLOCK)]
             if height == BLOCKS:
@@ -179,7 +179,7 @@ def test_a_log_made_by_the_rules_is_sound(original: Chain) -> None:
 def test_an_empty_log_is_sound(tmp_path: Path) -> None:
     genesis, _ = make_genesis()
     with Store.open(tmp_path, genesis.chain_id, create=True) as store:
-        Ledger(store, genesis, scheme_for(genesis))
+        Ledger(store, genesis)
         store.sync()
     report = check_data_directory(tmp_path, genesis, lambda stage, done, total: None)
     assert (report.damages, report.height) == ([], 0)

@@ -9,8 +9,8 @@ import trio
 from node_fixtures import Consortium, running, until
 
 from consensus.certificate import verify_certificate
+from consensus.epochs import anchor
 from consensus.membership import BLS_THRESHOLD, SCHEME_NEEDS
-from consensus.receipt import anchor
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
 from node.runner import JOURNAL_FILE
 from node.service import EventState
@@ -48,7 +48,7 @@ async def test_every_certificate_scheme_carries_real_nodes_and_its_receipts(
     assert certificate is not None
     assert certificate.scheme == certificate_scheme
     trusted = anchor(consortium.genesis, consortium.genesis.chain_id)
-    verify_certificate(trusted.scheme, trusted.chain_id, certificate)
+    verify_certificate(trusted.newest.scheme, trusted.chain_id, certificate)
     again = consortium.node("operator-1")
     assert again.snapshot().log_size == 5
     again.ledger.store.close()

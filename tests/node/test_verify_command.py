@@ -12,12 +12,15 @@ import pytest
 from click.testing import CliRunner, Result
 from ledger_fixtures import Story, begin, safetensors_file, story
 
+from consensus.block import decode_header
 from consensus.bundle import MAGIC, MAX_BUNDLE_BYTES, Bundle, encode_bundle, open_bundle
+from consensus.checkpoint import assemble_note, checkpoint_text, encode_verifier_key, sign_note
 from consensus.codec import decode
+from consensus.epochs import anchor
 from consensus.event import Kind
 from consensus.genesis import genesis_to_json
+from consensus.keys import Ed25519SigningKey
 from consensus.predicates import Answer, Predicate, verify
-from consensus.receipt import anchor
 from consensus.rejection import Reason, Rejected
 from node.bundles import export_bundle
 from node.verify import printable, read_weights, verify_command
@@ -294,3 +297,33 @@ def test_rollback_over_another_owners_example_stays_hidden_and_every_step_is_pla
     assert verify(open_bundle(pinned, encoded), Predicate.SOURCE_HONORED).answer is Answer.YES
     encoded = export_bundle(ledger, "policy-in-force", campaign=run.id)
     assert verify(open_bundle(pinned, encoded), Predicate.POLICY_IN_FORCE).answer is Answer.YES
+
+
+def test_bundle_is_held_against_a_checkpoint_and_its_witness(house: Path) -> None:
+    ledger, witness = told().ledger, Ed25519SigningKey(bytes(32))
+    sizes = [decode_header(header, ledger.chain_id) for header, _ in ledger.certified]
+    seen = next(header for header in sizes if header.log_size > 3)
+    event = ledger.events[0].id
+    (house / "bundles" / "included").write_bytes(
+        export_bundle(ledger, "included", event=event, pinned_size=seen.log_size)
+    )
+    text = checkpoint_text(ledger.genesis.name, seen.log_size, seen.log_root)
+    (house / "seen").write_bytes(text)
+    (house / "witnessed").write_bytes(assemble_note(text, [sign_note(text, "witness.example", witness)]))
+    (house / "other").write_bytes(checkpoint_text(ledger.genesis.name, seen.log_size, bytes(32)))
+    (house / "elsewhere").write_bytes(checkpoint_text("elsewhere.example/log", seen.log_size, seen.log_root))
+    key = encode_verifier_key("witness.example", witness.public_key)
+    stranger = encode_verifier_key("witness.example", Ed25519SigningKey(bytes([1]) * 32).public_key)
+    for file, keys, answer in (
+        ("seen", [], 0),
+        ("witnessed", ["--witness", key], 0),
+        ("witnessed", ["--witness", stranger], 1),
+        ("seen", ["--witness", key], 1),
+        ("other", [], 1),
+        ("elsewhere", [], 1),
+    ):
+        result = verified(house, "included", "--checkpoint", str(house / file), *keys)
+        assert result.exit_code == answer, (file, keys, result.output)
+        expected = "begins with the one you pinned" if answer == 0 else "refused: bad-checkpoint"
+        assert expected in result.output, result.output
+    assert verified(house, "included", "--witness", key).exit_code == 1

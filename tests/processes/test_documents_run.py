@@ -236,7 +236,7 @@ def verifiers_guide(shell: Shell, directory: Path) -> None:
         if line.startswith("countersign verify"):
             asked += 1
             assert "answer: yes" in output, line
-    assert asked == 7
+    assert asked == 8
     shell.type("cd ..")
 
 

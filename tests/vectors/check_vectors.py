@@ -277,6 +277,37 @@ def check_window(case: dict) -> None:
     check([pack(part) for part in (terms, *entries)], leaves, "terms and entries of a window")
 
 
+def check_epoch(case: dict) -> None:
+    """From the genesis to the next epoch's members, as a verifier goes who has nothing else."""
+    genesis = unpack(bytes.fromhex(case["genesis"]))
+    chain_id = tagged(name("genesis"), bytes.fromhex(case["genesis"]))
+    kind, membership, header, certificate, (_, record, _) = unpack(bytes.fromhex(case["link"]))
+    check(kind, "epoch-link", "link's tag")
+    block, entries = unpack(header), [(bytes.fromhex(key), bytes.fromhex(value)) for key, value in case["state"]]
+    check((block[2], block[3]), (chain_id, 0), "chain and epoch of the header")
+    check(state_root(entries), block[14], "state root of the header")
+    check(record, dict(entries)[b"\x0a" + bytes(32)], "record of the next epoch")
+    epoch, digest, event, _ = unpack(record)
+    check(epoch, 1, "next epoch")
+    check(tagged(name("membership"), chain_id, membership), digest, "digest of the next members")
+    check(digest.hex(), case["membership_digest"], "digest of the next members")
+    kind, scheme, view, certified, of_epoch, payload = unpack(certificate)
+    check(certified, tagged(name("block"), header), "ledger block of the certificate")
+    check((kind, scheme, view, of_epoch), ("certificate", "ed25519", block[5], 0), "certificate")
+    signed = message(name("certificate"), chain_id, struct.pack(">Q", 0), struct.pack(">Q", view), certified)
+    check(signed.hex(), case["certificate_message"], "certificate message")
+    old, new = genesis[6], unpack(membership)[2]
+    kind, signatures = unpack(payload)
+    check((kind, [voter for voter, _ in signatures]), ("signature-list", [0, 1, 2]), "voters of the certificate")
+    for voter, signature in signatures:
+        VerifyKey(old[voter][3]).verify(signed, signature)
+    entry = unpack(bytes.fromhex(case["event"]))
+    check(tagged(name("event"), pack([*entry[:-1], []])), event, "event of the change")
+    retired = tagged(name("member"), bytes([old[2][2]]), old[2][3])
+    followed = unpack(dict(entries)[b"\x0b" + retired])
+    check(followed, [0, tagged(name("member"), bytes([new[2][2]]), new[2][3])], "who follows the retired key")
+
+
 CHECKS = {
     "tagged_hash": check_hash,
     "portions": check_portions,
@@ -286,6 +317,7 @@ CHECKS = {
     "state_map": check_state,
     "sampler": check_sample,
     "accumulators": check_window,
+    "epochs": check_epoch,
 }
 
 

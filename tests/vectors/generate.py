@@ -11,16 +11,37 @@ import json
 import sys
 from pathlib import Path
 
+import msgspec
+
 from consensus import portions as p
 from consensus.accumulators import AccumulatorWindow, WindowEntry, WindowTerms, window_root
 from consensus.block import Header
+from consensus.certificate import Certificate, certificate_message
+from consensus.certificate_schemes import scheme_for
 from consensus.codec import encode
-from consensus.event import JOB_SIGNER_ROLE, VERSION, Entry, Kind, event_id, sign_entry, signature_message
-from consensus.identifiers import Tag, tagged_hash, tagged_message
-from consensus.keys import Ed25519SigningKey
+from consensus.epochs import EpochLink
+from consensus.event import (
+    JOB_SIGNER_ROLE,
+    VERSION,
+    Entry,
+    Kind,
+    check_event,
+    event_id,
+    make_entry,
+    pack,
+    sign_entry,
+    signature_message,
+)
+from consensus.genesis import MemberPlan, generate_genesis
+from consensus.identifiers import Role, Tag, View, tagged_hash, tagged_message
+from consensus.keys import Ed25519SigningKey, SignatureScheme
+from consensus.membership import ED25519_LIST, Membership, committee
+from consensus.membership_change import MembershipChange, membership_digest
 from consensus.merkle import leaf_hash, root_of
 from consensus.sampler import presented_examples, presented_indexes
+from consensus.state import EPOCH_HEAD_KEY
 from consensus.state_map import StateMap
+from consensus.transition import build, genesis_state
 from consensus.vote import Vote, VoteKind, vote_message
 
 Case = dict[str, object]
@@ -226,6 +247,56 @@ def windows() -> list[Case]:
     return cases
 
 
+def epochs() -> list[Case]:
+    """A genesis, a change of its members, and the link that a certified state makes between the two epochs."""
+    plans = [
+        MemberPlan(name, Role(name), octets("seed", name), SignatureScheme.ED25519)
+        for name in ("data-source", "governance", "operator")
+    ]
+    genesis, secrets = generate_genesis(
+        name="vectors.example/log",
+        nonce=octets("nonce"),
+        created_ms=1_700_000_000_000,
+        plans=plans,
+        certificate_scheme=ED25519_LIST,
+    )
+    rotated = msgspec.structs.replace(
+        genesis.members[2], identity_key=Ed25519SigningKey(octets("next seed")).public_key
+    )
+    membership = Membership(1, (*genesis.members[:2], rotated), genesis.thresholds, ())
+    old = committee(genesis)
+    portions = p.Portions(None, p.SaltedPortion(octets("salt"), encode(MembershipChange(membership, ""))), None)
+    entry = make_entry(genesis.chain_id, Kind.MEMBERSHIP, genesis.members[0].id, portions)
+    for member in genesis.members:
+        entry = sign_entry(entry, member.id, member.role.value, secrets[member.name].identity)
+    built = build(
+        genesis_state(genesis.chain_id, genesis.created_ms),
+        [check_event(pack(entry, portions), old)],
+        view=1,
+        leader=old.leader(View(1)).id,
+        timestamp_ms=genesis.created_ms + 1,
+        committee=old,
+        max_events=1,
+        max_bytes=1 << 20,
+    )
+    scheme, header = scheme_for(genesis), built.state.header
+    message = certificate_message(genesis.chain_id, 0, View(1), header.digest)
+    shares = {member.id: scheme.share(secrets[member.name].identity, message) for member in genesis.members}
+    certificate = Certificate(scheme.name, 1, header.digest, 0, scheme.combine(message, shares))
+    proof = built.state.state.prove(EPOCH_HEAD_KEY)
+    link = EpochLink(encode(membership), encode(header), encode(certificate), proof)
+    return [
+        {
+            "genesis": encode(genesis).hex(),
+            "event": encode(entry).hex(),
+            "state": [[key.hex(), value.hex()] for key, value in built.state.state.items()],
+            "link": encode(link).hex(),
+            "certificate_message": message.hex(),
+            "membership_digest": membership_digest(genesis.chain_id, membership).hex(),
+        }
+    ]
+
+
 FILES = {
     "tagged_hash": hashes,
     "portions": portions,
@@ -235,6 +306,7 @@ FILES = {
     "state_map": states,
     "sampler": samples,
     "accumulators": windows,
+    "epochs": epochs,
 }
 
 
