@@ -11,7 +11,6 @@ from node_fixtures import Consortium, running, until
 from rocksdict import AccessType
 
 from consensus.block import header_digest
-from consensus.certificate_schemes import scheme_for
 from consensus.rejection import ConfigError, InvariantBroken
 from node.fsck import check_data_directory
 from node.fsck_reader import Report
@@ -163,7 +162,7 @@ def test_what_was_lost_without_a_trace_is_fetched_again(victim: Victim, lost: st
 def read_everything(directory: Path, consortium: Consortium) -> None:
     """What a node reads at its start and while it serves."""
     with Store.open(directory, consortium.genesis.chain_id, create=False) as store:
-        ledger = Ledger(store, consortium.genesis, scheme_for(consortium.genesis))
+        ledger = Ledger(store, consortium.genesis)
         for height in range(1, ledger.final.header.height + 1):
             header, _, _ = ledger.block(height)
             assert store.height_of_block(header_digest(header)) == height
