@@ -225,7 +225,7 @@ def open_bundle(trusted: Anchor, encoded: bytes, pin: Pin | None = None) -> Open
             Reason.WRONG_CHAIN,
             f"bundle of chain {bundle.chain_id.hex()}, the pinned chain id is {trusted.chain_id.hex()}",
         )
-    trusted = trusted.follow(bundle.epochs[len(trusted.epochs) - 1 :])
+    trusted = trusted.led_by(bundle.epochs)
     header = verify_header(trusted, bundle.header, bundle.certificate)
     earlier = None if bundle.earlier is None else _open_earlier(trusted, bundle.earlier, header)
     if pin is not None:

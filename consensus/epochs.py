@@ -143,6 +143,10 @@ class Anchor:
             known = known._after(link)
         return known
 
+    def led_by(self, links: tuple[EpochLink, ...]) -> "Anchor":
+        """``follow`` for links that begin at the genesis, as every proof brings them: those known are passed over."""
+        return self.follow(links[len(self.epochs) - 1 :])
+
     def _after(self, link: EpochLink) -> "Anchor":
         ending = self.newest
         header = verify_header(self, link.header, link.certificate)

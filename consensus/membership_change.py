@@ -67,10 +67,10 @@ def _check_new_group_keys(membership: Membership, before: Committee) -> None:
 
 
 def succeeded(before: Iterable[Member], after: Iterable[Member]) -> dict[MemberId, MemberId]:
-    """Whom of ``before`` each new member of ``after`` follows, by the new one's id."""
-    left = {(member.name, member.role): member.id for member in before}
-    found = {member.id: left.get((member.name, member.role)) for member in after}
-    return {new: old for new, old in found.items() if old is not None and old != new}
+    """Whom of those who leave each one who joins follows, by the new one's id. A name left by renaming is no one's."""
+    old, new = ({member.id: (member.name, member.role) for member in members} for members in (before, after))
+    left = {place: member for member, place in old.items() if member not in new}
+    return {member: left[place] for member, place in new.items() if member not in old and place in left}
 
 
 def admit_change(view: StateView, membership: Membership, event: Digest, timestamp_ms: int, before: Committee) -> None:

@@ -102,7 +102,7 @@ def verify_receipt(trusted: Anchor, encoded: bytes) -> VerifiedReceipt:
         Rejected: the first step that fails.
     """
     receipt = decode(encoded, Receipt, MAX_RECEIPT_BYTES)  # 1
-    trusted = trusted.follow(receipt.epochs[len(trusted.epochs) - 1 :])
+    trusted = trusted.led_by(receipt.epochs)
     header = verify_header(trusted, receipt.header, receipt.certificate)  # 2, 3
     verify_inclusion(leaf_hash(receipt.entry), receipt.index, header.log_size, receipt.proof, header.log_root)  # 4
     verified = verify_entry(receipt.entry, trusted.at(receipt.index).committee)  # 2, 5
@@ -118,7 +118,7 @@ def verify_state_receipt(trusted: Anchor, encoded: bytes, key: bytes) -> Verifie
     receipt = decode(encoded, StateReceipt, MAX_STATE_RECEIPT_BYTES)  # 1
     if receipt.key != key:
         raise Rejected(Reason.BAD_PROOF, f"receipt of state record {receipt.key.hex()}, expected {key.hex()}")
-    trusted = trusted.follow(receipt.epochs[len(trusted.epochs) - 1 :])
+    trusted = trusted.led_by(receipt.epochs)
     header = verify_header(trusted, receipt.header, receipt.certificate)  # 2, 3
     value = verify_map_proof(header.state_root, receipt.key, receipt.proof)  # 4
     return VerifiedState(receipt.key, value, header)

@@ -5,8 +5,8 @@ ledger block a peer serves comes with proof. Rules:
 
 * The damaged database is renamed, never deleted: it may hold the only copy of something, and it is evidence.
 * Keystore and vote journal stay as they are. The store's memory of how far the journal had come goes into the new
-  database; where it cannot be read and the journal is gone too, the new one remembers that there were votes. So a
-  repair never lets an identity vote that might not before.
+  database; where it cannot be read and the journal is gone too, the new one remembers that there were votes. So no
+  repair makes a voter of an identity without its journal; of an older one, the peers know (``last_votes.py``).
 * A repair cut off at any instant is finished, or begun again, by the next; ``Store.open`` refuses to start over it.
 
 Which files are damaged, and how, is said by ``fsck.py``; fetching is ``catchup.py``'s.

@@ -163,7 +163,7 @@ class _RoutedByRowwiseRule(torch.autograd.Function):
             torch.is_autocast_enabled(x.device.type),
         )
         ctx.parameters = parameters
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, *parameters)  # the parameters too: torch then refuses them if changed meanwhile
         return ctx.compute(x)
 
     @staticmethod
@@ -171,7 +171,7 @@ class _RoutedByRowwiseRule(torch.autograd.Function):
     def backward(ctx, delta):  # type: ignore[no-untyped-def]
         route = ctx.route
         route.check_token()
-        (x,) = ctx.saved_tensors
+        x, *_ = ctx.saved_tensors
         need_x = ctx.needs_input_grad[1]
         wanted = [parameter for parameter, need in zip(ctx.parameters, ctx.needs_input_grad[2:], strict=True) if need]
         grad_x, found = None, {}

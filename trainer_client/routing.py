@@ -144,15 +144,6 @@ class Routing:
         self._installed = False
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, between two steps, the model has its own forwards."""
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
-
-    @contextmanager
     def micro_batch(
         self, weights_permille_BK: Sequence[Sequence[int]], groups_B: Sequence[bytes] = ()
     ) -> Iterator[MicroBatch]:

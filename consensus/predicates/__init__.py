@@ -124,9 +124,8 @@ def _opened(bundle: OpenBundle, steps: Steps) -> None:
     quorums = ", ".join(f"{members.threshold(role)} {role.value}" for role in VOTING_ROLES)
     steps.checked(f"the genesis is that of the pinned chain {trusted.chain_id.hex()}")
     if members.epoch:
-        steps.checked(
-            f"{members.epoch} changes of members lead from it to epoch {members.epoch}, each certified before"
-        )
+        changes = "one change" if members.epoch == 1 else f"{members.epoch} changes"
+        steps.checked(f"from it to epoch {members.epoch}: {changes} of members, each certified by the members before")
     steps.checked(
         f"ledger block {bundle.header.height} ({bundle.header.digest.hex()}) is certified by a quorum of every role "
         f"({quorums})"

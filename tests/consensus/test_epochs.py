@@ -373,6 +373,27 @@ def test_successor_in_another_role_or_by_another_name_inherits_nothing() -> None
     assert owner in record
 
 
+def test_member_that_takes_the_name_of_one_that_stays_does_not_answer_for_it() -> None:
+    """Neither for the rules nor for a verifier: a name is inherited from who leaves, not from who is renamed."""
+    story = told()
+    ledger = story.ledger
+    librarian, hospital = ledger.ids[LIBRARIAN], ledger.ids[HOSPITAL]
+    swapped = {LIBRARIAN: HOSPITAL, HOSPITAL: LIBRARIAN}
+    membership, secrets = next_membership(ledger.genesis, ledger.committee, ledger.secrets)
+    members = tuple(
+        msgspec.structs.replace(member, name=swapped.get(member.name, member.name)) for member in membership.members
+    )
+    renamed = msgspec.structs.replace(membership, members=members)
+    ledger.seal(change_event(ledger, renamed))
+    ledger.enter_epoch(renamed, {swapped.get(name, name): held for name, held in secrets.items()})
+    with refused(Reason.WRONG_AUTHOR):
+        ledger.seal(ledger.revocation(LIBRARIAN, story.books))
+    followed = trust(ledger).follow(ledger.all_links)
+    assert followed.first_identity(librarian) == librarian
+    assert followed.first_identity(hospital) == hospital
+    ledger.seal(ledger.revocation(HOSPITAL, story.books))
+
+
 def test_source_of_a_member_that_left_is_granted_by_nobody() -> None:
     story = told()
     ledger, run = story.ledger, story.run

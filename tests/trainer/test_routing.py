@@ -290,6 +290,17 @@ def test_backward_without_routed_loss_under_the_next_weights_is_refused() -> Non
             loss.backward()
 
 
+@pytest.mark.parametrize("module", ["scale", "norm", "contract"])
+def test_parameter_changed_between_forward_and_backward_is_refused(module: str) -> None:
+    model, examples = new_model(), new_examples()
+    with Routing(model, BLOCKS) as routing, routing.micro_batch([(1000,) * BLOCK_COUNT] * EXAMPLES):
+        loss = routing.routed_loss(loss_of_examples(model, examples), EXAMPLES)
+        with torch.no_grad():
+            model.get_submodule(module).weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_model_is_unchanged_after_exit_even_on_an_exception() -> None:
     model = new_model()
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
