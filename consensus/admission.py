@@ -6,7 +6,7 @@ Time is the ledger block's timestamp, the same for every validator.
 
 The rules, by kind (DESIGN of the protocol: ``docs/protocol.md``, section "Admission"):
 
-* *policy*: well formed. It is in force from its ledger block on, for grants that come after it.
+* *policy*: well formed, signed with schemes it admits. In force from its ledger block on, for grants that come after.
 * *source*: a sane window. *revocation*: by the source's author, once.
 * *delegation*: one job key for a campaign; a replacement names the campaign's exact head.
 * *campaign*: by its delegated job key, under the policy in force, over registered sources.
@@ -18,16 +18,18 @@ The rules, by kind (DESIGN of the protocol: ``docs/protocol.md``, section "Admis
 
 from collections.abc import Callable
 
+import msgspec
+
 from consensus import campaign_rules
 from consensus import portions as p
 from consensus.campaign_rules import changed, check_job_key, check_sequence, open_campaign
 from consensus.event import CheckedEvent, Kind
 from consensus.evidence import EvidenceReport, convicted
 from consensus.identifiers import Digest, MemberId, Role
-from consensus.keys import SignatureScheme, check_public_key
+from consensus.job_key import check_job_key_id
 from consensus.membership import Committee
 from consensus.membership_change import MembershipChange, admit_change, holder, holders
-from consensus.policy import check_grant_terms, check_policy, why_refused
+from consensus.policy import check_author_scheme, check_grant_terms, check_policy, why_refused
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
@@ -86,6 +88,7 @@ def _admit_policy(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     policy = event.governance
     assert isinstance(policy, p.Policy)
     check_policy(policy)
+    _check_signer_schemes(policy, event, committee)
     assert event.portions.governance is not None
     if len(event.portions.governance.content) > MAX_POLICY_BYTES:
         raise Rejected(Reason.OVERSIZED, f"a policy has at most {MAX_POLICY_BYTES} bytes")
@@ -153,13 +156,18 @@ def _admit_delegation(view: StateView, event: CheckedEvent, timestamp_ms: int, c
         raise Rejected(Reason.BAD_FIELD, "a delegation has sequence and attempt 0")
     if not delegation.not_before_ms < delegation.expires_at_ms or delegation.expires_at_ms <= timestamp_ms:
         raise Rejected(Reason.JOB_KEY_EXPIRED, f"the delegation expires at {delegation.expires_at_ms} ms")
-    check_public_key(SignatureScheme.ED25519, delegation.job_key)
+    check_job_key_id(delegation.scheme, delegation.job_key)
     key = DELEGATION_TABLE + delegation.job_key
     if view.find(key, DelegationRecord) is not None:
         raise Rejected(Reason.DUPLICATE, f"job key {delegation.job_key.hex()} is already delegated")
     head = view.find(CAMPAIGN_HEAD_TABLE + delegation.campaign, CampaignHead)
     record = DelegationRecord(
-        event.entry.author, delegation.campaign, delegation.not_before_ms, delegation.expires_at_ms, False
+        operator=event.entry.author,
+        campaign=delegation.campaign,
+        scheme=delegation.scheme,
+        not_before_ms=delegation.not_before_ms,
+        expires_at_ms=delegation.expires_at_ms,
+        replaced=False,
     )
     if head is None:
         if delegation.replaces or delegation.head:
@@ -178,7 +186,7 @@ def _admit_delegation(view: StateView, event: CheckedEvent, timestamp_ms: int, c
             f"a replacement names job key {head.job_key.hex()} and head {head.last_event.hex()}",
         )
     view.put(key, record)
-    view.put(old_key, DelegationRecord(old.operator, old.campaign, old.not_before_ms, old.expires_at_ms, True))
+    view.put(old_key, msgspec.structs.replace(old, replaced=True))
     view.put(CAMPAIGN_HEAD_TABLE + delegation.campaign, changed(head, job_key=delegation.job_key))
 
 
@@ -186,12 +194,13 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
     campaign = event.operation
     assert isinstance(campaign, p.Campaign)
     identifier = event.entry.campaign
-    check_job_key(view, event, campaign.job_key, timestamp_ms)
+    delegation = check_job_key(view, event, campaign.job_key, timestamp_ms)
     if view.find(CAMPAIGN_TABLE + identifier, CampaignRecord) is not None:
         raise Rejected(Reason.DUPLICATE, f"campaign {identifier.hex()} is on the log")
     if event.entry.sequence or event.entry.attempt:
         raise Rejected(Reason.SEQUENCE_GAP, "a campaign opens with sequence and attempt 0")
     policy = _policy_in_force(view, campaign.policy)
+    check_author_scheme(policy, delegation.scheme, "the job key")
     if campaign.purpose not in policy.purposes:
         raise Rejected(Reason.PURPOSE_NOT_ADMITTED, f"the policy does not admit purpose '{campaign.purpose}'")
     _check_granularities(policy, campaign.routing_granularity, campaign.event_granularity)
@@ -244,6 +253,12 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
     )
 
 
+def _check_signer_schemes(policy: p.Policy, event: CheckedEvent, committee: Committee) -> None:
+    for signer in sorted(event.signers):
+        member = committee.member(MemberId(signer))
+        check_author_scheme(policy, member.scheme, member.name)
+
+
 def _check_manifest(view: StateView, manifest: tuple[p.ManifestRange, ...], batch_size: int) -> None:
     if len(manifest) > MAX_MANIFEST_SOURCES or batch_size > MAX_BATCH_SIZE:
         raise Rejected(
@@ -283,6 +298,8 @@ def _admit_grant(view: StateView, event: CheckedEvent, timestamp_ms: int, commit
             Reason.JOB_KEY_EXPIRED, f"the job key expires at {delegation.expires_at_ms} ms, before the grant"
         )
     policy = _policy_in_force(view, terms.policy)
+    check_author_scheme(policy, delegation.scheme, "the job key")
+    _check_signer_schemes(policy, event, committee)
     _check_granularities(policy, campaign.routing_granularity, campaign.event_granularity)
     check_grant_terms(Digest(terms.policy), policy, terms, timestamp_ms)
     sources = tuple(item.source for item in event.items if isinstance(item, p.GrantedSource))

@@ -18,6 +18,7 @@ import msgspec
 from consensus import portions as p
 from consensus.accumulators import ends_window
 from consensus.event import CheckedEvent
+from consensus.job_key import scheme_of
 from consensus.membership import Committee
 from consensus.membership_change import holder
 from consensus.policy import DISCRETIONARY_REFUSALS, REVOCATION_VOID, check_profile, why_refused
@@ -450,9 +451,10 @@ def check_sequence(found: int, expected: int, what: str) -> None:
         raise Rejected(Reason.SEQUENCE_GAP, f"{what} {found}, the next is {expected}")
 
 
-def check_job_key(view: StateView, event: CheckedEvent, job_key: bytes, timestamp_ms: int) -> None:
-    """The event's one signature is by ``job_key``, delegated by its author for its campaign, now."""
-    signer = event.entry.signatures[0].signer
+def check_job_key(view: StateView, event: CheckedEvent, job_key: bytes, timestamp_ms: int) -> DelegationRecord:
+    """The event's one signature is by ``job_key``, delegated by its author for its campaign, now: its delegation."""
+    held = event.entry.signatures[0]
+    signer = held.signer
     delegation = view.get(DELEGATION_TABLE + signer, DelegationRecord, Reason.UNKNOWN_JOB_KEY, "job key")
     if signer != job_key or delegation.replaced:
         raise Rejected(Reason.UNKNOWN_JOB_KEY, f"signed by {signer.hex()}, the campaign's job key is {job_key.hex()}")
@@ -460,11 +462,17 @@ def check_job_key(view: StateView, event: CheckedEvent, job_key: bytes, timestam
         raise Rejected(Reason.WRONG_AUTHOR, "the job key was delegated by another operator")
     if delegation.campaign != event.entry.campaign:
         raise Rejected(Reason.UNKNOWN_JOB_KEY, "the job key was delegated for another campaign")
+    if scheme_of(held.signature) != delegation.scheme:
+        raise Rejected(
+            Reason.UNKNOWN_JOB_KEY,
+            f"signed with {scheme_of(held.signature).label}, the job key was delegated for {delegation.scheme.label}",
+        )
     if not delegation.not_before_ms <= timestamp_ms < delegation.expires_at_ms:
         raise Rejected(
             Reason.JOB_KEY_EXPIRED,
             f"valid from {delegation.not_before_ms} until {delegation.expires_at_ms} ms, it is {timestamp_ms} ms",
         )
+    return delegation
 
 
 def open_campaign(view: StateView, event: CheckedEvent) -> tuple[CampaignRecord, CampaignHead]:

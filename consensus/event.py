@@ -14,7 +14,7 @@ membership                     ``t_r`` members of *every* voting role, the autho
 delegation                     the author, an operator
 grant                          the author (operator), ``t_r`` governance members, every
                                data-source authority whose source it names
-campaign, step, refusal,       the operator's delegated job key
+campaign, step, refusal,       the operator's delegated job key (``job_key.py``)
 rollback, abandon, release
 =============================  ==========================================================
 
@@ -32,6 +32,7 @@ from consensus import portions as p
 from consensus.codec import decode, encode
 from consensus.evidence import EvidenceReport, check_evidence
 from consensus.identifiers import VOTING_ROLES, ChainId, Digest, MemberId, Role, Tag, tagged_hash, tagged_message
+from consensus.job_key import MAX_JOB_SIGNATURE_BYTES, job_key_id, sign_as_job, verify_job_signature
 from consensus.keys import SignatureScheme, Signer, verify
 from consensus.membership import Committee
 from consensus.membership_change import MembershipChange, check_change
@@ -94,10 +95,10 @@ SINGLE_ITEM_KINDS = frozenset({Kind.SOURCE, Kind.REVOCATION})
 
 
 class EventSignature(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """``signer`` is a member id, or the job key itself."""
+    """``signer`` is a member id or a job key's id; ``signature`` of the latter as in ``job_key.py``."""
 
     signer: p.Bytes32
-    signature: Annotated[bytes, Meta(min_length=64, max_length=3_309)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=MAX_JOB_SIGNATURE_BYTES)]
 
 
 class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="event"):
@@ -196,6 +197,12 @@ def sign_entry(entry: Entry, signer_id: bytes, signer_role: str, signer: Signer)
     """The entry with one more signature, in signer order. A signer's earlier signature is replaced."""
     signature = signer.sign(signature_message(entry, event_id(entry), signer_role))
     return add_signature(entry, EventSignature(signer_id, signature))
+
+
+def sign_entry_as_job(entry: Entry, key: Signer) -> Entry:
+    """The entry with a job key's signature, the only one it may have."""
+    field = sign_as_job(key, signature_message(entry, event_id(entry), JOB_SIGNER_ROLE))
+    return add_signature(entry, EventSignature(job_key_id(key), field))
 
 
 def add_signature(entry: Entry, signature: EventSignature) -> Entry:
@@ -370,9 +377,8 @@ def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> 
     if SHAPES[entry.kind].signed_by_job:
         if len(signers) != 1:
             raise Rejected(Reason.MISSING_SIGNATURE, f"a {entry.kind.value} event has one signature, its job key's")
-        job_key = entry.signatures[0].signer
-        message = signature_message(entry, identifier, JOB_SIGNER_ROLE)
-        verify(SignatureScheme.ED25519, job_key, message, entry.signatures[0].signature)
+        held = entry.signatures[0]
+        verify_job_signature(held.signer, signature_message(entry, identifier, JOB_SIGNER_ROLE), held.signature)
         return
     if entry.author not in signers:
         raise Rejected(Reason.MISSING_SIGNATURE, "the author has not signed")

@@ -19,7 +19,7 @@ MemberId = NewType("MemberId", bytes)
 """A member's identity: ``tagged_hash`` of its scheme and public identity key, 32 bytes."""
 
 JobKey = NewType("JobKey", bytes)
-"""A delegated job's Ed25519 public key: 32 bytes."""
+"""What the log calls a delegated job's key, as in ``job_key.py``: 32 bytes."""
 
 View = NewType("View", int)
 """A leader's turn in the BFT round, from 1; 0 is genesis."""
@@ -49,6 +49,7 @@ class Tag(StrEnum):
     GENESIS = "countersign/v1/genesis"
     MEMBER = "countersign/v1/member"
     MEMBERSHIP = "countersign/v1/membership"
+    JOB_KEY = "countersign/v1/job-key"
     EVENT = "countersign/v1/event"
     EVENT_SIGNATURE = "countersign/v1/event-signature"
     PORTION = "countersign/v1/portion"

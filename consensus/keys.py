@@ -40,6 +40,23 @@ class SignatureScheme(IntEnum):
     ED25519 = 1
     ML_DSA_65 = 2
 
+    @property
+    def label(self) -> str:
+        """Its name in policies and on command lines: ``ed25519``, ``ml-dsa-65``."""
+        return self.name.lower().replace("_", "-")
+
+    @classmethod
+    def labelled(cls, label: str) -> "SignatureScheme":
+        """The scheme of that name.
+
+        Raises:
+            Rejected: ``BAD_KEY``.
+        """
+        for scheme in cls:
+            if scheme.label == label:
+                return scheme
+        raise Rejected(Reason.BAD_KEY, f"signature scheme '{label}' is unknown")
+
 
 class Signer(Protocol):
     """A signing key that can name itself."""

@@ -5,6 +5,7 @@ the log requires to be refused are one rule.
 """
 
 from consensus.identifiers import Digest
+from consensus.keys import SignatureScheme
 from consensus.portions import ClassProfile, ClassRule, GrantTerms, Policy, SourceClaim
 from consensus.rejection import Reason, Rejected
 
@@ -12,6 +13,7 @@ REVOCATION_DRAIN = "drain"
 REVOCATION_VOID = "void"
 ROUTING_GRANULARITIES = ("block", "layer", "head")
 EVENT_GRANULARITIES = ("epoch", "batch", "example")
+AUTHOR_SCHEMES = tuple(scheme.label for scheme in SignatureScheme)
 
 DISCRETIONARY_REFUSALS = frozenset({Reason.MEMORIZATION_ABOVE_THRESHOLD.value})
 """Reasons for which a job may refuse an example that the policy alone would admit."""
@@ -28,6 +30,7 @@ def check_policy(policy: Policy) -> None:
     for known, listed, what in (
         (ROUTING_GRANULARITIES, policy.routing_granularities, "routing granularity"),
         (EVENT_GRANULARITIES, policy.event_granularities, "event granularity"),
+        (AUTHOR_SCHEMES, policy.author_schemes, "author scheme"),
     ):
         unknown = sorted(set(listed) - set(known))
         if unknown or not listed:
@@ -38,10 +41,23 @@ def check_policy(policy: Policy) -> None:
         ("class", tuple(rule.content_class for rule in policy.classes)),
         ("routing granularity", policy.routing_granularities),
         ("event granularity", policy.event_granularities),
+        ("author scheme", policy.author_schemes),
         *((f"block of class {rule.content_class}", tuple(b.block for b in rule.blocks)) for rule in policy.classes),
     ):
         if len(set(names)) != len(names):
             raise Rejected(Reason.BAD_FIELD, f"a {what} is listed twice")
+
+
+def check_author_scheme(policy: Policy, scheme: int, whose: str) -> None:
+    """The policy admits what is signed with this scheme.
+
+    Raises:
+        Rejected: ``SCHEME_NOT_ADMITTED``.
+    """
+    label = SignatureScheme(scheme).label
+    if label not in policy.author_schemes:
+        admitted = " or ".join(policy.author_schemes)
+        raise Rejected(Reason.SCHEME_NOT_ADMITTED, f"{whose} signs with {label}, the policy admits {admitted}")
 
 
 def why_refused(

@@ -21,6 +21,7 @@ from msgspec import Meta, Struct
 
 from consensus.codec import decode, encode
 from consensus.identifiers import Digest, Role, Tag, tagged_hash
+from consensus.keys import SignatureScheme
 from consensus.merkle import root_of
 from consensus.rejection import Reason, Rejected
 
@@ -150,7 +151,8 @@ class ClassRule(Wire, frozen=True):
 class Policy(Wire, frozen=True):
     """A signed governance artifact; ``policy.py`` evaluates it.
 
-    ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once).
+    ``author_schemes`` are the signature schemes (``SignatureScheme.label``) that may sign a policy and what runs under
+    it; ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once).
     """
 
     name: Name
@@ -160,6 +162,7 @@ class Policy(Wire, frozen=True):
     memorization_threshold_permille: Permille
     routing_granularities: Annotated[tuple[Name, ...], Meta(max_length=8)]
     event_granularities: Annotated[tuple[Name, ...], Meta(max_length=8)]
+    author_schemes: Annotated[tuple[Name, ...], Meta(max_length=8)]
     maximum_grant_steps: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     maximum_grant_duration_ms: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     revocation: Name
@@ -217,7 +220,7 @@ class RollbackGovernance(Wire, frozen=True):
 
 
 class Delegation(Wire, frozen=True):
-    """The operator lets ``job_key`` write one campaign for a while.
+    """The operator lets ``job_key`` (its id, as in ``job_key.py``) write one campaign for a while.
 
     To replace a lost or stolen key, ``replaces`` names it and ``head`` the campaign's last event exactly;
     both are empty otherwise.
@@ -225,6 +228,7 @@ class Delegation(Wire, frozen=True):
 
     campaign: Bytes32
     job_key: Bytes32
+    scheme: SignatureScheme
     not_before_ms: Natural
     expires_at_ms: Natural
     replaces: OptionalBytes32

@@ -41,6 +41,7 @@ class Reason(StrEnum):
     BAD_MEMBERSHIP = "bad-membership"
     # Events
     BAD_FIELD = "bad-field"
+    SCHEME_NOT_ADMITTED = "scheme-not-admitted"
     PORTION_MISMATCH = "portion-mismatch"
     DUPLICATE = "duplicate"
     SEQUENCE_GAP = "sequence-gap"

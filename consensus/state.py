@@ -9,7 +9,7 @@ table     key                 record
 1         zero                ``PolicyHead``: the policy in force
 2         policy id           ``PolicyRecord``
 3         source id           ``SourceRecord``: claim, author, revocation
-4         job key             ``DelegationRecord``
+4         job key's id        ``DelegationRecord``
 5         campaign id         ``CampaignRecord``: what was fixed when it opened
 6         campaign id         ``CampaignHead``: where it stands
 7         grant id            ``GrantRecord``
@@ -28,6 +28,7 @@ from msgspec import Meta
 from consensus.codec import encode
 from consensus.identifiers import Tag as DomainTag
 from consensus.identifiers import tagged_hash
+from consensus.keys import SignatureScheme
 from consensus.portions import (
     Bytes32,
     Count,
@@ -88,6 +89,7 @@ class DelegationRecord(Wire, frozen=True):
 
     operator: Bytes32
     campaign: Bytes32
+    scheme: SignatureScheme
     not_before_ms: Natural
     expires_at_ms: Natural
     replaced: bool

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from consensus.keys import Ed25519SigningKey
+from consensus.keys import SignatureScheme, signer_for
 from trainer_client.governed import governed
 from trainer_client.plan import CampaignPlan, TrainingSource
 from trainer_client.progress import Progress
@@ -83,7 +83,7 @@ def main() -> None:
         plan=plan,
         sources=sources,
         node=job["node_url"],
-        job_key=Ed25519SigningKey(bytes.fromhex(job["job_key_seed"])),
+        job_key=signer_for(SignatureScheme.labelled(job["job_key_scheme"]), bytes.fromhex(job["job_key_seed"])),
         run_directory=run_directory,
         collate=collate,
         on_progress=show,

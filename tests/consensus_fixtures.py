@@ -19,11 +19,21 @@ def make_genesis(
     thresholds: Mapping[str, int] | None = None,
     *,
     scheme: SignatureScheme | None = None,
+    schemes: Mapping[str, SignatureScheme] | None = None,
     parameters: Parameters | None = None,
 ) -> tuple[Genesis, dict[str, MemberSecrets]]:
-    """``counts`` members of each role, called ``<role>-<n>`` from 1, and their secrets by name."""
+    """``counts`` members of each role, called ``<role>-<n>`` from 1, and their secrets by name.
+
+    Their identity keys are of ``scheme``, or of ``schemes`` by role.
+    """
+    by_role = schemes or {}
     plans = [
-        MemberPlan(name=f"{role}-{number}", role=Role(role), seed=seed_bytes(seed, role, number), scheme=scheme)
+        MemberPlan(
+            name=f"{role}-{number}",
+            role=Role(role),
+            seed=seed_bytes(seed, role, number),
+            scheme=by_role.get(role, scheme),
+        )
         for role, count in counts.items()
         for number in range(1, count + 1)
     ]

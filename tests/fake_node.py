@@ -31,7 +31,8 @@ from consensus.event import (
 )
 from consensus.genesis import genesis_to_json
 from consensus.identifiers import MemberId, Role, View
-from consensus.keys import Ed25519SigningKey
+from consensus.job_key import job_key_id
+from consensus.keys import Signer
 from consensus.membership import committee
 from consensus.merkle import root_of
 from consensus.rejection import Reason, Rejected
@@ -113,6 +114,7 @@ class FakeNode:
             "memorization_threshold_permille": 600,
             "routing_granularities": ("block",),
             "event_granularities": ("batch",),
+            "author_schemes": ("ed25519", "ml-dsa-65"),
             "maximum_grant_steps": 100,
             "maximum_grant_duration_ms": 3_600_000,
             "revocation": "drain",
@@ -157,8 +159,8 @@ class FakeNode:
         item = p.DataItem(encode(p.SourceRevocation(source, "")))
         return self.by_member(owner, Kind.REVOCATION, p.Portions(p.DataPortion(SALT, (item,)), None, None))
 
-    def delegate(self, campaign: bytes, job_key: Ed25519SigningKey) -> bytes:
-        delegation = p.Delegation(campaign, job_key.public_key, 0, 2**52, b"", b"")
+    def delegate(self, campaign: bytes, job_key: Signer) -> bytes:
+        delegation = p.Delegation(campaign, job_key_id(job_key), job_key.scheme, 0, 2**52, b"", b"")
         portions = p.Portions(None, None, p.SaltedPortion(SALT, encode(delegation)))
         return self.by_member("operator-1", Kind.DELEGATION, portions, campaign)
 

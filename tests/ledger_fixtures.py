@@ -7,7 +7,7 @@ three sources of two owners, steps with refusals, a memorization rollback, a rev
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -21,11 +21,12 @@ from consensus.certificate import Certificate, certificate_message
 from consensus.certificate_schemes import scheme_for
 from consensus.codec import encode
 from consensus.epochs import EpochLink
-from consensus.event import JOB_SIGNER_ROLE, CheckedEvent, Entry, Kind, check_event, make_entry, pack, sign_entry
+from consensus.event import CheckedEvent, Entry, Kind, check_event, make_entry, pack, sign_entry, sign_entry_as_job
 from consensus.evidence import EvidenceReport
 from consensus.identifiers import Digest, MemberId, View, tagged_hash
 from consensus.identifiers import Tag as DomainTag
-from consensus.keys import Ed25519SigningKey
+from consensus.job_key import job_key_id
+from consensus.keys import SignatureScheme, Signer, signer_for
 from consensus.membership import BLS_THRESHOLD, Genesis, Membership
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.participant import MemberSecrets
@@ -79,10 +80,14 @@ class MemoryLedger:
     """One chain's log in memory, grown by ``seal``."""
 
     def __init__(
-        self, counts: dict[str, int] | None = None, seed: int = 0, certificate_scheme: str = BLS_THRESHOLD
+        self,
+        counts: dict[str, int] | None = None,
+        seed: int = 0,
+        certificate_scheme: str = BLS_THRESHOLD,
+        schemes: Mapping[str, SignatureScheme] | None = None,
     ) -> None:
         self.genesis: Genesis
-        self.genesis, self.secrets = make_genesis(counts or SMALLEST, seed, certificate_scheme)
+        self.genesis, self.secrets = make_genesis(counts or SMALLEST, seed, certificate_scheme, schemes=schemes)
         self.scheme = scheme_for(self.genesis)
         self.committee = self.scheme.committee
         self.ids = {member.name: member.id for member in self.genesis.members}
@@ -255,6 +260,7 @@ class MemoryLedger:
                 ),
                 memorization_threshold_permille=800,
                 routing_granularities=("block",),
+                author_schemes=("ed25519", "ml-dsa-65"),
                 event_granularities=("batch",),
                 maximum_grant_steps=100,
                 maximum_grant_duration_ms=86_400_000,
@@ -330,11 +336,12 @@ class CampaignRun:
     grants: int = 0
     grant_id: bytes = b""
     snapshots: list[dict[str, bytes]] = field(default_factory=list)
-    job: Ed25519SigningKey = field(init=False)
+    job_scheme: SignatureScheme = SignatureScheme.ED25519
+    job: Signer = field(init=False)
     id: Digest = field(init=False)
 
     def __post_init__(self) -> None:
-        self.job = Ed25519SigningKey(digest("job", self.name))
+        self.job = signer_for(self.job_scheme, digest("job", self.name))
         self.id = tagged_hash(DomainTag.CAMPAIGN, self.name.encode())
         self.snapshots = [{f"{block}.weight": bytes(16) for block in BLOCKS}]
 
@@ -369,7 +376,9 @@ class CampaignRun:
         """The delegation and the campaign's opening event."""
         ledger = self.ledger
         expires_ms = ledger.genesis.created_ms + YEAR_MS
-        delegation = p.Delegation(self.id, self.job.public_key, ledger.genesis.created_ms, expires_ms, b"", b"")
+        delegation = p.Delegation(
+            self.id, job_key_id(self.job), self.job.scheme, ledger.genesis.created_ms, expires_ms, b"", b""
+        )
         delegated = ledger.signed(
             Kind.DELEGATION, [self.operator], p.Portions(None, None, ledger.salted(delegation)), campaign=self.id
         )
@@ -377,7 +386,7 @@ class CampaignRun:
             name=self.name,
             purpose="research",
             policy=self.policy_id,
-            job_key=self.job.public_key,
+            job_key=job_key_id(self.job),
             base_model="tiny",
             base_root=self.root(),
             base_provenance=b"",
@@ -412,7 +421,7 @@ class CampaignRun:
             attempt=self.attempt,
         )
         self.sequence += 1
-        return ledger.check(sign_entry(entry, self.job.public_key, JOB_SIGNER_ROLE, self.job), portions)
+        return ledger.check(sign_entry_as_job(entry, self.job), portions)
 
     def grant(
         self,
@@ -437,7 +446,7 @@ class CampaignRun:
             p.Portions(
                 p.DataPortion(ledger.salt(), items),
                 ledger.salted(terms),
-                ledger.salted(p.GrantOperation(self.job.public_key)),
+                ledger.salted(p.GrantOperation(job_key_id(self.job))),
             ),
             campaign=self.id,
             sequence=self.grants,
@@ -607,7 +616,9 @@ class Story:
     weights: bytes
 
 
-def begin(accumulator_window_steps: int = 0, **ledger_options: object) -> Story:
+def begin(
+    accumulator_window_steps: int = 0, job_scheme: SignatureScheme = SignatureScheme.ED25519, **ledger_options: object
+) -> Story:
     """A ledger with a policy, three sources and an open campaign; nothing granted yet.
 
     ``books`` is the librarian's, class text; ``records`` the hospital's, class medical; ``archive`` the
@@ -620,7 +631,7 @@ def begin(accumulator_window_steps: int = 0, **ledger_options: object) -> Story:
     ledger.seal(ledger.policy(), books, records, archive)
     sources = (books.id, records.id, archive.id)
     manifest = tuple(p.ManifestRange(source, 0, 8) for source in sources)
-    run = CampaignRun(ledger, manifest, accumulator_window_steps=accumulator_window_steps)
+    run = CampaignRun(ledger, manifest, accumulator_window_steps=accumulator_window_steps, job_scheme=job_scheme)
     ledger.seal(*run.open())
     return Story(ledger, run, *sources, b"")
 

@@ -14,13 +14,13 @@ from consensus import portions as p
 from consensus.admission import admit
 from consensus.codec import encode
 from consensus.event import (
-    JOB_SIGNER_ROLE,
     SHAPES,
     CheckedEvent,
     Entry,
     check_event,
     pack,
     sign_entry,
+    sign_entry_as_job,
 )
 from consensus.keys import Signer
 from consensus.membership import ED25519_LIST
@@ -126,7 +126,7 @@ def remade(
         return pack(entry, portions)
     if SHAPES[entry.kind].signed_by_job:
         job = job or run.job
-        return pack(sign_entry(entry, job.public_key, JOB_SIGNER_ROLE, job), portions)
+        return pack(sign_entry_as_job(entry, job), portions)
     if signers is None:
         signers = [name for name, member in ledger.ids.items() if member in event.signers]
     return pack(signed_by(ledger, entry, signers), portions)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from consensus import portions as p
 from consensus.identifiers import Digest
+from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
 from trainer_client.calls import CampaignStatus
@@ -131,7 +132,7 @@ class LedgerSide:
             self._client,
             self._recorder,
             campaign=self._plan.campaign,
-            job_key=self._job_key.public_key,
+            job_key=job_key_id(self._job_key),
             purpose=self._plan.purpose,
             planned_steps=self._plan.planned_steps,
             blocks=blocks,

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from trainer_client.accumulators import SourceAccumulators
 from trainer_client.capture import capture_environment
@@ -118,7 +119,7 @@ def open_run(
         model,
         arguments.optimizer,
         policy=client.policy_in_force().id,
-        job_key=arguments.job_key.public_key,
+        job_key=job_key_id(arguments.job_key),
         base_root=base_root,
         environment=capture_environment(Path.cwd()).settings,
     )

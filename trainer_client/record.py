@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from consensus import portions as p
 from consensus.codec import encode
-from consensus.event import JOB_SIGNER_ROLE, Entry, Kind, event_id, make_entry, pack, sign_entry
+from consensus.event import Entry, Kind, event_id, make_entry, pack, sign_entry_as_job
 from consensus.identifiers import ChainId, Digest, MemberId
+from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.rejection import InvariantBroken
 from consensus.state import merge_counts
@@ -136,7 +137,7 @@ class Recorder:
         portions = p.Portions(
             p.DataPortion(self._salts(), items),
             self._salted(p.GrantTerms(policy, first_step, last_step, closes_at_ms)),
-            self._salted(p.GrantOperation(self._signer.public_key)),
+            self._salted(p.GrantOperation(job_key_id(self._signer))),
         )
         entry = self._entry(Kind.GRANT, portions, sequence, 0)
         return RecordedEvent(event_id(entry), Kind.GRANT, sequence, 0, pack(entry, portions))
@@ -271,7 +272,7 @@ class Recorder:
 
     def _signed(self, kind: Kind, portions: p.Portions, sequence: int, attempt: int) -> RecordedEvent:
         entry = self._entry(kind, portions, sequence, attempt)
-        signed = sign_entry(entry, self._signer.public_key, JOB_SIGNER_ROLE, self._signer)
+        signed = sign_entry_as_job(entry, self._signer)
         return RecordedEvent(event_id(entry), kind, sequence, attempt, pack(signed, portions))
 
     def _entry(self, kind: Kind, portions: p.Portions, sequence: int, attempt: int) -> Entry:

@@ -8,6 +8,7 @@ import click
 from consensus.ceremony import Invitation, Invited, Join, Transcript
 from consensus.genesis import genesis_to_json
 from consensus.identifiers import VOTING_ROLES, Role
+from consensus.keys import SignatureScheme
 from consensus.membership import (
     BLS_THRESHOLD,
     GENESIS_EPOCH,
@@ -141,7 +142,7 @@ def ceremony_init(
 @_PASSPHRASE
 @click.option(
     "--identity",
-    type=click.Choice(list(IDENTITIES)),
+    type=click.Choice(IDENTITIES),
     help="What this member signs with; default: what the scheme needs, or ed25519.",
 )
 def ceremony_join(
@@ -158,7 +159,7 @@ def ceremony_join(
         --keystore library.keystore --passphrase-file library.passphrase
     """
     passphrase = read_passphrase(passphrase_file, os.environ)
-    scheme = None if identity is None else IDENTITIES[identity]
+    scheme = None if identity is None else SignatureScheme.labelled(identity)
     written = join(folder, name, invitation, keystore_path, passphrase, scheme, MODERATE_COST)
     click.echo(f"wrote {written}: send it to the other members")
     _print_awaited(read_folder(folder).transcript())

@@ -13,7 +13,8 @@ import msgspec
 from consensus.codec import encode
 from consensus.event import Kind, make_entry
 from consensus.identifiers import Role, Tag, tagged_hash
-from consensus.keys import Ed25519SigningKey
+from consensus.job_key import job_key_id
+from consensus.keys import SignatureScheme, signer_for
 from consensus.portions import Delegation, Portions, SaltedPortion
 from consensus.rejection import ConfigError, Rejected
 from node.clock import SystemClock
@@ -35,6 +36,7 @@ class JobKeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chain_id: str
     campaign: str
     operator: str
+    job_key_scheme: str
     job_key_seed: str
     node_url: str
     expires_at_ms: int
@@ -62,8 +64,17 @@ def job() -> None:
     callback=hex_argument,
     help="Replace the lost or stolen job key of this campaign, naming its exact head.",
 )
+@click.option(
+    "--scheme",
+    type=click.Choice([scheme.label for scheme in SignatureScheme]),
+    default=SignatureScheme.ED25519.label,
+    show_default=True,
+    help="How the job signs; the policy must admit it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, without the key.")
-def job_delegate(config_path: Path, name: str, hours: float, out: Path, replaced: str | None, as_json: bool) -> None:
+def job_delegate(
+    config_path: Path, name: str, hours: float, out: Path, replaced: str | None, scheme: str, as_json: bool
+) -> None:
     """Make a job key and let it write one campaign.
 
     The delegation is final before the command returns. The training job reads the file; give it to nothing else.
@@ -79,6 +90,7 @@ def job_delegate(config_path: Path, name: str, hours: float, out: Path, replaced
     own = load_member(config_path)
     own.require(Role.OPERATOR, "a delegation")
     seed = os.urandom(32)
+    key = signer_for(SignatureScheme.labelled(scheme), seed)
     now_ms = SystemClock().now_ms()
     expires_at_ms = now_ms + int(hours * HOUR_MS)
     with connect(config_path, None, None) as client:
@@ -90,7 +102,8 @@ def job_delegate(config_path: Path, name: str, hours: float, out: Path, replaced
             old_key, head = bytes.fromhex(stands.job_key), bytes.fromhex(stands.last_event)
         delegation = Delegation(
             campaign=campaign,
-            job_key=Ed25519SigningKey(seed).public_key,
+            job_key=job_key_id(key),
+            scheme=key.scheme,
             not_before_ms=now_ms - BACKDATED_MS,
             expires_at_ms=expires_at_ms,
             replaces=old_key,
@@ -105,6 +118,7 @@ def job_delegate(config_path: Path, name: str, hours: float, out: Path, replaced
             chain_id=own.committee.chain_id.hex(),
             campaign=campaign.hex(),
             operator=own.member.id.hex(),
+            job_key_scheme=key.scheme.label,
             job_key_seed=seed.hex(),
             node_url=api_url(own.config),
             expires_at_ms=expires_at_ms,

@@ -13,7 +13,7 @@ from node.config import Address
 from node.files import read_private
 from node.provision import DEFAULT_PURPOSES, MemberRequest, Provisioned, provision
 
-IDENTITIES = {"ed25519": SignatureScheme.ED25519, "ml-dsa-65": SignatureScheme.ML_DSA_65}
+IDENTITIES = [scheme.label for scheme in SignatureScheme]
 
 
 def parse_members(
@@ -73,7 +73,7 @@ def network() -> None:
 )
 @click.option(
     "--identity",
-    type=click.Choice(list(IDENTITIES)),
+    type=click.Choice(IDENTITIES),
     help="What members sign with; default: what the scheme needs, or ed25519.",
 )
 @click.option(
@@ -138,7 +138,7 @@ def network_init(
         requests,
         created_ms=SystemClock().now_ms(),
         certificate_scheme=scheme,
-        identity_scheme=None if identity is None else IDENTITIES[identity],
+        identity_scheme=None if identity is None else SignatureScheme.labelled(identity),
         thresholds=thresholds,
         parameters=Parameters() if heartbeat_ms is None else Parameters(heartbeat_ms=heartbeat_ms),
         passphrase=passphrase,

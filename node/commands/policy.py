@@ -10,7 +10,7 @@ import msgspec
 from consensus.codec import encode
 from consensus.event import CheckedEvent, Kind, check_event, make_entry
 from consensus.identifiers import MemberId, Role
-from consensus.policy import check_policy
+from consensus.policy import AUTHOR_SCHEMES, check_policy
 from consensus.portions import BlockWeight, ClassRule, Policy, Portions, SaltedPortion
 from consensus.rejection import ConfigError
 from node.commands.connection import connect, node_options
@@ -40,6 +40,7 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     revocation: str = "drain"
     routing_granularities: tuple[str, ...] = ("block",)
     event_granularities: tuple[str, ...] = ("batch",)
+    author_schemes: tuple[str, ...] = AUTHOR_SCHEMES
     rationale: str = ""
 
 
@@ -147,6 +148,7 @@ def read_policy(path: Path) -> Policy:
         memorization_threshold_permille=file.memorization_threshold_permille,
         routing_granularities=file.routing_granularities,
         event_granularities=file.event_granularities,
+        author_schemes=file.author_schemes,
         maximum_grant_steps=file.maximum_grant_steps,
         maximum_grant_duration_ms=1_000 * file.maximum_grant_duration_seconds,
         revocation=file.revocation,

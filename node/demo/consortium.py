@@ -20,6 +20,7 @@ import msgspec
 from consensus.codec import encode
 from consensus.event import Kind, make_entry
 from consensus.identifiers import ChainId, Role, Tag, tagged_hash
+from consensus.job_key import job_key_id
 from consensus.keys import Ed25519SigningKey
 from consensus.membership import Committee, Parameters, committee
 from consensus.portions import (
@@ -293,11 +294,13 @@ class Consortium:
         """The operator makes a job key for one campaign, valid for an hour, and says so on the log."""
         own = self.member(LABORATORY)
         seed = os.urandom(32)
+        key = Ed25519SigningKey(seed)
         campaign = tagged_hash(Tag.CAMPAIGN, own.member.id, os.urandom(32))
         now_ms = SystemClock().now_ms()
         delegation = Delegation(
             campaign=campaign,
-            job_key=Ed25519SigningKey(seed).public_key,
+            job_key=job_key_id(key),
+            scheme=key.scheme,
             not_before_ms=now_ms - BACKDATED_MS,
             expires_at_ms=now_ms + JOB_KEY_MS,
             replaces=b"",
@@ -307,6 +310,7 @@ class Consortium:
             chain_id=self.chain_id.hex(),
             campaign=campaign.hex(),
             operator=own.member.id.hex(),
+            job_key_scheme=key.scheme.label,
             job_key_seed=seed.hex(),
             node_url=self.nodes[LABORATORY].url,
             expires_at_ms=delegation.expires_at_ms,

@@ -179,8 +179,10 @@ def test_missing_shortened_and_swapped_files_are_told_apart(folder: Path) -> Non
     assert windows["used"] == [STEPS]
     assert [held["why"].partition(":")[0] for held in windows["missing"]] == ["not-found", "digest-mismatch"]
     lists = folder / "run" / "accumulators" / "windows"
-    for path in lists.iterdir():
-        path.write_bytes(next(other for other in lists.iterdir() if other != path).read_bytes())
+    paths = sorted(lists.iterdir())
+    contents = [path.read_bytes() for path in paths]
+    for number, path in enumerate(paths):
+        path.write_bytes(contents[number - 1])
     refused = ask(folder)
     assert refused.exit_code == 1
     assert "nothing to trace by" in refused.output

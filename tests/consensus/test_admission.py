@@ -2,7 +2,18 @@
 
 import msgspec
 import pytest
-from ledger_fixtures import BLOCKS, GOVERNANCE, HOSPITAL, LIBRARIAN, OPERATOR, YEAR_MS, CampaignRun, Story, digest
+from ledger_fixtures import (
+    BLOCKS,
+    GOVERNANCE,
+    HOSPITAL,
+    LIBRARIAN,
+    OPERATOR,
+    YEAR_MS,
+    CampaignRun,
+    Story,
+    begin,
+    digest,
+)
 from rules_fixtures import (
     SEVERAL,
     assert_admitted,
@@ -22,7 +33,9 @@ from consensus.admission import MAX_BATCH_SIZE, MAX_MANIFEST_SOURCES, MAX_POLICY
 from consensus.codec import encode
 from consensus.event import CheckedEvent, Kind
 from consensus.identifiers import ZERO_DIGEST
-from consensus.keys import Ed25519SigningKey
+from consensus.job_key import job_key_id
+from consensus.keys import Ed25519SigningKey, MlDsa65SigningKey, SignatureScheme, Signer
+from consensus.membership import ED25519_LIST, ML_DSA_65_LIST
 from consensus.rejection import InvariantBroken, Reason
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
@@ -89,6 +102,9 @@ def test_old_policy_cannot_be_put_back_into_force_by_replay() -> None:
         {"routing_granularities": ()},
         {"routing_granularities": ("block", "planet")},
         {"routing_granularities": ("block", "block")},
+        {"author_schemes": ()},
+        {"author_schemes": ("ed25519", "rsa")},
+        {"author_schemes": ("ed25519", "ed25519")},
         {"event_granularities": ("batch", "batch")},
         {"event_granularities": ("era",)},
         {"licences": ("CC0-1.0", "CC0-1.0")},
@@ -190,15 +206,14 @@ SECOND_KEY = Ed25519SigningKey(digest("second key"))
 THIRD_KEY = Ed25519SigningKey(digest("third key"))
 
 
-def delegated(
-    told: Story, key: Ed25519SigningKey = SECOND_KEY, operator: str = OPERATOR, **fields: object
-) -> CheckedEvent:
+def delegated(told: Story, key: Signer = SECOND_KEY, operator: str = OPERATOR, **fields: object) -> CheckedEvent:
     """A delegation that replaces the campaign's job key, by default rightly."""
     ledger, head = told.ledger, head_of(told.run)
     delegation = msgspec.structs.replace(
         p.Delegation(
             told.run.id,
-            key.public_key,
+            job_key_id(key),
+            key.scheme,
             ledger.genesis.created_ms,
             ledger.genesis.created_ms + YEAR_MS,
             head.job_key,
@@ -297,6 +312,81 @@ def test_replacement_before_the_campaign_is_on_the_log_is_refused(field: str) ->
 def test_numbered_delegation_is_refused(place: dict[str, object]) -> None:
     told = opened()
     assert_refused(told.ledger, remake(told.run, delegated(told), **place), Reason.BAD_FIELD)
+
+
+# Signature schemes
+
+
+ML_DSA = SignatureScheme.ML_DSA_65
+ED25519_ALONE, ML_DSA_ALONE = ("ed25519",), ("ml-dsa-65",)
+
+
+def test_campaign_of_an_ml_dsa_job_key_runs_from_delegation_to_release() -> None:
+    told = begin(certificate_scheme=ED25519_LIST, job_scheme=ML_DSA)
+    told.ledger.seal(told.run.grant([told.books, told.records], 1, 4))
+    told.ledger.seal(*told.run.step())
+    told.ledger.seal(told.run.release())
+    assert head_of(told.run).closed == "released"
+
+
+def test_members_and_job_of_ml_dsa_run_under_a_policy_of_ml_dsa_alone() -> None:
+    told = begin(certificate_scheme=ML_DSA_65_LIST, job_scheme=ML_DSA)
+    told.ledger.seal(told.ledger.policy(author_schemes=ML_DSA_ALONE))
+    told.ledger.seal(told.run.grant([told.books, told.records], 1, 4))
+    told.ledger.seal(*told.run.step())
+
+
+def test_policy_signed_with_a_scheme_it_does_not_admit_is_refused() -> None:
+    told = opened()
+    detail = assert_refused(told.ledger, told.ledger.policy(author_schemes=ML_DSA_ALONE), Reason.SCHEME_NOT_ADMITTED)
+    assert "governance-1 signs with ed25519, the policy admits ml-dsa-65" in detail
+    assert_admitted(told.ledger, told.ledger.policy(author_schemes=ED25519_ALONE))
+
+
+def test_campaign_whose_job_key_is_of_a_scheme_the_policy_does_not_admit_is_refused() -> None:
+    told = opened()
+    told.ledger.seal(told.ledger.policy(author_schemes=ED25519_ALONE))
+    delegation, opening, _ = other_campaign(told, job_scheme=ML_DSA)
+    told.ledger.seal(delegation)
+    detail = assert_refused(told.ledger, opening, Reason.SCHEME_NOT_ADMITTED)
+    assert "the job key signs with ml-dsa-65, the policy admits ed25519" in detail
+
+
+def test_grant_for_a_job_key_that_a_newer_policy_does_not_admit_is_refused() -> None:
+    told = begin(certificate_scheme=ED25519_LIST, job_scheme=ML_DSA)
+    told.ledger.seal(told.ledger.policy(author_schemes=ED25519_ALONE))
+    assert_refused(told.ledger, told.run.grant([told.books], 1, 4), Reason.SCHEME_NOT_ADMITTED)
+
+
+def test_grant_signed_by_members_of_a_scheme_a_newer_policy_does_not_admit_is_refused() -> None:
+    told = begin(schemes={"governance": ML_DSA, "operator": ML_DSA}, job_scheme=ML_DSA)
+    told.ledger.seal(told.ledger.policy(author_schemes=ML_DSA_ALONE))
+    detail = assert_refused(told.ledger, told.run.grant([told.books], 1, 4), Reason.SCHEME_NOT_ADMITTED)
+    assert "data-source-1 signs with ed25519" in detail
+
+
+def test_replacement_by_a_key_of_the_other_scheme_carries_the_campaign_on() -> None:
+    told = granted()
+    key = MlDsa65SigningKey(digest("post-quantum key"))
+    told.ledger.seal(delegated(told, key=key))
+    told.run.job = key
+    told.ledger.seal(told.run.grant([told.books, told.records], 1, 4))
+    told.ledger.seal(*told.run.step())
+
+
+@pytest.mark.parametrize("key", [SECOND_KEY, MlDsa65SigningKey(digest("post-quantum key"))])
+def test_key_delegated_under_the_name_of_the_other_scheme_writes_nothing(key: Signer) -> None:
+    """An id is 32 bytes for either scheme: the one that a policy was held against must be the one that signs."""
+    told = granted()
+    other = next(scheme for scheme in SignatureScheme if scheme is not key.scheme)
+    false_name = delegated(told, key=key, scheme=other)
+    if other is SignatureScheme.ED25519:
+        assert_refused(told.ledger, false_name, Reason.BAD_KEY)
+        return
+    told.ledger.seal(false_name)
+    told.run.job = key
+    detail = assert_refused(told.ledger, told.run.release(), Reason.UNKNOWN_JOB_KEY)
+    assert "signed with ed25519, the job key was delegated for ml-dsa-65" in detail
 
 
 # Campaigns
@@ -538,7 +628,7 @@ def test_grant_open_at_the_very_end_of_a_sources_window_is_refused() -> None:
             told.run.grant([told.books], 1, 4),
             items=[(p.GrantedSource(source.id), ())],
             governance=terms,
-            operation=p.GrantOperation(run.job.public_key),
+            operation=p.GrantOperation(job_key_id(run.job)),
             campaign=run.id,
             sequence=1,
         )

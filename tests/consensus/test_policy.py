@@ -24,6 +24,7 @@ POLICY = p.Policy(
     memorization_threshold_permille=800,
     routing_granularities=("block",),
     event_granularities=("batch",),
+    author_schemes=("ed25519", "ml-dsa-65"),
     maximum_grant_steps=10,
     maximum_grant_duration_ms=1_000,
     revocation="drain",

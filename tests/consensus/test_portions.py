@@ -9,6 +9,7 @@ from ledger_fixtures import digest
 from consensus import portions as p
 from consensus.codec import encode
 from consensus.identifiers import Role
+from consensus.keys import SignatureScheme
 from consensus.rejection import Reason, Rejected
 from consensus.state import merge_counts
 
@@ -114,6 +115,6 @@ def test_counts_added_and_taken_back_are_as_before(first: tuple[p.Count, ...], s
 
 def test_optional_digests_are_whole_or_absent() -> None:
     for length in (0, 32):
-        p.Delegation(SALT, SALT, 0, 1, bytes(length), bytes(length))
+        p.Delegation(SALT, SALT, SignatureScheme.ED25519, 0, 1, bytes(length), bytes(length))
     with pytest.raises(ValueError, match="expected 32 or none"):
-        p.Delegation(SALT, SALT, 0, 1, bytes(5), b"")
+        p.Delegation(SALT, SALT, SignatureScheme.ED25519, 0, 1, bytes(5), b"")

@@ -22,6 +22,7 @@ from consensus.codec import decode, encode
 from consensus.epochs import anchor
 from consensus.event import Entry, Kind
 from consensus.genesis import genesis_from_json, genesis_to_json
+from consensus.keys import SignatureScheme
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.predicates import SUBJECTS, Answer, Predicate, ReleasedFile, Status, Verdict, verify
 from consensus.rejection import Reason, Rejected
@@ -221,7 +222,7 @@ def test_campaign_opened_with_a_key_nobody_delegated_is_not_called_the_operators
 
 def test_campaign_of_a_key_delegated_for_another_one_is_refused() -> None:
     tale = begin()
-    record = DelegationRecord(tale.ledger.ids[OPERATOR], bytes(32), 0, 1, False)
+    record = DelegationRecord(tale.ledger.ids[OPERATOR], bytes(32), SignatureScheme.ED25519, 0, 1, False)
     tale.ledger.collude([], {DELEGATION_TABLE + tale.run.job.public_key: encode(record)})
     with pytest.raises(Rejected) as refusal:
         judged(tale, exported(tale, Predicate.SOURCE_UNUSED))

@@ -26,6 +26,8 @@ from consensus.codec import decode, encode
 from consensus.epochs import Anchor, anchor
 from consensus.event import Entry, Kind
 from consensus.identifiers import MemberId
+from consensus.job_key import job_key_id
+from consensus.keys import MlDsa65SigningKey
 from consensus.predicates import Answer, Predicate, ReleasedFile, Status, Verdict, verify
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
@@ -204,11 +206,16 @@ def test_job_key_replaced_in_mid_run_keeps_the_history_whole() -> None:
     ledger.seal(run.grant([tale.books], 1, 5))
     ledger.seal(*run.step())
     old = run.job
-    run.job = type(old)(digest("another job key"))
+    run.job = MlDsa65SigningKey(digest("another job key"))
     replacement = p.Delegation(
-        run.id, run.job.public_key, ledger.genesis.created_ms, ledger.now_ms + 86_400_000, old.public_key,
-        run.head.last_event,
-    )  # fmt: skip
+        campaign=run.id,
+        job_key=job_key_id(run.job),
+        scheme=run.job.scheme,
+        not_before_ms=ledger.genesis.created_ms,
+        expires_at_ms=ledger.now_ms + 86_400_000,
+        replaces=job_key_id(old),
+        head=run.head.last_event,
+    )
     portions = p.Portions(None, None, ledger.salted(replacement))
     ledger.seal(ledger.signed(Kind.DELEGATION, ["operator-1"], portions, campaign=run.id))
     ledger.seal(run.grant([tale.books], 2, 5))

@@ -11,7 +11,18 @@ import pytest
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 ROOT = VECTORS.parents[1]
-FILES = ("accumulators", "blocks", "epochs", "events", "log_tree", "portions", "sampler", "state_map", "tagged_hash")
+FILES = (
+    "accumulators",
+    "blocks",
+    "epochs",
+    "events",
+    "job_keys",
+    "log_tree",
+    "portions",
+    "sampler",
+    "state_map",
+    "tagged_hash",
+)
 
 
 def run(program: str, folder: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from ledger_fixtures import HOSPITAL, LIBRARIAN
 
 from consensus.codec import encode
 from consensus.event import Kind, make_entry, pack
+from consensus.job_key import job_key_id
 from consensus.portions import DataItem, DataPortion, GrantedSource, GrantOperation, GrantTerms, Portions
 from consensus.rejection import InvariantBroken, Reason
 from node.api import MAX_BATCH_EVENTS, split_batch
@@ -204,7 +205,7 @@ async def test_grant_is_asked_for_signed_by_hand_and_final(tmp_path: Path) -> No
         portions = Portions(
             DataPortion(memory.salt(), (DataItem(encode(GrantedSource(story.books))),)),
             memory.salted(terms),
-            memory.salted(GrantOperation(story.run.job.public_key)),
+            memory.salted(GrantOperation(job_key_id(story.run.job))),
         )
         entry = make_entry(
             memory.chain_id, Kind.GRANT, memory.ids["operator-1"], portions, campaign=story.run.id, sequence=3

@@ -438,11 +438,14 @@ def check_whole_path(directory: Path, configs: dict[str, Path], chain_id: str) -
 
     delegated = run(
         "job", "delegate", "--config", configs["laboratory"], "--campaign", "c", "--hours", "1",
-        "--out", directory / "job-key.json",
+        "--out", directory / "job-key.json", "--scheme", "ml-dsa-65",
     )  # fmt: skip
     assert delegated.exit_code == 0, delegated.output
     key_file = json.loads((directory / "job-key.json").read_text())
-    assert sorted(key_file) == ["campaign", "chain_id", "expires_at_ms", "job_key_seed", "node_url", "operator"]
+    assert sorted(key_file) == [
+        "campaign", "chain_id", "expires_at_ms", "job_key_scheme", "job_key_seed", "node_url", "operator",
+    ]  # fmt: skip
+    assert key_file["job_key_scheme"] == "ml-dsa-65"
     assert stat.S_IMODE((directory / "job-key.json").stat().st_mode) == 0o600
 
     revoke = ("source", "revoke", "--config", configs["library"], claim["id"], "--reason", "consent withdrawn")

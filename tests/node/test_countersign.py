@@ -16,6 +16,7 @@ from consensus import portions as p
 from consensus.codec import decode, encode
 from consensus.event import CheckedEvent, EventSignature, Kind, pack, pack_parts, sign_entry
 from consensus.identifiers import Digest, MemberId
+from consensus.job_key import job_key_id
 from consensus.membership import committee
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state_map import StateMap
@@ -321,7 +322,7 @@ async def test_grant_of_as_many_unknown_sources_as_fit_is_refused_and_the_node_r
                 p.Portions(
                     p.DataPortion(told.live.salt(), items),
                     told.live.salted(terms),
-                    told.live.salted(p.GrantOperation(run.job.public_key)),
+                    told.live.salted(p.GrantOperation(job_key_id(run.job))),
                 ),
                 campaign=run.id,
                 sequence=run.grants + 1,

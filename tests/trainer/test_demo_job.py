@@ -115,6 +115,8 @@ def test_refused_campaign_is_named_and_exits_1(tmp_path: Path, capsys: pytest.Ca
 def test_job_key_file_of_the_delegation_command_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running_node() as node:
         config = written_config(node, tmp_path)
-        (tmp_path / "job.key").write_text(json.dumps({"job_key_seed": SEED.hex(), "campaign": CAMPAIGN.hex()}))
+        (tmp_path / "job.key").write_text(
+            json.dumps({"job_key_scheme": "ed25519", "job_key_seed": SEED.hex(), "campaign": CAMPAIGN.hex()})
+        )
         assert main(["--config", str(config)]) == 1
     assert "unknown-policy" in capsys.readouterr().err

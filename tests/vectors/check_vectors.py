@@ -181,6 +181,12 @@ def check_event(case: dict) -> None:
     VerifyKey(signer).verify(signed, signature)
 
 
+def check_job_key(case: dict) -> None:
+    key = bytes.fromhex(case["public_key"])
+    identifier = key if case["scheme"] == 1 else tagged(name("job-key"), bytes([case["scheme"]]), key)
+    check(identifier.hex(), case["id"], "id of a job key")
+
+
 def check_block(case: dict) -> None:
     encoded = bytes.fromhex(case["header"])
     header = unpack(encoded)
@@ -312,6 +318,7 @@ CHECKS = {
     "tagged_hash": check_hash,
     "portions": check_portions,
     "events": check_event,
+    "job_keys": check_job_key,
     "blocks": check_block,
     "log_tree": check_tree,
     "state_map": check_state,

@@ -34,7 +34,8 @@ from consensus.event import (
 )
 from consensus.genesis import MemberPlan, generate_genesis
 from consensus.identifiers import Role, Tag, View, tagged_hash, tagged_message
-from consensus.keys import Ed25519SigningKey, SignatureScheme
+from consensus.job_key import job_key_id
+from consensus.keys import Ed25519SigningKey, SignatureScheme, signer_for
 from consensus.membership import ED25519_LIST, Membership, committee
 from consensus.membership_change import MembershipChange, membership_digest
 from consensus.merkle import leaf_hash, root_of
@@ -122,6 +123,12 @@ def events() -> list[Case]:
             }
         )
     return cases
+
+
+def job_keys() -> list[Case]:
+    """What the log calls a job key, by scheme."""
+    keys = [signer_for(scheme, octets("job", scheme.label)) for scheme in SignatureScheme]
+    return [{"scheme": key.scheme, "public_key": key.public_key.hex(), "id": job_key_id(key).hex()} for key in keys]
 
 
 def blocks() -> list[Case]:
@@ -301,6 +308,7 @@ FILES = {
     "tagged_hash": hashes,
     "portions": portions,
     "events": events,
+    "job_keys": job_keys,
     "blocks": blocks,
     "log_tree": trees,
     "state_map": states,

@@ -39,8 +39,8 @@ import torch
 from torch import nn
 
 from consensus.identifiers import ChainId, MemberId
-from consensus.keys import Ed25519SigningKey
-from consensus.rejection import ConfigError, CountersignError
+from consensus.keys import SignatureScheme, Signer, signer_for
+from consensus.rejection import ConfigError, CountersignError, Rejected
 from trainer_client.demo.base import BaseTraining, base_model, default_cache_directory
 from trainer_client.demo.corpus import calibration_records, canary_string, demonstration_corpus
 from trainer_client.demo.model import (
@@ -203,15 +203,19 @@ class Job:
         salt = self._hex("content_salt", source.content_salt) if source.content_salt else None
         return TrainingSource(self._hex("id", source.id), examples, salt)
 
-    def _job_key(self) -> Ed25519SigningKey:
+    def _job_key(self) -> Signer:
         path = self._file(self.config.job_key_file)
         text = self._read(path).decode("utf-8", errors="replace").strip()
+        scheme = SignatureScheme.ED25519
         if text.startswith("{"):
             try:
-                text = str(json.loads(text)["job_key_seed"])
-            except (ValueError, KeyError) as error:
-                raise ConfigError(f"{path}: expected a job key file, found no job_key_seed") from error
-        return Ed25519SigningKey(self._hex("job_key_seed", text))
+                file = json.loads(text)
+                text, scheme = str(file["job_key_seed"]), SignatureScheme.labelled(str(file["job_key_scheme"]))
+            except KeyError as error:
+                raise ConfigError(f"{path}: expected a job key file, found no {error.args[0]}") from error
+            except (ValueError, Rejected) as error:
+                raise ConfigError(f"{path}: expected a job key file, found: {error}") from error
+        return signer_for(scheme, self._hex("job_key_seed", text))
 
     def _file(self, name: str) -> Path:
         return self._directory / name
