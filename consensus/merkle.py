@@ -34,6 +34,7 @@ EMPTY_ROOT = Digest(sha256().digest())
 LEAF_PREFIX = b"\x00"
 NODE_PREFIX = b"\x01"
 SIZE_BYTES = 8
+MAX_FRONTIER_BYTES = SIZE_BYTES + 64 * DIGEST_BYTES
 
 Node = tuple[int, int, Digest]
 """A perfect node with its place: level, index, hash."""
@@ -68,6 +69,15 @@ class Frontier:
         for peak in self.peaks[-2::-1]:
             root = node_hash(peak, root)
         return root
+
+    def nodes(self) -> list[Node]:
+        """The peaks with their places in the tree, largest first."""
+        placed: list[Node] = []
+        first = 0
+        for peak, level in zip(self.peaks, _levels(self.size), strict=True):
+            placed.append((level, first >> level, peak))
+            first += 1 << level
+        return placed
 
     def append(self, leaf_hashes: Sequence[bytes]) -> "Frontier":
         """The frontier after appending ``leaf_hashes`` in order.
@@ -295,6 +305,11 @@ def _range_root(start: int, end: int, node: NodeReader) -> bytes:
     while peaks:
         root = node_hash(peaks.pop(), root)
     return root
+
+
+def _levels(size: int) -> list[int]:
+    """The levels of the peaks of a tree, largest first."""
+    return [level for level in reversed(range(size.bit_length())) if size >> level & 1]
 
 
 def _check_index(index: int, size: int) -> None:

@@ -202,6 +202,7 @@ class Api:
                 "votes_sent": now.votes_sent,
                 "halted": now.halted,
                 "catching_up": now.catching_up,
+                "log_missing": now.log_missing,
                 "evidence": now.evidence,
                 "finality": {
                     "count": now.finality.count,

@@ -115,6 +115,7 @@ class LogApi:
 
     async def events(self, call: Call) -> HttpReply:
         """A page of final events that match every filter."""
+        self._ledger.require_whole()
         query, log_size = call.query, self._ledger.final.header.log_size
         terms = []
         if "kind" in query:
@@ -299,6 +300,7 @@ class LogApi:
         if start + asked.width > held:
             raise Rejected(Reason.NOT_FOUND, f"{held} hashes at this level, the tile ends at {start + asked.width}")
         places = range(start, start + asked.width)
+        self._ledger.require_whole()
         if isinstance(asked, EntryBundle):
             entries = self._ledger.store.entries_range(places.start, places.stop)
             body = b"".join(len(entry).to_bytes(2, "big") + entry for entry in entries)
@@ -315,7 +317,8 @@ class LogReading:
     """One consistent reading of the log, as of the newest final ledger block: a ``bundles.LogReader``."""
 
     def __init__(self, ledger: Ledger) -> None:
-        """Raises ``Rejected`` with ``NOT_FOUND`` while no ledger block is final."""
+        """Raises ``Rejected`` (``NOT_FOUND``) while nothing is final, ``Unavailable`` while the log has a gap."""
+        ledger.require_whole()
         self._store: Store = ledger.store
         self._log_size = ledger.final.header.log_size
         self.genesis: Genesis = ledger.genesis

@@ -33,6 +33,7 @@ from node.messages import (
     GetBlocks,
 )
 from node.network import Network
+from node.snapshot import Joining
 
 log = logging.getLogger("countersign.catchup")
 
@@ -97,8 +98,16 @@ class CertifiedInvalid(CountersignError):
 class CatchUp:
     """Fetches and applies what the log lacks."""
 
-    def __init__(self, ledger: Ledger, network: Network, appended: Callable[[tuple[Finalized, ...]], None]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        network: Network,
+        appended: Callable[[tuple[Finalized, ...]], None],
+        joining: Joining | None = None,
+    ) -> None:
+        """``joining`` is how a log that has nothing yet begins at a snapshot; without it everything is replayed."""
         self._ledger = ledger
+        self._joining = joining
         self._network = network
         self._appended = appended
         self._lock = trio.Lock()
@@ -119,6 +128,7 @@ class CatchUp:
             CertifiedInvalid: a quorum broke the rules.
         """
         async with self._lock:
+            await self._join()
             passed_over: set[MemberId] = set()
             while self._ledger.final.header.height < height:
                 peers = self._network.connected - passed_over
@@ -136,7 +146,18 @@ class CatchUp:
             CertifiedInvalid: a quorum broke the rules.
         """
         async with self._lock:
-            return await self._from_peer(peer)
+            try:
+                joined = await self._join()
+            except Unavailable as error:
+                log.info("beginning at a snapshot pauses: %s", error)
+                return False
+            return await self._from_peer(peer) or joined
+
+    async def _join(self) -> bool:
+        """Begin at a snapshot if that is wanted and nothing has begun; whether it was done."""
+        if self._joining is None or self._ledger.final.header.height > 0:
+            return False
+        return await self._joining.run()
 
     async def _from_peer(self, peer: MemberId) -> bool:
         """Fetch and apply chunks from a peer, the next one on its way while one is applied.

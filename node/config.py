@@ -91,6 +91,7 @@ class NodeSection(Struct, frozen=True, forbid_unknown_fields=True):
     passphrase_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    sync: Literal["replay", "snapshot"] = "replay"
 
     @property
     def pinned_chain(self) -> ChainId:
@@ -129,10 +130,11 @@ class CountersignSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds on what waits in memory."""
+    """Bounds on what waits in memory, and on what catching up may take."""
 
     mempool_events: _Positive = 20_000
     mempool_bytes: _Positive = 64 << 20
+    sync_bytes_per_second: Annotated[int, Meta(ge=64 << 10, le=2**53 - 1)] = 8 << 20
 
 
 class RoundSection(Struct, frozen=True, forbid_unknown_fields=True):

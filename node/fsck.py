@@ -48,10 +48,12 @@ from node.store_layout import (
     EPOCH_LINK,
     HEAD_BYTES,
     HEAD_KEY,
+    HISTORY_KEY,
     SCHEMA_KEY,
     SCHEMA_VERSION,
     VOTE_MARK_KEY,
     Head,
+    History,
     open_database,
     term_prefix,
     to_int,
@@ -69,7 +71,8 @@ def check_data_directory(directory: Path, genesis: Genesis, progress: ProgressRe
     """Check the data directory of a stopped node against a genesis that ``check_genesis`` has accepted.
 
     Raises:
-        ConfigError: no data directory there, another process holds it, or it is another chain's.
+        ConfigError: no data directory there, another process holds it, it is another chain's, or a log that began at a
+            snapshot is not filled up yet.
     """
     path = directory / "rocksdb"
     if not path.exists():
@@ -134,6 +137,13 @@ class _Check:
         version = self._reader.need("meta", SCHEMA_KEY, "schema version")
         if version is not None and to_int(version) != SCHEMA_VERSION:
             raise ConfigError(f"{directory}: expected schema version {SCHEMA_VERSION}, found {to_int(version)}")
+        encoded = self._reader.get("meta", HISTORY_KEY, "history")
+        if encoded is not None:
+            history = History.decode(encoded)
+            raise ConfigError(
+                f"{directory}: expected a whole log, found one that began at ledger block {history.base_height} and is "
+                f"filled up to {history.next_height - 1}: run the node until its status says log_missing 0"
+            )
         chain = self._reader.need("meta", CHAIN_KEY, "chain id")
         if chain is not None and chain != self._genesis.chain_id:
             raise ConfigError(f"{directory}: expected chain {self._genesis.chain_id.hex()}, found {chain.hex()}")

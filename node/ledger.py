@@ -9,6 +9,10 @@ The members that judge a ledger block are those of its epoch: the links to all e
 
 One ledger block is one atomic write (``store.commit``), durable after ``sync``. Branches that are not
 final live in ``overlays`` and never touch the disk.
+
+A log may begin at a snapshot (``snapshot.py``), with what stands below it filled up later (``history.py``). Until it is
+whole, what would need the missing part raises ``Unavailable``: an answer from half a log would look like one from all
+of it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,13 +29,13 @@ from consensus.membership import Committee, Genesis
 from consensus.merkle import Frontier
 from consensus.portions import GrantedSource, ManifestRange, SourceClaim, SourceRefusal, SourceRevocation, SourceUse
 from consensus.receipt import Receipt, StateReceipt
-from consensus.rejection import InvariantBroken, Reason, Rejected
+from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state_map import StateMap
 from consensus.transition import Built, LedgerState, apply, genesis_state
 from consensus.vote import Vote
 from node.epoch_end import Certified, link_of
 from node.store import Store
-from node.store_layout import BlockWrite, EntryWrite
+from node.store_layout import BaseWrite, BlockWrite, EntryWrite, History
 
 MAX_CERTIFICATE_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 18
@@ -73,6 +77,25 @@ class Ledger:
         return self.epochs.newest.committee
 
     @property
+    def missing_blocks(self) -> int:
+        """How many ledger blocks are missing below the snapshot this log began at; 0 where it is whole."""
+        history = self.store.history()
+        return 0 if history is None else history.base_height - history.next_height + 1
+
+    def require_whole(self) -> None:
+        """Nothing is missing below the snapshot this log began at.
+
+        Raises:
+            Unavailable: it is, and how much.
+        """
+        history = self.store.history()
+        if history is not None:
+            raise Unavailable(
+                f"this node began at a snapshot and still fetches the log below ledger block {history.base_height}; "
+                f"it has come to {history.next_height - 1}"
+            )
+
+    @property
     def scheme(self) -> CertificateScheme:
         """How the newest epoch certifies."""
         return self.epochs.newest.scheme
@@ -110,6 +133,32 @@ class Ledger:
             ) from error
         self.certificate, self._onward = certified.certificate, certified.onward
         return LedgerState(header, header.digest, frontier, state)
+
+    def begin_at(self, state: LedgerState, links: tuple[EpochLink, ...], certificate: Certificate) -> None:
+        """Begin at a verified snapshot, where the log has nothing yet; ``links`` lead from the genesis to its epoch.
+
+        Raises:
+            InvariantBroken: the log has begun, or the write failed.
+        """
+        header = state.header
+        genesis = genesis_state(self.genesis.chain_id, self.genesis.created_ms)
+        base = BaseWrite(
+            height=Height(header.height),
+            digest=state.digest,
+            header=encode(header),
+            certificate=Certified((), certificate).encode(),
+            state=dict(state.state.items()),
+            log_size=header.log_size,
+            frontier=state.frontier.to_bytes(),
+            peaks=tuple(state.frontier.nodes()),
+            epoch_links=tuple(encode(link) for link in links),
+        )
+        missing = History(genesis.header.height + 1, header.height, header.log_size, genesis.frontier.to_bytes())
+        epochs = self.epochs.led_by(links)
+        self.store.begin_at(base, missing)
+        self.epochs, self.links = epochs, links
+        self.final, self.certificate, self._onward = state, certificate, ()
+        self.overlays = {}
 
     # Branches
 
@@ -193,10 +242,12 @@ class Ledger:
         """Entry and portions at a log index.
 
         Raises:
-            Rejected: ``NOT_FOUND``.
+            Rejected: ``NOT_FOUND``. Unavailable: as ``require_whole``.
         """
         entry, portions = self.store.entry(index), self.store.portions(index)
         if entry is None or portions is None:
+            if index < self.final.header.log_size:
+                self.require_whole()
             raise Rejected(Reason.NOT_FOUND, f"the log has no index {index}")
         return entry, portions
 
@@ -204,10 +255,11 @@ class Ledger:
         """Log index of an event.
 
         Raises:
-            Rejected: ``NOT_FOUND``.
+            Rejected: ``NOT_FOUND``. Unavailable: as ``require_whole``.
         """
         index = self.store.index_of_event(event_id)
         if index is None:
+            self.require_whole()
             raise Rejected(Reason.NOT_FOUND, f"event {event_id.hex()} is not on the log")
         return index
 
@@ -215,10 +267,12 @@ class Ledger:
         """Header, body and signed events (wire form) of a finalized ledger block.
 
         Raises:
-            Rejected: ``NOT_FOUND``.
+            Rejected: ``NOT_FOUND``. Unavailable: as ``require_whole``.
         """
         header, body = self.store.header(height), self.store.body(height)
         if header is None or body is None:
+            if height <= self.final.header.height:
+                self.require_whole()
             raise Rejected(Reason.NOT_FOUND, f"the log has no ledger block {height}")
         decoded = decode_header(header, self.genesis.chain_id)
         first = decoded.log_size - decoded.event_count
@@ -228,10 +282,11 @@ class Ledger:
         """A node of the Merkle tree.
 
         Raises:
-            InvariantBroken: it is missing.
+            InvariantBroken: it is missing. Unavailable: it is below a snapshot and not fetched yet.
         """
         held = self.store.node(level, index)
         if held is None:
+            self.require_whole()
             raise InvariantBroken(f"tree node {level}/{index} is missing: run 'countersign log fsck'")
         return held
 
@@ -334,22 +389,27 @@ def _block_write(
         body=encode(built.body),
         certificate=certificate,
         votes=b"".join(framed(encode(vote)) for vote in votes),
-        entries=tuple(
-            EntryWrite(
-                first_index + offset,
-                event.entry_bytes,
-                event.portions_bytes,
-                event.id,
-                event.leaf_hash,
-                index_terms(event),
-            )
-            for offset, event in enumerate(built.events)
-        ),
+        entries=entry_writes(first_index, built.events),
         nodes=built.nodes,
         state_changes=built.changes,
         log_size=header.log_size,
         frontier=built.state.frontier.to_bytes(),
         epoch_link=None if link is None else (header.epoch + 1, encode(link)),
+    )
+
+
+def entry_writes(first_index: int, events: Iterable[CheckedEvent]) -> tuple[EntryWrite, ...]:
+    """What the disk keeps of consecutive events."""
+    return tuple(
+        EntryWrite(
+            first_index + offset,
+            event.entry_bytes,
+            event.portions_bytes,
+            event.id,
+            event.leaf_hash,
+            index_terms(event),
+        )
+        for offset, event in enumerate(events)
     )
 
 

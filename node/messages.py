@@ -11,9 +11,12 @@ from msgspec import Meta
 
 from consensus.block import MAX_BLOCK_EVENTS, MAX_HEADER_BYTES
 from consensus.codec import decode
+from consensus.epochs import EpochLinks
 from consensus.event import MAX_EVENT_BYTES, EventSignature
+from consensus.merkle import MAX_FRONTIER_BYTES
 from consensus.portions import Bytes32, Natural, Text, Wire
 from consensus.rejection import Reason, Rejected
+from consensus.state_map import KEY_BYTES, PrefixProof
 from consensus.vote import Vote
 
 MAX_REQUEST_BYTES = 1 << 20
@@ -79,6 +82,41 @@ class FoundProposal(Wire, frozen=True, tag="proposal-found"):
     proposal: bytes
 
 
+class GetSnapshot(Wire, frozen=True, tag="get-snapshot"):
+    """A recent ledger block to begin from, for one who knows the epochs up to this one."""
+
+    known_epoch: Natural
+
+
+class Snapshot(Wire, frozen=True, tag="snapshot"):
+    """A ledger block with its own certificate, the log's frontier after it, and links towards its epoch.
+
+    Where not all links to its epoch fit, header, certificate and frontier are empty and the rest is asked for next; a
+    node that has nothing to offer answers with all of them empty.
+    """
+
+    links: EpochLinks
+    header: Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)]
+    certificate: bytes
+    frontier: Annotated[bytes, Meta(max_length=MAX_FRONTIER_BYTES)]
+
+
+class GetState(Wire, frozen=True, tag="get-state"):
+    """The state of this root from a key on."""
+
+    state_root: Bytes32
+    start: Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+
+
+class StatePart(Wire, frozen=True, tag="state-part"):
+    """Prefixes that cover the keys from the one asked for on without a gap, each with all its entries and a proof."""
+
+    proofs: Annotated[
+        tuple[tuple[Annotated[bytes, Meta(max_length=KEY_BYTES)], PrefixProof], ...],
+        Meta(min_length=1, max_length=4_096),
+    ]
+
+
 class GetLastVote(Wire, frozen=True, tag="get-last-vote"):
     """The latest vote of a member that the receiver has seen: a voter with an empty journal asks for its own."""
 
@@ -116,7 +154,7 @@ class Done(Wire, frozen=True, tag="done"):
     """Taken."""
 
 
-Request = GetBlocks | GetEvents | GetProposal | GetLastVote | AskCountersign | DeliverSignature
+Request = GetBlocks | GetSnapshot | GetState | GetEvents | GetProposal | GetLastVote | AskCountersign | DeliverSignature
 
 
 def decode_request(encoded: bytes) -> Request:

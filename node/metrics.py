@@ -94,6 +94,7 @@ class _NodeCollector(Collector):
             ("voting", int(now.voting), "1 while this member votes."),
             ("halted", int(bool(now.halted)), "1 once the node has stopped for good."),
             ("catching_up", int(now.catching_up), "1 while the node is behind."),
+            ("log_missing_blocks", now.log_missing, "Ledger blocks not fetched yet below the snapshot it began at."),
             ("evidence", now.evidence, "Members, epochs and offences for which the log holds evidence."),
             ("finality_median_milliseconds", now.finality.median_ms, "Median finality of late."),
             ("finality_p99_milliseconds", now.finality.p99_ms, "99th percentile of finality of late."),

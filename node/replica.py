@@ -52,14 +52,26 @@ from consensus.vote import (
 from node.catchup import CatchUp, CertifiedInvalid, serve_blocks, serve_events
 from node.clock import Clock
 from node.evidence import EvidenceDesk
+from node.history import HistoryFill
 from node.intake import Intake
 from node.last_votes import LastVotes
 from node.ledger import Finalized as Appended
 from node.ledger import Ledger
 from node.mempool import Mempool
-from node.messages import FoundProposal, GetBlocks, GetEvents, GetLastVote, GetProposal, LastVote
+from node.messages import (
+    FoundProposal,
+    GetBlocks,
+    GetEvents,
+    GetLastVote,
+    GetProposal,
+    GetSnapshot,
+    GetState,
+    LastVote,
+)
 from node.network import Lane, Network, Received
+from node.pace import Pace
 from node.proposals import Proposals
+from node.snapshot import Joining, SnapshotDesk
 from node.voter import Voter
 
 log = logging.getLogger("countersign.replica")
@@ -80,6 +92,14 @@ class ReplicaCounters:
     evidence: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class SyncChoice:
+    """How a log that has nothing yet begins, and how fast bulk is served and fetched below a snapshot."""
+
+    from_snapshot: bool
+    bytes_per_second: int
+
+
 class Replica:
     """One node's part in the round; with no ``voter`` it follows and checks, and never votes."""
 
@@ -93,6 +113,7 @@ class Replica:
         voter: Voter | None,
         timing: Timing,
         evidence: EvidenceDesk,
+        sync: SyncChoice,
     ) -> None:
         self._evidence = evidence
         self._ledger = ledger
@@ -102,7 +123,11 @@ class Replica:
         self._clock = clock
         self._voter = voter
         self.counters = ReplicaCounters()
-        self.catch_up = CatchUp(ledger, network, self._appended)
+        self._pace = Pace(sync.bytes_per_second)
+        joining = Joining(ledger, network, self._fill_up) if sync.from_snapshot else None
+        self.catch_up = CatchUp(ledger, network, self._appended, joining)
+        self._history = HistoryFill(ledger, network, Pace(sync.bytes_per_second))
+        self._snapshots = SnapshotDesk(ledger)
         self.engine = Engine(
             ledger.committee,
             voter.keys.member if voter else None,
@@ -141,6 +166,8 @@ class Replica:
             nursery.start_soon(self._keep_time)
             nursery.start_soon(self._watch_intake)
             nursery.start_soon(self._watch_peers)
+            if self._ledger.missing_blocks:
+                self._fill_up()
             if self._voter is not None:
                 restored = self._voter.restored()
                 self._intake.restore(restored.events)
@@ -152,6 +179,10 @@ class Replica:
             self._do(self.engine.start(self._now_ms))
             async for received in self._network.incoming:
                 self._take(received)
+
+    def _fill_up(self) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._history.run)
 
     async def _vote(self, voter: Voter) -> None:
         """Cast votes, once peers enough for a quorum know of none of ours that the journal lacks."""
@@ -396,6 +427,7 @@ class Replica:
             self._undurable.append(block)
             self.undurable.update(event.id for event in block.events)
         if appended:
+            self._snapshots.appended()
             self._proposals.appended(appended)
             self._durable_wake.set()
             if self._nursery is not None:
@@ -417,11 +449,22 @@ class Replica:
 
     # Serving
 
-    async def answer(self, member: MemberId, request: GetBlocks | GetEvents | GetProposal | GetLastVote) -> bytes:
-        """The answer to a peer's request for what the log or the pool holds."""
+    async def answer(
+        self, member: MemberId, request: GetBlocks | GetSnapshot | GetState | GetEvents | GetProposal | GetLastVote
+    ) -> bytes:
+        """The answer to a peer's request for what the log or the pool holds.
+
+        Raises:
+            Rejected: there is none; ``OVERLOADED`` where bulk service has gone too far ahead of its pace.
+            Unavailable: it is below a snapshot and not fetched yet.
+        """
         match request:
             case GetBlocks():
-                return encode(serve_blocks(self._ledger, request))
+                return await self._at_pace(encode(serve_blocks(self._ledger, request)))
+            case GetSnapshot():
+                return await self._at_pace(encode(self._snapshots.offer(request)))
+            case GetState():
+                return await self._at_pace(encode(self._snapshots.part(request)))
             case GetEvents():
                 return encode(serve_events(self._proposals.held_events(request.leaf_hashes)))
             case GetProposal():
@@ -429,6 +472,10 @@ class Replica:
                 return encode(FoundProposal(encode(held) if held else b""))
             case GetLastVote():
                 return encode(LastVote(self._last_votes.of(MemberId(request.voter))))
+
+    async def _at_pace(self, answer: bytes) -> bytes:
+        await self._pace.spend(len(answer))
+        return answer
 
 
 def _votes_in(message: Message) -> tuple[Vote, ...]:

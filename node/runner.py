@@ -37,7 +37,7 @@ from node.messages import AskCountersign, DeliverSignature, decode_request
 from node.metrics import Metrics
 from node.network import Network, Peer
 from node.proposals import MAX_BLOCK_BYTES
-from node.replica import Replica
+from node.replica import Replica, SyncChoice
 from node.service import EventState, EventStatus, FinalityFigures, NodeStatus
 from node.store import Store
 from node.voter import Voter, VotingKeys
@@ -110,6 +110,7 @@ class Node:
                     identity.signer,
                     self._intake.submit,
                 ),
+                SyncChoice(config.node.sync == "snapshot", config.limits.sync_bytes_per_second),
             )
         except BaseException:
             store.close()
@@ -189,19 +190,25 @@ class Node:
 
         Raises:
             Rejected: the first rule broken; ``OVERLOADED``.
-            Unavailable: the node has halted.
+            Unavailable: the node has halted, or does not know its whole log yet.
         """
         if self.replica.halted:
             raise Unavailable(f"the node has halted: {self.replica.halted}")
+        self._ledger.require_whole()  # or an event on the log already might be refused as its own duplicate
         return self._intake.submit(encoded)
 
     def status_of(self, event_id: Digest) -> EventStatus:
-        """What became of an event."""
+        """What became of an event.
+
+        Raises:
+            Unavailable: it is unknown here and the log is not whole yet.
+        """
         if self._mempool.find(event_id) is not None or event_id in self.replica.undurable:
             return EventStatus(EventState.PENDING)
         index = self._ledger.store.index_of_event(event_id)
         if index is not None:
             return EventStatus(EventState.FINAL, index, self._ledger.store.height_of_index(index))
+        self._ledger.require_whole()
         why = self._mempool.rejection(event_id)
         if why is not None:
             return EventStatus(EventState.REJECTED, reason=why.reason, detail=why.detail)
@@ -245,6 +252,7 @@ class Node:
             why_not_voting=self._why_not_voting or self.replica.why_not_voting,
             halted=self.replica.halted or "",
             catching_up=self.replica.catch_up.running,
+            log_missing=self._ledger.missing_blocks,
             votes_sent=self._voter.votes_cast if self._voter else 0,
             finality=finality,
             evidence=sum(1 for _ in self._ledger.final.state.items_with_prefix(EVIDENCE_TABLE)),

@@ -78,6 +78,7 @@ class NodeStatus:
     why_not_voting: str = ""
     halted: str = ""
     catching_up: bool = False
+    log_missing: int = 0
     votes_sent: int = 0
     finality: FinalityFigures = FinalityFigures()
     evidence: int = 0

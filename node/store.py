@@ -7,7 +7,9 @@ What it promises:
 * **Durable after sync.** ``commit`` returns before the disk has the block; ``sync`` returns after. A block
   is acknowledged only after the ``sync`` that covers it. ``sync`` blocks, releases the GIL, and belongs in
   a worker thread; a synchronous *write* would hold the GIL while the disk works.
-* **In order.** Heights are 0 (genesis), 1, 2, ...; log indexes have no gap. Anything else is our own fault.
+* **In order.** Heights are 0 (genesis), 1, 2, ...; log indexes have no gap. Anything else is our own fault. A log that
+  began at a snapshot (``begin_at``) has one gap, below it, which ``fill`` closes from its lower end; ``history`` says
+  how far, until nothing is missing.
 * **One process.** An ``flock`` on the data directory is taken before the database is touched.
 * **Nothing is lost silently.** RocksDB's default recovery drops every record after a damaged one in its
   write-ahead log; the mode used here drops only an incomplete last record, which was never acknowledged,
@@ -40,13 +42,17 @@ from node.store_layout import (
     CHAIN_KEY,
     EPOCH_LINK,
     HEAD_KEY,
+    HISTORY_KEY,
     SCHEMA_KEY,
     SCHEMA_VERSION,
     VOTE_MARK_KEY,
+    BaseWrite,
     BlockWrite,
     Database,
     EntryWrite,
     Head,
+    History,
+    fill_base,
     fill_batch,
     open_database,
     optional_int,
@@ -72,6 +78,7 @@ class Store:
         self._sync_lock = threading.Lock()
         self._failure: str | None = None
         self._head: Head | None = None
+        self._history: History | None = None
 
     @classmethod
     def open(cls, path: Path, chain_id: ChainId, *, create: bool) -> "Store":
@@ -182,6 +189,53 @@ class Store:
             database.root.write(batch)
         self._head = head
 
+    def begin_at(self, base: BaseWrite, history: History) -> None:
+        """Begin a log at a snapshot, in one atomic write, where there is nothing yet but genesis.
+
+        Raises:
+            InvariantBroken: there is more; the write failed.
+        """
+        self._check_writable()
+        if self._head is None or self._head.height != 0:
+            raise InvariantBroken(f"{self._directory}: a snapshot over a log that has begun")
+        database = self._opened_database()
+        head = Head(base.height, base.digest, base.log_size, base.frontier)
+        with self._translated(f"snapshot of ledger block {base.height}", poisons=True):
+            batch = WriteBatch(raw_mode=True)
+            fill_base(batch, base, database.handles)
+            batch.put(HEAD_KEY, head.encode(), database.handles["meta"])
+            batch.put(HISTORY_KEY, history.encode(), database.handles["meta"])
+            database.root.write(batch)
+        self._head, self._history = head, history
+
+    def fill(self, blocks: Sequence[BlockWrite]) -> None:
+        """Write the next ledger blocks below the snapshot the log began at, in one atomic write.
+
+        Raises:
+            InvariantBroken: they are not the next ones; the write failed.
+        """
+        self._check_writable()
+        database, history = self._opened_database(), self._history
+        if not blocks:
+            return
+        if history is None or [block.height for block in blocks] != list(
+            range(history.next_height, history.next_height + len(blocks))
+        ):
+            raise InvariantBroken(f"{self._directory}: ledger block {blocks[0].height} is not the next one missing")
+        last = blocks[-1]
+        whole = last.height == history.base_height
+        filled = History(last.height + 1, history.base_height, history.base_size, last.frontier)
+        with self._translated(f"ledger blocks up to {last.height}", poisons=True):
+            batch = WriteBatch(raw_mode=True)
+            for block in blocks:
+                fill_batch(batch, block, database.handles)
+            if whole:
+                batch.delete(HISTORY_KEY, database.handles["meta"])
+            else:
+                batch.put(HISTORY_KEY, filled.encode(), database.handles["meta"])
+            database.root.write(batch)
+        self._history = None if whole else filled
+
     def write_vote_mark(self, mark: bytes) -> None:
         """Remember how far the vote journal had come; no sync, the journal itself is the durable record.
 
@@ -211,6 +265,10 @@ class Store:
     def head(self) -> Head | None:
         """The newest ledger block committed, None before genesis."""
         return self._head
+
+    def history(self) -> History | None:
+        """What is missing below the snapshot this log began at; None where nothing is."""
+        return self._history
 
     def vote_mark(self) -> bytes | None:
         """What ``write_vote_mark`` last wrote."""
@@ -342,13 +400,16 @@ class Store:
         """Read the head; it, the newest header and the newest entry belong together."""
         encoded = self._get("meta", HEAD_KEY)
         self._head = head = None if encoded is None else Head.decode(encoded)
+        history = self._get("meta", HISTORY_KEY)
+        self._history = None if history is None else History.decode(history)
         height = -1 if head is None else head.height
         size = 0 if head is None else head.log_size
         if height >= 0 and self.header(height) is None:
             raise InvariantBroken(f"{self._directory}: head is {height}, its header is missing")
         if self.header(height + 1) is not None:
             raise InvariantBroken(f"{self._directory}: head is {height}, found header {height + 1}")
-        if size > 0 and self.entry(size - 1) is None:
+        filled = self._history is None or size > self._history.base_size
+        if size > 0 and filled and self.entry(size - 1) is None:
             raise InvariantBroken(f"{self._directory}: log size is {size}, its last entry is missing")
         if self.entry(size) is not None:
             raise InvariantBroken(f"{self._directory}: log size is {size}, found entry {size}")

@@ -3,8 +3,8 @@
 Numbers are 8 bytes big-endian, so that RocksDB's byte order is their order. ``entries`` and ``portions``
 are by log index; ``headers``, ``bodies``, ``certificates`` and ``votes`` by height; ``nodes`` by level (one
 byte) and index; ``state`` by the state's own keys; ``lookup`` finds indexes and heights by digest or log
-size; ``index`` lists log indexes by term; ``meta`` holds schema version, chain, head, vote mark and
-the links between epochs, by number.
+size; ``index`` lists log indexes by term; ``meta`` holds schema version, chain, head, vote mark, the links between
+epochs, by number, and while a log that began at a snapshot is not whole yet, how far it is.
 """
 
 from collections.abc import Mapping
@@ -51,6 +51,7 @@ CHAIN_KEY = b"chain-id"
 HEAD_KEY = b"head"
 VOTE_MARK_KEY = b"vote-mark"
 EPOCH_LINK = b"epoch-link"
+HISTORY_KEY = b"history"
 HEAD_BYTES = 48
 """A head has at least so many bytes."""
 BY_EVENT, BY_LEAF, BY_BLOCK, BY_LOG_SIZE = b"e", b"l", b"b", b"s"
@@ -109,6 +110,45 @@ class Head:
     def decode(cls, encoded: bytes) -> "Head":
         """The head of ``encode``'s bytes."""
         return cls(Height(to_int(encoded[:8])), Digest(encoded[8:40]), to_int(encoded[40:48]), encoded[48:])
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """How far a log that began at the ledger block of height ``base_height`` is filled up below it.
+
+    ``next_height`` is the first ledger block missing, ``frontier`` the tree before it, ``base_size`` how many events
+    there are up to the base.
+    """
+
+    next_height: int
+    base_height: int
+    base_size: int
+    frontier: bytes
+
+    def encode(self) -> bytes:
+        """Bytes kept in the database."""
+        return u64(self.next_height) + u64(self.base_height) + u64(self.base_size) + self.frontier
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> "History":
+        """The history of ``encode``'s bytes."""
+        next_height, base_height, base_size = (to_int(encoded[at : at + 8]) for at in (0, 8, 16))
+        return cls(next_height, base_height, base_size, encoded[24:])
+
+
+@dataclass(frozen=True, slots=True)
+class BaseWrite:
+    """A snapshot to begin a log from: everything but what stands below it. ``epoch_links`` are from epoch 1 on."""
+
+    height: Height
+    digest: Digest
+    header: bytes
+    certificate: bytes
+    state: Mapping[bytes, bytes]
+    log_size: int
+    frontier: bytes
+    peaks: tuple[tuple[int, int, bytes], ...]
+    epoch_links: tuple[bytes, ...]
 
 
 @dataclass(slots=True)
@@ -191,6 +231,20 @@ def fill_batch(batch: WriteBatch, block: BlockWrite, handles: Mapping[str, objec
             batch.delete(key, state)
         else:
             batch.put(key, value, state)
+
+
+def fill_base(batch: WriteBatch, base: BaseWrite, handles: Mapping[str, object]) -> None:
+    """Put everything but the head of a snapshot into ``batch``."""
+    height = u64(base.height)
+    batch.put(height, base.header, handles["headers"])
+    batch.put(height, base.certificate, handles["certificates"])
+    batch.put(BY_BLOCK + base.digest, height, handles["lookup"])
+    for level, node_index, node_hash in base.peaks:
+        batch.put(bytes([level]) + u64(node_index), node_hash, handles["nodes"])
+    for key, value in sorted(base.state.items()):
+        batch.put(key, value, handles["state"])
+    for epoch, link in enumerate(base.epoch_links, start=1):
+        batch.put(EPOCH_LINK + u64(epoch), link, handles["meta"])
 
 
 def term_prefix(term: bytes) -> bytes:

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import trio
 from consensus_fixtures import SMALLEST, make_genesis
@@ -46,7 +47,7 @@ class Consortium:
             zip((m.name for m in self.genesis.members), free_ports(len(self.genesis.members)), strict=True)
         )
 
-    def node(self, name: str) -> Node:
+    def node(self, name: str, sync: Literal["replay", "snapshot"] = "replay") -> Node:
         """A node over the member's data directory, not yet running."""
         member = next(held for held in self.genesis.members if held.name == name)
         held = self.secrets[name]
@@ -57,6 +58,7 @@ class Consortium:
                 chain_id=self.genesis.chain_id.hex(),
                 data_directory=self.folder / name,
                 keystore=self.folder / f"{name}.keystore",
+                sync=sync,
             ),
             network=NetworkSection(
                 listen=Address("127.0.0.1", self.ports[name]),

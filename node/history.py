@@ -1,0 +1,160 @@
+"""Filling up the log below the snapshot it began at, so that this node can prove what stands there.
+
+Ledger blocks come from peers as for catching up, from the first one on, and nothing in them is believed: headers chain
+from the genesis to a certified one and at last to the snapshot's own, bodies hash to their headers, entries to their
+bodies, portions to their entries, and the tree to every header's root. What is not done again is what the quorum did
+that certified the snapshot: verifying the authors' signatures and judging the events by the rules. ``countersign log
+fsck`` does both, later, on the stopped node.
+
+Each answer is one atomic write that moves ``Store.history`` on, so a node that is stopped goes on where it was. Peers
+are asked in turn, and not faster than the pace given.
+"""
+
+import logging
+from itertools import pairwise
+
+import trio
+
+from consensus.block import Body, Header, check_body, decode_header
+from consensus.certificate import decode_certificate
+from consensus.codec import decode, encode
+from consensus.epochs import verify_header
+from consensus.event import CheckedEvent, Kind, check_unsigned, unpack
+from consensus.identifiers import Digest, Height, MemberId
+from consensus.merkle import Frontier, Node
+from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
+from node.epoch_end import Certified
+from node.ledger import MAX_BODY_BYTES, Ledger, entry_writes
+from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks
+from node.network import Network
+from node.pace import Pace
+from node.store_layout import BlockWrite, History
+
+log = logging.getLogger("countersign.history")
+
+REQUEST_SECONDS = 10.0
+ASKED_AGAIN_SECONDS = 1.0
+EVENTS_BETWEEN_PAUSES = 64
+
+
+class HistoryFill:
+    """Fetches what a log lacks below its snapshot."""
+
+    def __init__(self, ledger: Ledger, network: Network, pace: Pace) -> None:
+        self._ledger = ledger
+        self._network = network
+        self._pace = pace
+
+    async def run(self) -> None:
+        """Until nothing is missing.
+
+        Raises:
+            InvariantBroken: the disk failed.
+        """
+        turn = 0
+        while (history := self._ledger.store.history()) is not None:
+            peers = sorted(self._network.connected)
+            turn += 1
+            failed = not peers
+            if peers:
+                peer = peers[turn % len(peers)]
+                try:
+                    await self._fill_from(peer, history)
+                except (Rejected, Unavailable) as error:
+                    log.info("ledger blocks from %d of %s: %s", history.next_height, peer.hex()[:16], error)
+                    failed = True
+            if failed:
+                await trio.sleep(ASKED_AGAIN_SECONDS)
+        log.info("the log is whole")
+
+    async def _fill_from(self, peer: MemberId, history: History) -> None:
+        """Take one answer of a peer.
+
+        Raises:
+            Rejected: the first thing wrong with it. Unavailable: no answer.
+        """
+        encoded = await self._network.request(peer, encode(GetBlocks(history.next_height)), REQUEST_SECONDS)
+        await self._pace.spend(len(encoded))
+        answer = decode(encoded, Blocks, MAX_ANSWER_BYTES)
+        headers, certified = await trio.to_thread.run_sync(self._checked_chain, answer, history)
+        frontier = Frontier.from_bytes(history.frontier)
+        written: list[BlockWrite] = []
+        for number, (header, record) in enumerate(zip(headers, answer.blocks, strict=False)):
+            if header.height > history.base_height:
+                break
+            body, events = await self._checked_events(header, record)
+            frontier, interior = frontier.append_with_nodes(body.leaf_hashes)
+            if (frontier.size, frontier.root) != (header.log_size, header.log_root):
+                raise Rejected(Reason.LOG_ROOT_MISMATCH, f"ledger block {header.height}: log root or size")
+            last = number == len(answer.blocks) - 1 and header.height < history.base_height
+            kept = certified if last and (not answer.onward or _ends_epoch(events)) else None
+            written.append(_block_write(header, record, body, events, frontier, interior, kept))
+        if self._ledger.store.history() != history:
+            raise InvariantBroken("the log is filled up by two at once")
+        self._ledger.store.fill(written)
+
+    def _checked_chain(self, answer: Blocks, history: History) -> tuple[list[Header], Certified]:
+        """The headers, certified and one after the other from what is here already.
+
+        Raises:
+            Rejected: they are not, or there are none.
+        """
+        ledger = self._ledger
+        chain_id = ledger.genesis.chain_id
+        if not answer.blocks:
+            raise Rejected(Reason.NOT_FOUND, f"no ledger block {history.next_height}")
+        before = decode_header(ledger.store.header(history.next_height - 1) or b"", chain_id)
+        encoded = (*(record.header for record in answer.blocks), *answer.onward)
+        headers = [decode_header(header, chain_id) for header in encoded]
+        for earlier, later in pairwise((before, *headers)):
+            if (later.parent, later.height) != (earlier.digest, earlier.height + 1):
+                raise Rejected(Reason.BAD_BLOCK, f"ledger block {later.height} does not follow the one before")
+        verify_header(ledger.epochs, encoded[-1], answer.certificate)
+        for header in headers:
+            if header.height == history.base_height and ledger.store.height_of_block(header.digest) is None:
+                raise Rejected(Reason.BAD_BLOCK, f"another ledger block {header.height} than the log began at")
+        return headers, Certified(answer.onward, decode_certificate(answer.certificate))
+
+    async def _checked_events(self, header: Header, record: BlockRecord) -> tuple[Body, list[CheckedEvent]]:
+        body = decode(record.body, Body, MAX_BODY_BYTES)
+        check_body(header, body)
+        committee = self._ledger.epochs.of(header.epoch).committee
+        events: list[CheckedEvent] = []
+        for number, encoded in enumerate(record.events, start=1):
+            parts = unpack(encoded)
+            events.append(check_unsigned(parts.entry, parts.portions, committee))
+            if number % EVENTS_BETWEEN_PAUSES == 0:
+                await trio.lowlevel.checkpoint()
+        if tuple(event.leaf_hash for event in events) != body.leaf_hashes:
+            raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
+        return body, events
+
+
+def _ends_epoch(events: list[CheckedEvent]) -> bool:
+    return bool(events) and events[-1].entry.kind is Kind.MEMBERSHIP
+
+
+def _block_write(
+    header: Header,
+    record: BlockRecord,
+    body: Body,
+    events: list[CheckedEvent],
+    frontier: Frontier,
+    interior: list[Node],
+    certified: Certified | None,
+) -> BlockWrite:
+    first_index = header.log_size - header.event_count
+    leaves = ((0, first_index + offset, Digest(leaf)) for offset, leaf in enumerate(body.leaf_hashes))
+    return BlockWrite(
+        height=Height(header.height),
+        digest=header.digest,
+        header=record.header,
+        body=record.body,
+        certificate=None if certified is None else certified.encode(),
+        votes=b"",
+        entries=entry_writes(first_index, events),
+        nodes=(*leaves, *interior),
+        state_changes={},
+        log_size=header.log_size,
+        frontier=frontier.to_bytes(),
+    )

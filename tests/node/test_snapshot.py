@@ -1,0 +1,523 @@
+"""Beginning at a snapshot: what a quorum certified is taken from whoever has it, and nothing else from anybody."""
+
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from epoch_fixtures import begin_epoch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ledger_fixtures import HOSPITAL, MemoryLedger, digest, story
+from node_fixtures import Consortium, running
+from node_fixtures import until as until_nodes
+from snapshot_fixtures import Answer, honest, served, written
+
+from consensus.codec import decode, encode
+from consensus.epochs import anchor
+from consensus.merkle import Frontier
+from consensus.receipt import verify_receipt
+from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
+from consensus.state_map import KEY_BYTES, StateMap
+from node import catchup, history, snapshot
+from node.catchup import CatchUp
+from node.fsck import check_data_directory
+from node.history import HistoryFill
+from node.ledger import Ledger
+from node.messages import MAX_ANSWER_BYTES, Blocks, GetBlocks, GetSnapshot, GetState, Request, Snapshot, StatePart
+from node.network import Network
+from node.pace import MAX_WAIT_SECONDS, Pace
+from node.runner import Node
+from node.service import EventState
+from node.snapshot import Joining, SnapshotDesk, state_part, verified_part
+from node.store import Store
+
+FAST = 1 << 30
+AT_LEAST = 4
+
+
+@pytest.fixture(autouse=True)
+def short_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "LEAST_HEIGHT", AT_LEAST)
+    monkeypatch.setattr(snapshot, "REQUEST_SECONDS", 2.0)
+    monkeypatch.setattr(history, "REQUEST_SECONDS", 2.0)
+    monkeypatch.setattr(history, "ASKED_AGAIN_SECONDS", 0.05)
+
+
+@cache
+def told() -> MemoryLedger:
+    """A campaign's whole story, then a second epoch with sources of its own."""
+    ledger = story().ledger
+    begin_epoch(ledger, add={"operator-9": "operator"}, rotate=[HOSPITAL])
+    for number in range(4):
+        ledger.seal(ledger.source(HOSPITAL, f"later {number}"))
+    return ledger
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = written(told(), tmp_path / "full")
+    yield ledger
+    ledger.store.close()
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = opened(tmp_path)
+    yield ledger
+    ledger.store.close()
+
+
+def opened(tmp_path: Path) -> Ledger:
+    return Ledger(Store.open(tmp_path / "empty", told().chain_id, create=True), told().genesis)
+
+
+def catch_up(ledger: Ledger, network: Network) -> CatchUp:
+    return CatchUp(ledger, network, lambda appended: None, Joining(ledger, network, lambda: None))
+
+
+async def join(ledger: Ledger, network: Network) -> None:
+    for peer in sorted(network.connected):
+        await catch_up(ledger, network).from_peer(peer)
+
+
+async def fill(ledger: Ledger, network: Network) -> None:
+    with trio.fail_after(20):
+        await HistoryFill(ledger, network, Pace(FAST)).run()
+
+
+def rows(directory: Path) -> dict[str, dict[bytes, bytes]]:
+    """Everything on disk, by column family."""
+    store = Store.open(directory, told().chain_id, create=False)
+    try:
+        families = ("entries", "portions", "nodes", "headers", "bodies", "state", "lookup", "index")
+        return {family: dict(store._page(family, b"", b"", 1 << 20)) for family in families}
+    finally:
+        store.close()
+
+
+# The state in parts
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    keys=st.sets(st.one_of(st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES), st.integers(0, 300).map(
+        lambda number: b"\x03" + number.to_bytes(32, "big"))), max_size=40),
+    target_bytes=st.integers(100, 4_000),
+)  # fmt: skip
+def test_parts_cover_the_state_whatever_their_size(keys: set[bytes], target_bytes: int) -> None:
+    state = StateMap().set_many({key: key[:5] * 7 for key in keys})
+    collected: dict[bytes, bytes] = {}
+    start: bytes | None = bytes(KEY_BYTES)
+    while start is not None:
+        part = decode(encode(state_part(state, start, target_bytes)), StatePart, MAX_ANSWER_BYTES)
+        found, start = verified_part(state.root, start, part)
+        assert collected.keys().isdisjoint(found)
+        collected.update(found)
+    assert collected == dict(state.items())
+
+
+def part_of(ledger: Ledger) -> StatePart:
+    return state_part(ledger.final.state, bytes(KEY_BYTES), 2_000)
+
+
+def without_an_entry(part: StatePart) -> StatePart:
+    (prefix, proof), *rest = reversed(part.proofs)
+    shorter = msgspec.structs.replace(proof, entries=proof.entries[:-1])
+    return StatePart((*reversed(rest), (prefix, shorter)))
+
+
+def with_another_value(part: StatePart) -> StatePart:
+    (prefix, proof), *rest = part.proofs
+    key, value = proof.entries[0]
+    return StatePart(
+        ((prefix, msgspec.structs.replace(proof, entries=((key, value + b"\x00"), *proof.entries[1:]))), *rest)
+    )
+
+
+def with_a_gap(part: StatePart) -> StatePart:
+    return StatePart(part.proofs[:1] + part.proofs[2:])
+
+
+def begun_later(part: StatePart) -> StatePart:
+    return StatePart(part.proofs[1:])
+
+
+def twice_the_same(part: StatePart) -> StatePart:
+    return StatePart((part.proofs[0], *part.proofs))
+
+
+def of_a_shorter_prefix(part: StatePart) -> StatePart:
+    (prefix, proof), *rest = part.proofs
+    return StatePart(((prefix[:-1], proof), *rest))
+
+
+LIES_ABOUT_PARTS = [
+    without_an_entry,
+    with_another_value,
+    with_a_gap,
+    begun_later,
+    twice_the_same,
+    of_a_shorter_prefix,
+]
+
+
+@pytest.mark.parametrize("lie", LIES_ABOUT_PARTS)
+def test_part_that_is_not_all_there_is_is_refused(full: Ledger, lie: Callable[[StatePart], StatePart]) -> None:
+    part = part_of(full)
+    assert len(part.proofs) > 2
+    verified_part(full.final.state.root, bytes(KEY_BYTES), part)
+    with pytest.raises(Rejected) as refusal:
+        verified_part(full.final.state.root, bytes(KEY_BYTES), lie(part))
+    assert refusal.value.reason is Reason.BAD_PROOF
+
+
+# Joining and filling up
+
+
+@pytest.mark.trio
+async def test_log_begun_at_a_snapshot_ends_as_the_replayed_one_byte_for_byte(
+    full: Ledger, empty: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "PART_TARGET_BYTES", 1_000)
+    monkeypatch.setattr(catchup, "ANSWER_TARGET_BYTES", 6_000)
+    async with served([honest(full), honest(full)]) as network:
+        await join(empty, network)
+        assert empty.final.digest == full.final.digest
+        assert empty.committee.epoch == 1
+        assert empty.missing_blocks == full.final.header.height
+        await fill(empty, network)
+    assert empty.missing_blocks == 0
+    empty.store.close()
+    full.store.close()
+    assert rows(tmp_path / "empty") == rows(tmp_path / "full")
+    report = check_data_directory(tmp_path / "empty", told().genesis, lambda stage, done, total: None)
+    assert report.damages == []
+    again = opened(tmp_path)
+    assert again.final.digest == full.final.digest
+    again.store.close()
+
+
+@pytest.mark.trio
+async def test_joined_log_goes_on_and_proves_new_events_while_it_is_filled_up(
+    full: Ledger, empty: Ledger, tmp_path: Path
+) -> None:
+    behind = written(told(), tmp_path / "behind", len(told().certified) - 2)
+    async with served([honest(behind)]) as network:
+        await join(empty, network)
+    behind.store.close()
+    assert empty.final.header.height == len(told().certified) - 2
+    async with served([honest(full)]) as network:
+        await catch_up(empty, network).reach(len(told().certified))
+    assert empty.final.digest == full.final.digest
+    trusted = anchor(told().genesis, told().chain_id)
+    newest, oldest = told().events[-1], told().events[0]
+    assert verify_receipt(trusted, encode(empty.receipt(newest.id))).index == len(told().events) - 1
+    for asked in (
+        lambda: empty.receipt(oldest.id),
+        lambda: empty.event(0),
+        lambda: empty.block(1),
+        lambda: empty.node(0, 0),
+        lambda: empty.index_of(digest("an event that nobody wrote")),
+        empty.require_whole,
+    ):
+        with pytest.raises(Unavailable, match="still fetches the log below ledger block"):
+            asked()
+    async with served([honest(full)]) as network:
+        await fill(empty, network)
+    assert verify_receipt(trusted, encode(empty.receipt(oldest.id))).index == 0
+    with pytest.raises(Rejected, match="not on the log"):
+        empty.index_of(digest("an event that nobody wrote"))
+
+
+@pytest.mark.trio
+async def test_filling_goes_on_where_a_stopped_node_left_it(
+    full: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catchup, "ANSWER_TARGET_BYTES", 2_000)
+    truth = honest(full)
+
+    def answering(times: int) -> Answer:
+        async def answer(request: Request) -> bytes:
+            nonlocal times
+            if isinstance(request, GetBlocks):
+                times -= 1
+                if times < 0:
+                    raise Unavailable("enough")
+            return await truth(request)
+
+        return answer
+
+    missing: list[int] = []
+    while not missing or missing[-1]:
+        ledger = opened(tmp_path)
+        async with served([answering(0 if not missing else 2)]) as network:
+            await join(ledger, network)
+            with trio.move_on_after(0.3):
+                await HistoryFill(ledger, network, Pace(FAST)).run()
+        missing.append(ledger.missing_blocks)
+        ledger.store.close()
+        assert len(missing) < 20
+        if missing[-1]:
+            with pytest.raises(ConfigError, match="expected a whole log, found one that began at ledger block"):
+                check_data_directory(tmp_path / "empty", told().genesis, lambda stage, done, total: None)
+    assert missing[0] == full.final.header.height
+    assert missing == sorted(set(missing), reverse=True)
+    assert len(missing) > 3
+    full.store.close()
+    assert rows(tmp_path / "empty") == rows(tmp_path / "full")
+
+
+@pytest.mark.trio
+async def test_short_log_is_replayed_and_so_is_any_without_that_wish(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "LEAST_HEIGHT", 10_000)
+    async with served([honest(full)]) as network:
+        await join(empty, network)
+    assert empty.final.digest == full.final.digest
+    assert empty.store.history() is None
+
+
+@pytest.mark.trio
+async def test_state_that_nobody_keeps_any_more_leaves_the_log_as_it_was(full: Ledger, empty: Ledger) -> None:
+    truth = honest(full)
+
+    async def forgetful(request: Request) -> bytes:
+        if isinstance(request, GetState):
+            raise Rejected(Reason.NOT_FOUND, "no longer")
+        return await truth(request)
+
+    async with served([forgetful]) as network:
+        with pytest.raises(Unavailable, match="no peer gives the whole state"):
+            await catch_up(empty, network).reach(1)
+    assert empty.final.header.height == 0
+
+
+@pytest.mark.trio
+async def test_server_that_offers_the_most_and_withholds_its_state_is_passed_over(
+    full: Ledger, empty: Ledger, tmp_path: Path
+) -> None:
+    truth = honest(full)
+    behind = written(told(), tmp_path / "behind", len(told().certified) - 2)
+
+    async def withholding(request: Request) -> bytes:
+        if isinstance(request, GetState):
+            raise Rejected(Reason.NOT_FOUND, "no")
+        return await truth(request)
+
+    async with served([withholding, honest(behind)]) as network:
+        await catch_up(empty, network).reach(1)
+    assert empty.final.header.height >= behind.final.header.height
+    assert empty.store.history() is not None
+    behind.store.close()
+
+
+def test_last_ledger_block_of_an_epoch_is_not_offered(tmp_path: Path) -> None:
+    memory = told()
+    terminal = next(number for number, event in enumerate(memory.events) if event.entry.kind.value == "membership")
+    height = next(
+        number
+        for number, (header, _) in enumerate(memory.certified, start=1)
+        if catchup.decode_header(header, memory.chain_id).log_size > terminal
+    )
+    ledger = written(memory, tmp_path / "ending", height)
+    assert ledger.final.is_terminal
+    assert SnapshotDesk(ledger).offer(GetSnapshot(0)) == Snapshot((), b"", b"", b"")
+    ledger.store.close()
+
+
+# Lies
+
+Lie = Callable[[bytes, Request], Awaitable[bytes]]
+
+
+def about_snapshots(change: Callable[[Snapshot], Snapshot]) -> Lie:
+    async def lie(answer: bytes, request: Request) -> bytes:
+        return (
+            encode(change(decode(answer, Snapshot, MAX_ANSWER_BYTES))) if isinstance(request, GetSnapshot) else answer
+        )
+
+    return lie
+
+
+def about_states(change: Callable[[StatePart], StatePart]) -> Lie:
+    async def lie(answer: bytes, request: Request) -> bytes:
+        return encode(change(decode(answer, StatePart, MAX_ANSWER_BYTES))) if isinstance(request, GetState) else answer
+
+    return lie
+
+
+def about_blocks(change: Callable[[Blocks], Blocks]) -> Lie:
+    async def lie(answer: bytes, request: Request) -> bytes:
+        return encode(change(decode(answer, Blocks, MAX_ANSWER_BYTES))) if isinstance(request, GetBlocks) else answer
+
+    return lie
+
+
+async def noise(answer: bytes, request: Request) -> bytes:
+    return b"\x00" * 1_000
+
+
+def of_another_chain(held: Snapshot) -> Snapshot:
+    other = story(seed=9).ledger
+    return Snapshot((), other.header, other.certificate, other.ledger.frontier.to_bytes())
+
+
+def with_other_portions(held: Blocks) -> Blocks:
+    """A ledger block's events with their portions of one another: hashes of entries hold, commitments do not."""
+    records = []
+    for record in held.blocks:
+        events = tuple(event[:-1] + bytes([event[-1] ^ 1]) for event in record.events)
+        records.append(msgspec.structs.replace(record, events=events))
+    return msgspec.structs.replace(held, blocks=tuple(records))
+
+
+LIES: dict[str, Lie] = {
+    "noise": noise,
+    "no links": about_snapshots(lambda held: msgspec.structs.replace(held, links=())),
+    "links twice": about_snapshots(lambda held: msgspec.structs.replace(held, links=held.links * 2)),
+    "links without end": about_snapshots(lambda held: Snapshot(held.links, b"", b"", b"")),
+    "no certificate": about_snapshots(lambda held: msgspec.structs.replace(held, certificate=b"")),
+    "header without its certificate": about_snapshots(
+        lambda held: msgspec.structs.replace(held, header=told().certified[-3][0])
+    ),
+    "another frontier": about_snapshots(
+        lambda held: msgspec.structs.replace(held, frontier=Frontier().append([digest("leaf")]).to_bytes())
+    ),
+    "broken frontier": about_snapshots(lambda held: msgspec.structs.replace(held, frontier=held.frontier[:-1])),
+    "another chain": about_snapshots(of_another_chain),
+    **{lie.__name__: about_states(lie) for lie in LIES_ABOUT_PARTS},
+    "no blocks": about_blocks(lambda held: Blocks((), (), b"", held.head_height)),
+    "blocks of another height": about_blocks(lambda held: msgspec.structs.replace(held, blocks=held.blocks[1:])),
+    "blocks with a gap": about_blocks(
+        lambda held: msgspec.structs.replace(held, blocks=held.blocks[:1] + held.blocks[2:])
+    ),
+    "blocks cut short": about_blocks(lambda held: msgspec.structs.replace(held, blocks=held.blocks[:-1])),
+    "no events": about_blocks(
+        lambda held: msgspec.structs.replace(
+            held, blocks=tuple(msgspec.structs.replace(record, events=()) for record in held.blocks)
+        )
+    ),
+    "other portions": about_blocks(with_other_portions),
+    "onward to nowhere": about_blocks(
+        lambda held: msgspec.structs.replace(held, onward=(held.blocks[0].header,) * 3) if held.blocks else held
+    ),
+}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("name", LIES)
+async def test_lying_server_beside_an_honest_one_changes_nothing(
+    full: Ledger, empty: Ledger, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "PART_TARGET_BYTES", 1_000)
+    monkeypatch.setattr(catchup, "ANSWER_TARGET_BYTES", 6_000)
+    truth = honest(full)
+
+    async def liar(request: Request) -> bytes:
+        return await LIES[name](await truth(request), request)
+
+    async with served([liar, truth]) as network:
+        await join(empty, network)
+        await fill(empty, network)
+    empty.store.close()
+    full.store.close()
+    assert rows(tmp_path / "empty") == rows(tmp_path / "full")
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("name", LIES)
+async def test_lying_server_alone_gets_nothing_onto_the_disk_that_a_quorum_did_not_certify(
+    full: Ledger, empty: Ledger, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "PART_TARGET_BYTES", 1_000)
+    truth = honest(full)
+
+    async def liar(request: Request) -> bytes:
+        return await LIES[name](await truth(request), request)
+
+    async with served([liar]) as network:
+        await join(empty, network)
+        with trio.move_on_after(0.3):
+            await HistoryFill(empty, network, Pace(FAST)).run()
+    known = {0: None} | {height: header for height, (header, _) in enumerate(told().certified, start=1)}
+    for height in range(1, len(told().certified) + 1):
+        assert empty.store.header(height) in (None, known[height])
+    for index, event in enumerate(told().events):
+        assert empty.store.entry(index) in (None, event.entry_bytes)
+        assert empty.store.portions(index) in (None, event.portions_bytes)
+    assert empty.final.state.root == empty.final.header.state_root
+
+
+# Whole nodes
+
+
+@pytest.mark.trio
+async def test_verifying_node_begins_at_a_snapshot_among_running_voters(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    voters = [consortium.node(name) for name in ("data-source-1", "data-source-2", "governance-1", "operator-1")]
+    async with running(voters):
+        for number in range(3 * AT_LEAST):
+            event = voters[0].submit(consortium.source_event("data-source-1", number))
+            assert (await voters[0].wait_final(event.id, 20)).state is EventState.FINAL
+        joining = consortium.node("verifier-1", sync="snapshot")
+        async with running([joining]):
+            await until_nodes(
+                lambda: joining.snapshot().log_size == 3 * AT_LEAST and not joining.snapshot().log_missing
+            )
+            late = voters[0].submit(consortium.source_event("data-source-1", 1_000))
+            await until_nodes(lambda: joining.status_of(late.id).state is EventState.FINAL)
+            assert joining.snapshot().head == voters[0].snapshot().head
+    assert joined_at_snapshot(tmp_path / "verifier-1", joining)
+
+
+def joined_at_snapshot(directory: Path, node: Node) -> bool:
+    """Whether the log's early ledger blocks have no votes kept: none come with a snapshot's history."""
+    with Store.open(directory, node.ledger.genesis.chain_id, create=False) as store:
+        return not any(store.votes(height) for height in range(1, AT_LEAST))
+
+
+@pytest.mark.trio
+async def test_voter_with_an_empty_disk_begins_at_a_snapshot_and_votes(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    others = [consortium.node(f"{name}-1") for name in ("data-source", "governance")] + [
+        consortium.node("data-source-2")
+    ]
+    operator = consortium.node("operator-1")
+    async with running(others):
+        async with running([operator]):
+            for number in range(3 * AT_LEAST):
+                event = others[0].submit(consortium.source_event("data-source-1", number))
+                assert (await others[0].wait_final(event.id, 20)).state is EventState.FINAL
+        shutil.rmtree(tmp_path / "operator-1" / "rocksdb")
+        again = consortium.node("operator-1", sync="snapshot")
+        async with running([again]):
+            needed = others[0].submit(consortium.source_event("data-source-1", 1_000))
+            assert (await others[0].wait_final(needed.id, 20)).state is EventState.FINAL
+            assert again.snapshot().voting
+
+
+# The pace
+
+
+@pytest.mark.trio
+async def test_pace_lets_a_burst_through_then_holds_back_then_refuses(autojump_clock: trio.testing.MockClock) -> None:
+    pace = Pace(1_000)
+    start = trio.current_time()
+    await pace.spend(1_000)
+    assert trio.current_time() == start
+    await pace.spend(2_000)
+    assert trio.current_time() == pytest.approx(start + 2)
+    pace = Pace(1_000)
+    async with trio.open_nursery() as nursery:
+        for _ in range(6):
+            nursery.start_soon(pace.spend, 1_000)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(Rejected) as refusal:
+            await pace.spend(1)
+        assert refusal.value.reason is Reason.OVERLOADED
+    assert trio.current_time() <= start + 2 + MAX_WAIT_SECONDS + 1
