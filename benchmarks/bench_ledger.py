@@ -44,7 +44,7 @@ from node.demo.processes import stop_signals
 from node.provision import MemberRequest
 
 VOTERS = ("library", "archive", "council", "operator")
-VERIFIER = "auditor"
+VERIFIER, SNAPSHOT_VERIFIER = "auditor", "guild"
 STATEMENT_BYTES = (0, 2_000, 8_000)
 LOAD_BATCH_EVENTS, LOAD_PERIOD_SECONDS = 100, 0.1
 
@@ -163,8 +163,29 @@ def timed_submission(
     )
 
 
+def measure_joining(report: Report, consortium: Consortium, name: str) -> None:
+    """A new verifying node that joins at a snapshot: until it is at the head, and until its log is whole."""
+    size = consortium.log_size(VOTERS[0])
+    consortium.begins_at_snapshot(name)
+    with watch_load() as load:
+        consortium.start(name)
+        while not consortium.peers_connected(name):
+            time.sleep(0.002)
+        started = time.perf_counter()
+        while consortium.log_size(name) < size:
+            time.sleep(0.005)
+        report.rate(f"at the head of {size} events by a snapshot", 1_000 * (time.perf_counter() - started), "ms")
+        while consortium.status(name)["log_missing"]:
+            time.sleep(0.02)
+        seconds = time.perf_counter() - started
+    report.rate(f"a whole log of {size} events below a snapshot", size / seconds, "events/s", at_least(6_000), load)
+    if len({str(consortium.status(member)["log_root"]) for member in (VOTERS[0], name)}) != 1:
+        raise RuntimeError("the new node's log differs")
+    consortium.stop(name)
+
+
 def measure_catch_up(report: Report, consortium: Consortium, name: str) -> None:
-    """A new verifying node, from an empty directory to the head."""
+    """A new verifying node, from an empty directory to the head, by replaying the log."""
     size = consortium.log_size(VOTERS[0])
     with watch_load() as load:
         consortium.start(name)
@@ -228,7 +249,7 @@ def measure(report: Report, arguments: argparse.Namespace) -> None:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     roles = (Role.DATA_SOURCE, Role.DATA_SOURCE, Role.GOVERNANCE, Role.OPERATOR)
     requests = [MemberRequest(name, role) for name, role in zip(VOTERS, roles, strict=True)]
-    requests.append(MemberRequest(VERIFIER, Role.VERIFIER))
+    requests += [MemberRequest(name, Role.VERIFIER) for name in (VERIFIER, SNAPSHOT_VERIFIER)]
     with running(
         "bench.example/ledger", requests, directory=arguments.directory, profile=arguments.profile
     ) as consortium:
@@ -268,6 +289,7 @@ def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only:
     if "catch-up" in only:
         _grow(consortium, authors, sizes.catch_up_at)
         measure_catch_up(report, consortium, VERIFIER)
+        measure_joining(report, consortium, SNAPSHOT_VERIFIER)
     if "memory" in only:
         _grow(consortium, authors, sizes.memory_at)
         report_memory(report, consortium, sizes.memory_at)

@@ -117,6 +117,12 @@ class Consortium:
                 raise RuntimeError(f"{name} did not answer within {START_SECONDS} s; see {child.log}")
             time.sleep(0.05)
 
+    def begins_at_snapshot(self, name: str) -> None:
+        """Configure a member that has not started yet to join at a snapshot."""
+        config = self.made.members[name].config
+        text = config.read_text(encoding="utf-8").replace("[node]\n", '[node]\nsync = "snapshot"\n')
+        config.write_text(text, encoding="utf-8")
+
     def wait_connected(self) -> None:
         """Until every running voter has a link to every other."""
         running = [name for name in self.voters if name in self.children]

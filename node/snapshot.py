@@ -44,8 +44,8 @@ log = logging.getLogger("countersign.snapshot")
 
 OFFERED_EVERY = 64
 OFFERED_AT_MOST = 4
-LEAST_HEIGHT = 256
-"""A shorter log is replayed: that costs little, and checks everything."""
+LEAST_EVENTS = 2_000
+"""A shorter log is replayed: that takes a second, and checks everything."""
 PART_TARGET_BYTES = 256 << 10
 MAX_PARTS = 256
 REQUEST_SECONDS = 10.0
@@ -71,7 +71,7 @@ class SnapshotDesk:
         height = self._ledger.final.header.height
         if newest is None or height - newest[0].header.height > 2 * OFFERED_EVERY:
             newest = self._keep()
-        if newest is None or newest[0].header.height < LEAST_HEIGHT:
+        if newest is None or newest[0].header.log_size < LEAST_EVENTS:
             return _NOTHING
         state, certificate = newest
         links = self._ledger.links[request.known_epoch : state.header.epoch]

@@ -41,7 +41,7 @@ AT_LEAST = 4
 
 @pytest.fixture(autouse=True)
 def short_logs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "LEAST_HEIGHT", AT_LEAST)
+    monkeypatch.setattr(snapshot, "LEAST_EVENTS", AT_LEAST)
     monkeypatch.setattr(snapshot, "REQUEST_SECONDS", 2.0)
     monkeypatch.setattr(history, "REQUEST_SECONDS", 2.0)
     monkeypatch.setattr(history, "ASKED_AGAIN_SECONDS", 0.05)
@@ -275,7 +275,7 @@ async def test_filling_goes_on_where_a_stopped_node_left_it(
 async def test_short_log_is_replayed_and_so_is_any_without_that_wish(
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "LEAST_HEIGHT", 10_000)
+    monkeypatch.setattr(snapshot, "LEAST_EVENTS", 10_000)
     async with served([honest(full)]) as network:
         await join(empty, network)
     assert empty.final.digest == full.final.digest
