@@ -3,7 +3,8 @@
 import hashlib
 
 import pytest
-from simulation.simulator import Names, Plan, named_committee
+from simulation.cryptography import Names
+from simulation.simulator import Plan, named_committee
 
 from consensus.block import Body, Header, genesis_header
 from consensus.branches import Verdict

@@ -11,6 +11,8 @@ Checked after every step that could break it:
   every ledger is a prefix of that branch. (Stronger than looking at what honest nodes saw.)
 - ``DoubleVote``: no correct voter notarizes or finalizes twice in a view, or nullifies and finalizes it.
 - ``Halted``: no correct engine halts.
+- ``Unwanted``: no ledger block that too many correct voters refuse (a timestamp pushed ahead, an urgent event left out
+  for too long) is final.
 
 Identity signatures are checked outside engines; the fast cryptography of ``Names`` leaves them out, ``Keys``
 is the real one.
@@ -19,21 +21,18 @@ is the real one.
 import hashlib
 import heapq
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
+
+from simulation.adversary import Adversary
+from simulation.cryptography import Cryptography, Names
 
 from consensus.block import Body, Header, genesis_header
 from consensus.branches import Verdict
 from consensus.certificate import (
     BadCertificateShares,
     Certificate,
-    certificate_message,
-    verify_certificate,
 )
-from consensus.certificate_schemes import scheme_for
-from consensus.codec import encode
 from consensus.effect import (
     Broadcast,
     CastVote,
@@ -61,21 +60,10 @@ from consensus.membership import (
     committee,
     default_threshold,
 )
-from consensus.participant import MemberSecrets
 from consensus.vote import (
-    Notarization,
-    Nullification,
     Proposal,
-    Stalled,
     Vote,
     VoteKind,
-    check_notarization,
-    check_nullification,
-    check_proposal,
-    check_stalled,
-    check_vote,
-    sign_proposal,
-    sign_vote,
 )
 
 DELAY_MS = 100
@@ -97,6 +85,10 @@ class Halted(AssertionError):
     """A correct engine halted."""
 
 
+class Unwanted(AssertionError):
+    """A ledger block is final that a vote-time rule keeps from a quorum."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a run is made of. Counts follow the voting roles; traitors and silent ones come last in each."""
@@ -107,6 +99,18 @@ class Plan:
     silent: tuple[int, int, int] = (0, 0, 0)
     selective: tuple[int, int, int] = (0, 0, 0)
     """Correct but heard only by every second member."""
+    slow: tuple[int, int, int] = (0, 0, 0)
+    """Correct, with every message ten times as long on its way."""
+    forgers: tuple[int, int, int] = (0, 0, 0)
+    """Correct but for the certificate shares on their finalize votes, which are not theirs (real cryptography only)."""
+    censors: tuple[int, int, int] = (0, 0, 0)
+    """Leave an urgent event out of their ledger blocks and vote for none that holds it."""
+    urgent_ms: int = 0
+    """When an urgent event reaches everybody; 0 for none."""
+    censorship_ms: int = 0
+    """How long a branch may leave it out before correct voters refuse their vote; 0 for ever."""
+    pushed: float = 0.0
+    """Chance that a traitor's proposal bears a timestamp too far ahead for every correct voter."""
     loss: float = 0.0
     duplication: float = 0.0
     crash: float = 0.0
@@ -117,89 +121,6 @@ class Plan:
     idle: bool = False
     """Work comes once a second instead of always."""
     timing: Timing = TIMING
-
-
-class Cryptography(Protocol):
-    """How a simulated host signs, checks and combines."""
-
-    def vote(self, voter: MemberId, kind: VoteKind, view: View, block: Digest) -> Vote: ...
-
-    def proposal(self, header: Header, body: Body) -> Proposal: ...
-
-    def check(self, message: Message) -> None: ...
-
-    def combine(self, view: View, block: Digest, votes: tuple[Vote, ...]) -> Certificate: ...
-
-
-class Names:
-    """Signatures that anyone can write and nobody checks: the simulator does not forge."""
-
-    def __init__(self, voters: Committee) -> None:
-        self._committee = voters
-
-    def vote(self, voter: MemberId, kind: VoteKind, view: View, block: Digest) -> Vote:
-        return Vote(
-            version=1,
-            chain_id=self._committee.chain_id,
-            epoch=0,
-            kind=kind,
-            view=view,
-            block=block,
-            voter=voter,
-            share=b"share" if kind == VoteKind.FINALIZE else b"",
-            signature=b"name",
-        )
-
-    def proposal(self, header: Header, body: Body) -> Proposal:
-        return Proposal(version=1, header=encode(header), body=body, signature=b"name")
-
-    def check(self, message: Message) -> None:
-        """Nothing to check."""
-
-    def combine(self, view: View, block: Digest, votes: tuple[Vote, ...]) -> Certificate:
-        culprits = tuple(MemberId(vote.voter) for vote in votes if vote.share != b"share")
-        if culprits:
-            raise BadCertificateShares(culprits, ["traitor"])
-        return Certificate(scheme="names", view=view, block=block, epoch=0, signature=b"sum")
-
-
-class Keys:
-    """The real thing: identity signatures, shares, certificates; every message is checked."""
-
-    def __init__(self, genesis: Genesis, secrets: Mapping[str, MemberSecrets]) -> None:
-        self._scheme = scheme_for(genesis)
-        self.committee = self._scheme.committee
-        self._secrets = {member.id: secrets[member.name] for member in self.committee.voters}
-
-    def vote(self, voter: MemberId, kind: VoteKind, view: View, block: Digest) -> Vote:
-        secrets, share = self._secrets[voter], b""
-        if kind == VoteKind.FINALIZE:
-            message = certificate_message(self.committee.chain_id, 0, view, block)
-            share = self._scheme.share(secrets.key_share or secrets.identity, message)
-        return sign_vote(self.committee, voter, kind, view, block, share=share, sign=secrets.identity.sign)
-
-    def proposal(self, header: Header, body: Body) -> Proposal:
-        return sign_proposal(header, body, self._secrets[MemberId(header.leader)].identity.sign)
-
-    def check(self, message: Message) -> None:
-        match message:
-            case Vote():
-                check_vote(message, self.committee)
-            case Proposal():
-                check_proposal(message, self.committee)
-            case Notarization():
-                check_notarization(message, self.committee)
-            case Nullification():
-                check_nullification(message, self.committee)
-            case Certificate():
-                verify_certificate(self._scheme, self.committee.chain_id, message)
-            case Stalled():
-                check_stalled(message, self.committee)
-
-    def combine(self, view: View, block: Digest, votes: tuple[Vote, ...]) -> Certificate:
-        message = certificate_message(self.committee.chain_id, 0, view, block)
-        payload = self._scheme.combine(message, {MemberId(vote.voter): vote.share for vote in votes})
-        return Certificate(scheme=self._scheme.name, view=view, block=block, epoch=0, signature=payload)
 
 
 def named_committee(plan: Plan) -> Committee:
@@ -269,6 +190,8 @@ class Simulation:
         self.headers: dict[Digest, Header] = {self.genesis.digest: self.genesis}
         self.proposals: dict[Digest, Proposal] = {}
         self.invalid: set[Digest] = set()
+        self.pushed: set[Digest] = set()
+        self.with_urgent: set[Digest] = set()
         self.final: dict[int, Digest] = {0: self.genesis.digest}
         self.finalize_votes: dict[tuple[int, bytes], set[MemberId]] = {}
         self.cast: dict[tuple[bytes, int], dict[VoteKind, bytes]] = {}
@@ -277,6 +200,9 @@ class Simulation:
         self.traitors: set[MemberId] = set()
         self.silent: set[MemberId] = set()
         self.deaf_to: dict[MemberId, set[MemberId]] = {}
+        self.slow: set[MemberId] = set()
+        self.forgers: set[MemberId] = set()
+        self.censors: set[MemberId] = set()
         self._assign()
         self.nodes = {
             member.id: Node(self, member.id)
@@ -294,6 +220,10 @@ class Simulation:
             for member in ids[len(ids) - bad - mute - picky : len(ids) - bad - mute]:
                 others = [voter.id for voter in self.committee.voters if voter.id != member]
                 self.deaf_to[member] = set(others[::2])
+            first = ids[: len(ids) - bad - mute]
+            self.slow.update(first[len(first) - self.plan.slow[index] :])
+            self.forgers.update(first[len(first) - self.plan.forgers[index] :])
+            self.censors.update(first[len(first) - self.plan.censors[index] :])
 
     def run(self) -> "Simulation":
         """Until ``end_ms``; raises with the seed in the message when a rule breaks."""
@@ -357,6 +287,7 @@ class Simulation:
             copies += self.random.random() < self.plan.duplication
         for _ in range(copies):
             longest = DELAY_MS if self.healed or self.random.random() < 0.9 else 8 * DELAY_MS
+            longest *= 10 if sender in self.slow else 1
             self.at(self.random.randint(1, longest), lambda: node.deliver(message, sender))
 
     def broadcast(self, sender: MemberId, message: Message) -> None:
@@ -411,7 +342,33 @@ class Simulation:
         digest = proposal.digest
         self.headers[digest] = header
         self.proposals[digest] = proposal
+        arrived = self.plan.urgent_ms and self.now_ms >= self.plan.urgent_ms
+        if parent.digest in self.with_urgent or (arrived and leader not in self.censors | self.traitors):
+            self.with_urgent.add(digest)
         return proposal
+
+    def verdict(self, digest: Digest, voter: MemberId) -> Verdict:
+        """What a correct voter, or a censor, finds out about a ledger block now."""
+        plan = self.plan
+        if digest in self.invalid:
+            return Verdict.INVALID
+        if digest in self.pushed:
+            return Verdict.REFUSED
+        if plan.urgent_ms and self.now_ms >= plan.urgent_ms:
+            holds = digest in self.with_urgent
+            overdue = plan.censorship_ms and self.now_ms >= plan.urgent_ms + plan.censorship_ms
+            if holds if voter in self.censors else overdue and not holds:
+                return Verdict.REFUSED
+        return Verdict.VALID
+
+    def check_wanted(self, header: Header) -> None:
+        """A finalized ledger block is one that enough correct voters could vote for."""
+        plan, digest = self.plan, header.digest
+        if digest in self.pushed:
+            raise Unwanted(f"seed {self.seed}: a pushed timestamp is final at height {header.height}")
+        overdue = plan.censorship_ms and header.timestamp_ms > plan.urgent_ms + plan.censorship_ms
+        if overdue and digest not in self.with_urgent:
+            raise Unwanted(f"seed {self.seed}: the urgent event is left out at height {header.height}")
 
 
 class Node:
@@ -536,6 +493,8 @@ class Node:
     def cast(self, asked: CastVote) -> None:
         """Sign, journal, send, tell the engine; the process may die between any two."""
         vote = self.simulation.cryptography.vote(self.own, asked.kind, asked.view, asked.block)
+        if self.own in self.simulation.forgers and asked.kind == VoteKind.FINALIZE:
+            vote = self.simulation.cryptography.forged_vote(self.own, asked.view, asked.block)
         self.hazard()
         if asked.proposal is not None:
             self.journalled_proposals.append(asked.proposal)
@@ -554,9 +513,7 @@ class Node:
         self.step("propose", lambda engine: engine.own_proposal(proposal, self.simulation.now_ms))
 
     def verify(self, digest: Digest, missing: bool) -> None:
-        verdict = Verdict.INVALID if digest in self.simulation.invalid else Verdict.VALID
-        if missing:
-            verdict = Verdict.MISSING
+        verdict = Verdict.MISSING if missing else self.simulation.verdict(digest, self.own)
         self.step("verified", lambda engine: engine.block_verified(digest, verdict, self.simulation.now_ms))
 
     def fetch(self, block: Digest, sources: tuple[MemberId, ...]) -> None:
@@ -592,7 +549,7 @@ class Node:
             certificate = simulation.cryptography.combine(asked.view, asked.block, asked.votes)
         except BadCertificateShares as bad:
             culprits = bad.culprits
-            assert set(culprits) <= simulation.traitors
+            assert set(culprits) <= simulation.traitors | simulation.forgers
             self.step("bad shares", lambda engine: engine.combine_failed(asked.view, culprits, simulation.now_ms))
         else:
             self.step("combined", lambda engine: engine.receive(certificate, self.own, simulation.now_ms))
@@ -606,6 +563,7 @@ class Node:
             digest = header.digest
             if header.parent != self.head.digest or simulation.final.get(header.height, digest) != digest:
                 raise Fork(f"seed {simulation.seed}: a ledger forks at height {header.height}")
+            simulation.check_wanted(header)
             self.head = header
             self.ledger.append(header)
         if headers[-1] == self.head:
@@ -615,113 +573,3 @@ class Node:
         self.journal = [vote for vote in self.journal if vote.view > view]
         if simulation.plan.idle:
             self.later(0, lambda: self.step("idle", lambda engine: engine.work_exhausted(simulation.now_ms)))
-
-
-class Adversary:
-    """All traitors at once. Hears everything at once; acts at random, in a mood of its own."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        self.simulation = simulation
-        self.votes: dict[tuple[VoteKind, int, bytes], dict[bytes, Vote]] = {}
-        self.view = 1
-        self.proposed: dict[int, int] = {}
-        chance = simulation.random
-        self.moves = [self.notarize] * chance.randint(1, 3) + [self.certify] * chance.randint(1, 3)
-        self.moves += [self.nullify] * chance.randint(0, 2) + [self.finalize] * chance.randint(0, 2)
-        self.moves_at_once = chance.randint(1, 4)
-
-    def hear(self, message: Message) -> None:
-        if isinstance(message, Vote):
-            self.votes.setdefault((message.kind, message.view, message.block), {})[message.voter] = message
-            self.view = max(self.view, message.view)
-
-    def act(self) -> None:
-        simulation = self.simulation
-        chance = simulation.random
-        engines = [node.engine for node in simulation.nodes.values() if node.engine is not None]
-        if engines:
-            self.view = chance.choice(engines).view
-            self.propose()
-            for _ in range(self.moves_at_once):
-                chance.choice(self.moves)()
-        simulation.at(chance.randint(1, DELAY_MS), self.act)
-
-    def propose(self) -> None:
-        """Up to two proposals on likely and unlikely parents, each to some."""
-        simulation = self.simulation
-        leader = simulation.committee.leader(View(self.view)).id
-        if leader not in simulation.traitors or self.proposed.get(self.view, 0) >= 2:
-            return
-        self.proposed[self.view] = self.proposed.get(self.view, 0) + 1
-        parents = [header for header in simulation.headers.values() if header.view < self.view]
-        parents.sort(key=lambda header: header.view)
-        parent = simulation.random.choice(parents[-3:])
-        proposal = simulation.build(leader, View(self.view), parent)
-        if simulation.random.random() < 0.2:
-            simulation.invalid.add(proposal.digest)
-        self.tell([proposal])
-
-    def _some_block(self) -> tuple[View, Digest] | None:
-        simulation = self.simulation
-        recent = [
-            (View(header.view), digest)
-            for digest, header in simulation.headers.items()
-            if header.view >= max(1, self.view - 2)
-        ]
-        return simulation.random.choice(recent) if recent else None
-
-    def _cast(self, kind: VoteKind, view: View, block: Digest) -> list[Vote]:
-        votes = []
-        for traitor in sorted(self.simulation.traitors):
-            vote = self.simulation.cryptography.vote(traitor, kind, view, block)
-            self.votes.setdefault((kind, view, block), {})[traitor] = vote
-            votes.append(vote)
-        return votes
-
-    def notarize(self) -> None:
-        if (found := self._some_block()) is not None:
-            self.tell(self._cast(VoteKind.NOTARIZE, *found))
-
-    def finalize(self) -> None:
-        if (found := self._some_block()) is not None:
-            self.tell(self._cast(VoteKind.FINALIZE, *found))
-
-    def nullify(self) -> None:
-        view = View(max(1, self.view - self.simulation.random.randrange(3)))
-        self.tell(self._cast(VoteKind.NULLIFY, view, ZERO_DIGEST))
-
-    def certify(self) -> None:
-        """A certificate out of the traitors' votes and overheard ones."""
-        simulation = self.simulation
-        possible = [
-            key
-            for key, votes in self.votes.items()
-            if key[1] >= self.view - 2 and simulation.committee.has_quorum(MemberId(one) for one in votes)
-        ]
-        if not possible:
-            return
-        kind, view, block = simulation.random.choice(possible)
-        found = self.votes[kind, view, block]
-        votes = tuple(found[voter] for voter in sorted(found))
-        if kind == VoteKind.NOTARIZE:
-            self.tell([Notarization(view=view, block=block, votes=votes)])
-        elif kind == VoteKind.NULLIFY:
-            self.tell([Nullification(view=view, votes=votes)])
-
-    def tell(self, messages: list[Proposal] | list[Vote] | list[Notarization] | list[Nullification]) -> None:
-        simulation = self.simulation
-        sender = min(simulation.traitors)
-        some = [to for to in simulation.nodes if simulation.random.random() < 0.7]
-        for to in some:
-            for message in messages:
-                simulation.send(sender, to, message)
-
-
-def worst_gap_ms(simulation: Simulation) -> int:
-    """The longest any correct node waited between two finalizations after healing, up to the end."""
-    gaps = [0]
-    for node in simulation.nodes.values():
-        times = [time for time in node.finalized_at if time >= simulation.plan.heal_ms]
-        marks = [simulation.plan.heal_ms, *times, simulation.plan.end_ms]
-        gaps.extend(after - before for before, after in pairwise(marks))
-    return max(gaps)

@@ -1,0 +1,115 @@
+"""All traitors of a simulated run as one adversary that hears everything at once."""
+
+from typing import TYPE_CHECKING
+
+from consensus.effect import Message
+from consensus.identifiers import ZERO_DIGEST, Digest, MemberId, View
+from consensus.vote import Notarization, Nullification, Proposal, Vote, VoteKind
+
+if TYPE_CHECKING:
+    from simulation.simulator import Simulation
+
+LONGEST_PAUSE_MS = 100
+"""Between two acts."""
+
+
+class Adversary:
+    """All traitors at once. Hears everything at once; acts at random, in a mood of its own."""
+
+    def __init__(self, simulation: "Simulation") -> None:
+        self.simulation = simulation
+        self.votes: dict[tuple[VoteKind, int, bytes], dict[bytes, Vote]] = {}
+        self.view = 1
+        self.proposed: dict[int, int] = {}
+        chance = simulation.random
+        self.moves = [self.notarize] * chance.randint(1, 3) + [self.certify] * chance.randint(1, 3)
+        self.moves += [self.nullify] * chance.randint(0, 2) + [self.finalize] * chance.randint(0, 2)
+        self.moves_at_once = chance.randint(1, 4)
+
+    def hear(self, message: Message) -> None:
+        if isinstance(message, Vote):
+            self.votes.setdefault((message.kind, message.view, message.block), {})[message.voter] = message
+            self.view = max(self.view, message.view)
+
+    def act(self) -> None:
+        simulation = self.simulation
+        chance = simulation.random
+        engines = [node.engine for node in simulation.nodes.values() if node.engine is not None]
+        if engines:
+            self.view = chance.choice(engines).view
+            self.propose()
+            for _ in range(self.moves_at_once):
+                chance.choice(self.moves)()
+        simulation.at(chance.randint(1, LONGEST_PAUSE_MS), self.act)
+
+    def propose(self) -> None:
+        """Up to two proposals on likely and unlikely parents, each to some."""
+        simulation = self.simulation
+        leader = simulation.committee.leader(View(self.view)).id
+        if leader not in simulation.traitors or self.proposed.get(self.view, 0) >= 2:
+            return
+        self.proposed[self.view] = self.proposed.get(self.view, 0) + 1
+        parents = [header for header in simulation.headers.values() if header.view < self.view]
+        parents.sort(key=lambda header: header.view)
+        parent = simulation.random.choice(parents[-3:])
+        proposal = simulation.build(leader, View(self.view), parent)
+        if simulation.random.random() < 0.2:
+            simulation.invalid.add(proposal.digest)
+        if simulation.plan.pushed and simulation.random.random() < simulation.plan.pushed:
+            simulation.pushed.add(proposal.digest)
+        self.tell([proposal])
+
+    def _some_block(self) -> tuple[View, Digest] | None:
+        simulation = self.simulation
+        recent = [
+            (View(header.view), digest)
+            for digest, header in simulation.headers.items()
+            if header.view >= max(1, self.view - 2)
+        ]
+        return simulation.random.choice(recent) if recent else None
+
+    def _cast(self, kind: VoteKind, view: View, block: Digest) -> list[Vote]:
+        votes = []
+        for traitor in sorted(self.simulation.traitors):
+            vote = self.simulation.cryptography.vote(traitor, kind, view, block)
+            self.votes.setdefault((kind, view, block), {})[traitor] = vote
+            votes.append(vote)
+        return votes
+
+    def notarize(self) -> None:
+        if (found := self._some_block()) is not None:
+            self.tell(self._cast(VoteKind.NOTARIZE, *found))
+
+    def finalize(self) -> None:
+        if (found := self._some_block()) is not None:
+            self.tell(self._cast(VoteKind.FINALIZE, *found))
+
+    def nullify(self) -> None:
+        view = View(max(1, self.view - self.simulation.random.randrange(3)))
+        self.tell(self._cast(VoteKind.NULLIFY, view, ZERO_DIGEST))
+
+    def certify(self) -> None:
+        """A certificate out of the traitors' votes and overheard ones."""
+        simulation = self.simulation
+        possible = [
+            key
+            for key, votes in self.votes.items()
+            if key[1] >= self.view - 2 and simulation.committee.has_quorum(MemberId(one) for one in votes)
+        ]
+        if not possible:
+            return
+        kind, view, block = simulation.random.choice(possible)
+        found = self.votes[kind, view, block]
+        votes = tuple(found[voter] for voter in sorted(found))
+        if kind == VoteKind.NOTARIZE:
+            self.tell([Notarization(view=view, block=block, votes=votes)])
+        elif kind == VoteKind.NULLIFY:
+            self.tell([Nullification(view=view, votes=votes)])
+
+    def tell(self, messages: list[Proposal] | list[Vote] | list[Notarization] | list[Nullification]) -> None:
+        simulation = self.simulation
+        sender = min(simulation.traitors)
+        some = [to for to in simulation.nodes if simulation.random.random() < 0.7]
+        for to in some:
+            for message in messages:
+                simulation.send(sender, to, message)
