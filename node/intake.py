@@ -82,6 +82,7 @@ class Intake:
                 taken += self._take(encoded, sender)[1]
             except Rejected as error:
                 self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
+                self._network.complain(sender, error)
         return taken
 
     def restore(self, events: Iterable[bytes]) -> None:

@@ -130,6 +130,14 @@ class Inbox(trio.abc.ReceiveChannel[Received]):
         self._queued_bytes[key] += cost
         self._waiting.unpark()
 
+    def forget(self, member: MemberId) -> None:
+        """Drop what waits of a member."""
+        for lane in Lane:
+            self._frames[member, lane].clear()
+            self._queued_bytes[member, lane] = 0
+            if member in self._turns[lane]:
+                self._turns[lane].remove(member)
+
     def receive_nowait(self) -> Received:
         """The next frame. Raises ``trio.WouldBlock`` if none waits, ``trio.EndOfChannel`` after ``close``."""
         votes, events = self._turns[Lane.VOTES], self._turns[Lane.EVENTS]

@@ -74,6 +74,8 @@ class NetworkLimits:
     redial_last_seconds: float = 5.0
     penalty_seconds: float = 1.0
     stale_seconds: float = 10.0
+    max_complaints: int = 64
+    complaints_forgiven_per_second: float = 1.0
     max_handshakes: int = 128
     """Inbound connections in handshake at a time, of all peers together."""
     max_request_bytes: int = 256 * 1024
@@ -103,6 +105,7 @@ class NetworkCounters:
     closed_oversized: int = 0
     closed_malformed: int = 0
     closed_over_budget: int = 0
+    closed_bad_content: int = 0
     requests_sent: int = 0
     requests_failed: int = 0
     requests_served: int = 0

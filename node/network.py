@@ -14,10 +14,13 @@ the protocol's name keeps nodes of different chains apart. Rules:
    connection, flow control ignored) loses both connections and is not admitted for ``penalty_seconds``.
 3. Readers always drain. What is received and not yet processed is bounded per member and lane; a member that
    exceeds its budget is treated as in rule 2. So whoever owns ``incoming`` must keep up, or drop by itself.
-4. Sending never blocks: bounded outboxes (``lanes.py``) wait for one writing task per connection.
-5. Each side of a connection writes at least every ``heartbeat_seconds``; a connection on which nothing came for
+4. What the owner of ``incoming`` finds that no honest member sends (``complain``: a signature that does not verify,
+   bytes that do not decode) was checked at our cost. A member may cause ``max_complaints`` of them, and
+   ``complaints_forgiven_per_second`` more as time goes by; beyond that, rule 2, and what waits of it is forgotten.
+5. Sending never blocks: bounded outboxes (``lanes.py``) wait for one writing task per connection.
+6. Each side of a connection writes at least every ``heartbeat_seconds``; a connection on which nothing came for
    ``silence_seconds`` is closed. The dialler redials after 0.1 s, doubling up to 5 s.
-6. Whatever libp2p or a request handler raises ends at most one connection or request. Only our own broken
+7. Whatever libp2p or a request handler raises ends at most one connection or request. Only our own broken
    promises (``InvariantBroken``, raised by a request handler) end the node.
 
 Frames are not acknowledged. On one lane they arrive in order; those in flight when its connection breaks are
@@ -50,6 +53,21 @@ __all__ = ["Lane", "Network", "NetworkCounters", "NetworkLimits", "Peer", "Recei
 
 log = logging.getLogger(__name__)
 
+_NEVER_HONEST = frozenset(
+    {
+        Reason.MALFORMED,
+        Reason.NON_CANONICAL,
+        Reason.OVERSIZED,
+        Reason.UNSUPPORTED_VERSION,
+        Reason.WRONG_CHAIN,
+        Reason.BAD_KEY,
+        Reason.BAD_SIGNATURE,
+        Reason.PORTION_MISMATCH,
+        Reason.BAD_CERTIFICATE,
+    }
+)
+"""Reasons that no change of members or state explains: every member checks these before it sends anything on."""
+
 RequestHandler = Callable[[MemberId, bytes], Awaitable[bytes]]
 """Answers a member's request. Whatever it raises becomes a refusal; only ``InvariantBroken`` ends the node."""
 
@@ -73,6 +91,8 @@ class _Member:
     links: dict[LinkKind, Link] = field(default_factory=dict)
     links_ever: int = 0
     admitted_from_time: float = float("-inf")
+    complaints: float = 0.0
+    complained_at_time: float = 0.0
 
 
 class Network:
@@ -166,6 +186,19 @@ class Network:
         """``send`` to every peer."""
         for state in self._members.values():
             self._queue(state, lane, frame)
+
+    def complain(self, member: MemberId, why: Rejected) -> None:
+        """Rule 4: ``member`` sent what no honest one does; nothing happens for a reason that may be anybody's."""
+        state = self._members.get(member)
+        if state is None or why.reason not in _NEVER_HONEST:
+            return
+        now = trio.current_time()
+        forgiven = (now - state.complained_at_time) * self.limits.complaints_forgiven_per_second
+        state.complaints = max(0.0, state.complaints - forgiven) + 1
+        state.complained_at_time = now
+        if state.complaints > self.limits.max_complaints:
+            self.incoming.forget(member)
+            self._punish(state, Misbehaved("closed_bad_content", str(why)))
 
     async def request(self, member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
         """Ask ``member`` and return its response.

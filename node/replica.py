@@ -236,6 +236,7 @@ class Replica:
         except Rejected as error:
             self.counters.messages_refused += 1
             log.debug("message of %s refused: %s", received.member.hex()[:16], error)
+            self._network.complain(received.member, error)
 
     def _check(self, message: Message) -> None:
         committee = self._ledger.committee

@@ -35,7 +35,16 @@ from node import catchup
 from node.catchup import CatchUp, serve_blocks
 from node.journal import Journal, VoteMark, VoteRecord
 from node.ledger import MAX_CERTIFICATE_BYTES, Ledger
-from node.messages import BlockRecord, Blocks, GetBlocks, GetEvents, GetLastVote, GetProposal, decode_request
+from node.messages import (
+    GOSSIP_EVENTS,
+    BlockRecord,
+    Blocks,
+    GetBlocks,
+    GetEvents,
+    GetLastVote,
+    GetProposal,
+    decode_request,
+)
 from node.network import Lane
 from node.runner import Node
 from node.service import EventState
@@ -72,7 +81,7 @@ async def goes_on(consortium: Consortium, nodes: Sequence[Node], number: int, se
 # Frames and requests
 
 
-async def test_garbage_on_every_lane_and_as_requests_costs_its_sender_nothing_but_the_answer(tmp_path: Path) -> None:
+async def test_garbage_on_every_lane_and_as_requests_costs_its_sender_alone(tmp_path: Path) -> None:
     chance = random.Random(7)
     async with beset(tmp_path) as (consortium, nodes, rogue):
         good = consortium.source_event("data-source-2", 900)
@@ -106,6 +115,25 @@ async def test_garbage_on_every_lane_and_as_requests_costs_its_sender_nothing_bu
                 except Unavailable:
                     continue
         await goes_on(consortium, nodes, 1)
+
+
+async def test_member_that_floods_with_bad_signatures_is_cut_off_and_costs_no_more_checks(tmp_path: Path) -> None:
+    async with beset(tmp_path) as (consortium, nodes, rogue):
+        await rogue.meets(nodes)
+        good = consortium.source_event("data-source-2", 900)
+        forged = [good[:-1] + bytes([number % 256]) for number in range(3_000)]
+        rogue.gossip(forged)
+        event = await goes_on(consortium, nodes, 1)
+        checked = [sum(node.replica._intake.refused.values()) for node in nodes]
+        assert all(node.network.counters.closed_bad_content for node in nodes)
+        await until(lambda: rogue.network.connected)
+        rogue.gossip(forged)
+        await goes_on(consortium, nodes, 2)
+        again = [sum(node.replica._intake.refused.values()) for node in nodes]
+        limits = nodes[0].network.limits
+        assert max(checked) <= limits.max_complaints + GOSSIP_EVENTS + 60
+        assert max(now - before for now, before in zip(again, checked, strict=True)) <= GOSSIP_EVENTS + 60
+        assert event.id
 
 
 async def test_frame_of_a_million_empty_events_is_refused_at_once(tmp_path: Path) -> None:

@@ -421,6 +421,18 @@ def test_empty_frames_count_against_the_inbox_budget() -> None:
     assert len(inbox) == 10
 
 
+def test_inbox_forgets_what_waits_of_one_member_and_nothing_else() -> None:
+    inbox = Inbox([MemberId(bytes([number]) * 32) for number in range(2)], dict.fromkeys(Lane, 1_000))
+    bad, good = (MemberId(bytes([number]) * 32) for number in range(2))
+    for lane in Lane:
+        inbox.put(Received(bad, lane, bytes(600)))
+        inbox.put(Received(good, lane, b"good"))
+    inbox.forget(bad)
+    assert [inbox.receive_nowait().member for _ in Lane] == [good, good]
+    inbox.put(Received(bad, Lane.VOTES, bytes(600)))
+    assert inbox.receive_nowait().member == bad
+
+
 def test_inbox_serves_members_in_turn_so_that_a_flooding_one_starves_nobody() -> None:
     inbox = Inbox([ALICE, BOB], dict.fromkeys(Lane, 1_000_000))
     for number in range(100):
