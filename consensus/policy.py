@@ -42,6 +42,7 @@ def check_policy(policy: Policy) -> None:
         ("routing granularity", policy.routing_granularities),
         ("event granularity", policy.event_granularities),
         ("author scheme", policy.author_schemes),
+        ("required fact", policy.required_metadata),
         *((f"block of class {rule.content_class}", tuple(b.block for b in rule.blocks)) for rule in policy.classes),
     ):
         if len(set(names)) != len(names):

@@ -151,6 +151,7 @@ class ClassRule(Wire, frozen=True):
 class Policy(Wire, frozen=True):
     """A signed governance artifact; ``policy.py`` evaluates it.
 
+    ``required_metadata`` names facts that a campaign should record (hyperparameters, captured environment);
     ``author_schemes`` are the signature schemes (``SignatureScheme.label``) that may sign a policy and what runs under
     it; ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once).
     """
@@ -163,6 +164,7 @@ class Policy(Wire, frozen=True):
     routing_granularities: Annotated[tuple[Name, ...], Meta(max_length=8)]
     event_granularities: Annotated[tuple[Name, ...], Meta(max_length=8)]
     author_schemes: Annotated[tuple[Name, ...], Meta(max_length=8)]
+    required_metadata: Annotated[tuple[Name, ...], Meta(max_length=256)]
     maximum_grant_steps: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     maximum_grant_duration_ms: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     revocation: Name

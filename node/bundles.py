@@ -12,6 +12,7 @@ reads it. What is disclosed is decided here, and no more than the predicate need
 ``delta-exact``        operation portions of the campaign's events
 ``refusals-complete``  all portions of steps, refusals and rollbacks
 ``evidence``           the two signed messages
+``metadata-complete``  the operation portion of the campaign's opening event
 ``accumulators``       the manifest; operation portions of the campaign's events; its sources' claims
 =====================  ================================================================================
 
@@ -361,6 +362,16 @@ def _accumulators(export: _Export) -> None:
     export.keys.add(CAMPAIGN_HEAD_TABLE + export.campaign)
 
 
+def _metadata_complete(export: _Export) -> None:
+    for index, entry in export.campaign_events():
+        if entry.kind is Kind.CAMPAIGN:
+            operation = export.portions(index).operation
+            assert operation is not None
+            export.add(index, operation=operation)
+            policy = decode(operation.content, p.Campaign, p.MAX_PORTIONS_BYTES).policy
+            export.keys |= {CAMPAIGN_TABLE + export.campaign, POLICY_TABLE + policy}
+
+
 def _add_source(export: _Export) -> None:
     """The source's event with its claim, and its revocation."""
     index = export.index_of(export.source, Reason.UNKNOWN_SOURCE, "source")
@@ -430,4 +441,5 @@ _COLLECTORS: dict[Predicate, Callable[[_Export], None]] = {
     Predicate.REFUSALS_COMPLETE: _refusals_complete,
     Predicate.EVIDENCE: _evidence,
     Predicate.ACCUMULATORS: _accumulators,
+    Predicate.METADATA_COMPLETE: _metadata_complete,
 }

@@ -115,6 +115,7 @@ class FakeNode:
             "routing_granularities": ("block",),
             "event_granularities": ("batch",),
             "author_schemes": ("ed25519", "ml-dsa-65"),
+            "required_metadata": (),
             "maximum_grant_steps": 100,
             "maximum_grant_duration_ms": 3_600_000,
             "revocation": "drain",

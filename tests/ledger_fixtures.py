@@ -261,6 +261,7 @@ class MemoryLedger:
                 memorization_threshold_permille=800,
                 routing_granularities=("block",),
                 author_schemes=("ed25519", "ml-dsa-65"),
+                required_metadata=("optimizer",),
                 event_granularities=("batch",),
                 maximum_grant_steps=100,
                 maximum_grant_duration_ms=86_400_000,

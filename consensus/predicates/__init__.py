@@ -11,6 +11,7 @@
 ``delta-exact``        the released file is what the recorded steps, one after the other, ended in
 ``refusals-complete``  every presented example was admitted, or refused for the true reason
 ``evidence``           a member signed two messages that contradict each other
+``metadata-complete``  a campaign recorded every fact that its policy requires of one
 ``accumulators``       per-source accumulators of all steps are committed, and these sources took part
 =====================  ===========================================================================
 
@@ -27,6 +28,7 @@ from consensus.predicates.accumulators import accumulators
 from consensus.predicates.delta_exact import ReleasedFile, delta_exact
 from consensus.predicates.evidence import evidence
 from consensus.predicates.log import consistent, included
+from consensus.predicates.metadata_complete import metadata_complete
 from consensus.predicates.policy_in_force import policy_in_force
 from consensus.predicates.refusals_complete import refusals_complete
 from consensus.predicates.source_honored import source_honored
@@ -47,6 +49,7 @@ class Predicate(StrEnum):
     REFUSALS_COMPLETE = "refusals-complete"
     EVIDENCE = "evidence"
     ACCUMULATORS = "accumulators"
+    METADATA_COMPLETE = "metadata-complete"
 
 
 SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
@@ -59,6 +62,7 @@ SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
     Predicate.REFUSALS_COMPLETE: ("campaign",),
     Predicate.EVIDENCE: ("event",),
     Predicate.ACCUMULATORS: ("campaign",),
+    Predicate.METADATA_COMPLETE: ("campaign",),
 }
 """What each predicate is about, and nothing else: a subject that nothing checks would be read as checked."""
 
@@ -71,6 +75,7 @@ _PREDICATES: dict[Predicate, Callable[[OpenBundle, Steps], None]] = {
     Predicate.REFUSALS_COMPLETE: refusals_complete,
     Predicate.EVIDENCE: evidence,
     Predicate.ACCUMULATORS: accumulators,
+    Predicate.METADATA_COMPLETE: metadata_complete,
 }
 
 

@@ -41,6 +41,7 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     routing_granularities: tuple[str, ...] = ("block",)
     event_granularities: tuple[str, ...] = ("batch",)
     author_schemes: tuple[str, ...] = AUTHOR_SCHEMES
+    required_metadata: tuple[str, ...] = ()
     rationale: str = ""
 
 
@@ -149,6 +150,7 @@ def read_policy(path: Path) -> Policy:
         routing_granularities=file.routing_granularities,
         event_granularities=file.event_granularities,
         author_schemes=file.author_schemes,
+        required_metadata=file.required_metadata,
         maximum_grant_steps=file.maximum_grant_steps,
         maximum_grant_duration_ms=1_000 * file.maximum_grant_duration_seconds,
         revocation=file.revocation,

@@ -105,6 +105,7 @@ def test_old_policy_cannot_be_put_back_into_force_by_replay() -> None:
         {"author_schemes": ()},
         {"author_schemes": ("ed25519", "rsa")},
         {"author_schemes": ("ed25519", "ed25519")},
+        {"required_metadata": ("code.commit", "code.commit")},
         {"event_granularities": ("batch", "batch")},
         {"event_granularities": ("era",)},
         {"licences": ("CC0-1.0", "CC0-1.0")},

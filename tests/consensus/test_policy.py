@@ -25,6 +25,7 @@ POLICY = p.Policy(
     routing_granularities=("block",),
     event_granularities=("batch",),
     author_schemes=("ed25519", "ml-dsa-65"),
+    required_metadata=("code.commit",),
     maximum_grant_steps=10,
     maximum_grant_duration_ms=1_000,
     revocation="drain",

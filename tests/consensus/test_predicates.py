@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_fixtures import BLOCKS, HOSPITAL, LIBRARIAN, CampaignRun, MemoryLedger, Story, begin, digest, story
+from rules_fixtures import remake
 
 from consensus import portions as p
 from consensus.bundle import (
@@ -142,6 +143,7 @@ QUESTIONS = [
     (Predicate.SOURCE_UNUSED, "archive"),
     (Predicate.DELTA_EXACT, ""),
     (Predicate.REFUSALS_COMPLETE, ""),
+    (Predicate.METADATA_COMPLETE, ""),
 ]
 CAMPAIGN_QUESTIONS = [
     question for question in QUESTIONS if question[0] not in (Predicate.INCLUDED, Predicate.CONSISTENT)
@@ -301,7 +303,7 @@ def test_newer_ledger_block_in_the_place_of_the_older_is_not_consistent() -> Non
 # Bundles with something left out.
 
 
-@pytest.mark.parametrize(("predicate", "source"), CAMPAIGN_QUESTIONS[:1] + CAMPAIGN_QUESTIONS[-2:])
+@pytest.mark.parametrize(("predicate", "source"), CAMPAIGN_QUESTIONS[:1] + CAMPAIGN_QUESTIONS[-3:-1])
 @pytest.mark.parametrize("which", [0, 2, -1])
 def test_step_left_out_is_refused(predicate: Predicate, source: str, which: int) -> None:
     refused(Reason.BUNDLE_INCOMPLETE, predicate, lambda bundle: without(bundle, Kind.STEP, which), source)
@@ -370,6 +372,7 @@ def test_rollback_cut_off_contradicts_the_usage_record() -> None:
         (Predicate.SOURCE_HONORED, Kind.GRANT, "governance", "books"),
         (Predicate.SOURCE_HONORED, Kind.CAMPAIGN, "operation", "books"),
         (Predicate.SOURCE_HONORED, Kind.SOURCE, "data", "books"),
+        (Predicate.METADATA_COMPLETE, Kind.CAMPAIGN, "operation", ""),
         (Predicate.DELTA_EXACT, Kind.CAMPAIGN, "operation", ""),
         (Predicate.DELTA_EXACT, Kind.STEP, "operation", ""),
         (Predicate.DELTA_EXACT, Kind.ROLLBACK, "operation", ""),
@@ -381,6 +384,31 @@ def test_rollback_cut_off_contradicts_the_usage_record() -> None:
 def test_undisclosed_portion_never_becomes_a_yes(predicate: Predicate, kind: Kind, portion: str, source: str) -> None:
     verdict = altered(predicate, lambda bundle: changed(bundle, kind, 0, **{portion: None}), source)
     assert verdict.answer is Answer.UNKNOWN
+
+
+def opened_under(*required: str, environment: dict[str, str] | None = None) -> Verdict:
+    """The verdict on a campaign that recorded ``optimizer`` and ``environment`` under a policy with this list."""
+    ledger = MemoryLedger()
+    books = ledger.source("data-source-1", "books")
+    ledger.seal(ledger.policy(required_metadata=required), books)
+    run = CampaignRun(ledger, (p.ManifestRange(books.id, 0, 8),), batch_size=4)
+    delegation, opening = run.open()
+    assert isinstance(opening.operation, p.Campaign)
+    settings = tuple(p.Setting(name, value) for name, value in (environment or {}).items())
+    told = msgspec.structs.replace(opening.operation, environment=settings)
+    ledger.seal(delegation, remake(run, opening, operation=told))
+    bundle = export_bundle(ledger, Predicate.METADATA_COMPLETE, campaign=run.id)
+    return verify(open_bundle(anchor(ledger.genesis, ledger.chain_id), bundle), Predicate.METADATA_COMPLETE)
+
+
+def test_fact_of_the_policys_list_that_is_missing_or_says_nothing_is_named() -> None:
+    assert opened_under("optimizer", "code.commit", environment={"code.commit": "abc"}).answer is Answer.YES
+    assert "'code.commit' is not recorded" in failure(opened_under("optimizer", "code.commit"))
+    for nothing in ("none", " None ", "", "unknown"):
+        assert opened_under("code.commit", environment={"code.commit": nothing}).answer is Answer.NO
+    nothing_asked = opened_under()
+    assert nothing_asked.answer is Answer.YES
+    assert any("the policy requires no fact" in step.text for step in nothing_asked.steps)
 
 
 def test_no_weights_at_hand_is_unknown() -> None:
