@@ -39,7 +39,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -96,7 +96,7 @@ class Batch:
 
     step: int
     attempt: int
-    inputs: Tensor
+    inputs: Any
     examples: tuple[Example, ...]
     replayed: bool
 
@@ -132,6 +132,7 @@ class GovernedRun(Generic[E]):
         self._recited: set[Example] = set()
         self._history: dict[int, Step] = {}
         self._done = 0
+        self._learning_rate: float | None = None
         self._replay_to: tuple[int, Digest] | None = None
         self._yielded: tuple[Moment, tuple[Example, ...]] | None = None
         self._wait_on_close = False
@@ -141,7 +142,8 @@ class GovernedRun(Generic[E]):
 
         Raises:
             Rejected: by the log, or because the examples are not the claimed ones. RoutingUnsupported:
-            the model holds parameters that no policy can be enforced on. ConfigError, Unavailable.
+            the model holds parameters that no policy can be enforced on. RoutingLeak: by the probe.
+            ConfigError, Unavailable.
         """
         try:
             opened = open_run(
@@ -181,9 +183,24 @@ class GovernedRun(Generic[E]):
         Raises:
             TrainingFailed: no batch waits, or a loss is not finite. RoutingError: as ``routing.py``.
         """
+        if not self.backward(loss_B, predicted):
+            return
+        with self._record.costs.training():
+            self._optimizer.step()
+            if self._scheduler is not None:
+                self._scheduler.step()  # type: ignore[attr-defined]
+        self.optimizer_stepped()
+
+    def backward(self, loss_B: Tensor, predicted: tuple[Tensor, Tensor] | None = None) -> bool:
+        """``learn`` up to the optimizer, for a loop that steps optimizer and scheduler by itself (``hf.py``).
+
+        Returns:
+            Whether this was the step's last batch: its gradients are final and clipped, the optimizer is to step,
+            then the scheduler, then ``optimizer_stepped`` is to be called.
+        """
         step = self._step
         if step is None or self._yielded is None:
-            raise TrainingFailed("learn is called once for each batch that run.batches() yields")
+            raise TrainingFailed("a loss is due once for each batch that the run presents")
         costs = self._record.costs
         begun, examples = self._yielded
         costs.add_training(begun)
@@ -201,7 +218,7 @@ class GovernedRun(Generic[E]):
             step.learned += len(loss_B)
             self._micro_batch.close()
             if step.learned < len(step.admitted):
-                return
+                return False
             self._routing.finish_step()
             norms = clip_block_gradients(self._model, self._block_of, self._plan.clip_norm)
         with costs.governance():
@@ -211,13 +228,26 @@ class GovernedRun(Generic[E]):
             if self._accumulators is not None:
                 policy = step.grant.permission.policy
                 self._accumulators.take_step(policy, self._optimizer, norms, self._plan.clip_norm)
-        with costs.training():
-            learning_rate = self._optimizer.param_groups[0]["lr"]
-            self._optimizer.step()
-            if self._scheduler is not None:
-                self._scheduler.step()  # type: ignore[attr-defined]
-        with costs.governance():
-            self._finish_step(step, float(learning_rate))
+        self._learning_rate = float(self._optimizer.param_groups[0]["lr"])
+        return True
+
+    def optimizer_stepped(self) -> None:
+        """Optimizer and scheduler took the step whose last ``backward`` said so: record it.
+
+        Raises:
+            TrainingFailed: no step waits for that.
+        """
+        step = self._step
+        if step is None or self._learning_rate is None:
+            raise TrainingFailed("the optimizer stepped without all losses of a step")
+        learning_rate, self._learning_rate = self._learning_rate, None
+        with self._record.costs.governance():
+            self._finish_step(step, learning_rate)
+
+    @property
+    def done(self) -> int:
+        """Steps taken and not undone."""
+        return self._done
 
     def release(self, path: Path) -> RecordedEvent:
         """Save the weights as safetensors, wait until every step is final, and release exactly these.
@@ -261,28 +291,35 @@ class GovernedRun(Generic[E]):
         return self._record.summary(place.steps, place.attempt, place.root.hex(), background_cpu_seconds)
 
     def _generate(self) -> Iterator[Batch]:
-        while True:
-            with self._record.costs.governance():
-                self._follow_finality()
-                if self._done >= self._plan.planned_steps:
-                    self._resolve()
-            if self._done >= self._plan.planned_steps:
-                with self._record.costs.paused():
-                    failure = self._ledger.wait_all_settled()
-                if failure is None:
-                    return
-                self._recover(failure)
-                continue
+        for step in self.steps():
+            for first in range(0, len(step.admitted), self._micro_batch_size):
+                yield self.present(step, step.admitted[first : first + self._micro_batch_size])
+                if self._yielded is not None:
+                    raise TrainingFailed(f"step {step.index}: run.learn was not called for its batch")
+
+    def steps(self) -> Iterator[Step]:
+        """The steps with admitted examples, each begun when asked for; ``present`` their examples one after another."""
+        while not self.complete():
             step = self._begin_step()
             if not step.admitted:
                 with self._record.costs.governance():
                     self._finish_step(step, float(self._optimizer.param_groups[0]["lr"]))
                 continue
             self._optimizer.zero_grad(set_to_none=True)
-            for first in range(0, len(step.admitted), self._micro_batch_size):
-                yield self._present(step, step.admitted[first : first + self._micro_batch_size])
-                if self._yielded is not None:
-                    raise TrainingFailed(f"step {step.index}: run.learn was not called for its batch")
+            yield step
+
+    def complete(self) -> bool:
+        """Whether every planned step is taken and on the log; goes back to where the log stands if it refused one."""
+        with self._record.costs.governance():
+            self._follow_finality()
+            if self._done < self._plan.planned_steps:
+                return False
+            self._resolve()
+        with self._record.costs.paused():
+            failure = self._ledger.wait_all_settled()
+        if failure is not None:
+            self._recover(failure)
+        return self._done >= self._plan.planned_steps
 
     def _begin_step(self) -> Step:
         index = self._done + 1
@@ -329,7 +366,8 @@ class GovernedRun(Generic[E]):
     def _content(self, examples: tuple[Example, ...]) -> dict[Example, E]:
         return {(source, example): self._sources[source].examples[example] for source, example in examples}
 
-    def _present(self, step: Step, examples: tuple[Example, ...]) -> Batch:
+    def present(self, step: Step, examples: tuple[Example, ...]) -> Batch:
+        """These examples of ``step`` as a batch, whose forward and backward pass are due now."""
         if self._accumulators is not None:
             # Neighbours of one source are summed in place; scattered ones would be gathered first.
             examples = tuple(sorted(examples, key=lambda example: example[0]))
@@ -456,7 +494,8 @@ def governed(
     node: str | Client,
     job_key: Signer,
     run_directory: Path,
-    collate: Callable[[Sequence[E]], Tensor] = torch.stack,  # type: ignore[assignment]
+    collate: Callable[[Sequence[E]], Any] = torch.stack,  # type: ignore[assignment]
+    probe_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     memorization: MemorizationCheck[E] | None = None,
     scheduler: Stateful | None = None,
     micro_batch_size: int | None = None,
@@ -470,6 +509,7 @@ def governed(
         job_key: the key the operator delegated for this campaign.
         run_directory: outbox and record of this run.
         collate: examples to the batch's inputs; the default stacks tensors.
+        probe_loss: model and inputs to a loss per example, tried before anything is on the log (``probe.py``).
         memorization: see ``memorization_watch.DetectorCheck``; None checks nothing, and records no signal.
         scheduler: stepped after each optimizer step and restored with it; do not step it yourself.
         micro_batch_size: examples per forward pass; None takes a step's examples at once.
@@ -484,6 +524,7 @@ def governed(
             job_key=job_key,
             run_directory=run_directory,
             collate=collate,
+            probe_loss=probe_loss,
             memorization=memorization,
             scheduler=scheduler,
             micro_batch_size=micro_batch_size,

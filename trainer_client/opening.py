@@ -1,21 +1,25 @@
 """Opening a governed run: what it is given, what it works with, and the order in which that comes to be.
 
-First everything that can refuse without a trace (parameter table, routing, the sources' claims), then the files of the
-run, then the campaign on the log, and last the threads that ask for grants. Everything opened is closed by the caller's
-stack, in reverse order.
+First everything that can refuse without a trace (parameter table, routing, the sources' claims, the probe), then the
+files of the run, then the campaign on the log, and last the threads that ask for grants. Everything opened is closed
+by the caller's stack, in reverse order.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from consensus import portions as p
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
+from consensus.policy import why_refused
 from trainer_client.accumulators import SourceAccumulators
 from trainer_client.capture import capture_environment
 from trainer_client.commitment import copied_tensors, root_of_tensors
@@ -30,6 +34,7 @@ from trainer_client.plan import (
     check_content,
     manifest_of,
 )
+from trainer_client.probe import ProbeInputs, probe
 from trainer_client.progress import OnProgress, RunRecord
 from trainer_client.rollback import SnapshotRing, Stateful, TrainingState, take_snapshot
 from trainer_client.routing import Routing
@@ -37,6 +42,10 @@ from trainer_client.step_book import StepBook
 from trainer_client.submit import Client
 
 E = TypeVar("E")
+
+PROBED_EXAMPLES = 4
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,8 @@ class RunArguments(Generic[E]):
     node: str | Client
     job_key: Signer
     run_directory: Path
-    collate: Callable[[Sequence[E]], Tensor]
+    collate: Callable[[Sequence[E]], Any]
+    probe_loss: Callable[[nn.Module, Any], Tensor] | None
     memorization: MemorizationCheck[E] | None
     scheduler: Stateful | None
     micro_batch_size: int | None
@@ -99,13 +109,17 @@ def open_run(
     if accumulators is not None:
         accumulators.attach(model, block_of)
         stack.enter_context(accumulators)
-    routing = stack.enter_context(Routing(model, block_of, accumulators))
-    directory.mkdir(parents=True, exist_ok=True)
+    routing = Routing(model, block_of, accumulators)
     sources = {source.id: source for source in arguments.sources}
     claims = {identifier: client.source_record(identifier).claim for identifier in sorted(sources)}
     for identifier, claim in claims.items():
         check_content(sources[identifier], claim)
     classes = {identifier: claim.content_class for identifier, claim in claims.items()}
+    policy = client.policy_in_force()
+    if arguments.probe_loss is not None:
+        _probe(arguments, arguments.probe_loss, block_of, policy.policy, claims)
+    stack.enter_context(routing)
+    directory.mkdir(parents=True, exist_ok=True)
     record = RunRecord.opened(directory, arguments.on_progress)
     stack.callback(record.close)
     parameters = copied_tensors(model)
@@ -118,7 +132,7 @@ def open_run(
         plan,
         model,
         arguments.optimizer,
-        policy=client.policy_in_force().id,
+        policy=policy.id,
         job_key=job_key_id(arguments.job_key),
         base_root=base_root,
         environment=capture_environment(Path.cwd()).settings,
@@ -127,3 +141,26 @@ def open_run(
     book.note("campaign", 0, id=event.id.hex())
     ledger.start_grants(ledger.new_keeper(tuple(blocks), book.note_grant))
     return OpenedRun(routing, block_of, classes, record, parameters, ring, ledger, book)
+
+
+def _probe(
+    arguments: RunArguments[E],
+    loss: Callable[[nn.Module, Any], Tensor],
+    block_of: Mapping[str, int],
+    policy: p.Policy,
+    claims: Mapping[bytes, p.SourceClaim],
+) -> None:
+    """The probe on a few examples of sources that the policy in force admits; nobody else's reach the model."""
+    now_ms = time.time_ns() // 1_000_000
+    examples = [
+        example
+        for source in arguments.sources
+        if why_refused(policy, claims[source.id], False, arguments.plan.purpose, now_ms, now_ms) is None
+        for example in source.examples[:PROBED_EXAMPLES]
+    ]
+    if len(examples) < 3:
+        _log.warning("the probe needs three admitted examples and found %d: nothing was tried", len(examples))
+        return
+    other, *shown = examples[: PROBED_EXAMPLES + 1]
+    whole, shorter, replaced = (arguments.collate(each) for each in (shown, shown[1:], [other, *shown[1:]]))
+    probe(arguments.model, block_of, loss, ProbeInputs(len(shown), whole, shorter, replaced))

@@ -1,0 +1,313 @@
+"""``transformers.Trainer`` under a campaign: a small GPT-2 of random weights, the real rules behind real HTTP."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_node import SALT, FakeNode, running_node
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.optimization import get_scheduler
+
+from consensus.event import CheckedEvent, Kind
+from consensus.keys import Ed25519SigningKey
+from consensus.portions import BlockWeight, ClassRule, SourceRefusal, StepOperation
+from consensus.rejection import Reason, Rejected
+from trainer_client.commitment import parameter_root_of
+from trainer_client.governed import governed
+from trainer_client.hf import (
+    FixedLengthCollator,
+    GovernanceCallback,
+    GovernedTrainer,
+    TrainerUnsupported,
+    causal_losses,
+)
+from trainer_client.plan import CampaignPlan, TrainingSource
+from trainer_client.route import RoutingLeak
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+STEPS, BATCH_SIZE, LENGTH = 6, 6, 12
+COLLATOR = FixedLengthCollator(LENGTH)
+EVERYTHING = (ClassRule("documentation", 1_000, ()), ClassRule("news", 1_000, ()))
+NO_FIRST_LAYER = (ClassRule("documentation", 1_000, ()), ClassRule("news", 500, (BlockWeight("transformer.h.0", 0),)))
+
+
+def gpt2(dropout: float = 0.1) -> GPT2LMHeadModel:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": LENGTH}
+    dropouts = dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=0, eos_token_id=0))
+
+
+def lora() -> nn.Module:
+    model = get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def texts(name: str) -> list[bytes]:
+    """Of 8 to 12 symbols each."""
+    digests = [hashlib.sha256(f"{name} {number}".encode()).digest() for number in range(8)]
+    return [bytes(byte % 63 + 1 for byte in digest[: 8 + number % 5]) for number, digest in enumerate(digests)]
+
+
+class Scene:
+    """A campaign of three sources, of which the policy refuses one; its node, and the ways to train in it."""
+
+    def __init__(self, node: FakeNode, directory: Path, classes: tuple[ClassRule, ...] = EVERYTHING) -> None:
+        self.node, self.directory = node, directory
+        node.policy(classes=classes)
+        self.texts = {name: texts(name) for name in ("manual", "paper", "secret")}
+        self.sources = {
+            "manual": node.source("manual", self.texts["manual"]),
+            "paper": node.source("paper", self.texts["paper"], owner="data-source-2", content_class="news"),
+            "secret": node.source("secret", self.texts["secret"], licence="LicenseRef-Proprietary"),
+        }
+        self.salt: bytes | None = SALT
+
+    def campaign(self, number: int = 7, seed: int = 0) -> dict[str, object]:
+        """Arguments that ``governed`` and ``GovernanceCallback`` share."""
+        campaign = bytes([number]) * 32
+        key = Ed25519SigningKey(bytes([number]) * 32)
+        self.node.delegate(campaign, key)
+        plan = CampaignPlan(
+            chain_id=self.node.chain_id,
+            operator=self.node.member_id("operator-1"),
+            campaign=campaign,
+            name="a campaign",
+            purpose="fine-tuning",
+            base_model="tiny",
+            sampler_seed=bytes([seed]) * 32,
+            batch_size=BATCH_SIZE,
+            planned_steps=STEPS,
+        )
+        return {
+            "plan": plan,
+            "sources": [TrainingSource(self.sources[name], self.texts[name], self.salt) for name in self.sources],
+            "node": self.node.url,
+            "job_key": key,
+            "run_directory": self.directory / str(number),
+        }
+
+    def arguments(self, **changes: object) -> TrainingArguments:
+        return TrainingArguments(
+            **{
+                "output_dir": str(self.directory / "output"),
+                "max_steps": STEPS,
+                "per_device_train_batch_size": BATCH_SIZE,
+                "max_grad_norm": 0.0,
+                "learning_rate": 0.01,
+                "weight_decay": 0.1,
+                "use_cpu": True,
+                "report_to": "none",
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "dataloader_pin_memory": False,
+                **changes,
+            }
+        )
+
+    def trainer(self, model: nn.Module, number: int = 7, **options: object) -> GovernedTrainer:
+        arguments = options.pop("args", None) or self.arguments()
+        callbacks = [GovernanceCallback(**self.campaign(number), release=self.directory / "tuned.safetensors")]
+        return GovernedTrainer(
+            model, arguments, data_collator=COLLATOR, callbacks=[*callbacks, *options.pop("callbacks", [])], **options
+        )
+
+    def steps(self, number: int = 7) -> list[StepOperation]:
+        return [
+            event.operation
+            for event in self.node.order
+            if event.entry.campaign == bytes([number]) * 32 and isinstance(event.operation, StepOperation)
+        ]
+
+    def events(self, kind: Kind) -> list[CheckedEvent]:
+        return [event for event in self.node.order if event.entry.kind is kind]
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with running_node() as node:
+        yield Scene(node, tmp_path)
+
+
+def recorded(step: StepOperation) -> tuple[object, ...]:
+    return (
+        step.index, step.root_before, step.root_after, step.optimizer_digest, step.loss_micro, step.rng_digest,
+        step.learning_rate_nano, step.deltas,
+    )  # fmt: skip
+
+
+def in_a_plain_loop(scene: Scene, model: nn.Module, number: int, micro_batch_size: int) -> None:
+    """The same campaign without the Trainer: with the optimizer it makes; schedule, order and seed by hand."""
+    optimizer = Trainer(model, scene.arguments()).create_optimizer()
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+    set_seed(42)
+    model.train()
+    with governed(
+        model, optimizer, **scene.campaign(number), collate=COLLATOR, scheduler=scheduler,
+        micro_batch_size=micro_batch_size,
+    ) as run:  # fmt: skip
+        for batch in run.batches():
+            labels = batch.inputs.pop("labels")
+            run.learn(causal_losses(model(**batch.inputs), labels))
+
+
+@pytest.mark.parametrize("build", [gpt2, lora])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_chain_is_the_one_a_plain_loop_records(scene: Scene, build: type[nn.Module], accumulated: int) -> None:
+    size = BATCH_SIZE // accumulated
+    model = build()
+    arguments = scene.arguments(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
+    trainer = scene.trainer(model, args=arguments)
+    result = trainer.train()
+    head = scene.node.head(bytes([7]) * 32)
+    assert (head.closed, head.steps, scene.node.rejected) == ("released", STEPS, {})
+    assert head.root == parameter_root_of(model)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert result.global_step == STEPS
+    in_a_plain_loop(scene, build(), 8, size)
+    steps = scene.steps(7)
+    assert [step.index for step in steps] == list(range(1, STEPS + 1))
+    assert [recorded(step) for step in steps] == [recorded(step) for step in scene.steps(8)]
+    reasons = {
+        item.reason for event in scene.events(Kind.REFUSAL) for item in event.items if isinstance(item, SourceRefusal)
+    }
+    assert reasons == {"licence-not-admitted"}
+
+
+def test_refused_example_changes_no_bit_and_blocked_one_no_bit_of_the_block_in_the_first_step(tmp_path: Path) -> None:
+    found: list[dict[str, Tensor]] = []
+    for changed in (None, "secret", "paper"):
+        with running_node() as node:
+            scene = Scene(node, tmp_path / str(changed), NO_FIRST_LAYER)
+            scene.salt = None
+            if changed is not None:
+                scene.texts[changed] = [bytes(reversed(text)) for text in scene.texts[changed]]
+            first: dict[str, Tensor] = {}
+
+            class AfterFirst(TrainerCallback):
+                def on_optimizer_step(self, args: object, state: object, control: object, **of: object) -> None:
+                    model = of["model"]
+                    assert isinstance(model, nn.Module)
+                    for name, parameter in model.named_parameters():
+                        first.setdefault(name, parameter.detach().clone())  # noqa: B023
+
+            model = gpt2(0.0)
+            scene.trainer(model, callbacks=[AfterFirst()]).train()
+            found.append(first | {f"end {name}": each.detach() for name, each in model.named_parameters()})
+    plain, secret, paper = found
+    assert all(torch.equal(plain[name], secret[name]) for name in plain)
+    assert all(torch.equal(plain[name], paper[name]) for name in plain if name.startswith("transformer.h.0."))
+    assert not all(torch.equal(plain[name], paper[name]) for name in plain if name.startswith("transformer.h.1."))
+
+
+@pytest.mark.parametrize("changes", [{"activation_checkpointing": True}, {"bf16": True}], ids=str)
+def test_checkpointed_and_bf16_training_is_recorded_and_released(scene: Scene, changes: dict[str, object]) -> None:
+    trainer = scene.trainer(gpt2(), args=scene.arguments(**changes))
+    trainer.train()
+    assert scene.node.head(bytes([7]) * 32).closed == "released"
+
+
+def test_evaluation_is_the_trainers_own_and_changes_nothing(scene: Scene) -> None:
+    held_out = [{key: value[0] for key, value in COLLATOR([text]).items()} for text in texts("held out")]
+    arguments = scene.arguments(eval_strategy="steps", eval_steps=2)
+    trainer = scene.trainer(gpt2(0.0), args=arguments, eval_dataset=held_out)
+    trainer.data_collator = lambda examples: (
+        COLLATOR(examples) if isinstance(examples[0], bytes) else {
+            key: torch.stack([each[key] for each in examples]) for key in examples[0]
+        }
+    )  # fmt: skip
+    trainer.train()
+    assert sum("eval_loss" in line for line in trainer.state.log_history) == STEPS // 2
+    scene.trainer(gpt2(0.0), 8).train()
+    assert [step.root_after for step in scene.steps(7)] == [step.root_after for step in scene.steps(8)]
+
+
+def test_step_refused_by_the_log_is_taken_again_and_the_trainer_goes_on(scene: Scene) -> None:
+    refused: list[bytes] = []
+
+    def refuse(event: CheckedEvent) -> Rejected | None:
+        if not refused and isinstance(event.operation, StepOperation) and event.operation.index == STEPS:
+            refused.append(event.id)
+            return Rejected(Reason.GRANT_CLOSED, "too late")
+        return None
+
+    scene.node.refuse_step = refuse
+    model = gpt2()
+    result = scene.trainer(model).train()
+    head = scene.node.head(bytes([7]) * 32)
+    assert refused
+    assert (head.closed, head.steps, head.rollbacks, result.global_step) == ("released", STEPS, 1, STEPS)
+    assert head.root == parameter_root_of(model)
+
+
+def test_model_that_bypasses_the_routing_is_refused_by_name_before_anything_is_on_the_log(scene: Scene) -> None:
+    class Bypass(GPT2LMHeadModel):
+        def forward(self, *arguments: object, **named: object) -> object:
+            outputs = super().forward(*arguments, **named)
+            outputs.logits = outputs.logits + self.transformer.ln_f.bias.sum()
+            return outputs
+
+    model = Bypass(gpt2().config)
+    with pytest.raises(RoutingLeak, match=r"transformer\.ln_f\.bias"):
+        scene.trainer(model).train()
+    assert scene.events(Kind.CAMPAIGN) == []
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"max_grad_norm": 1.0}, "max_grad_norm=1.0: a global norm"),
+        ({"max_steps": 3}, "planned_steps=6"),
+        ({"gradient_accumulation_steps": 2}, "batch_size=6"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"train_sampling_strategy": "group_by_length"}, "the campaign fixes the order"),
+        ({"dataloader_num_workers": 1}, "dataloader_num_workers"),
+        ({"optim": "lomo"}, "optim=lomo"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "stepped by evaluations"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"neftune_noise_alpha": 1.0}, "neftune"),
+    ],
+    ids=str,
+)
+def test_option_that_cannot_be_governed_is_refused_by_name(
+    scene: Scene, changes: dict[str, object], named: str
+) -> None:
+    arguments = scene.arguments()
+    for name, value in changes.items():
+        setattr(arguments, name, value)
+    with pytest.raises(TrainerUnsupported, match=named):
+        scene.trainer(gpt2(), args=arguments)
+    assert scene.events(Kind.CAMPAIGN) == []
+
+
+def test_callback_in_an_ordinary_trainer_refuses_to_train_ungoverned(scene: Scene) -> None:
+    rows = [{key: value[0] for key, value in COLLATOR([text]).items()} for text in texts("manual")]
+    callback = GovernanceCallback(**scene.campaign())
+    trainer = Trainer(gpt2(), scene.arguments(), train_dataset=rows, callbacks=[callback])
+    with pytest.raises(TrainerUnsupported, match="GovernedTrainer"):
+        trainer.train()
+
+
+def test_packed_batch_and_asking_to_resume_are_refused(scene: Scene) -> None:
+    trainer = scene.trainer(gpt2())
+    with pytest.raises(TrainerUnsupported, match="taken up again"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.data_collator = lambda examples: COLLATOR([b"".join(examples)])
+    with pytest.raises(TrainerUnsupported, match="one row per example"):
+        trainer.train()
+    assert scene.events(Kind.CAMPAIGN) == []

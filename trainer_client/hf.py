@@ -1,0 +1,357 @@
+"""``transformers.Trainer`` under a campaign: a callback that says which, and a Trainer that asks it.
+
+::
+
+    governance = GovernanceCallback(plan=plan, sources=sources, node=url, job_key=key, run_directory=path)
+    collator = FixedLengthCollator(128)
+    trainer = GovernedTrainer(model=model, args=arguments, data_collator=collator, callbacks=[governance])
+    trainer.train()
+
+The callback alone cannot do it (``docs/adr/016-a-trainer-of-our-own.md``): no callback sees an exception, and the
+Trainer's loader collates batches before the step before them is taken, so before their grant is known. What the
+Trainer keeps: optimizer, learning rate schedule, accumulation, checkpointing, autocast, logging, evaluation, saving.
+What is replaced:
+
+* **Which examples.** ``train_dataset`` is the sources of the campaign, in the order of its sampler. Refused examples
+  are not collated. One global step is one event whatever ``gradient_accumulation_steps`` is; where refusals leave
+  fewer micro-batches, the rest is empty and runs nothing. A step without any admitted example is recorded, and is no
+  step of the Trainer's optimizer or schedule.
+* **The loss.** One per example: the mean over its own labels, or what ``compute_loss_func(outputs, labels)`` gives.
+* **Clipping** per parameter block, by the plan's ``clip_norm``.
+* **global_step** is the campaign's, also after a rollback.
+
+Before anything is on the log, a real batch is probed (``probe.py``). Options under which the record would not be
+true are refused by name when the Trainer is made (``unsupported_options``). Forwards are put back when ``train``
+ends, whatever happens.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from consensus.keys import Signer
+from consensus.rejection import CountersignError
+from trainer_client.governed import DEFAULT_SETTINGS, GovernedRun, governed
+from trainer_client.memorization_watch import MemorizationCheck
+from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource
+from trainer_client.progress import OnProgress
+from trainer_client.record import Example
+from trainer_client.step_book import Step
+from trainer_client.submit import Client
+
+IGNORED_LABEL = -100
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad", "adafactor")
+SCHEDULES_STEPPED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+PACKED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "shift_labels")
+RECORDED = (
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "activation_checkpointing",
+    "bf16",
+    "seed",
+)
+
+LossOfOutputs = Callable[..., Tensor]
+"""Model outputs and labels to one loss per example, each normalised by itself or by constants."""
+
+
+class TrainerUnsupported(CountersignError):
+    """Options of the Trainer under which the policy could not be enforced or the record would not be true."""
+
+
+def causal_losses(outputs: Any, labels_BT: Tensor) -> Tensor:
+    """Each example's mean loss over its own next-token labels, ``[B]``; an example without labels has loss 0."""
+    target_BT = labels_BT[:, 1:]
+    logits_BVT = outputs.logits[:, :-1].transpose(1, 2)
+    loss_BT = functional.cross_entropy(logits_BVT, target_BT, reduction="none", ignore_index=IGNORED_LABEL)
+    count_B = (target_BT != IGNORED_LABEL).sum(dim=1).clamp(min=1)
+    return loss_BT.sum(dim=1) / count_B
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FixedLengthCollator:
+    """Examples, as token ids or as ``{"input_ids": …}``, cut or padded to ``length``.
+
+    A fixed length, because padding to the longest of a batch lets one example shape what is computed of the others.
+    """
+
+    length: int
+    padding: int = 0
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels``, each ``[B, length]``."""
+        ids = [list(each["input_ids"] if isinstance(each, Mapping) else each)[: self.length] for each in examples]
+        padded_BT = torch.tensor([each + [self.padding] * (self.length - len(each)) for each in ids])
+        mask_BT = torch.tensor([[1] * len(each) + [0] * (self.length - len(each)) for each in ids])
+        return {
+            "input_ids": padded_BT,
+            "attention_mask": mask_BT,
+            "labels": padded_BT.masked_fill(mask_BT == 0, IGNORED_LABEL),
+        }
+
+
+class GovernanceCallback(TrainerCallback):
+    """The campaign of a ``GovernedTrainer``; arguments are those of ``governed``.
+
+    Args:
+        release: where the weights go that are released when training ends; None releases nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: CampaignPlan,
+        sources: Sequence[TrainingSource[Any]],
+        node: str | Client,
+        job_key: Signer,
+        run_directory: Path,
+        release: Path | None = None,
+        memorization: MemorizationCheck[Any] | None = None,
+        settings: RunSettings = DEFAULT_SETTINGS,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self.plan = plan
+        self.run: GovernedRun[Any] | None = None
+        self._sources = sources
+        self._node = node
+        self._job_key = job_key
+        self._run_directory = run_directory
+        self._release = release
+        self._memorization = memorization
+        self._settings = settings
+        self._on_progress = on_progress
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
+    ) -> None:
+        """Raises ``TrainerUnsupported`` where no ``GovernedTrainer`` opened the run: nothing would be governed."""
+        if self.run is None:
+            raise TrainerUnsupported("GovernanceCallback works in a GovernedTrainer; this one would not be governed")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
+    ) -> TrainerControl:
+        """Record the step; the Trainer goes on while steps are missing, also after the log refused some."""
+        assert self.run is not None
+        self.run.optimizer_stepped()
+        was_last = state.global_step >= state.max_steps
+        if was_last or self.run.done >= self.plan.planned_steps:
+            control.should_training_stop = self.run.complete()
+        state.global_step = self.run.done
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
+    ) -> None:
+        """Release, where a release was asked for."""
+        if self._release is not None and self.run is not None:
+            self.run.release(self._release)
+
+    def open(self, trainer: "GovernedTrainer", stack: ExitStack) -> None:
+        """Opens the run around the trainer's model, optimizer and schedule.
+
+        Raises:
+            As ``GovernedRun.__enter__``.
+        """
+        optimizer = trainer.optimizer
+        recorded = {f"trainer.{name}": str(getattr(trainer.args, name)) for name in RECORDED}
+        plan = dataclasses.replace(self.plan, hyperparameters={**recorded, **self.plan.hyperparameters})
+        self.run = stack.enter_context(
+            governed(
+                cast(nn.Module, trainer.model),
+                cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer)),
+                plan=plan,
+                sources=self._sources,
+                node=self._node,
+                job_key=self._job_key,
+                run_directory=self._run_directory,
+                collate=trainer.governed_inputs,
+                probe_loss=trainer.losses_of_inputs,
+                memorization=self._memorization,
+                scheduler=trainer.lr_scheduler,
+                micro_batch_size=trainer.args.per_device_train_batch_size,
+                settings=self._settings,
+                on_progress=self._on_progress,
+            )
+        )
+        stack.callback(self._forget_run)
+
+    def _forget_run(self) -> None:
+        self.run = None
+
+
+class GovernedTrainer(Trainer):
+    """``Trainer`` with a ``GovernanceCallback`` among its callbacks; no ``train_dataset``: the sources are it.
+
+    Raises:
+        TrainerUnsupported: with every option that cannot be governed, at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        data_collator: Callable[[Sequence[Any]], dict[str, Tensor]],
+        callbacks: list[TrainerCallback],
+        compute_loss_func: LossOfOutputs | None = None,
+        **options: Any,
+    ) -> None:
+        found = [callback for callback in callbacks if isinstance(callback, GovernanceCallback)]
+        if len(found) != 1:
+            raise TrainerUnsupported(f"expected one GovernanceCallback among the callbacks, found {len(found)}")
+        (self.governance,) = found
+        problems = unsupported_options(args, self.governance.plan, options)
+        if problems:
+            raise TrainerUnsupported("; ".join(problems))
+        self._losses_of_outputs = compute_loss_func or causal_losses
+        self._open = ExitStack()
+        super().__init__(model, args, data_collator=data_collator, callbacks=callbacks, **options)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **named: Any) -> Any:
+        """As the Trainer's; the campaign opens once optimizer and schedule are made, and closes whatever happens.
+
+        Raises:
+            TrainerUnsupported: asked to resume. As ``GovernedRun.__enter__`` and ``learn``.
+        """
+        if resume_from_checkpoint:
+            raise TrainerUnsupported("resume_from_checkpoint: a governed run cannot be taken up again yet")
+        with self._open:
+            return super().train(None, *others, **named)
+
+    def get_train_dataloader(self) -> "_Presented":  # type: ignore[override]
+        """The campaign's micro-batches, each made when it is asked for."""
+        return _Presented(self)
+
+    def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **named)  # type: ignore[no-untyped-call]
+        self.governance.open(self, self._open)
+        return prepared
+
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: "_MicroBatch", num_items_in_batch: object = None
+    ) -> Tensor:
+        """Forward and routed backward pass of one micro-batch; its part of the step's mean loss."""
+        if not inputs.examples:
+            return torch.zeros((), device=self.args.device)
+        run = self.governance.run
+        assert run is not None
+        batch = run.present(inputs.step, inputs.examples)
+        inputs.update(batch.inputs)
+        labels_BT = batch.inputs["labels"]
+        outputs, loss_B = self._forward(model, batch.inputs)
+        predicted = None
+        if self._losses_of_outputs is causal_losses and not (labels_BT == IGNORED_LABEL).any():
+            predicted = outputs.logits[:, :-1], labels_BT[:, 1:]
+        run.backward(loss_B, predicted)
+        return loss_B.detach().float().sum() / len(inputs.step.admitted)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of a micro-batch without examples: none."""
+        return super().floating_point_ops(inputs) if inputs else 0
+
+    def governed_inputs(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """The collated examples, on the model's device.
+
+        Raises:
+            TrainerUnsupported: they are packed, or not one row for each example.
+        """
+        inputs: dict[str, Tensor] = dict(self._prepare_inputs(self.data_collator(list(examples))))
+        packed = sorted(inputs.keys() & set(PACKED))
+        if packed or "labels" not in inputs or len(inputs["labels"]) != len(examples):
+            raise TrainerUnsupported(
+                f"the collator must give labels and one row per example, nothing packed; found {sorted(inputs)} for"
+                f" {len(examples)} examples"
+            )
+        return inputs
+
+    def losses_of_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """One loss per example, as in training."""
+        return self._forward(model, inputs)[1]
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
+        model.train()
+        with self.compute_loss_context_manager():
+            outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
+            return outputs, self._losses_of_outputs(outputs, inputs["labels"])
+
+
+def unsupported_options(args: TrainingArguments, plan: CampaignPlan, options: Mapping[str, Any]) -> list[str]:
+    """What a governed Trainer cannot be asked for, each with the reason."""
+    presented = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    refused = {
+        f"max_grad_norm={args.max_grad_norm}: a global norm lets blocked examples scale everybody's update; set it to 0"
+        f" (the plan's clip_norm={plan.clip_norm} clips each parameter block)": args.max_grad_norm != 0,
+        f"max_steps={args.max_steps}: the plan has planned_steps={plan.planned_steps}": args.max_steps
+        != plan.planned_steps,
+        f"per_device_train_batch_size × gradient_accumulation_steps = {presented}: the plan has"
+        f" batch_size={plan.batch_size}": presented != plan.batch_size,
+        "train_dataset: the examples are the campaign's sources": options.get("train_dataset") is not None,
+        "model_init: the model must be there before the campaign opens": options.get("model_init") is not None,
+        "fp16: a gradient scaler skips steps; use bf16": args.fp16,
+        "several processes (DDP, FSDP, DeepSpeed)": args.world_size > 1
+        or bool(args.fsdp)
+        or args.deepspeed is not None
+        or args.parallelism_config is not None,
+        f"{args.n_gpu} devices (DataParallel): make one visible": args.n_gpu > 1,
+        "torch_compile: compiled forwards bypass the routing": args.torch_compile,
+        "use_liger_kernel: it replaces forwards": args.use_liger_kernel,
+        "neftune_noise_alpha: noise by the batch's shape": args.neftune_noise_alpha is not None,
+        "label_smoothing_factor: give compute_loss_func": args.label_smoothing_factor != 0,
+        f"train_sampling_strategy={args.train_sampling_strategy}: the campaign fixes the order": str(
+            args.train_sampling_strategy
+        )
+        != "random",
+        "dataloader_num_workers: batches are made when their grant is known": args.dataloader_num_workers > 0,
+        "auto_find_batch_size: the campaign fixes the size": args.auto_find_batch_size,
+        "load_best_model_at_end: what is released is the last recorded step": args.load_best_model_at_end,
+        f"optim={_word(args.optim)}: expected one of {', '.join(OPTIMIZERS)}": _word(args.optim) not in OPTIMIZERS,
+        f"lr_scheduler_type={_word(args.lr_scheduler_type)}: it is stepped by evaluations": _word(
+            args.lr_scheduler_type
+        )
+        in SCHEDULES_STEPPED_BY_EVALUATION,
+    }
+    return [problem for problem, found in refused.items() if found]
+
+
+class _MicroBatch(dict[str, Tensor]):
+    """Part of a step on its way through the Trainer; it holds tensors once ``training_step`` collated them."""
+
+    def __init__(self, step: Step, examples: tuple[Example, ...]) -> None:
+        super().__init__()
+        self.step = step
+        self.examples = examples
+
+
+class _Presented:
+    """The Trainer's loader: for each step as many micro-batches as it accumulates, the last ones perhaps empty."""
+
+    def __init__(self, trainer: GovernedTrainer) -> None:
+        self._trainer = trainer
+        self._micro_batches: Iterator[_MicroBatch] | None = None
+
+    def __iter__(self) -> Iterator[_MicroBatch]:
+        if self._micro_batches is None:
+            self._micro_batches = self._generate()
+        return self._micro_batches
+
+    def _generate(self) -> Iterator[_MicroBatch]:
+        args, run = self._trainer.args, self._trainer.governance.run
+        assert run is not None
+        size = args.per_device_train_batch_size
+        for step in run.steps():
+            for number in range(args.gradient_accumulation_steps):
+                yield _MicroBatch(step, step.admitted[number * size : (number + 1) * size])
+
+
+def _word(option: Any) -> str:
+    return str(getattr(option, "value", option))
