@@ -120,6 +120,11 @@ class CatchUp:
         """Whether ledger blocks are being fetched now."""
         return self._lock.locked()
 
+    async def idle(self) -> None:
+        """Until nothing is being fetched."""
+        async with self._lock:
+            return
+
     async def reach(self, height: int) -> None:
         """Apply finalized ledger blocks until the log is at ``height`` at least.
 

@@ -122,12 +122,31 @@ class CountersignDesk:
         self._status_of = status_of
         self._grants: OrderedDict[Digest, _Grant] = OrderedDict()
         self._nursery: trio.Nursery | None = None
+        self._is_member = True
 
     async def run(self) -> None:
         """Ask for countersignatures until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await trio.sleep_forever()
+
+    def begin_epoch(self, member: Member | None, identity: Signer | None) -> None:
+        """Go on as this member, None for none; forget grants that need one who left, or are signed by one."""
+        if member is not None and identity is not None:
+            self._member, self._identity = member, identity
+        self._is_member = member is not None
+        for event_id, grant in list(self._grants.items()):
+            try:
+                grant.needed = self._needed(grant.event)
+                for signature in grant.entry.signatures:
+                    self._ledger.committee.member(MemberId(signature.signer))
+            except Rejected as error:
+                log.info("grant %s is given up: %s", event_id.hex()[:16], error)
+                del self._grants[event_id]
+
+    def _require_member(self) -> None:
+        if not self._is_member:
+            raise Rejected(Reason.UNKNOWN_MEMBER, f"{self._member.name} is no member in this epoch")
 
     # The operator's side
 
@@ -137,6 +156,7 @@ class CountersignDesk:
         Raises:
             Rejected: the rule it breaks; ``WRONG_AUTHOR`` for another operator's.
         """
+        self._require_member()
         event = self._check(encoded_unsigned)
         if event.entry.author != self._member.id:
             raise Rejected(Reason.WRONG_AUTHOR, "a job asks the node of its own operator")
@@ -222,6 +242,7 @@ class CountersignDesk:
                 self._take_signature(grant, request.signature)
                 self._submit_if_complete(Digest(request.event_id))
             return encode(Done())
+        self._require_member()
         event = self._check(request.event)
         if event.entry.author != asker:
             raise Rejected(Reason.WRONG_AUTHOR, "a grant is asked for by its operator's own node")
@@ -251,6 +272,7 @@ class CountersignDesk:
         Raises:
             Rejected: ``NOT_FOUND``, or the rule of the log it breaks by now.
         """
+        self._require_member()
         grant = self._grants.get(event_id)
         if grant is None:
             raise Rejected(Reason.NOT_FOUND, f"no grant {event_id.hex()} waits here")

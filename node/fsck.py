@@ -58,6 +58,7 @@ from node.store_layout import (
     term_prefix,
     to_int,
     u64,
+    vote_mark_key,
 )
 
 MAX_VOTE_BYTES = 16_384
@@ -385,7 +386,7 @@ class _Check:
                 if not self._belongs(family, key, height):
                     self._strange(family, key)
         for key, _ in self._reader.items("meta"):  # read whole: its newest values hide older, damaged blocks
-            if key not in _META_KEYS and not self._is_link(key):
+            if key not in _META_KEYS and not self._is_of_an_epoch(key):
                 self._strange("meta", key)
         for family, check in (("lookup", self._lookup_belongs), ("index", self._listing_belongs)):
             if sum(1 for _ in self._reader.items(family)) > self._expected[family]:
@@ -397,8 +398,9 @@ class _Check:
                     if not belongs:
                         self._strange(family, key)
 
-    def _is_link(self, key: bytes) -> bool:
-        return any(key == EPOCH_LINK + u64(epoch) for epoch in range(1, len(self._epochs.epochs)))
+    def _is_of_an_epoch(self, key: bytes) -> bool:
+        later = range(1, len(self._epochs.epochs))
+        return any(key in (EPOCH_LINK + u64(epoch), vote_mark_key(epoch)) for epoch in later)
 
     def _strange(self, family: str, key: bytes) -> None:
         self._report.add(family, f"key {key.hex()}", "does not belong here")

@@ -1,17 +1,27 @@
 """Which member a node or a command is: genesis against the pinned chain id, keystore against the genesis.
 
 A key that is not the one the genesis has for this member stops here: what it signs would be refused by all.
+
+Secrets for a later epoch lie beside the configured keystore, as ``NAME.epoch-N.SUFFIX``: of who changes its keys, and
+of who joins, which has nothing else. Which of them counts is decided by the members of the epoch the log is in.
 """
 
+import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
 
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
+from consensus.identifiers import Role
 from consensus.keys import Ed25519SigningKey, SignatureScheme, Signer, signer_for
-from consensus.membership import Genesis, Member, check_genesis
+from consensus.membership import Committee, Genesis, Member, check_genesis
 from consensus.rejection import ConfigError, Rejected
 from node.config import NodeConfig
 from node.keystore import Keystore, Secrets, read_passphrase
+
+log = logging.getLogger("countersign")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +31,81 @@ class Identity:
     member: Member
     signer: Signer
     secrets: Secrets
+
+
+def epoch_keystore(base: Path, epoch: int) -> Path:
+    """Where a member's secrets from an epoch on are looked for, beside its first keystore."""
+    return base.with_name(f"{base.stem}.epoch-{epoch}{base.suffix}")
+
+
+def later_keystores(base: Path) -> dict[int, Path]:
+    """The keystores for later epochs beside the first, by epoch, rising."""
+    found = {}
+    for path in base.parent.glob(f"{base.stem}.epoch-*{base.suffix}"):
+        epoch = path.name.removeprefix(f"{base.stem}.epoch-").removesuffix(base.suffix)
+        if epoch.isascii() and epoch.isdigit() and path == epoch_keystore(base, int(epoch)):
+            found[int(epoch)] = path
+    return dict(sorted(found.items()))
+
+
+def later_transport_seeds(config: NodeConfig, epoch: int) -> list[bytes]:
+    """Transport seeds of the keystores for epochs after ``epoch``, which others may know this node by already.
+
+    Derives keys: for a worker thread. A keystore that does not open gives none.
+    """
+    seeds = []
+    for later, path in later_keystores(config.node.keystore).items():
+        if later > epoch:
+            try:
+                passphrase = read_passphrase(config.node.passphrase_file, os.environ)
+                seeds.append(Keystore.open(path, passphrase).secrets.transport_seed)
+            except ConfigError as error:
+                log.warning("%s", error)
+    return seeds
+
+
+def identity_in(config: NodeConfig, members: Committee, first: Identity) -> Identity | str:
+    """The member this node is in a later epoch, by its newest keystore; or why it is none.
+
+    ``first`` is what the configured keystore holds; a keystore made for a later epoch takes its place. Derives a key:
+    for a worker thread.
+    """
+    member = next((held for held in members.members if held.name == config.node.name), None)
+    if member is None:
+        return f"{config.node.name} is no member of epoch {members.epoch}"
+    base = config.node.keystore
+    newest = next((e for e in range(members.epoch, 0, -1) if epoch_keystore(base, e).exists()), None)
+    secrets = first.secrets
+    if newest is not None:
+        try:
+            passphrase = read_passphrase(config.node.passphrase_file, os.environ)
+            secrets = Keystore.open(epoch_keystore(base, newest), passphrase).secrets
+        except ConfigError as error:
+            return str(error)
+    signer = signer_for(SignatureScheme(member.scheme), secrets.identity_seed)
+    transport_key = Ed25519SigningKey(secrets.transport_seed).public_key
+    if (signer.public_key, transport_key) != (member.identity_key, member.transport_key):
+        return (
+            f"expected the keys {member.name} has in epoch {members.epoch} in {epoch_keystore(base, members.epoch)}, "
+            "found none that are"
+        )
+    return Identity(member, signer, secrets)
+
+
+def erase_old_shares(config: NodeConfig, epoch: int) -> None:
+    """Erase the BLS shares that the keystore of ``epoch`` has replaced, where there is one. Derives keys.
+
+    Call it once the end of the epoch before is durable: the old shares are of no use to anyone but a thief.
+    """
+    base = config.node.keystore
+    if not epoch_keystore(base, epoch).exists():
+        return
+    passphrase = read_passphrase(config.node.passphrase_file, os.environ)
+    for path in (base, *(epoch_keystore(base, earlier) for earlier in range(1, epoch))):
+        if path.exists():
+            held = Keystore.open(path, passphrase)
+            if held.secrets.bls_share is not None:
+                held.save(msgspec.structs.replace(held.secrets, bls_share=None))
 
 
 def load_genesis(config: NodeConfig) -> Genesis:
@@ -59,11 +144,16 @@ def member_named(genesis: Genesis, name: str) -> Member:
 
 
 def load_identity(config: NodeConfig, genesis: Genesis) -> Identity:
-    """The member this node is, by its keystore.
+    """The member this node is, by its keystore; before the epoch it joins in, a verifier that nobody knows yet.
 
     Raises:
-        ConfigError: wrong passphrase, or keys that are not the named member's.
+        ConfigError: wrong passphrase, keys that are not the named member's, or a name that neither the genesis nor a
+            keystore for a later epoch has.
     """
+    later = later_keystores(config.node.keystore)
+    if later and all(member.name != config.node.name for member in genesis.members):
+        passphrase = read_passphrase(config.node.passphrase_file, os.environ)
+        return _joining(config.node.name, Keystore.open(max(later.items())[1], passphrase).secrets)
     member = member_named(genesis, config.node.name)
     passphrase = read_passphrase(config.node.passphrase_file, os.environ)
     secrets = Keystore.open(config.node.keystore, passphrase).secrets
@@ -76,4 +166,20 @@ def load_identity(config: NodeConfig, genesis: Genesis) -> Identity:
             raise ConfigError(
                 f"{config.node.keystore}: expected the {what} key the genesis has for {member.name}, found another"
             )
+    return Identity(member, signer, secrets)
+
+
+def _joining(name: str, secrets: Secrets) -> Identity:
+    signer = Ed25519SigningKey(secrets.identity_seed)
+    transport_key = Ed25519SigningKey(secrets.transport_seed).public_key
+    member = Member(
+        name=name,
+        role=Role.VERIFIER,
+        scheme=signer.scheme,
+        identity_key=signer.public_key,
+        transport_key=transport_key,
+        log_key=b"",
+        bls_key=b"",
+        bls_possession=b"",
+    )
     return Identity(member, signer, secrets)

@@ -14,13 +14,12 @@ import trio
 
 from consensus.event import CheckedEvent, check_event, pack_parts
 from consensus.identifiers import Digest, MemberId
-from consensus.membership import Committee
 from consensus.rejection import Reason, Rejected
 from node.clock import Clock
+from node.ledger import Ledger
 from node.mempool import Mempool
 from node.messages import gossip_frames, unpack_gossip
 from node.network import Lane, Network
-from node.store import Store
 
 log = logging.getLogger("countersign.intake")
 
@@ -30,11 +29,8 @@ FINALITY_SAMPLES = 2_000
 class Intake:
     """The pool's only door."""
 
-    def __init__(
-        self, committee: Committee, store: Store, mempool: Mempool, network: Network, clock: Clock, max_event_bytes: int
-    ) -> None:
-        self._committee = committee
-        self._store = store
+    def __init__(self, ledger: Ledger, mempool: Mempool, network: Network, clock: Clock, max_event_bytes: int) -> None:
+        self._ledger = ledger
         self._mempool = mempool
         self._network = network
         self._clock = clock
@@ -101,17 +97,25 @@ class Intake:
         """
         if len(encoded) > self._max_event_bytes:
             raise Rejected(Reason.OVERSIZED, f"{len(encoded)} bytes, at most {self._max_event_bytes} allowed")
-        return check_event(encoded, self._committee)
+        return check_event(encoded, self._ledger.committee)
 
     def _take(self, encoded: bytes, sender: MemberId | None = None) -> tuple[CheckedEvent, bool]:
         event = self.check(encoded)
-        if self._store.index_of_event(event.id) is not None:
+        if self._ledger.store.index_of_event(event.id) is not None:
             return event, False
         added = self._mempool.add(event, self._clock.monotonic_ms(), sender)
         if added:
             arrived, self.arrived = self.arrived, trio.Event()
             arrived.set()
         return event, added
+
+    def begin_epoch(self) -> None:
+        """Check what waits by the members of the new epoch: nothing of one that left is admitted any more."""
+        for event in tuple(self._mempool.candidates()):
+            try:
+                self.check(pack_parts(event.entry_bytes, event.portions_bytes))
+            except Rejected as error:
+                self.rejected(event, error)
 
     async def run(self) -> None:
         """Flood submitted events until cancelled."""

@@ -39,7 +39,13 @@ from node.files import replace_private, write_fully
 
 MAX_RECORD_BYTES = 8 << 20
 JOURNAL_FILE = "votes.journal"
-"""Its name in the data directory."""
+"""Its name in the data directory, in epoch 0."""
+
+
+def journal_file(epoch: int) -> str:
+    """The journal of an epoch: a journal serves one, and those of ended epochs stay, never to be written again."""
+    return JOURNAL_FILE if epoch == 0 else f"votes.epoch-{epoch}.journal"
+
 
 _MAGIC = b"CSVOTES1"
 _HEAD = struct.Struct(">8s32s32sQQ")

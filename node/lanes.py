@@ -114,6 +114,12 @@ class Inbox(trio.abc.ReceiveChannel[Received]):
     def __len__(self) -> int:
         return sum(len(frames) for frames in self._frames.values())
 
+    def expect(self, member: MemberId) -> None:
+        """Take frames of one more member."""
+        for lane in Lane:
+            self._frames.setdefault((member, lane), deque())
+            self._queued_bytes.setdefault((member, lane), 0)
+
     def put(self, received: Received) -> None:
         """Queue a frame. Raises ``OverBudget`` if its member left too little processed."""
         key = (received.member, received.lane)

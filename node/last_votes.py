@@ -39,7 +39,7 @@ class LastVotes:
         """A checked vote."""
         voter = MemberId(vote.voter)
         held = self._last_votes.get(voter)
-        if held is None or vote.view >= held.view:
+        if held is None or (vote.epoch, vote.view) >= (held.epoch, held.view):
             self._last_votes[voter] = vote
 
     def of(self, voter: MemberId) -> Vote | None:
@@ -62,6 +62,8 @@ class LastVotes:
                 try:
                     answer = await self._network.request(peer, encode(GetLastVote(voter)), FETCH_SECONDS)
                     vote = decode(answer, LastVote, MAX_ANSWER_BYTES).vote
+                    if vote is not None and vote.epoch < self._ledger.committee.epoch:
+                        vote = None  # it knows of none in this epoch
                     if vote is not None:
                         check_vote(vote, self._ledger.committee)
                 except (Unavailable, Rejected) as error:

@@ -25,7 +25,7 @@ the protocol's name keeps nodes of different chains apart. Rules:
 
 Frames are not acknowledged. On one lane they arrive in order; those in flight when its connection breaks are
 lost. The protocol above rebroadcasts, and fetches what it misses. Meaning and signatures of frames are left to
-the replica; a changed roster needs a new ``Network``.
+the replica. ``change_roster`` ends the connections of whoever left and begins those of whoever joined.
 """
 
 import logging
@@ -93,6 +93,7 @@ class _Member:
     admitted_from_time: float = float("-inf")
     complaints: float = 0.0
     complained_at_time: float = 0.0
+    dialling: dict[LinkKind, trio.CancelScope] = field(default_factory=dict)
 
 
 class Network:
@@ -162,15 +163,35 @@ class Network:
                 self._nursery = nursery
                 await nursery.start(trio.serve_listeners, self._accept, listeners)
                 for member in self._members.values():
-                    if self._own_id_bytes < member.peer_id_bytes:
-                        for kind in LinkKind:
-                            nursery.start_soon(self._keep_dialling, member, kind)
+                    self._begin_dialling(member)
                 yield self
                 nursery.cancel_scope.cancel()
         finally:
             for listener in listeners:
                 listener.socket.close()
             self.incoming.close()
+
+    def change_roster(self, transport_seed: bytes, peers: Sequence[Peer]) -> None:
+        """Talk to these members from now on, with this transport key; connections that need not change stay.
+
+        Raises ``ConfigError`` like the constructor.
+        """
+        identity = Identity.from_seed(transport_seed)
+        wanted = {peer.member: peer for peer in peers}
+        is_new = identity.peer_id.to_bytes() != self._own_id_bytes
+        for member, state in list(self._members.items()):
+            if is_new or wanted.get(member) != state.peer:
+                del self._members[member], self._by_peer_id[state.peer_id_bytes]
+                for attempt in state.dialling.values():
+                    attempt.cancel()
+                for link in state.links.values():
+                    link.abort()
+        self._identity, self._own_id_bytes = identity, identity.peer_id.to_bytes()
+        for peer in peers:
+            if peer.member not in self._members:
+                self._add_member(peer)
+                self.incoming.expect(peer.member)
+                self._begin_dialling(self._members[peer.member])
 
     def send(self, member: MemberId, lane: Lane, frame: bytes) -> None:
         """Queue ``frame`` for ``member``; never blocks. Whether it arrives is not told; drops are counted.
@@ -298,15 +319,23 @@ class Network:
             and trio.current_time() >= state.admitted_from_time
         )
 
+    def _begin_dialling(self, state: _Member) -> None:
+        """Rule 1."""
+        if self._nursery is not None and self._own_id_bytes < state.peer_id_bytes:
+            for kind in LinkKind:
+                self._nursery.start_soon(self._keep_dialling, state, kind)
+
     async def _keep_dialling(self, state: _Member, kind: LinkKind) -> None:
         """Keep one of the connections to a member standing."""
         delay_seconds = self.limits.redial_first_seconds
-        while True:
-            start_time = trio.current_time()
-            if await self._dial(state, kind) and trio.current_time() > start_time + delay_seconds:
-                delay_seconds = self.limits.redial_first_seconds
-            await trio.sleep(max(delay_seconds, state.admitted_from_time - trio.current_time()))
-            delay_seconds = min(2 * delay_seconds, self.limits.redial_last_seconds)
+        while state is self._members.get(state.peer.member):
+            with trio.CancelScope() as attempt:
+                state.dialling[kind] = attempt
+                start_time = trio.current_time()
+                if await self._dial(state, kind) and trio.current_time() > start_time + delay_seconds:
+                    delay_seconds = self.limits.redial_first_seconds
+                await trio.sleep(max(delay_seconds, state.admitted_from_time - trio.current_time()))
+                delay_seconds = min(2 * delay_seconds, self.limits.redial_last_seconds)
 
     async def _dial(self, state: _Member, kind: LinkKind) -> bool:
         """Dial once and serve the connection to its end; return whether it came to be."""

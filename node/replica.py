@@ -7,6 +7,10 @@ tasks and feed their result back. All engine calls happen on the trio thread, ne
 Rules that depend on this voter's own clock live here, not in ``apply``: a proposal whose timestamp is too far
 from ours, or whose branch omits an urgent event we have held for ``censorship_ms``, is refused our vote but
 not called invalid.
+
+A replica serves one epoch. Once the ledger has gone on to the next, nothing is voted or proposed any more; ``run``
+tells every peer the certificate that ended it, waits until all of it is durable, and returns. The node then makes
+another replica, the same way as when it starts: so a crash at any instant of the switch needs no recovery of its own.
 """
 
 import logging
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 
 import trio
 
+from consensus.block import decode_header
 from consensus.branches import Verdict
 from consensus.certificate import BadCertificateShares, Certificate, certificate_message, verify_certificate
 from consensus.codec import decode, encode
@@ -35,8 +40,8 @@ from consensus.effect import (
     VerifyBlock,
 )
 from consensus.engine import Engine, Timing
-from consensus.identifiers import Digest, MemberId
-from consensus.rejection import Rejected, Unavailable
+from consensus.identifiers import ChainId, Digest, MemberId
+from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.vote import (
     Notarization,
     Nullification,
@@ -114,15 +119,19 @@ class Replica:
         timing: Timing,
         evidence: EvidenceDesk,
         sync: SyncChoice,
+        counters: ReplicaCounters,
     ) -> None:
         self._evidence = evidence
+        self._committee, self._scheme = ledger.committee, ledger.scheme
+        self._ended = trio.Event()
+        self._asked_ahead: set[MemberId] = set()
         self._ledger = ledger
         self._network = network
         self._mempool = mempool
         self._intake = intake
         self._clock = clock
         self._voter = voter
-        self.counters = ReplicaCounters()
+        self.counters = counters
         self._pace = Pace(sync.bytes_per_second)
         joining = Joining(ledger, network, self._fill_up) if sync.from_snapshot else None
         self.catch_up = CatchUp(ledger, network, self._appended, joining)
@@ -133,7 +142,7 @@ class Replica:
             voter.keys.member if voter else None,
             timing,
             ledger.final.header,
-            ledger.certificate,
+            ledger.certificate if ledger.final.header.epoch == ledger.committee.epoch else None,
         )
         self._nursery: trio.Nursery | None = None
         self._deadline_ms: int | None = None
@@ -155,13 +164,14 @@ class Replica:
         return self._stopped or self.engine.halted
 
     async def run(self) -> None:
-        """Take part until cancelled.
+        """Take part until the epoch has ended durably, or cancelled.
 
         Raises:
             InvariantBroken: journal or disk failed; the process must stop.
         """
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self._end_epoch, nursery.cancel_scope)
             nursery.start_soon(self._keep_durable)
             nursery.start_soon(self._keep_time)
             nursery.start_soon(self._watch_intake)
@@ -181,8 +191,22 @@ class Replica:
                 self._take(received)
 
     def _fill_up(self) -> None:
+        """The log has begun at a snapshot, or still lacks what is below one."""
         assert self._nursery is not None
-        self._nursery.start_soon(self._history.run)
+        if self._ledger.committee.epoch != self._committee.epoch:
+            self._ended.set()
+        else:
+            self._nursery.start_soon(self._history.run)
+
+    async def _end_epoch(self, scope: trio.CancelScope) -> None:
+        await self._ended.wait()
+        log.info("epoch %d has ended", self._committee.epoch)
+        if self._ledger.certificate is not None:
+            self._network.broadcast(Lane.VOTES, encode(self._ledger.certificate))
+        await self.catch_up.idle()
+        while self._undurable:
+            await self._make_durable()
+        scope.cancel()
 
     async def _vote(self, voter: Voter) -> None:
         """Cast votes, once peers enough for a quorum know of none of ours that the journal lacks."""
@@ -215,13 +239,17 @@ class Replica:
 
     def _take(self, received: Received) -> None:
         self.counters.messages += 1
-        if self._stopped is not None:
+        if self._stopped is not None or self._ended.is_set():
             return
         try:
             if received.lane is Lane.EVENTS:
                 self._intake.receive(received.member, received.frame)
             else:
                 message: Message = decode(received.frame, Message, MAX_MESSAGE_BYTES)  # type: ignore[arg-type]
+                epoch = epoch_of(message, self._committee.chain_id)
+                if epoch != self._committee.epoch:
+                    self._ask_ahead(received.member, epoch)
+                    raise Rejected(Reason.WRONG_EPOCH, f"a message of epoch {epoch}, this is {self._committee.epoch}")
                 if not self.engine.wants(message):
                     return
                 self._check(message)
@@ -238,8 +266,15 @@ class Replica:
             log.debug("message of %s refused: %s", received.member.hex()[:16], error)
             self._network.complain(received.member, error)
 
+    def _ask_ahead(self, peer: MemberId, epoch: int) -> None:
+        """Whoever is in a later epoch has the end of ours."""
+        assert self._nursery is not None
+        if epoch > self._committee.epoch and peer not in self._asked_ahead and peer in self._network.connected:
+            self._asked_ahead.add(peer)
+            self._nursery.start_soon(self._greet, peer, self._asked_ahead)
+
     def _check(self, message: Message) -> None:
-        committee = self._ledger.committee
+        committee = self._committee
         match message:
             case Vote():
                 check_vote(message, committee)
@@ -250,7 +285,7 @@ class Replica:
             case Nullification():
                 check_nullification(message, committee)
             case Certificate():
-                verify_certificate(self._ledger.scheme, committee.chain_id, message)
+                verify_certificate(self._scheme, committee.chain_id, message)
             case Stalled():
                 check_stalled(message, committee)
 
@@ -268,12 +303,17 @@ class Replica:
         """
         await self._intake.offer(peer)
         try:
-            if await self.catch_up.from_peer(peer) and self._ledger.certificate is not None:
-                self._do(self.engine.caught_up(self._ledger.final.header, self._ledger.certificate, self._now_ms))
+            if await self.catch_up.from_peer(peer):
+                self._caught_up()
         except CertifiedInvalid as error:
             self._stop(str(error))
         await trio.sleep(GREETED_AGAIN_SECONDS)
         greeting.discard(peer)
+
+    def _caught_up(self) -> None:
+        certificate = self._ledger.certificate
+        if certificate is not None and not self._ended.is_set():
+            self._do(self.engine.caught_up(self._ledger.final.header, certificate, self._now_ms))
 
     async def _watch_peers(self) -> None:
         """Greet peers that came, tell the engine of those that went; let events go that waited too long."""
@@ -322,7 +362,7 @@ class Replica:
     def _do(self, effects: Iterable[Effect]) -> None:
         assert self._nursery is not None
         for effect in effects:
-            if self._stopped is not None:
+            if self._stopped is not None or self._ended.is_set():
                 return
             match effect:
                 case Broadcast():
@@ -364,7 +404,7 @@ class Replica:
 
     async def _propose(self, effect: RequestProposal) -> None:
         await trio.lowlevel.checkpoint()
-        if self._voter is None:
+        if self._voter is None or self._ended.is_set():
             return
         proposal = self._proposals.build(effect, self._voter.keys)
         if proposal is not None:
@@ -383,7 +423,7 @@ class Replica:
             if found is not None:
                 self._do(self.engine.receive(*found, self._now_ms))
             return
-        header = check_proposal(known, self._ledger.committee)
+        header = check_proposal(known, self._committee)
         verdict = await self._proposals.verdict(known, header, effect.sources)
         if verdict is not Verdict.MISSING:
             self._do(self.engine.block_verified(effect.block, verdict, self._now_ms))
@@ -391,19 +431,17 @@ class Replica:
     async def _need(self, effect: NeedBlocks) -> None:
         target_view = effect.certificate.view
         try:
-            while self._ledger.final.header.view < target_view:
+            while not self._ended.is_set() and self._ledger.final.header.view < target_view:
                 await self.catch_up.reach(self._ledger.final.header.height + 1)
         except Unavailable as error:
             log.info("catching up pauses: %s", error)
         except CertifiedInvalid as error:
             self._stop(str(error))
             return
-        certificate = self._ledger.certificate
-        if certificate is not None:
-            self._do(self.engine.caught_up(self._ledger.final.header, certificate, self._now_ms))
+        self._caught_up()
 
     async def _combine(self, effect: CombineFinalization) -> None:
-        committee, scheme = self._ledger.committee, self._ledger.scheme
+        committee, scheme = self._committee, self._scheme
         message = certificate_message(committee.chain_id, committee.epoch, effect.view, effect.block)
         shares = {MemberId(vote.voter): vote.share for vote in effect.votes}
         try:
@@ -431,6 +469,8 @@ class Replica:
             self._snapshots.appended()
             self._proposals.appended(appended)
             self._durable_wake.set()
+            if self._ledger.committee.epoch != self._committee.epoch:
+                self._ended.set()
             if self._nursery is not None:
                 self._nursery.start_soon(self._after_appended)
 
@@ -442,11 +482,15 @@ class Replica:
         while True:
             await self._durable_wake.wait()
             self._durable_wake = trio.Event()
-            blocks, self._undurable = self._undurable, []
-            await trio.to_thread.run_sync(self._ledger.store.sync)
-            for block in blocks:
-                self.undurable.difference_update(event.id for event in block.events)
-                self._intake.appended(block.events)
+            await self._make_durable()
+
+    async def _make_durable(self) -> None:
+        blocks = tuple(self._undurable)
+        await trio.to_thread.run_sync(self._ledger.store.sync)
+        self._undurable = [block for block in self._undurable if block not in blocks]
+        for block in blocks:
+            self.undurable.difference_update(event.id for event in block.events)
+            self._intake.appended(block.events)
 
     # Serving
 
@@ -477,6 +521,21 @@ class Replica:
     async def _at_pace(self, answer: bytes) -> bytes:
         await self._pace.spend(len(answer))
         return answer
+
+
+def epoch_of(message: Message, chain_id: ChainId) -> int:
+    """The epoch that a message says it is of.
+
+    Raises:
+        Rejected: as ``decode_header``.
+    """
+    match message:
+        case Proposal():
+            return decode_header(message.header, chain_id).epoch
+        case Notarization() | Nullification():
+            return message.votes[0].epoch
+        case _:
+            return message.epoch
 
 
 def _votes_in(message: Message) -> tuple[Vote, ...]:

@@ -20,24 +20,33 @@ from consensus.engine import Timing
 from consensus.event import CheckedEvent
 from consensus.identifiers import VOTING_ROLES, Digest, MemberId
 from consensus.keys import Ed25519SigningKey, Signer
-from consensus.membership import Genesis, scheme_needs
+from consensus.membership import GENESIS_EPOCH, Committee, Genesis, scheme_needs
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
-from consensus.state import EVIDENCE_TABLE
+from consensus.state import EVIDENCE_TABLE, RETIRED_TABLE
 from node.api import serve
 from node.clock import Clock, SystemClock
 from node.config import NodeConfig
 from node.countersign import CountersignDesk
 from node.evidence import EvidenceDesk
-from node.identity import Identity, load_genesis, load_identity
+from node.identity import (
+    Identity,
+    epoch_keystore,
+    erase_old_shares,
+    identity_in,
+    later_keystores,
+    later_transport_seeds,
+    load_genesis,
+    load_identity,
+)
 from node.intake import Intake
-from node.journal import JOURNAL_FILE, Journal, JournalLost, VoteMark, check_not_lost
+from node.journal import Journal, JournalLost, VoteMark, check_not_lost, journal_file
 from node.ledger import Ledger
 from node.mempool import Mempool
 from node.messages import AskCountersign, DeliverSignature, decode_request
 from node.metrics import Metrics
 from node.network import Network, Peer
 from node.proposals import MAX_BLOCK_BYTES
-from node.replica import Replica, SyncChoice
+from node.replica import Replica, ReplicaCounters, SyncChoice
 from node.service import EventState, EventStatus, FinalityFigures, NodeStatus
 from node.store import Store
 from node.voter import Voter, VotingKeys
@@ -45,21 +54,22 @@ from node.voter import Voter, VotingKeys
 log = logging.getLogger("countersign")
 
 EVIDENCE_DIRECTORY = "evidence"
+LATER_KEYS_TRIED_SECONDS = 5.0
+"""How long a node without any connection waits before it tries the keys it will have."""
+LEAVING_SECONDS = 0.5
+"""How long connections stand when an epoch has ended: who leaves gets the certificate that says so."""
 
 
-def open_peers(config: NodeConfig, genesis: Genesis) -> list[Peer]:
-    """The other members this node talks to.
-
-    Raises:
-        ConfigError: an address for a name that is no member.
-    """
-    members = {member.name: member for member in genesis.members}
-    for name in config.network.peers:
-        if name not in members or name == config.node.name:
-            raise ConfigError(f"network.peers.{name}: expected another member of the genesis ({', '.join(members)})")
+def open_peers(config: NodeConfig, committee: Committee) -> list[Peer]:
+    """The other members of an epoch this node talks to; an address of anyone else waits until it is a member."""
+    members = {member.name: member for member in committee.members if member.name != config.node.name}
+    waiting = sorted(set(config.network.peers) - set(members))
+    if waiting:
+        log.info("no members of epoch %d: %s; their addresses wait", committee.epoch, ", ".join(waiting))
     return [
         Peer(members[name].id, members[name].transport_key, str(address))
         for name, address in sorted(config.network.peers.items())
+        if name in members
     ]
 
 
@@ -73,7 +83,8 @@ class Node:
             ConfigError, InvariantBroken: as ``Store.open`` and ``Ledger``.
         """
         self.config = config
-        self._identity = identity
+        self._identity = self._first_identity = identity
+        self._why_no_member = ""
         self._clock = clock
         self._why_not_voting = ""
         store = Store.open(config.node.data_directory, genesis.chain_id, create=True)
@@ -83,35 +94,21 @@ class Node:
             self.network = Network(
                 identity.secrets.transport_seed,
                 str(config.network.listen),
-                open_peers(config, genesis),
+                open_peers(config, self._ledger.committee),
                 protocol_suffix=genesis.chain_id.hex()[:32],
             )
             self._intake = Intake(
-                self._ledger.committee,
-                store,
+                self._ledger,
                 self._mempool,
                 self.network,
                 clock,
                 min(genesis.parameters.max_event_bytes, MAX_BLOCK_BYTES),
             )
+            if not self._is_genesis_member:
+                self._settle_identity()
+                self.network.change_roster(self._identity.secrets.transport_seed, self._peers())
             self._voter = self._open_voter(store, self._ledger.scheme)
-            self.replica = Replica(
-                self._ledger,
-                self.network,
-                self._mempool,
-                self._intake,
-                clock,
-                self._voter,
-                Timing(config.round.timeout_ms, config.round.max_timeout_ms, genesis.parameters.heartbeat_ms),
-                EvidenceDesk(
-                    config.node.data_directory / EVIDENCE_DIRECTORY,
-                    self._ledger,
-                    identity.member,
-                    identity.signer,
-                    self._intake.submit,
-                ),
-                SyncChoice(config.node.sync == "snapshot", config.limits.sync_bytes_per_second),
-            )
+            self.replica = self._new_replica(ReplicaCounters())
         except BaseException:
             store.close()
             raise
@@ -125,27 +122,126 @@ class Node:
             self.submit,
             self.status_of,
         )
+        if not self._is_genesis_member:
+            self._desk_begins_epoch()
         self._note: tuple[int, bytes] | None = None
+
+    def _new_replica(self, counters: ReplicaCounters) -> Replica:
+        config = self.config
+        return Replica(
+            self._ledger,
+            self.network,
+            self._mempool,
+            self._intake,
+            self._clock,
+            self._voter,
+            Timing(
+                config.round.timeout_ms,
+                config.round.max_timeout_ms,
+                self._ledger.genesis.parameters.heartbeat_ms,
+            ),
+            EvidenceDesk(
+                config.node.data_directory / EVIDENCE_DIRECTORY,
+                self._ledger,
+                self._identity.member,
+                self._identity.signer,
+                self._intake.submit,
+            ),
+            SyncChoice(config.node.sync == "snapshot", config.limits.sync_bytes_per_second),
+            counters,
+        )
+
+    # Epochs
+
+    @property
+    def _is_genesis_member(self) -> bool:
+        """Whether the log is in the genesis's epoch and this node one of its members: the keystore has been checked."""
+        committee = self._ledger.committee
+        return committee.epoch == GENESIS_EPOCH and self._first_identity.member in committee.members
+
+    async def _try_later_keys(self) -> None:
+        """Who changed its keys while it was away is known to the others by the new ones; who joins, by no other."""
+        turn = 0
+        while True:
+            await trio.sleep(LATER_KEYS_TRIED_SECONDS)
+            if self.network.connected or not later_keystores(self.config.node.keystore):
+                continue
+            epoch = self._ledger.committee.epoch
+            seeds = await trio.to_thread.run_sync(later_transport_seeds, self.config, epoch)
+            seeds.append(self._identity.secrets.transport_seed)
+            if not self.network.connected and epoch == self._ledger.committee.epoch:
+                self.network.change_roster(seeds[turn % len(seeds)], self._peers())
+                turn += 1
+
+    def _settle_identity(self) -> None:
+        """Be who this node is in the newest epoch. Derives a key."""
+        found = identity_in(self.config, self._ledger.committee, self._first_identity)
+        self._why_no_member = found if isinstance(found, str) else ""
+        if isinstance(found, Identity):
+            self._identity = found
+
+    def _peers(self) -> list[Peer]:
+        """Whom to talk to: nobody once this member's key is retired."""
+        retired = self._ledger.final.state.get(RETIRED_TABLE + self._identity.member.id) is not None
+        return [] if retired else open_peers(self.config, self._ledger.committee)
+
+    def _desk_begins_epoch(self) -> None:
+        is_member = not self._why_no_member
+        self.desk.begin_epoch(
+            self._identity.member if is_member else None, self._identity.signer if is_member else None
+        )
+
+    async def _begin_epoch(self) -> None:
+        """Go on in the epoch that the log has gone on to; what ended the one before is durable."""
+        epoch = self._ledger.committee.epoch
+        await trio.to_thread.run_sync(self._settle_identity)
+        if self._voter is not None:
+            self._voter.close()
+        self._why_not_voting = ""
+        self._voter = self._open_voter(self._ledger.store, self._ledger.scheme)
+        if self._voter is not None:
+            await trio.to_thread.run_sync(erase_old_shares, self.config, epoch)
+        elif self._identity.member.role in VOTING_ROLES:
+            log.critical("this node does not vote in epoch %d: %s", epoch, self._why_not_voting)
+        await trio.sleep(LEAVING_SECONDS)
+        self._intake.begin_epoch()
+        self._desk_begins_epoch()
+        self.network.change_roster(self._identity.secrets.transport_seed, self._peers())
+        self.replica = self._new_replica(self.replica.counters)
+        log.info("epoch %d begins at ledger block %d", epoch, self._ledger.final.header.height)
+
+    async def _take_part(self) -> None:
+        while True:
+            await self.replica.run()
+            await self._begin_epoch()
 
     def _open_voter(self, store: Store, scheme: CertificateScheme) -> Voter | None:
         member, secrets = self._identity.member, self._identity.secrets
+        epoch = self._ledger.committee.epoch
+        if self._why_no_member:
+            self._why_not_voting = self._why_no_member
+            return None
         if member.role not in VOTING_ROLES:
             self._why_not_voting = "a verifier never votes"
             return None
         share: bls.Secret | Signer = self._identity.signer
         if scheme_needs(self._ledger.genesis.certificate_scheme).member_keys:
             if secrets.bls_share is None:
-                raise ConfigError(f"{self.config.node.keystore}: expected a BLS key share, found none")
+                self._lacks_share("expected a BLS key share, found none")
+                return None
             share = bls.Secret.from_bytes(secrets.bls_share)
         try:
             scheme.check_secret(member.id, share)
         except Rejected as error:
-            raise ConfigError(f"{self.config.node.keystore}: expected this member's BLS secret: {error}") from error
-        path = self.config.node.data_directory / JOURNAL_FILE
-        remembered = store.vote_mark()
+            self._lacks_share(f"expected this member's BLS secret: {error}")
+            return None
+        path = self.config.node.data_directory / journal_file(epoch)
+        remembered = store.vote_mark(epoch)
         head = store.head()
+        # In a later epoch a data directory may well be newer than this voter's first vote; peers are asked either way.
+        is_first = head is None or head.height == 0 or epoch != GENESIS_EPOCH
         try:
-            if not path.exists() and remembered is None and (head is None or head.height == 0):
+            if not path.exists() and remembered is None and is_first:
                 journal = Journal.create(path, self._ledger.genesis.chain_id, member.id)
             else:
                 journal = Journal.open(path, self._ledger.genesis.chain_id, member.id)
@@ -157,6 +253,18 @@ class Node:
             return None
         keys = VotingKeys(member.id, self._identity.signer, share)
         return Voter(keys, self._ledger.committee, scheme, journal, store)
+
+    def _lacks_share(self, found: str) -> None:
+        """Go on without voting, in an epoch whose secrets may come later; in epoch 0 the keystore is simply wrong.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        epoch = self._ledger.committee.epoch
+        expected = epoch_keystore(self.config.node.keystore, epoch)
+        if epoch == GENESIS_EPOCH and not later_keystores(self.config.node.keystore):
+            raise ConfigError(f"{self.config.node.keystore}: {found}")
+        self._why_not_voting = f"{expected}: {found}; put it there and start the node again"
 
     # Service
 
@@ -226,7 +334,7 @@ class Node:
     def snapshot(self) -> NodeStatus:
         """The node at this moment."""
         final = self._ledger.final
-        names = {member.id: member.name for member in self._ledger.genesis.members}
+        name_of = self._ledger.epochs.member
         samples = self._intake.finality_ms
         finality = FinalityFigures()
         if samples:
@@ -244,8 +352,8 @@ class Node:
             state_root=Digest(final.header.state_root),
             head=final.digest,
             timestamp_ms=final.header.timestamp_ms,
-            peers_connected=tuple(sorted(names[member] for member in self.network.connected)),
-            peers_total=len(self.config.network.peers),
+            peers_connected=tuple(sorted(name_of(member).name for member in self.network.connected)),
+            peers_total=len(self._peers()),
             mempool_events=len(self._mempool),
             mempool_bytes=self._mempool.held_bytes,
             voting=self._voter is not None and self.replica.voting_since_start and not self.replica.halted,
@@ -306,7 +414,8 @@ class Node:
                     address,
                     self._ledger.genesis.chain_id.hex(),
                 )
-                nursery.start_soon(self.replica.run)
+                nursery.start_soon(self._take_part)
+                nursery.start_soon(self._try_later_keys)
         finally:
             self._close()
 

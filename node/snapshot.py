@@ -143,6 +143,9 @@ class Joining:
             begun = LedgerState(offer.state.header, offer.state.digest, offer.state.frontier, state)
             if begun.ends_epoch:
                 raise Unavailable(f"ledger block {begun.header.height} ends an epoch: another snapshot is needed")
+            if self._ledger.final.header.height > 0:
+                log.info("the log began meanwhile: it is replayed")
+                return False
             self._ledger.begin_at(begun, offer.links, offer.certificate)
             log.info("began at ledger block %d with %d records of state", begun.header.height, len(state))
             self._begun()

@@ -45,7 +45,6 @@ from node.store_layout import (
     HISTORY_KEY,
     SCHEMA_KEY,
     SCHEMA_VERSION,
-    VOTE_MARK_KEY,
     BaseWrite,
     BlockWrite,
     Database,
@@ -59,6 +58,7 @@ from node.store_layout import (
     term_prefix,
     to_int,
     u64,
+    vote_mark_key,
 )
 
 STATE_PAGE_ITEMS = 4_096
@@ -236,15 +236,15 @@ class Store:
             database.root.write(batch)
         self._history = None if whole else filled
 
-    def write_vote_mark(self, mark: bytes) -> None:
-        """Remember how far the vote journal had come; no sync, the journal itself is the durable record.
+    def write_vote_mark(self, mark: bytes, epoch: int = 0) -> None:
+        """Remember how far the vote journal of an epoch had come; no sync, the journal itself is the durable record.
 
         Raises:
             InvariantBroken: the write failed.
         """
         self._check_writable()
         with self._translated("vote mark", poisons=True):
-            self._family("meta").put(VOTE_MARK_KEY, mark)
+            self._family("meta").put(vote_mark_key(epoch), mark)
 
     def sync(self) -> Height | None:
         """Make every commit so far durable; for a worker thread. Returns the newest height it covers.
@@ -270,9 +270,9 @@ class Store:
         """What is missing below the snapshot this log began at; None where nothing is."""
         return self._history
 
-    def vote_mark(self) -> bytes | None:
-        """What ``write_vote_mark`` last wrote."""
-        return self._get("meta", VOTE_MARK_KEY)
+    def vote_mark(self, epoch: int = 0) -> bytes | None:
+        """What ``write_vote_mark`` last wrote for an epoch."""
+        return self._get("meta", vote_mark_key(epoch))
 
     def epoch_links(self) -> list[bytes]:
         """The links from epoch 0 to the newest, in order."""

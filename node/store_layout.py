@@ -254,6 +254,11 @@ def term_prefix(term: bytes) -> bytes:
     return bytes([len(term)]) + term
 
 
+def vote_mark_key(epoch: int) -> bytes:
+    """Where the vote mark of an epoch is kept."""
+    return VOTE_MARK_KEY if epoch == 0 else VOTE_MARK_KEY + u64(epoch)
+
+
 def u64(number: int) -> bytes:
     """A number as a key."""
     return number.to_bytes(8, "big")

@@ -22,7 +22,7 @@ from consensus.keys import Signer
 from consensus.membership import Committee
 from consensus.portions import Wire
 from consensus.vote import Proposal, Vote, VoteKind, sign_vote
-from node.journal import Journal, VoteRecord
+from node.journal import Journal, JournalLost, VoteRecord
 from node.store import Store
 
 log = logging.getLogger("countersign.voter")
@@ -85,6 +85,8 @@ class Voter:
         for record in self._journal.records():
             held: Vote | HeldBlock = decode(record.vote, Vote | HeldBlock, MAX_JOURNALLED_BYTES)  # type: ignore[arg-type]
             if isinstance(held, Vote):
+                if held.epoch != self._committee.epoch:
+                    raise JournalLost(f"the vote journal of epoch {self._committee.epoch} holds votes of another")
                 votes.append(held)
             else:
                 proposals.append(held.proposal)
@@ -95,6 +97,10 @@ class Voter:
     def highest_view(self) -> int:
         """The highest view this journal has ever held a vote of; 0 for none."""
         return self._journal.mark.view
+
+    def close(self) -> None:
+        """The epoch has ended: the journal is written no more."""
+        self._journal.close()
 
     def cast(self, effect: CastVote) -> None:
         """Queue a vote the engine decided on."""
@@ -164,7 +170,7 @@ class Voter:
                 if effect.kind == VoteKind.NOTARIZE:
                     nursery.start_soon(self._prepare_share, effect.view, effect.block)
             mark = await trio.to_thread.run_sync(self._journal.append, records)
-            self._store.write_vote_mark(mark.encode())
+            self._store.write_vote_mark(mark.encode(), self._committee.epoch)
             send(messages)
             for message in messages:
                 if isinstance(message, Vote):

@@ -5,7 +5,7 @@ of them. Processes are for ``tests/processes``; this is for what must be looked 
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from consensus.identifiers import MemberId
 from consensus.membership import BLS_THRESHOLD, Parameters
 from node.clock import SystemClock
 from node.config import Address, ApiSection, CountersignSection, NetworkSection, NodeConfig, NodeSection
+from node.identity import load_identity
 from node.keystore import Secrets
 from node.provision import free_ports
 from node.runner import Identity, Node
@@ -38,19 +39,19 @@ class Consortium:
         parameters: Parameters = FAST,
         thresholds: Mapping[str, int] | None = None,
         certificate_scheme: str = BLS_THRESHOLD,
+        joining: Sequence[str] = (),
     ) -> None:
+        """``joining`` are names of members to come: they have addresses too."""
         self.folder = folder
         self.genesis, self.secrets = make_genesis(
             counts, certificate_scheme=certificate_scheme, thresholds=thresholds, parameters=parameters
         )
-        self.ports = dict(
-            zip((m.name for m in self.genesis.members), free_ports(len(self.genesis.members)), strict=True)
-        )
+        names = [*(member.name for member in self.genesis.members), *joining]
+        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
 
     def node(self, name: str, sync: Literal["replay", "snapshot"] = "replay") -> Node:
-        """A node over the member's data directory, not yet running."""
-        member = next(held for held in self.genesis.members if held.name == name)
-        held = self.secrets[name]
+        """A node over the member's data directory, not yet running; who joins is known by its keystore alone."""
+        member = next((held for held in self.genesis.members if held.name == name), None)
         config = NodeConfig(
             node=NodeSection(
                 name=name,
@@ -67,6 +68,9 @@ class Consortium:
             api=ApiSection(listen=Address("127.0.0.1", 0)),
             countersign=CountersignSection(auto=True, purposes=("*",), sources=("*",), operators=("*",)),
         )
+        if member is None:
+            return Node(config, self.genesis, load_identity(config, self.genesis), SystemClock())
+        held = self.secrets[name]
         secrets = Secrets(
             identity_seed=held.identity_seed,
             transport_seed=held.transport_seed,

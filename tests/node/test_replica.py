@@ -12,7 +12,7 @@ from consensus.certificate import verify_certificate
 from consensus.epochs import anchor
 from consensus.membership import BLS_THRESHOLD, SCHEME_NEEDS
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
-from node.runner import JOURNAL_FILE
+from node.journal import JOURNAL_FILE
 from node.service import EventState
 
 pytestmark = pytest.mark.trio

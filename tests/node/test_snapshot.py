@@ -16,6 +16,8 @@ from node_fixtures import Consortium, running
 from node_fixtures import until as until_nodes
 from snapshot_fixtures import Answer, honest, served, written
 
+from consensus.block import Body, decode_header
+from consensus.certificate import decode_certificate
 from consensus.codec import decode, encode
 from consensus.epochs import anchor
 from consensus.merkle import Frontier
@@ -298,6 +300,26 @@ async def test_state_that_nobody_keeps_any_more_leaves_the_log_as_it_was(full: L
 
 
 @pytest.mark.trio
+async def test_log_that_begins_while_a_snapshot_is_fetched_is_replayed(full: Ledger, empty: Ledger) -> None:
+    """The round goes on meanwhile, and may finalize the first ledger block here."""
+    truth = honest(full)
+
+    async def slow(request: Request) -> bytes:
+        if isinstance(request, GetState) and empty.final.header.height == 0:
+            encoded, certificate = told().certified[0]
+            header = decode_header(encoded, told().chain_id)
+            events = tuple(told().events[: header.log_size])
+            empty.verify(empty.final, header, Body(tuple(event.leaf_hash for event in events)), events)
+            empty.commit([header], decode_certificate(certificate), ())
+        return await truth(request)
+
+    async with served([slow]) as network:
+        await join(empty, network)
+    assert empty.final.digest == full.final.digest
+    assert empty.store.history() is None
+
+
+@pytest.mark.trio
 async def test_server_that_offers_the_most_and_withholds_its_state_is_passed_over(
     full: Ledger, empty: Ledger, tmp_path: Path
 ) -> None:
@@ -322,7 +344,7 @@ def test_last_ledger_block_of_an_epoch_is_not_offered(tmp_path: Path) -> None:
     height = next(
         number
         for number, (header, _) in enumerate(memory.certified, start=1)
-        if catchup.decode_header(header, memory.chain_id).log_size > terminal
+        if decode_header(header, memory.chain_id).log_size > terminal
     )
     ledger = written(memory, tmp_path / "ending", height)
     assert ledger.final.is_terminal

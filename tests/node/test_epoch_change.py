@@ -1,0 +1,255 @@
+"""Nodes that go on into the next epoch without a restart, and what a node is that left, joins late or lacks keys."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from epoch_fixtures import next_membership
+from node_fixtures import Consortium, running, until
+
+from consensus import portions as p
+from consensus.codec import encode
+from consensus.event import Kind, make_entry, pack, sign_entry
+from consensus.identifiers import MemberId
+from consensus.membership import Membership, committee
+from consensus.membership_change import MembershipChange
+from consensus.participant import MemberSecrets
+from consensus.rejection import ConfigError, Reason, Rejected
+from consensus.vote import check_vote
+from node import runner, snapshot
+from node.fsck import check_data_directory
+from node.identity import epoch_keystore
+from node.keystore import KeyCost, Keystore, Secrets
+from node.network import Lane
+from node.runner import Node
+from node.service import EventState
+
+pytestmark = pytest.mark.trio
+
+COUNTS = {"data-source": 3, "governance": 1, "operator": 1}
+NAMES = ("data-source-1", "data-source-2", "data-source-3", "governance-1", "operator-1")
+PASSPHRASE = b"a passphrase for a test"
+CHEAP = KeyCost(operations=1, memory_bytes=8_192)
+
+
+def change(consortium: Consortium, membership: Membership, statement: str = "") -> bytes:
+    """A membership event signed by every voter of epoch 0."""
+    portions = p.Portions(None, p.SaltedPortion(bytes(32), encode(MembershipChange(membership, statement))), None)
+    voters = committee(consortium.genesis).voters
+    entry = make_entry(consortium.genesis.chain_id, Kind.MEMBERSHIP, MemberId(voters[0].id), portions)
+    for member in voters:
+        entry = sign_entry(entry, member.id, member.role, consortium.secrets[member.name].identity)
+    return pack(entry, portions)
+
+
+def next_epoch(
+    consortium: Consortium,
+    remove: tuple[str, ...] = (),
+    rotate: tuple[str, ...] = (),
+    add: Mapping[str, str] | None = None,
+    without_keys: tuple[str, ...] = (),
+) -> tuple[Membership, dict[str, MemberSecrets]]:
+    """The members of epoch 1, their keystores beside the first ones."""
+    membership, secrets = next_membership(
+        consortium.genesis, committee(consortium.genesis), consortium.secrets, remove=remove, rotate=rotate, add=add
+    )
+    for name, held in secrets.items():
+        if name not in without_keys:
+            Keystore.create(
+                epoch_keystore(consortium.folder / f"{name}.keystore", 1),
+                Secrets(
+                    identity_seed=held.identity_seed,
+                    transport_seed=held.transport_seed,
+                    log_seed=held.log_seed or bytes(32),
+                    bls_share=held.key_share.to_bytes() if held.key_share else None,
+                ),
+                PASSPHRASE,
+                CHEAP,
+            )
+    return membership, secrets
+
+
+@pytest.fixture
+def consortium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Consortium:
+    monkeypatch.setenv("COUNTERSIGN_PASSPHRASE", PASSPHRASE.decode())
+    return Consortium(tmp_path, COUNTS)
+
+
+async def finalize(node: Node, event: bytes) -> None:
+    taken = node.submit(event)
+    assert (await node.wait_final(taken.id, 20)).state is EventState.FINAL
+
+
+async def test_nodes_begin_the_next_epoch_without_a_restart_and_finalize_in_it(consortium: Consortium) -> None:
+    nodes = [consortium.node(name) for name in NAMES]
+    membership, _ = next_epoch(consortium)
+    async with running(nodes):
+        await finalize(nodes[0], consortium.source_event("data-source-1", 1))
+        await finalize(nodes[1], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in nodes))
+        await finalize(nodes[2], consortium.source_event("data-source-3", 2))
+        await until(lambda: len({node.snapshot().head for node in nodes}) == 1)
+        assert all(node.snapshot().voting for node in nodes), [node.snapshot().why_not_voting for node in nodes]
+        assert nodes[0].ledger.final.header.epoch == 1
+    again = [consortium.node(name) for name in NAMES]
+    async with running(again):
+        await finalize(again[0], consortium.source_event("data-source-1", 3))
+        await until(lambda: all(node.snapshot().log_size == 4 for node in again))
+
+
+async def test_removed_member_stops_voting_says_so_and_is_refused(consortium: Consortium) -> None:
+    nodes = [consortium.node(name) for name in NAMES]
+    removed, others = nodes[2], [*nodes[:2], *nodes[3:]]
+    membership, _ = next_epoch(consortium, remove=("data-source-3",))
+    async with running(nodes):
+        await finalize(nodes[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in nodes))
+        await finalize(nodes[0], consortium.source_event("data-source-1", 1))
+        assert not removed.snapshot().voting
+        assert "no member of epoch 1" in removed.snapshot().why_not_voting
+        assert not removed.network.connected
+        assert all("data-source-3" not in node.snapshot().peers_connected for node in others)
+        with pytest.raises(Rejected) as caught:
+            nodes[0].submit(consortium.source_event("data-source-3", 2))
+        assert caught.value.reason is Reason.UNKNOWN_MEMBER
+        assert removed.ledger.final.header.log_size == 1
+
+
+async def test_node_without_the_next_epochs_keys_follows_and_names_the_file(consortium: Consortium) -> None:
+    nodes = [consortium.node(name) for name in NAMES]
+    membership, _ = next_epoch(consortium, without_keys=("data-source-3",))
+    async with running(nodes):
+        await finalize(nodes[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in nodes))
+        assert not nodes[2].snapshot().voting
+        assert "data-source-3.epoch-1.keystore" in nodes[2].snapshot().why_not_voting
+
+
+async def test_member_that_joins_starts_from_the_genesis_follows_and_is_the_vote_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTERSIGN_PASSPHRASE", PASSPHRASE.decode())
+    consortium = Consortium(tmp_path, COUNTS, joining=("operator-2",))
+    nodes = [consortium.node(name) for name in NAMES]
+    membership, _ = next_epoch(consortium, add={"operator-2": "operator"})  # two operators: both are needed
+    async with running(nodes):
+        await finalize(nodes[0], consortium.source_event("data-source-1", 1))
+        await finalize(nodes[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in nodes))
+        event = nodes[0].submit(consortium.source_event("data-source-1", 2))
+        assert (await nodes[0].wait_final(event.id, 0.5)).state is EventState.PENDING
+        joined = consortium.node("operator-2")
+        assert not joined.snapshot().voting
+        assert joined.snapshot().why_not_voting == "operator-2 is no member of epoch 0"
+        async with running([joined]):
+            assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+            assert (joined.role, joined.snapshot().voting) == ("operator", True)
+        again = consortium.node("operator-2")
+        assert again.role == "operator"
+        async with running([again]):
+            await finalize(nodes[0], consortium.source_event("data-source-1", 3))
+
+
+async def test_name_of_nobody_is_refused_where_no_keystore_for_a_later_epoch_lies(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, COUNTS, joining=("operator-2",))
+    with pytest.raises(ConfigError, match="expected a member of the genesis"):
+        consortium.node("operator-2")
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_member_with_new_keys_goes_on_with_them_even_if_it_was_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    monkeypatch.setenv("COUNTERSIGN_PASSPHRASE", PASSPHRASE.decode())
+    monkeypatch.setattr(runner, "LATER_KEYS_TRIED_SECONDS", 0.5)
+    consortium = Consortium(tmp_path, COUNTS, thresholds={"data-source": 2, "governance": 1, "operator": 1})
+    others = [consortium.node(name) for name in NAMES if name != "data-source-3"]
+    rotating = consortium.node("data-source-3")
+    membership, secrets = next_epoch(consortium, rotate=("data-source-3",))  # in which all three are needed
+    assert secrets["data-source-3"].transport_seed != consortium.secrets["data-source-3"].transport_seed
+    async with running(others), running([] if away else [rotating]) as nursery:
+        await finalize(others[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in others))
+        if away:
+            nursery.start_soon(rotating.run)
+        await finalize(others[0], consortium.source_event("data-source-1", 1))
+        await until(lambda: rotating.snapshot().voting)
+
+
+async def test_node_that_was_away_follows_into_the_next_epoch_and_is_the_vote_it_lacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTERSIGN_PASSPHRASE", PASSPHRASE.decode())
+    consortium = Consortium(tmp_path, COUNTS, thresholds={"data-source": 2, "governance": 1, "operator": 1})
+    nodes = [consortium.node(name) for name in NAMES if name != "data-source-3"]
+    membership, _ = next_epoch(consortium)  # in which all three data sources are needed
+    async with running(nodes):
+        await finalize(nodes[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in nodes))
+        event = nodes[0].submit(consortium.source_event("data-source-1", 1))
+        assert (await nodes[0].wait_final(event.id, 0.5)).state is EventState.PENDING
+        late = consortium.node("data-source-3")
+        assert late.replica.engine.committee.epoch == 0
+        async with running([late]):
+            assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+            assert late.snapshot().voting
+
+
+async def test_node_that_joins_at_a_snapshot_of_a_later_epoch_goes_on_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTERSIGN_PASSPHRASE", PASSPHRASE.decode())
+    monkeypatch.setattr(snapshot, "LEAST_EVENTS", 2)
+    consortium = Consortium(tmp_path, {**COUNTS, "verifier": 1})
+    nodes = [consortium.node(name) for name in NAMES]
+    membership, _ = next_epoch(consortium)
+    async with running(nodes):
+        await finalize(nodes[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in nodes))
+        await finalize(nodes[0], consortium.source_event("data-source-1", 1))
+        late = consortium.node("verifier-1", sync="snapshot")
+        async with running([late]):
+            await until(lambda: late.snapshot().log_size == 2 and not late.snapshot().log_missing)
+            await until(lambda: late.replica.engine.committee.epoch == 1)
+            await finalize(nodes[0], consortium.source_event("data-source-1", 2))
+            await until(lambda: late.snapshot().head == nodes[0].snapshot().head)
+
+
+async def test_a_vote_of_another_epoch_is_refused_by_name(consortium: Consortium) -> None:
+    nodes = [consortium.node(name) for name in NAMES]
+    membership, _ = next_epoch(consortium)
+    async with running(nodes):
+        await finalize(nodes[0], consortium.source_event("data-source-1", 1))
+        vote = nodes[0].ledger.votes(1)[0]
+        await finalize(nodes[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in nodes))
+        with pytest.raises(Rejected) as caught:
+            check_vote(vote, nodes[0].ledger.committee)
+        assert caught.value.reason is Reason.WRONG_EPOCH
+        refused = nodes[1].replica.counters.messages_refused
+        nodes[0].network.send(MemberId(nodes[1].ledger.epochs.genesis.members[1].id), Lane.VOTES, encode(vote))
+        await until(lambda: nodes[1].replica.counters.messages_refused > refused)
+
+
+async def test_old_share_is_erased_once_the_new_epoch_is_voted_in(consortium: Consortium) -> None:
+    old = consortium.folder / "governance-1.keystore"
+    held = consortium.secrets["governance-1"]
+    assert held.key_share is not None
+    secrets = Secrets(
+        identity_seed=held.identity_seed,
+        transport_seed=held.transport_seed,
+        log_seed=held.log_seed or bytes(32),
+        bls_share=held.key_share.to_bytes(),
+    )
+    Keystore.create(old, secrets, PASSPHRASE, CHEAP)
+    nodes = [consortium.node(name) for name in NAMES]
+    membership, _ = next_epoch(consortium)
+    async with running(nodes):
+        await finalize(nodes[0], consortium.source_event("data-source-1", 1))
+        assert Keystore.open(old, PASSPHRASE).secrets.bls_share is not None
+        await finalize(nodes[0], change(consortium, membership))
+        await until(lambda: all(node.snapshot().voting and node.replica.engine.committee.epoch == 1 for node in nodes))
+    assert Keystore.open(old, PASSPHRASE).secrets.bls_share is None
+    assert Keystore.open(epoch_keystore(old, 1), PASSPHRASE).secrets.bls_share is not None
+    for name in NAMES:
+        assert check_data_directory(consortium.folder / name, consortium.genesis, lambda *_: None).damages == []
