@@ -187,6 +187,7 @@ class Api:
                 "role": service.role,
                 "log": service.ledger.genesis.name,
                 "chain_id": service.ledger.genesis.chain_id.hex(),
+                "epoch": now.epoch,
                 "view": now.view,
                 "height": now.height,
                 "head": now.head.hex(),

@@ -1,4 +1,4 @@
-"""The founding ceremony as files in a folder that members pass around: by mail, on a stick, in a shared directory.
+"""A ceremony as files in a folder that members pass around: by mail, on a stick, in a shared directory.
 
 ``invitation.ceremony`` and one file for each message, ``ROUND-NAME.ceremony``. Names of files mean nothing: what
 counts is what is in them, and two files with different messages of one member and round convict it. Every file is read
@@ -19,8 +19,8 @@ from consensus.ceremony import MAX_MESSAGE_BYTES, Invitation, Join, SignedMessag
 from consensus.codec import decode, encode
 from consensus.genesis import genesis_to_json
 from consensus.keys import SignatureScheme, signer_for
-from consensus.membership import MAX_MEMBERS, Genesis
-from consensus.participant import Participant, member_seeds
+from consensus.membership import GENESIS_EPOCH, MAX_GENESIS_BYTES, MAX_MEMBERS, Genesis, Membership
+from consensus.participant import MemberSeeds, Participant, member_seeds
 from consensus.rejection import ConfigError, Rejected
 from node.files import open_regular, write_new
 from node.keystore import KeyCost, Keystore, Secrets
@@ -29,6 +29,7 @@ SUFFIX = ".ceremony"
 INVITATION_FILE = "invitation.ceremony"
 GENESIS_FILE = "genesis.json"
 MAX_FILES = 8 * MAX_MEMBERS
+MAX_MEMBERSHIP_BYTES = MAX_GENESIS_BYTES
 NOT_A_MESSAGE = frozenset({INVITATION_FILE})
 
 
@@ -84,8 +85,11 @@ def join(
     passphrase: bytes,
     scheme: SignatureScheme | None,
     cost: KeyCost,
+    keep: Secrets | None = None,
 ) -> Path:
     """Make a member's keys, keep them in a new keystore, and say so in the folder; the file written.
+
+    ``keep`` is what a member of the epoch before has, which keeps its identity, transport and log key.
 
     Raises:
         ConfigError: the digest is not this invitation's; the keystore exists; somebody has joined under the name.
@@ -100,10 +104,11 @@ def join(
     if name in folder.transcript().said(Join):
         raise ConfigError(f"{path}: somebody has joined as {name} already")
     seed = os.urandom(32)
-    participant = Participant(folder.invitation, name, seed, scheme)
+    first = _first_secrets(seed, keep)
+    participant = Participant(folder.invitation, name, seed, scheme, kept=_seeds(first))
     message = participant.join()
     Transcript(folder.invitation, [*folder.messages, message])
-    Keystore.create(keystore, _first_secrets(seed), passphrase, cost)
+    Keystore.create(keystore, first, passphrase, cost)
     return _write(folder.path, message)
 
 
@@ -126,18 +131,19 @@ def contribute(path: Path, keystore: Keystore, told: Callable[[str], None]) -> T
         told(_write(path, message).name)
 
 
-def finish(path: Path, keystore: Keystore) -> tuple[Genesis, str]:
-    """The genesis and this member's name; writes genesis.json, and into the keystore what a node needs, no more.
+def finish(path: Path, keystore: Keystore) -> tuple[Genesis | Membership, str]:
+    """What the ceremony ends in, and this member's name; writes it, and into the keystore what a node needs, no more.
 
-    May be repeated: a keystore that has finished finds the same genesis again.
+    A founding ceremony ends in ``genesis.json``, one of a later epoch in ``epoch-N.membership``. May be repeated: a
+    keystore that has finished finds the same again.
 
     Raises:
-        ConfigError: the keystore takes no part in this ceremony; genesis.json is another one.
+        ConfigError: the keystore takes no part in this ceremony; another result is there already.
         Rejected: ``CEREMONY_INCOMPLETE``, or what somebody has done wrong.
     """
     folder = read_folder(path)
     transcript = folder.transcript()
-    genesis = transcript.genesis()
+    made = result_of(transcript)
     name = _name_of(transcript, keystore)
     if keystore.secrets.ceremony_seed is not None:
         secret = _participant(folder, transcript, keystore).secret(transcript)
@@ -149,21 +155,33 @@ def finish(path: Path, keystore: Keystore) -> tuple[Genesis, str]:
                 ceremony_dealt_over=b"",
             )
         )
-    write_genesis(path, genesis)
-    return genesis, name
+    write_result(path, made)
+    return made, name
 
 
-def write_genesis(path: Path, genesis: Genesis) -> None:
-    """genesis.json into a ceremony's folder, or nothing if it is there.
+def result_of(transcript: Transcript) -> Genesis | Membership:
+    """What a ceremony ends in. Raises as ``Transcript.membership``."""
+    return transcript.genesis() if transcript.invitation.epoch == GENESIS_EPOCH else transcript.membership()
+
+
+def result_file(path: Path, made: Genesis | Membership) -> tuple[Path, bytes]:
+    """Where what a ceremony ends in stands in its folder, and the bytes there."""
+    if isinstance(made, Genesis):
+        return path / GENESIS_FILE, genesis_to_json(made)
+    return path / f"epoch-{made.epoch}.membership", encode(made)
+
+
+def write_result(path: Path, made: Genesis | Membership) -> None:
+    """What a ceremony ends in into its folder, or nothing if it is there.
 
     Raises:
         ConfigError: another one is there.
     """
-    file, encoded = path / GENESIS_FILE, genesis_to_json(genesis)
+    file, encoded = result_file(path, made)
     if not file.exists():
         write_new(file, encoded)
     elif _read(file, len(encoded)) != encoded:
-        raise ConfigError(f"{file}: expected the genesis this ceremony ends in, found another file")
+        raise ConfigError(f"{file}: expected what this ceremony ends in, found another file")
 
 
 def _participant(folder: Folder, transcript: Transcript, keystore: Keystore) -> Participant:
@@ -172,7 +190,9 @@ def _participant(folder: Folder, transcript: Transcript, keystore: Keystore) -> 
         raise ConfigError(f"{keystore.path}: expected a keystore in a ceremony, found one that takes part in none")
     name = _name_of(transcript, keystore)
     scheme = SignatureScheme(transcript.member(name).scheme)
-    return Participant(folder.invitation, name, secrets.ceremony_seed, scheme, secrets.ceremony_dealt_over)
+    return Participant(
+        folder.invitation, name, secrets.ceremony_seed, scheme, secrets.ceremony_dealt_over, _seeds(secrets)
+    )
 
 
 def _name_of(transcript: Transcript, keystore: Keystore) -> str:
@@ -184,8 +204,12 @@ def _name_of(transcript: Transcript, keystore: Keystore) -> str:
     raise ConfigError(f"{keystore.path}: expected a keystore of a member that has joined, found another")
 
 
-def _first_secrets(seed: bytes) -> Secrets:
-    seeds = member_seeds(seed)
+def _seeds(secrets: Secrets) -> MemberSeeds:
+    return MemberSeeds(secrets.identity_seed, secrets.transport_seed, secrets.log_seed)
+
+
+def _first_secrets(seed: bytes, keep: Secrets | None) -> Secrets:
+    seeds = member_seeds(seed) if keep is None else _seeds(keep)
     return Secrets(
         identity_seed=seeds.identity,
         transport_seed=seeds.transport,

@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "demo": LazyCommand("node.demo.command", "demo_command", "Run a whole consortium and one governed fine-tune."),
     "ceremony": LazyCommand("node.commands.ceremony", "ceremony", "Make a network's keys together, over files."),
     "network": LazyCommand("node.commands.network", "network", "Make the files of a network for a trial."),
+    "membership": LazyCommand("node.commands.membership", "membership", "Change who takes part."),
     "node": LazyCommand("node.commands.process", "node", "Run a node, or ask one how it is."),
     "policy": LazyCommand("node.commands.policy", "policy", "Sign and read the policy in force."),
     "source": LazyCommand("node.commands.source", "source", "Claim, list and revoke data sources."),

@@ -224,6 +224,10 @@ class NodeClient:
         """The bundle of a predicate about ``subject``, not yet verified."""
         return self._request("GET", f"/v1/bundles/{predicate}", subject, max_bytes=MAX_BUNDLE_BYTES)
 
+    def state_receipt(self, key: bytes) -> bytes:
+        """The proof of what the state holds under a key, not yet verified."""
+        return self._request("GET", f"/v1/state/{key.hex()}", {"proof": "1"}, max_bytes=MAX_BUNDLE_BYTES)
+
     def checkpoint(self) -> bytes:
         """The newest signed checkpoint, not yet verified."""
         return self._request("GET", "/v1/checkpoint")

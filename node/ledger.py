@@ -337,13 +337,13 @@ class Ledger:
         )
 
     def state_receipt(self, key: bytes) -> StateReceipt:
-        """Proof of what the finalized state holds under a key, or that it holds nothing.
+        """Proof of what the finalized state holds under a key, or that it holds nothing; with the links to all epochs.
 
         Raises:
             Rejected: ``NOT_FOUND`` on an empty log.
         """
         header, certificate = self.final_certified
-        return StateReceipt(1, key, self.final.state.prove(key), header, certificate, self._links_to(header))
+        return StateReceipt(1, key, self.final.state.prove(key), header, certificate, self.links)
 
     def _links_to(self, header: bytes) -> tuple[EpochLink, ...]:
         """The links that lead to a header's epoch."""

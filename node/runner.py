@@ -345,6 +345,7 @@ class Node:
                 float(ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]),
             )
         return NodeStatus(
+            epoch=self._ledger.committee.epoch,
             view=self.replica.engine.view,
             height=final.header.height,
             log_size=final.header.log_size,

@@ -63,6 +63,7 @@ class NodeStatus:
     member names, out of ``peers_total`` others.
     """
 
+    epoch: int
     view: int
     height: int
     log_size: int

@@ -158,6 +158,7 @@ class InstantNode:
     def snapshot(self) -> NodeStatus:
         header = self.ledger.final.header
         return NodeStatus(
+            epoch=0,
             view=header.view,
             height=header.height,
             log_size=header.log_size,

@@ -15,13 +15,23 @@ from consensus.membership import (
     SCHEME_NEEDS,
     VERSION,
     Genesis,
+    Membership,
     Parameters,
     RoleThreshold,
     committee,
     default_threshold,
 )
 from consensus.rejection import Reason, Rejected
-from node.ceremony import GENESIS_FILE, contribute, finish, join, read_folder, write_genesis, write_invitation
+from node.ceremony import (
+    GENESIS_FILE,
+    contribute,
+    finish,
+    join,
+    read_folder,
+    result_file,
+    write_invitation,
+    write_result,
+)
 from node.clock import SystemClock
 from node.commands.fields import hex_argument
 from node.commands.network import IDENTITIES, parse_members, parse_thresholds, print_tolerances
@@ -145,8 +155,20 @@ def ceremony_init(
     type=click.Choice(IDENTITIES),
     help="What this member signs with; default: what the scheme needs, or ed25519.",
 )
+@click.option(
+    "--keep",
+    "kept_path",
+    type=click.Path(path_type=Path),
+    help="A later epoch: the keystore whose identity this member keeps; its passphrase is the same.",
+)
 def ceremony_join(
-    folder: Path, name: str, invitation: str, keystore_path: Path, passphrase_file: Path | None, identity: str | None
+    folder: Path,
+    name: str,
+    invitation: str,
+    keystore_path: Path,
+    passphrase_file: Path | None,
+    identity: str | None,
+    kept_path: Path | None,
 ) -> None:
     """Make this member's keys, on this machine, and join.
 
@@ -160,7 +182,8 @@ def ceremony_join(
     """
     passphrase = read_passphrase(passphrase_file, os.environ)
     scheme = None if identity is None else SignatureScheme.labelled(identity)
-    written = join(folder, name, invitation, keystore_path, passphrase, scheme, MODERATE_COST)
+    keep = None if kept_path is None else Keystore.open(kept_path, passphrase).secrets
+    written = join(folder, name, invitation, keystore_path, passphrase, scheme, MODERATE_COST, keep)
     click.echo(f"wrote {written}: send it to the other members")
     _print_awaited(read_folder(folder).transcript())
 
@@ -216,15 +239,22 @@ def ceremony_status(folder: Path, as_json: bool) -> None:
 @_KEYSTORE
 @_PASSPHRASE
 def ceremony_finish(folder: Path, keystore_path: Path, passphrase_file: Path | None) -> None:
-    """Write genesis.json, and into the keystore what this member's node needs.
+    """Write genesis.json (of a later epoch: epoch-N.membership), and into the keystore what this member's node needs.
 
     \b
     Example:
       countersign ceremony finish founding --keystore library.keystore --passphrase-file library.passphrase
     """
     keystore = Keystore.open(keystore_path, read_passphrase(passphrase_file, os.environ))
-    genesis, name = finish(folder, keystore)
-    _print_genesis(folder, genesis)
+    made, name = finish(folder, keystore)
+    if isinstance(made, Membership):
+        file, _ = result_file(folder, made)
+        click.echo(
+            f"members of epoch {made.epoch}: {file}\n\nA quorum of every role now signs it with countersign membership "
+            f"sign; {name} keeps {keystore_path} beside its first keystore."
+        )
+        return
+    _print_genesis(folder, made)
     click.echo(
         f"\nCompare the chain id with every other member, by another channel. Then {name} starts its node from\n"
         f"{folder / GENESIS_FILE} and {keystore_path}: see configs/."
@@ -253,7 +283,7 @@ def ceremony_verify(folder: Path, chain_id: str | None, as_json: bool) -> None:
             if opened.read(size_bytes) != encoded:
                 raise Rejected(Reason.WRONG_CHAIN, f"{file} is not the genesis this ceremony ends in")
     else:
-        write_genesis(folder, genesis)
+        write_result(folder, genesis)
     if as_json:
         print_json({"chain_id": genesis.chain_id.hex(), "genesis": str(file), "members": len(genesis.members)})
         return

@@ -3,15 +3,19 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from consensus.codec import encode
+from consensus.codec import decode, encode
+from consensus.epochs import anchor
 from consensus.event import CheckedEvent, Entry, check_unsigned, pack, sign_entry, unpack
 from consensus.identifiers import Role
 from consensus.keys import Signer
-from consensus.membership import Committee, Genesis, Member, committee
+from consensus.membership import GENESIS_EPOCH, Committee, Genesis, Member, committee
 from consensus.portions import Portions
-from consensus.rejection import ConfigError
+from consensus.receipt import MAX_STATE_RECEIPT_BYTES, StateReceipt, verify_state_receipt
+from consensus.rejection import ConfigError, Rejected, Unavailable
+from consensus.state import EPOCH_HEAD_KEY
+from node.commands.connection import connect
 from node.config import NodeConfig, load_config
-from node.identity import load_genesis, load_identity
+from node.identity import identity_in, load_genesis, load_identity
 
 MAX_EVENT_FILE_BYTES = 8 << 20
 
@@ -39,15 +43,37 @@ class LocalMember:
 
 
 def load_member(config_path: Path) -> LocalMember:
-    """This member with its key, from a configuration file.
+    """This member with its key, from a configuration file, in the newest epoch that its node proves.
+
+    Where the node does not answer, or has no ledger block yet, that is the epoch of the genesis.
 
     Raises:
-        ConfigError: any of its files is wrong, or the key is not the member's.
+        ConfigError: any of its files is wrong, or the key is not the member's in that epoch.
     """
     config = load_config(config_path)
     genesis = load_genesis(config)
-    identity = load_identity(config, genesis)
-    return LocalMember(config, genesis, committee(genesis), identity.member, identity.signer)
+    first = load_identity(config, genesis)
+    members = _newest_members(config_path, config, genesis)
+    if members.epoch == GENESIS_EPOCH and first.member in members.members:
+        return LocalMember(config, genesis, members, first.member, first.signer)
+    identity = identity_in(config, members, first)
+    if isinstance(identity, str):
+        raise ConfigError(identity)
+    return LocalMember(config, genesis, members, identity.member, identity.signer)
+
+
+def _newest_members(config_path: Path, config: NodeConfig, genesis: Genesis) -> Committee:
+    if config.api.listen.port == 0:
+        return committee(genesis)
+    trusted = anchor(genesis, config.node.pinned_chain)
+    try:
+        with connect(config_path, None, None) as client:
+            encoded = client.state_receipt(EPOCH_HEAD_KEY)
+    except (Unavailable, Rejected):
+        return trusted.newest.committee
+    verify_state_receipt(trusted, encoded, EPOCH_HEAD_KEY)
+    receipt = decode(encoded, StateReceipt, MAX_STATE_RECEIPT_BYTES)
+    return trusted.led_by(receipt.epochs).newest.committee
 
 
 def signed_by(own: LocalMember, entry: Entry, portions: Portions) -> tuple[CheckedEvent, bytes]:

@@ -1,0 +1,215 @@
+"""``countersign membership``: who takes part next.
+
+One invitation for the next epoch, a ceremony of all who will be members (``countersign ceremony``), then one event that
+holds the whole next membership and is signed by a quorum of every role.
+"""
+
+import os
+from pathlib import Path
+
+import click
+
+from consensus.ceremony import Invitation, Invited
+from consensus.codec import decode, encode
+from consensus.event import CheckedEvent, Kind, check_event, make_entry
+from consensus.identifiers import VOTING_ROLES, MemberId, Role
+from consensus.membership import VERSION, Membership, RoleThreshold, default_threshold
+from consensus.membership_change import MembershipChange
+from consensus.portions import Portions, SaltedPortion
+from consensus.rejection import ConfigError
+from node.ceremony import MAX_MEMBERSHIP_BYTES, write_invitation
+from node.commands.member import LocalMember, load_member, read_event, signed_by
+from node.commands.network import parse_members, parse_thresholds
+from node.commands.output import print_json, print_table
+from node.commands.submission import deliver
+from node.provision import MemberRequest
+
+_CONFIG = click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), required=True, help="The member's configuration file."
+)
+
+
+@click.group()
+def membership() -> None:
+    """Change who takes part: members join, leave, or change their keys.
+
+    \b
+    1. one member:       membership invite FOLDER ...   and sends FOLDER to all who will be members
+    2. all of them:      ceremony join, contribute, finish, as at the founding
+    3. a quorum of now:  membership sign                one after the other; the last one submits
+    """
+
+
+@membership.command("show")
+@_CONFIG
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def membership_show(config_path: Path, as_json: bool) -> None:
+    """Show the members of the newest epoch, as the node of --config proves them.
+
+    \b
+    Example:
+      countersign membership show --config library/node.toml
+    """
+    own = load_member(config_path)
+    members = own.committee
+    if as_json:
+        listed = [{"name": member.name, "role": member.role.value, "id": member.id.hex()} for member in members.members]
+        thresholds = {role.value: members.threshold(role) for role in VOTING_ROLES}
+        print_json({"epoch": members.epoch, "members": listed, "thresholds": thresholds})
+        return
+    click.echo(f"epoch {members.epoch}\n")
+    needed = {role: str(members.threshold(role)) for role in VOTING_ROLES}
+    print_table(
+        ("member", "role", "needed of its role", "id"),
+        [
+            (member.name, member.role.value, needed.get(member.role, "none: it does not vote"), member.id.hex())
+            for member in members.members
+        ],
+    )
+
+
+@membership.command("invite")
+@click.argument("folder", type=click.Path(path_type=Path))
+@_CONFIG
+@click.option("--add", "added", callback=parse_members, metavar="NAME:ROLE", multiple=True, help="Who joins.")
+@click.option("--remove", "removed", metavar="NAME", multiple=True, help="Who leaves.")
+@click.option(
+    "--threshold",
+    "thresholds",
+    callback=parse_thresholds,
+    metavar="ROLE=N",
+    multiple=True,
+    help="Members of a role that must agree. Default: as now where a role stays as it is, else two thirds plus one.",
+)
+def membership_invite(
+    folder: Path,
+    config_path: Path,
+    added: tuple[MemberRequest, ...],
+    removed: tuple[str, ...],
+    thresholds: dict[Role, int],
+) -> None:
+    """Write the invitation to the next epoch's ceremony into FOLDER.
+
+    Who is not removed stays. Each member that stays decides when it joins the ceremony whether it keeps its identity.
+
+    \b
+    Example:
+      countersign membership invite second --config library/node.toml --add archive:data-source --remove press
+    """
+    own = load_member(config_path)
+    before = own.committee
+    names = {member.name for member in before.members}
+    for name in removed:
+        if name not in names:
+            raise ConfigError(f"--remove {name}: expected one of {', '.join(sorted(names))}")
+    stays = [Invited(member.name, member.role) for member in before.members if member.name not in removed]
+    invited = (*stays, *(Invited(request.name, request.role) for request in added))
+    kept = []
+    for role in VOTING_ROLES:
+        now = [one.name for one in invited if one.role == role]
+        same = now == [member.name for member in before.role_members(role)]
+        default = before.threshold(role) if same else default_threshold(len(now))
+        kept.append(RoleThreshold(role, thresholds.get(role, default)))
+    invitation = Invitation(
+        version=VERSION,
+        name=own.genesis.name,
+        nonce=own.genesis.nonce,
+        created_ms=own.genesis.created_ms,
+        certificate_scheme=own.genesis.certificate_scheme,
+        members=invited,
+        thresholds=tuple(kept),
+        parameters=own.genesis.parameters,
+        epoch=before.epoch + 1,
+    )
+    write_invitation(folder, invitation)
+    click.echo(f"epoch   {invitation.epoch}\ndigest  {invitation.digest.hex()}\n")
+    print_table(("member", "role"), [(one.name, one.role.value) for one in invited])
+    later = f"KEYSTORE.epoch-{invitation.epoch}.json"
+    click.echo(
+        f"\nSend {folder} to every member, and read them the digest by another channel. Each then joins with\n"
+        f"  countersign ceremony join {folder} --as NAME --invitation {invitation.digest.hex()} --keystore {later}\n"
+        "and with --keep KEYSTORE.json if it stays who it is."
+    )
+
+
+@membership.command("sign")
+@_CONFIG
+@click.option("--membership", "membership_path", type=click.Path(path_type=Path), help="What the ceremony ended in.")
+@click.option("--event", "event_path", type=click.Path(path_type=Path), help="Event file to add a signature to.")
+@click.option("--statement", default="", help="Why, for people; with --membership.")
+@click.option("--submit", is_flag=True, help="Hand it to the node of --config and wait until it is final.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the event, with this signature, to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def membership_sign(
+    config_path: Path,
+    membership_path: Path | None,
+    event_path: Path | None,
+    statement: str,
+    submit: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Sign the next membership. A quorum of every role must sign the same event.
+
+    Sign only what the ceremony you took part in ended in: compare the file's members. Once the event is final the epoch
+    is over, and every member needs its keystore of the next one beside its first.
+
+    \b
+    Examples:
+      countersign membership sign --config library/node.toml --membership second/epoch-1.membership --out change.event
+      countersign membership sign --config council/node.toml --event change.event --out change.event
+      countersign membership sign --config laboratory/node.toml --event change.event --submit
+    """
+    if (membership_path is None) == (event_path is None):
+        raise click.UsageError("give either --membership FILE or --event FILE")
+    if not submit and out is None:
+        raise click.UsageError("give --submit, --out FILE or both")
+    own = load_member(config_path)
+    if membership_path is not None:
+        event, encoded = _new_event(own, _read_membership(membership_path), statement)
+    else:
+        assert event_path is not None
+        held = read_event(event_path, own.committee)
+        if held.entry.kind is not Kind.MEMBERSHIP:
+            raise ConfigError(f"{event_path}: expected a membership event, found a {held.entry.kind.value} event")
+        event, encoded = signed_by(own, held.entry, held.portions)
+    if not as_json:
+        _print_signers(own, event)
+    if submit:
+        check_event(encoded, own.committee)
+    deliver(event, encoded, submit_with=config_path if submit else None, out=out, as_json=as_json)
+
+
+def _new_event(own: LocalMember, made: Membership, statement: str) -> tuple[CheckedEvent, bytes]:
+    content = encode(MembershipChange(made, statement))
+    portions = Portions(data=None, governance=SaltedPortion(salt=os.urandom(32), content=content), operation=None)
+    return signed_by(own, make_entry(own.committee.chain_id, Kind.MEMBERSHIP, own.member.id, portions), portions)
+
+
+def _read_membership(path: Path) -> Membership:
+    try:
+        with path.open("rb") as file:
+            return decode(file.read(MAX_MEMBERSHIP_BYTES + 1), Membership, MAX_MEMBERSHIP_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a membership file, found: {error.strerror}") from error
+
+
+def _print_signers(own: LocalMember, event: CheckedEvent) -> None:
+    change = event.governance
+    assert isinstance(change, MembershipChange)
+    before = {member.name: member.id for member in own.committee.members}
+    after = {member.name: member.id for member in change.membership.members}
+    click.echo(f"members of epoch {change.membership.epoch}: {', '.join(after)}")
+    for said, names in (
+        ("join", sorted(after.keys() - before.keys())),
+        ("leave", sorted(before.keys() - after.keys())),
+        ("change their keys", sorted(name for name in after.keys() & before.keys() if after[name] != before[name])),
+    ):
+        if names:
+            click.echo(f"{said}: {', '.join(names)}")
+    signers = [own.committee.member(MemberId(signer)) for signer in sorted(event.signers)]
+    click.echo(f"signed by {', '.join(sorted(member.name for member in signers))}")
+    for role in VOTING_ROLES:
+        missing = own.committee.threshold(role) - sum(member.role == role for member in signers)
+        if missing > 0:
+            click.echo(f"{missing} more of {role.value} must sign")

@@ -1,0 +1,118 @@
+"""A consortium changes its members while it runs: by commands, over files, among processes, one of them killed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from process_fixtures import Processes, processes, source
+
+from node.ceremony import read_folder
+from node.cli import main
+from node.commands import ceremony as commands
+from node.config import Address
+from node.identity import epoch_keystore
+from node.provision import RANDOM_PASSPHRASE_COST, free_ports
+
+pytestmark = pytest.mark.processes
+
+NOW = ("library", "press", "council", "laboratory", "guild")
+NEXT = ("library", "council", "laboratory", "guild", "archive")
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def prepare(consortium: Processes, directory: Path) -> None:
+    """Configuration and passphrase of ``archive``, which has no keystore yet; its address with everybody."""
+    network, api = free_ports(2)
+    made = consortium.provisioned
+    library = made.members["library"]
+    archive = dataclasses.replace(
+        library,
+        name="archive",
+        directory=directory / "archive",
+        config=directory / "archive" / "node.toml",
+        keystore=directory / "archive" / "keystore.json",
+        passphrase=directory / "archive" / "passphrase",
+        network=Address("127.0.0.1", network),
+        api=Address("127.0.0.1", api),
+    )
+    archive.directory.mkdir()
+    archive.passphrase.write_text("the passphrase of archive\n")
+    archive.passphrase.chmod(0o600)
+    own, peer = f'listen = "{library.network}"', f'library = "{library.network}"'
+    text = library.config.read_text().replace('name = "library"', 'name = "archive"')
+    text = text.replace(own, f'listen = "{archive.network}"').replace(str(library.api), str(archive.api))
+    archive.config.write_text(text.replace("[network.peers]\n", f"[network.peers]\n{peer}\n"))
+    for member in made.members.values():
+        text = member.config.read_text()
+        member.config.write_text(text.replace("[network.peers]\n", f'[network.peers]\narchive = "{archive.network}"\n'))
+    made.members["archive"] = archive
+
+
+def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "MODERATE_COST", RANDOM_PASSPHRASE_COST)
+    with processes(tmp_path / "consortium") as consortium:
+        members = consortium.provisioned.members
+        prepare(consortium, tmp_path / "consortium")
+        consortium.start(*NOW)
+        assert consortium.post("library", source(consortium, "library", 1), 30).json()["status"] == "final"
+
+        folder, config = tmp_path / "second", {name: members[name].config for name in (*NOW, "archive")}
+        run("membership", "invite", folder, "--config", config["library"], "--add", "archive:data-source",
+            "--remove", "press")  # fmt: skip
+        invited = read_folder(folder).invitation.digest.hex()
+        held = {name: epoch_keystore(members[name].keystore, 1) for name in NEXT}
+        secrets = {name: ("--keystore", held[name], "--passphrase-file", members[name].passphrase) for name in NEXT}
+        for name in NEXT:
+            keep = () if name == "archive" else ("--keep", members[name].keystore)
+            run("ceremony", "join", folder, "--as", name, "--invitation", invited, *secrets[name], *keep)
+        for _ in range(4):
+            for name in NEXT:
+                run("ceremony", "contribute", folder, *secrets[name])
+        for name in NEXT:
+            assert "members of epoch 1" in run("ceremony", "finish", folder, *secrets[name])
+
+        change, sign = tmp_path / "change.event", ("membership", "sign", "--config")
+        said = run(*sign, config["library"], "--membership", folder / "epoch-1.membership", "--out", change)
+        assert "join: archive\nleave: press\nsigned by library\n1 more of data-source must sign" in said
+        assert "change their keys" not in said
+        for name in ("press", "council"):
+            run(*sign, config[name], "--event", change, "--out", change)
+        consortium.start("archive")
+        assert "final" in run(*sign, config["laboratory"], "--event", change, "--submit")
+        consortium.kill("council")
+        consortium.start("council")
+        for name in NEXT:
+            consortium.wait_until(lambda name=name: consortium.status(name)["epoch"] == 1)  # type: ignore[misc]
+        for name in NEXT:
+            if name != "guild":
+                consortium.wait_until(lambda name=name: consortium.status(name)["voting"])  # type: ignore[misc]
+        consortium.wait_until(lambda: "no member of epoch 1" in str(consortium.status("press")["why_not_voting"]))
+
+        assert consortium.post("library", source(consortium, "press", 2)).json()["error"] == "unknown-member"
+        content = tmp_path / "new.txt"
+        content.write_text("a line\n")
+        signed = json.loads(
+            run("source", "sign", "--config", config["archive"], "--name", "new", "--content", content, "--lines",
+                "--licence", "CC0-1.0", "--rights-basis", "own", "--purpose", "research", "--class", "open",
+                "--salt-file", tmp_path / "new.salt", "--submit", "--json")
+        )  # fmt: skip
+        assert signed["status"] == "final"
+        shown = json.loads(run("membership", "show", "--config", config["guild"], "--json"))
+        assert (shown["epoch"], [member["name"] for member in shown["members"]]) == (1, list(NEXT))
+
+        bundle, genesis = tmp_path / "new.bundle", tmp_path / "consortium" / "genesis.json"
+        run("log", "prove", "--config", config["guild"], "--predicate", "included", "--event", signed["id"],
+            "--out", bundle)  # fmt: skip
+        verdict = run("verify", "included", "--bundle", bundle, "--genesis", genesis, "--chain-id",
+                      consortium.provisioned.chain_id.hex())  # fmt: skip
+        assert "to epoch 1: one change of members" in verdict
+        assert "answer: yes" in verdict
