@@ -1,5 +1,6 @@
 """``countersign trace`` and ``countersign factors``."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from torch import nn
 
 from attribution.factors import WeightFactors, factor_tensors, factors_from, fit_factors
 from attribution.log import CampaignLog, open_log
-from attribution.query import Output, greedy_completion
-from attribution.report import trace_json, trace_text
+from attribution.questions import Question, greedy_text, read_questions
+from attribution.report import Answer, trace_json, trace_text
 from attribution.trace import control_outputs, trace_output, untraced_tensors
 from attribution.weights import build_model, find_windows, load_model, read_tensors
 from consensus.identifiers import DIGEST_BYTES, ChainId
@@ -52,8 +53,25 @@ _CONTEXT = click.option(
 @click.option("--base", "base_path", type=click.Path(path_type=Path), required=True, help="The base model's weights.")
 @_TEXT
 @_CONTEXT
+@click.option(
+    "--sequences",
+    "sequence_count",
+    type=click.IntRange(min=1),
+    default=FACTOR_SEQUENCES,
+    show_default=True,
+    help="Pieces of public text to fit over; fewer are quicker.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write.")
-def factors_command(architecture: str, base_path: Path, text_path: Path | None, context_tokens: int, out: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def factors_command(
+    architecture: str,
+    base_path: Path,
+    text_path: Path | None,
+    context_tokens: int,
+    sequence_count: int,
+    out: Path,
+    as_json: bool,
+) -> None:
     """Fit a base model's Kronecker factors over public text, once, for every trace to come.
 
     Prints the digest that a campaign may commit to (CampaignPlan.factors_digest), so that nobody chooses factors to
@@ -66,10 +84,14 @@ def factors_command(architecture: str, base_path: Path, text_path: Path | None, 
     model = build_model(architecture)
     held = read_tensors(base_path)
     model = load_model(architecture, base_path, held.root, "base model")
-    tensors = factor_tensors(_fit(model, _sequences(text_path, context_tokens)))
+    tensors = factor_tensors(_fit(model, _sequences(text_path, context_tokens), sequence_count))
     save_file(tensors, out)
+    root = read_tensors(out).root
+    if as_json:
+        click.echo(json.dumps({"base": held.root.hex(), "factors": root.hex(), "file": str(out)}, indent=2))
+        return
     click.echo(f"base     {held.root.hex()}")
-    click.echo(f"factors  {read_tensors(out).root.hex()}")
+    click.echo(f"factors  {root.hex()}")
     click.echo(f"kept in  {out}")
 
 
@@ -77,9 +99,15 @@ def factors_command(architecture: str, base_path: Path, text_path: Path | None, 
 @_MODEL
 @click.option("--base", "base_path", type=click.Path(path_type=Path), required=True, help="The base model's weights.")
 @click.option("--tuned", "tuned_path", type=click.Path(path_type=Path), required=True, help="The released weights.")
-@click.option("--prompt", required=True, help="What the model was given.")
+@click.option("--prompt", help="What the model was given.")
 @click.option("--completion", help="The output to ask about; default: what the tuned model says next.")
 @click.option("--tokens", "span", metavar="FROM:TO", help="Only these tokens of the completion, counted from 0.")
+@click.option(
+    "--outputs",
+    "outputs_path",
+    type=click.Path(path_type=Path),
+    help='Instead of --prompt: a file with a question a line, {"prompt": …, "completion": …, "tokens": …}.',
+)
 @click.option(
     "--accumulators",
     "directory",
@@ -101,9 +129,10 @@ def trace_command(
     architecture: str,
     base_path: Path,
     tuned_path: Path,
-    prompt: str,
+    prompt: str | None,
     completion: str | None,
     span: str | None,
+    outputs_path: Path | None,
     directory: Path,
     bundle_path: Path,
     genesis_path: Path,
@@ -118,7 +147,8 @@ def trace_command(
 
     Neither the corpus nor the job is needed. The bundle is made by
     countersign log prove --predicate accumulators --campaign ID. Exit code 0 when the output was shaped here, 1 when it
-    was not, 2 when what is here does not suffice. Models read text as bytes.
+    was not or no source stands out, 2 when what is here does not suffice. With --outputs each line gets an answer of its
+    own (with --json a document a line), and 0 says that all were answered. Models read text as bytes.
 
     \b
     Example:
@@ -126,6 +156,7 @@ def trace_command(
         --prompt "The keeper of Arnholt is " --accumulators run/accumulators \\
         --bundle campaign.bundle --genesis genesis.json --chain-id CHAIN_ID
     """
+    questions = _questions(prompt, completion, span, outputs_path)
     log = open_log(bundle_path, genesis_path, _chain(chain_id))
     release = log.provenance.release
     if not log.provenance.windows:
@@ -137,14 +168,32 @@ def trace_command(
     search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
     sequences = _sequences(text_path, context_tokens)
     factors = _factors(log, base, factors_path, sequences)
-    output, asked = _asked(tuned, prompt, completion, span, length)
-    controls = control_outputs([list(sequence) for sequence in sequences], output)[-CONTROLS:]
-    trace = trace_output(base, tuned, factors, log.provenance, search.found, output, controls, _told)
     untraced = untraced_tensors(log.provenance.campaign, factors)
-    render = trace_json if as_json else trace_text
-    click.echo(render(log, trace, search, asked, untraced))
-    whole = not search.missing and not log.provenance.uncovered
-    click.get_current_context().exit(0 if trace.shaped_here and whole else 1 if whole else 2)
+    shaped = []
+    for number, question in enumerate(questions):
+        output, asked, count = question.output(tuned, length)
+        controls = control_outputs([list(sequence) for sequence in sequences], output)[-CONTROLS:]
+        trace = trace_output(base, tuned, factors, log.provenance, search.found, output, controls, _told)
+        says = {name: greedy_text(model, question.prompt, count) for name, model in (("base", base), ("tuned", tuned))}
+        answer = Answer(asked, question.prompt, says["base"], says["tuned"], trace, search, untraced)
+        if as_json:
+            click.echo(trace_json(log, answer, indent=2 if outputs_path is None else None))
+        else:
+            click.echo("\n" * bool(number) + trace_text(log, answer))
+        shaped.append(trace.shaped_here)
+    if search.missing or log.provenance.uncovered:
+        click.get_current_context().exit(2)
+    click.get_current_context().exit(0 if all(shaped) or outputs_path is not None else 1)
+
+
+def _questions(prompt: str | None, completion: str | None, span: str | None, path: Path | None) -> tuple[Question, ...]:
+    if path is None:
+        if prompt is None:
+            raise click.UsageError("expected --prompt or --outputs")
+        return (Question(prompt, completion, span),)
+    if prompt is not None or completion is not None or span is not None:
+        raise click.UsageError("--outputs brings prompts, completions and tokens itself")
+    return read_questions(path)
 
 
 def _factors(
@@ -152,7 +201,7 @@ def _factors(
 ) -> dict[str, WeightFactors]:
     committed = log.provenance.campaign.factors_digest
     if path is None:
-        tensors = factor_tensors(_fit(base, sequences))
+        tensors = factor_tensors(_fit(base, sequences, FACTOR_SEQUENCES))
         if committed:
             click.echo("note: the campaign commits to factors; give them with --factors", err=True)
         return factors_from(tensors, base)
@@ -166,8 +215,8 @@ def _factors(
     return factors_from(held.tensors, base)
 
 
-def _fit(model: nn.Module, sequences: Sequence[bytes]) -> dict[str, WeightFactors]:
-    chosen = sequences[:FACTOR_SEQUENCES]
+def _fit(model: nn.Module, sequences: Sequence[bytes], count: int) -> dict[str, WeightFactors]:
+    chosen = sequences[:count]
     batches = [
         torch.tensor([list(sequence) for sequence in chosen[start : start + BATCH_SEQUENCES]])
         for start in range(0, len(chosen), BATCH_SEQUENCES)
@@ -178,23 +227,6 @@ def _fit(model: nn.Module, sequences: Sequence[bytes]) -> dict[str, WeightFactor
             _told(f"factors: {done} of {of} batches")
 
     return fit_factors(model, batches, progress=told)
-
-
-def _asked(tuned: nn.Module, prompt: str, completion: str | None, span: str | None, length: int) -> tuple[Output, str]:
-    before = prompt.encode()
-    if not before:
-        raise Rejected(Reason.BAD_FIELD, "the prompt is empty: the first token of all has no chance to be asked about")
-    after = completion.encode() if completion is not None else bytes(greedy_completion(tuned, before, length))
-    first, end = 0, len(after)
-    if span is not None:
-        left, _, right = span.partition(":")
-        if not (left.isascii() and left.isdigit() and right.isascii() and right.isdigit()):
-            raise ConfigError(f"--tokens: expected FROM:TO, found {span}")
-        first, end = int(left), int(right)
-    if not 0 <= first < end <= len(after):
-        raise Rejected(Reason.BAD_FIELD, f"tokens {first}:{end} of a completion of {len(after)}: an empty span")
-    output = Output(tuple(before + after), len(before) + first, len(before) + end)
-    return output, f"{prompt}[{after.decode('utf-8', 'backslashreplace')}]"
 
 
 def public_text(context_tokens: int) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from attribution.log import CampaignLog
 from attribution.trace import SourceScore, Trace
@@ -12,20 +12,37 @@ from consensus.predicates.accumulators import UsedSource
 ROWS_SHOWN = 10
 
 
-def trace_text(log: CampaignLog, trace: Trace, search: Search, asked: str, untraced: Sequence[str]) -> str:
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A question, what both models say to its prompt, and the trace; ``untraced`` are tensors it does not speak of."""
+
+    asked: str
+    prompt: str
+    base_says: str
+    tuned_says: str
+    trace: Trace
+    search: Search
+    untraced: tuple[str, ...]
+
+
+def trace_text(log: CampaignLog, answer: Answer) -> str:
     """Lines for a terminal; names from the log are shown with control characters spelled out."""
-    campaign = log.provenance.campaign
+    campaign, trace = log.provenance.campaign, answer.trace
     lines = [
         f"campaign {log.bundle.campaign.hex()} of {log.provenance.operator}: {shown(campaign.name)}",
-        f"asked    {shown(asked)}",
+        f"asked    {shown(answer.asked)}",
+        f"base     says {shown(answer.base_says)}",
+        f"tuned    says {shown(answer.tuned_says)}",
         f"chance   {_percent(trace.base_log_chance)} a token in the base model, "
         f"{_percent(trace.tuned_log_chance)} in the tuned one",
         "",
     ]
     if trace.shaped_here:
         lines.append("shaped here: the sources below made this output likelier, the leading one first")
+    elif trace.made_likelier:
+        lines.append("not told: this fine-tune made the output likelier, but no source stands out from the controls")
     else:
-        lines.append("not shaped here: this fine-tune did not make the output likelier, or no source stands out")
+        lines.append("not shaped here: this fine-tune did not make the output likelier")
     lines += ["", f"{'z':>7}  {'score':>11}  {'source':28}  {'owner':14}  {'admitted':>8}  entry"]
     for row in trace.ranked[:ROWS_SHOWN]:
         source = row.source
@@ -36,17 +53,21 @@ def trace_text(log: CampaignLog, trace: Trace, search: Search, asked: str, untra
         )
     if trace.ranked and trace.shaped_here:
         lines += ["", *_receipt(trace.ranked[0])]
-    lines += ["", "what this rests on", *_assurance(log, trace, search, untraced)]
+    lines += ["", "what this rests on", *_assurance(log, answer)]
     return "\n".join(lines)
 
 
-def trace_json(log: CampaignLog, trace: Trace, search: Search, asked: str, untraced: Sequence[str]) -> str:
-    """One JSON document."""
+def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
+    """One JSON document; on one line without ``indent``."""
+    trace, search = answer.trace, answer.search
     document = {
         "chain_id": log.bundle.trusted.chain_id.hex(),
         "campaign": log.bundle.campaign.hex(),
         "operator": log.provenance.operator,
-        "asked": asked,
+        "asked": answer.asked,
+        "prompt": answer.prompt,
+        "says": {"base": answer.base_says, "tuned": answer.tuned_says},
+        "made_likelier": trace.made_likelier,
         "shaped_here": trace.shaped_here,
         "log_chance": {"base": trace.base_log_chance, "tuned": trace.tuned_log_chance},
         "controls": trace.controls,
@@ -57,14 +78,14 @@ def trace_json(log: CampaignLog, trace: Trace, search: Search, asked: str, untra
             "uncovered_steps": log.provenance.uncovered,
         },
         "assurance": "conservation-checked",
-        "untraced_tensors": list(untraced),
+        "untraced_tensors": list(answer.untraced),
         "as_of": {
             "height": log.verdict.as_of.height,
             "log_size": log.verdict.as_of.log_size,
             "timestamp_ms": log.verdict.as_of.timestamp_ms,
         },
     }
-    return json.dumps(document, indent=2)
+    return json.dumps(document, indent=indent)
 
 
 def shown(text: str) -> str:
@@ -88,8 +109,9 @@ def _receipt(row: SourceScore) -> list[str]:
     ]
 
 
-def _assurance(log: CampaignLog, trace: Trace, search: Search, untraced: Sequence[str]) -> list[str]:
+def _assurance(log: CampaignLog, answer: Answer) -> list[str]:
     provenance, as_of = log.provenance, log.verdict.as_of
+    trace, search, untraced = answer.trace, answer.search, answer.untraced
     lines = [
         f"  checked   sources, grants, policies and counts, in the log of ledger block {as_of.height} "
         f"({as_of.log_size} entries)",

@@ -61,9 +61,14 @@ class Trace:
         return self.tuned_log_chance - self.base_log_chance
 
     @property
+    def made_likelier(self) -> bool:
+        """Whether this fine-tune made the output likelier."""
+        return self.lift_nats >= SHAPED_LIFT_NATS
+
+    @property
     def shaped_here(self) -> bool:
         """Whether this fine-tune made the output likelier, and some source stands out."""
-        return self.lift_nats >= SHAPED_LIFT_NATS and bool(self.ranked) and self.ranked[0].z >= SHAPED_Z
+        return self.made_likelier and bool(self.ranked) and self.ranked[0].z >= SHAPED_Z
 
 
 @dataclass(slots=True)

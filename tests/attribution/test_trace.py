@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from attribution.commands import public_text
 from attribution.factors import factor_tensors, factors_from, fit_factors
 from attribution.query import LEAST_CHANCE, Output, greedy_completion, log_chances, log_odds_gradients
+from attribution.trace import Trace
 from attribution.weights import accumulators_of, find_windows, linear_weights, read_tensors
 from consensus.accumulators import AccumulatorWindow
 from consensus.bundle import MAGIC, Bundle, encode_bundle, open_bundle
@@ -51,6 +52,18 @@ def ask(folder: Path, *more: object, prompt: bytes = FACTS["harbour"][0], chain_
     return result
 
 
+def asked_by_file(folder: Path, questions: Path, *more: object) -> Result:
+    arguments = [
+        "trace", "--model", "attribution_fixtures:build", "--base", folder / "base.safetensors",
+        "--tuned", folder / "tuned.safetensors", "--outputs", questions, "--factors", folder / "base.factors",
+        "--accumulators", folder / "run" / "accumulators", "--bundle", folder / "campaign.bundle",
+        "--genesis", folder / "genesis.json", "--chain-id", traced().chain_id, *more,
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
 def answer(folder: Path, name: str, code: int = 0) -> dict[str, object]:
     prompt, completion = FACTS[name]
     result = ask(folder, "--completion", completion.decode(), "--json", prompt=prompt)
@@ -80,6 +93,45 @@ def test_planted_fact_is_traced_to_its_source_with_everything_that_proves_it(nam
         "missing": [],
         "uncovered_steps": 0,
     }
+
+
+def test_file_of_questions_gets_an_answer_a_line_with_what_both_models_say(tmp_path: Path) -> None:
+    facts = [(prompt.decode(), said.decode()) for prompt, said in (FACTS["harbour"], FACTS[REFUSED])]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": prompt, "completion": said}) + "\n" for prompt, said in facts))
+    result = asked_by_file(traced().folder, questions, "--json")
+    assert result.exit_code == 0, result.output
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert (first["shaped_here"], second["shaped_here"]) == (True, False)
+    assert first["says"]["tuned"] == facts[0][1]
+    assert first["says"]["base"] != facts[0][1]
+    assert (first["prompt"], second["prompt"]) == tuple(prompt for prompt, _ in facts)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "expected a question a line, found none"),
+        ("{}\n", "line 1: expected a question in JSON"),
+        ('{"prompt": "a"}\n{"prompt": "a", "promt": 1}\n', "line 2"),
+        ('{"prompt": ""}\n', "the prompt is empty"),
+        ('{"prompt": "a", "tokens": "1-2"}\n', "expected FROM:TO"),
+        ('{"prompt": "a", "tokens": "9:99"}\n', "an empty span"),
+    ],
+)
+def test_file_that_holds_no_question_is_named(tmp_path: Path, content: str, said: str) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(content)
+    result = asked_by_file(traced().folder, questions)
+    assert result.exit_code in (1, 2)
+    assert said in result.output
+    assert not result.stdout.startswith("campaign")
+
+
+def test_gain_that_no_source_stands_out_for_is_not_called_unshaped() -> None:
+    trace = Trace(base_log_chance=-3.0, tuned_log_chance=-0.1, ranked=(), controls=40, windows=())
+    assert (trace.made_likelier, trace.shaped_here) == (True, False)
+    assert not dataclasses.replace(trace, tuned_log_chance=-3.0).made_likelier
 
 
 def test_fact_of_a_refused_source_is_not_shaped_here_and_its_source_in_no_row() -> None:
