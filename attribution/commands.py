@@ -147,8 +147,8 @@ def trace_command(
 
     Neither the corpus nor the job is needed. The bundle is made by
     countersign log prove --predicate accumulators --campaign ID. Exit code 0 when the output was shaped here, 1 when it
-    was not or no source stands out, 2 when what is here does not suffice. With --outputs each line gets an answer of its
-    own (with --json a document a line), and 0 says that all were answered. Models read text as bytes.
+    was not or no source stands out, 2 when what is here does not suffice. With --outputs each line gets an answer of
+    its own (with --json a document a line), and 0 says that all were answered. Models read text as bytes.
 
     \b
     Example:
