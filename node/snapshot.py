@@ -50,6 +50,8 @@ PART_TARGET_BYTES = 256 << 10
 MAX_PARTS = 256
 REQUEST_SECONDS = 10.0
 ATTEMPTS = 3
+PATIENCE = 3
+"""A peer that failed so often is taken to offer nothing: it must not keep a node from replaying a short log."""
 _NOTHING = Snapshot((), b"", b"", b"")
 
 
@@ -130,7 +132,7 @@ class Joining:
         """Begin at a snapshot that a peer offers; whether there was one.
 
         Raises:
-            Unavailable: there was, and none of the peers gave the whole state.
+            Unavailable: there may be one; or there was, and none of the peers gave the whole state.
         """
         for _ in range(ATTEMPTS):
             offer = await self._offer()
@@ -153,16 +155,25 @@ class Joining:
         raise Unavailable("no peer gives the whole state of a snapshot")
 
     async def _offer(self) -> Offer | None:
-        """The highest snapshot that any connected peer offers, of those that disappointed least."""
+        """The highest snapshot that any connected peer offers, of those that disappointed least.
+
+        Raises:
+            Unavailable: none does, and of some it is not known yet.
+        """
         best: Offer | None = None
+        unknown = False
         for peer in sorted(self._network.connected):
             try:
                 offer = await self._offer_of(peer)
             except (Rejected, Unavailable) as error:
                 log.info("snapshot of %s: %s", peer.hex()[:16], error)
+                self._disappointments[peer] += 1
+                unknown = unknown or self._disappointments[peer] < PATIENCE
                 continue
             if offer and (best is None or self._rank(offer) > self._rank(best)):
                 best = offer
+        if best is None and unknown:
+            raise Unavailable("not every peer has said what it offers")
         return best
 
     def _rank(self, offer: Offer) -> tuple[int, int]:

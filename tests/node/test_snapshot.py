@@ -320,6 +320,44 @@ async def test_log_that_begins_while_a_snapshot_is_fetched_is_replayed(full: Led
 
 
 @pytest.mark.trio
+async def test_peer_that_fails_for_a_moment_costs_no_snapshot(full: Ledger, empty: Ledger) -> None:
+    truth = honest(full)
+    failures = 1
+
+    async def flaky(request: Request) -> bytes:
+        nonlocal failures
+        if isinstance(request, GetSnapshot) and failures:
+            failures -= 1
+            raise Unavailable("in a moment")
+        return await truth(request)
+
+    async with served([flaky]) as network:
+        await join(empty, network)
+        assert empty.final.header.height == 0
+        await join(empty, network)
+    assert empty.store.history() is not None
+
+
+@pytest.mark.trio
+async def test_server_that_never_says_what_it_offers_does_not_keep_a_short_log_from_being_replayed(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "LEAST_EVENTS", 10_000)
+    truth = honest(full)
+
+    async def mute(request: Request) -> bytes:
+        raise Unavailable("never")
+
+    async with served([mute, truth]) as network:
+        fetching = catch_up(empty, network)
+        for _ in range(snapshot.PATIENCE):
+            for peer in sorted(network.connected):
+                await fetching.from_peer(peer)
+    assert empty.final.digest == full.final.digest
+    assert empty.store.history() is None
+
+
+@pytest.mark.trio
 async def test_server_that_offers_the_most_and_withholds_its_state_is_passed_over(
     full: Ledger, empty: Ledger, tmp_path: Path
 ) -> None:
@@ -479,7 +517,10 @@ async def test_lying_server_alone_gets_nothing_onto_the_disk_that_a_quorum_did_n
 
 
 @pytest.mark.trio
-async def test_verifying_node_begins_at_a_snapshot_among_running_voters(tmp_path: Path) -> None:
+async def test_verifying_node_begins_at_a_snapshot_among_running_voters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "REQUEST_SECONDS", 10.0)
     consortium = Consortium(tmp_path)
     voters = [consortium.node(name) for name in ("data-source-1", "data-source-2", "governance-1", "operator-1")]
     async with running(voters):
