@@ -19,7 +19,7 @@ from consensus.block import Body, Header, check_body, decode_header
 from consensus.certificate import Certificate, verify_certificate
 from consensus.codec import decode, encode
 from consensus.event import CheckedEvent, check_event
-from consensus.identifiers import Digest, MemberId
+from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
 from node.epoch_end import Certified
 from node.ledger import MAX_BODY_BYTES, MAX_CERTIFICATE_BYTES, Finalized, Ledger
@@ -89,6 +89,22 @@ def serve_events(held: Iterator[bytes]) -> Events:
             break
         found.append(encoded)
     return Events(tuple(found))
+
+
+def decode_chain(blocks: Blocks, first_height: int, chain_id: ChainId) -> list[Header]:
+    """The headers of an answer that has ledger blocks: from the height asked for on, each the parent of the next.
+
+    Raises:
+        Rejected: they are not; as ``decode_header``.
+    """
+    encoded = (*(record.header for record in blocks.blocks), *blocks.onward)
+    headers = [decode_header(header, chain_id) for header in encoded]
+    if headers[0].height != first_height:
+        raise Rejected(Reason.BAD_BLOCK, f"ledger block {headers[0].height}, asked for {first_height}")
+    for before, after in pairwise(headers):
+        if (after.parent, after.height) != (before.digest, before.height + 1):
+            raise Rejected(Reason.BAD_BLOCK, f"ledger block {after.height} does not follow the one before")
+    return headers
 
 
 class CertifiedInvalid(CountersignError):
@@ -255,14 +271,7 @@ class CatchUp:
 
     def _checked_chain(self, blocks: Blocks, first_height: int) -> tuple[list[Header], Certificate]:
         """The headers, each the parent of the next, and the certificate of the last; its signature is unchecked."""
-        chain_id = self._ledger.genesis.chain_id
-        encoded = (*(record.header for record in blocks.blocks), *blocks.onward)
-        headers = [decode_header(header, chain_id) for header in encoded]
-        if headers[0].height != first_height:
-            raise Rejected(Reason.BAD_BLOCK, f"ledger block {headers[0].height}, asked for {first_height}")
-        for before, after in pairwise(headers):
-            if after.parent != before.digest:
-                raise Rejected(Reason.BAD_BLOCK, f"ledger block {after.height} does not follow the one before")
+        headers = decode_chain(blocks, first_height, self._ledger.genesis.chain_id)
         certificate = decode(blocks.certificate, Certificate, MAX_CERTIFICATE_BYTES)
         if certificate.block != headers[-1].digest or certificate.view != headers[-1].view:
             raise Rejected(Reason.BAD_CERTIFICATE, "the certificate is not the last ledger block's")

@@ -130,11 +130,11 @@ class CountersignSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds on what waits in memory, and on what catching up may take."""
+    """Bounds on what waits in memory, and on what catching up may take: an answer has at most 4 MiB and seconds."""
 
     mempool_events: _Positive = 20_000
     mempool_bytes: _Positive = 64 << 20
-    sync_bytes_per_second: Annotated[int, Meta(ge=64 << 10, le=2**53 - 1)] = 8 << 20
+    sync_bytes_per_second: Annotated[int, Meta(ge=1 << 20, le=2**53 - 1)] = 8 << 20
 
 
 class RoundSection(Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,11 +11,10 @@ are asked in turn, and not faster than the pace given.
 """
 
 import logging
-from itertools import pairwise
 
 import trio
 
-from consensus.block import Body, Header, check_body, decode_header
+from consensus.block import Body, Header, check_body
 from consensus.certificate import decode_certificate
 from consensus.codec import decode, encode
 from consensus.epochs import verify_header
@@ -23,6 +22,7 @@ from consensus.event import CheckedEvent, Kind, check_unsigned, unpack
 from consensus.identifiers import Digest, Height, MemberId
 from consensus.merkle import Frontier, Node
 from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
+from node.catchup import decode_chain
 from node.epoch_end import Certified
 from node.ledger import MAX_BODY_BYTES, Ledger, entry_writes
 from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks
@@ -100,16 +100,12 @@ class HistoryFill:
             Rejected: they are not, or there are none.
         """
         ledger = self._ledger
-        chain_id = ledger.genesis.chain_id
         if not answer.blocks:
             raise Rejected(Reason.NOT_FOUND, f"no ledger block {history.next_height}")
-        before = decode_header(ledger.store.header(history.next_height - 1) or b"", chain_id)
-        encoded = (*(record.header for record in answer.blocks), *answer.onward)
-        headers = [decode_header(header, chain_id) for header in encoded]
-        for earlier, later in pairwise((before, *headers)):
-            if (later.parent, later.height) != (earlier.digest, earlier.height + 1):
-                raise Rejected(Reason.BAD_BLOCK, f"ledger block {later.height} does not follow the one before")
-        verify_header(ledger.epochs, encoded[-1], answer.certificate)
+        headers = decode_chain(answer, history.next_height, ledger.genesis.chain_id)
+        if ledger.store.height_of_block(Digest(headers[0].parent)) != history.next_height - 1:
+            raise Rejected(Reason.BAD_BLOCK, f"ledger block {history.next_height} does not follow our log")
+        verify_header(ledger.epochs, encode(headers[-1]), answer.certificate)
         for header in headers:
             if header.height == history.base_height and ledger.store.height_of_block(header.digest) is None:
                 raise Rejected(Reason.BAD_BLOCK, f"another ledger block {header.height} than the log began at")

@@ -141,7 +141,6 @@ class Ledger:
             InvariantBroken: the log has begun, or the write failed.
         """
         header = state.header
-        genesis = genesis_state(self.genesis.chain_id, self.genesis.created_ms)
         base = BaseWrite(
             height=Height(header.height),
             digest=state.digest,
@@ -153,7 +152,7 @@ class Ledger:
             peaks=tuple(state.frontier.nodes()),
             epoch_links=tuple(encode(link) for link in links),
         )
-        missing = History(genesis.header.height + 1, header.height, header.log_size, genesis.frontier.to_bytes())
+        missing = History(self.final.header.height + 1, header.height, header.log_size, self.final.frontier.to_bytes())
         epochs = self.epochs.led_by(links)
         self.store.begin_at(base, missing)
         self.epochs, self.links = epochs, links

@@ -23,8 +23,8 @@ class Pace:
             Rejected: ``OVERLOADED`` where that would be too long; nothing is spent.
         """
         now = trio.current_time()
-        start_time = max(self._free_from_time, now - BURST_SECONDS)
-        if start_time - now > MAX_WAIT_SECONDS:
-            raise Rejected(Reason.OVERLOADED, f"{start_time - now:.0f} s of bulk service are waited for")
-        self._free_from_time = start_time + size_bytes / self._bytes_per_second
-        await trio.sleep_until(max(now, self._free_from_time))
+        free_from_time = max(self._free_from_time, now - BURST_SECONDS) + size_bytes / self._bytes_per_second
+        if free_from_time - now > MAX_WAIT_SECONDS:
+            raise Rejected(Reason.OVERLOADED, f"{free_from_time - now:.0f} s of bulk service would be waited for")
+        self._free_from_time = free_from_time
+        await trio.sleep_until(max(now, free_from_time))

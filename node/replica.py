@@ -204,6 +204,7 @@ class Replica:
         if self._ledger.certificate is not None:
             self._network.broadcast(Lane.VOTES, encode(self._ledger.certificate))
         await self.catch_up.idle()
+        await self._make_durable()  # also where nothing waits for it: a snapshot appends no ledger block
         while self._undurable:
             await self._make_durable()
         scope.cancel()

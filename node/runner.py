@@ -13,15 +13,13 @@ import statistics
 
 import trio
 
-from consensus import bls
-from consensus.certificate import CertificateScheme
 from consensus.checkpoint import assemble_note, checkpoint_text, sign_note
 from consensus.engine import Timing
 from consensus.event import CheckedEvent
 from consensus.identifiers import VOTING_ROLES, Digest, MemberId
-from consensus.keys import Ed25519SigningKey, Signer
-from consensus.membership import GENESIS_EPOCH, Committee, Genesis, scheme_needs
-from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
+from consensus.keys import Ed25519SigningKey
+from consensus.membership import GENESIS_EPOCH, Committee, Genesis
+from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state import EVIDENCE_TABLE, RETIRED_TABLE
 from node.api import serve
 from node.clock import Clock, SystemClock
@@ -30,7 +28,6 @@ from node.countersign import CountersignDesk
 from node.evidence import EvidenceDesk
 from node.identity import (
     Identity,
-    epoch_keystore,
     erase_old_shares,
     identity_in,
     later_keystores,
@@ -39,7 +36,6 @@ from node.identity import (
     load_identity,
 )
 from node.intake import Intake
-from node.journal import Journal, JournalLost, VoteMark, check_not_lost, journal_file
 from node.ledger import Ledger
 from node.mempool import Mempool
 from node.messages import AskCountersign, DeliverSignature, decode_request
@@ -49,7 +45,7 @@ from node.proposals import MAX_BLOCK_BYTES
 from node.replica import Replica, ReplicaCounters, SyncChoice
 from node.service import EventState, EventStatus, FinalityFigures, NodeStatus
 from node.store import Store
-from node.voter import Voter, VotingKeys
+from node.voter import Voter, open_voter
 
 log = logging.getLogger("countersign")
 
@@ -107,7 +103,7 @@ class Node:
             if not self._is_genesis_member:
                 self._settle_identity()
                 self.network.change_roster(self._identity.secrets.transport_seed, self._peers())
-            self._voter = self._open_voter(store, self._ledger.scheme)
+            self._voter = self._open_voter()
             self.replica = self._new_replica(ReplicaCounters())
         except BaseException:
             store.close()
@@ -197,8 +193,7 @@ class Node:
         await trio.to_thread.run_sync(self._settle_identity)
         if self._voter is not None:
             self._voter.close()
-        self._why_not_voting = ""
-        self._voter = self._open_voter(self._ledger.store, self._ledger.scheme)
+        self._voter = self._open_voter()
         if self._voter is not None:
             await trio.to_thread.run_sync(erase_old_shares, self.config, epoch)
         elif self._identity.member.role in VOTING_ROLES:
@@ -215,62 +210,24 @@ class Node:
             await self.replica.run()
             await self._begin_epoch()
 
-    def _open_voter(self, store: Store, scheme: CertificateScheme) -> Voter | None:
-        member, secrets = self._identity.member, self._identity.secrets
-        epoch = self._ledger.committee.epoch
-        if self._why_no_member:
-            self._why_not_voting = self._why_no_member
-            return None
-        if member.role not in VOTING_ROLES:
-            self._why_not_voting = "a verifier never votes"
-            return None
-        share: bls.Secret | Signer = self._identity.signer
-        if scheme_needs(self._ledger.genesis.certificate_scheme).member_keys:
-            if secrets.bls_share is None:
-                self._lacks_share("expected a BLS key share, found none")
-                return None
-            share = bls.Secret.from_bytes(secrets.bls_share)
-        try:
-            scheme.check_secret(member.id, share)
-        except Rejected as error:
-            self._lacks_share(f"expected this member's BLS secret: {error}")
-            return None
-        path = self.config.node.data_directory / journal_file(epoch)
-        remembered = store.vote_mark(epoch)
-        head = store.head()
-        # In a later epoch a data directory may well be newer than this voter's first vote; peers are asked either way.
-        is_first = head is None or head.height == 0 or epoch != GENESIS_EPOCH
-        try:
-            if not path.exists() and remembered is None and is_first:
-                journal = Journal.create(path, self._ledger.genesis.chain_id, member.id)
-            else:
-                journal = Journal.open(path, self._ledger.genesis.chain_id, member.id)
-            mark = VoteMark.decode(remembered) if remembered else None
-            check_not_lost(journal.mark, mark, 0)
-        except JournalLost as error:
-            self._why_not_voting = str(error)
-            log.critical("this node does not vote: %s", error)
-            return None
-        keys = VotingKeys(member.id, self._identity.signer, share)
-        return Voter(keys, self._ledger.committee, scheme, journal, store)
-
-    def _lacks_share(self, found: str) -> None:
-        """Go on without voting, in an epoch whose secrets may come later; in epoch 0 the keystore is simply wrong.
+    def _open_voter(self) -> Voter | None:
+        """Who votes for this member in the newest epoch, None for nobody, and why.
 
         Raises:
-            ConfigError: so it is.
+            ConfigError: as ``open_voter``.
         """
-        epoch = self._ledger.committee.epoch
-        expected = epoch_keystore(self.config.node.keystore, epoch)
-        if epoch == GENESIS_EPOCH and not later_keystores(self.config.node.keystore):
-            raise ConfigError(f"{self.config.node.keystore}: {found}")
-        self._why_not_voting = f"{expected}: {found}; put it there and start the node again"
+        opened: Voter | str = self._why_no_member
+        if not opened:
+            section = self.config.node
+            opened = open_voter(self._identity, self._ledger, section.keystore, section.data_directory)
+        self._why_not_voting = opened if isinstance(opened, str) else ""
+        return None if isinstance(opened, str) else opened
 
     # Service
 
     @property
     def name(self) -> str:
-        """This member's name in the genesis."""
+        """This member's name."""
         return self._identity.member.name
 
     @property

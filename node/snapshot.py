@@ -26,7 +26,7 @@ from consensus.codec import decode, encode
 from consensus.epochs import Anchor, EpochLink, verify_header
 from consensus.identifiers import Digest, MemberId
 from consensus.merkle import Frontier
-from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state_map import KEY_BYTES, MAX_PREFIX_ENTRIES, PrefixProof, StateMap, verify_prefix_proof
 from consensus.transition import LedgerState
 from node.ledger import Ledger
@@ -139,12 +139,10 @@ class Joining:
             if offer is None:
                 return False
             state = await self._state(offer)
-            if state is None:
+            begun = LedgerState(offer.state.header, offer.state.digest, offer.state.frontier, state or StateMap())
+            if state is None or begun.ends_epoch:
                 self._disappointments[offer.peer] += 1
                 continue
-            begun = LedgerState(offer.state.header, offer.state.digest, offer.state.frontier, state)
-            if begun.ends_epoch:
-                raise Unavailable(f"ledger block {begun.header.height} ends an epoch: another snapshot is needed")
             if self._ledger.final.header.height > 0:
                 log.info("the log began meanwhile: it is replayed")
                 return False
@@ -223,7 +221,7 @@ class Joining:
             entries.update(found)
         state = StateMap().set_many(entries)
         if state.root != root:
-            raise Rejected(Reason.STATE_ROOT_MISMATCH, "proved parts that do not make the state")
+            raise InvariantBroken("parts of a state were proved complete and do not make it")
         return state
 
     async def _ask(self, peer: MemberId, request: GetSnapshot | GetState) -> bytes:

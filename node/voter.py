@@ -10,6 +10,7 @@ the same ledger block is on its way to disk; it leaves memory only inside the jo
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
@@ -17,12 +18,15 @@ from consensus import bls
 from consensus.certificate import CertificateScheme, certificate_message
 from consensus.codec import decode, encode
 from consensus.effect import CastVote
-from consensus.identifiers import Digest, MemberId, View
+from consensus.identifiers import VOTING_ROLES, Digest, MemberId, View
 from consensus.keys import Signer
-from consensus.membership import Committee
+from consensus.membership import GENESIS_EPOCH, Committee, scheme_needs
 from consensus.portions import Wire
+from consensus.rejection import ConfigError, Rejected
 from consensus.vote import Proposal, Vote, VoteKind, sign_vote
-from node.journal import Journal, JournalLost, VoteRecord
+from node.identity import Identity, epoch_keystore, later_keystores
+from node.journal import Journal, JournalLost, VoteMark, VoteRecord, check_not_lost, journal_file
+from node.ledger import Ledger
 from node.store import Store
 
 log = logging.getLogger("countersign.voter")
@@ -191,3 +195,43 @@ class Voter:
     def _make_share(self, view: View, block: Digest) -> bytes:
         message = certificate_message(self._committee.chain_id, self._committee.epoch, view, block)
         return self._scheme.share(self.keys.share_secret, message)
+
+
+def open_voter(identity: Identity, ledger: Ledger, keystore: Path, data_directory: Path) -> Voter | str:
+    """A member's voter in the newest epoch, with the vote journal of that epoch; or why it has none.
+
+    Raises:
+        ConfigError: in epoch 0, ``keystore`` has no BLS secret, or another's. In a later one it may come yet.
+    """
+    member, secrets, committee = identity.member, identity.secrets, ledger.committee
+    if member.role not in VOTING_ROLES:
+        return "a verifier never votes"
+    share: bls.Secret | Signer = identity.signer
+    if scheme_needs(ledger.genesis.certificate_scheme).member_keys:
+        if secrets.bls_share is None:
+            return _without_share(keystore, committee.epoch, "expected a BLS key share, found none")
+        share = bls.Secret.from_bytes(secrets.bls_share)
+    try:
+        ledger.scheme.check_secret(member.id, share)
+    except Rejected as error:
+        return _without_share(keystore, committee.epoch, f"expected this member's BLS secret: {error}")
+    path = data_directory / journal_file(committee.epoch)
+    remembered, head = ledger.store.vote_mark(committee.epoch), ledger.store.head()
+    # In a later epoch a data directory may well be newer than this voter's first vote; peers are asked either way.
+    may_be_new = head is None or head.height == 0 or committee.epoch != GENESIS_EPOCH
+    try:
+        if not path.exists() and remembered is None and may_be_new:
+            journal = Journal.create(path, ledger.genesis.chain_id, member.id)
+        else:
+            journal = Journal.open(path, ledger.genesis.chain_id, member.id)
+        check_not_lost(journal.mark, VoteMark.decode(remembered) if remembered else None, 0)
+    except JournalLost as error:
+        log.critical("this node does not vote: %s", error)
+        return str(error)
+    return Voter(VotingKeys(member.id, identity.signer, share), committee, ledger.scheme, journal, ledger.store)
+
+
+def _without_share(keystore: Path, epoch: int, found: str) -> str:
+    if epoch == GENESIS_EPOCH and not later_keystores(keystore):
+        raise ConfigError(f"{keystore}: {found}")
+    return f"{epoch_keystore(keystore, epoch)}: {found}; put it there and start the node again"

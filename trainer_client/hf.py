@@ -152,7 +152,9 @@ class GovernanceCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
     ) -> None:
-        """Release, where a release was asked for."""
+        """Release, where a release was asked for; the last steps, without an admitted example, were none here."""
+        if self.run is not None:
+            state.global_step = self.run.done
         if self._release is not None and self.run is not None:
             self.run.release(self._release)
 

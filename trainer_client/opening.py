@@ -156,7 +156,8 @@ def _probe(
         example
         for source in arguments.sources
         if why_refused(policy, claims[source.id], False, arguments.plan.purpose, now_ms, now_ms) is None
-        for example in source.examples[:PROBED_EXAMPLES]
+        # One by one: a slice of a ``datasets.Dataset`` is a table of columns.
+        for example in (source.examples[row] for row in range(min(PROBED_EXAMPLES, len(source.examples))))
     ]
     if len(examples) < 3:
         _log.warning("the probe needs three admitted examples and found %d: nothing was tried", len(examples))

@@ -34,7 +34,7 @@ from node.ceremony import (
 )
 from node.clock import SystemClock
 from node.commands.fields import hex_argument
-from node.commands.network import IDENTITIES, parse_members, parse_thresholds, print_tolerances
+from node.commands.network import IDENTITIES, TWO_THIRDS, parse_members, print_tolerances, threshold_option
 from node.commands.output import print_json, print_table
 from node.files import open_regular
 from node.keystore import MODERATE_COST, Keystore, read_passphrase
@@ -84,14 +84,7 @@ def ceremony() -> None:
     show_default=True,
     help="How ledger blocks are certified.",
 )
-@click.option(
-    "--threshold",
-    "thresholds",
-    callback=parse_thresholds,
-    metavar="ROLE=N",
-    multiple=True,
-    help="Members of a role that must agree; more than half. Default: two thirds, rounded down, plus one.",
-)
+@threshold_option(TWO_THIRDS)
 @click.option(
     "--heartbeat-ms",
     type=click.IntRange(10, 86_400_000),

@@ -19,7 +19,7 @@ from consensus.portions import Portions, SaltedPortion
 from consensus.rejection import ConfigError
 from node.ceremony import MAX_MEMBERSHIP_BYTES, write_invitation
 from node.commands.member import LocalMember, load_member, read_event, signed_by
-from node.commands.network import parse_members, parse_thresholds
+from node.commands.network import TWO_THIRDS, parse_members, threshold_option
 from node.commands.output import print_json, print_table
 from node.commands.submission import deliver
 from node.provision import MemberRequest
@@ -73,14 +73,7 @@ def membership_show(config_path: Path, as_json: bool) -> None:
 @_CONFIG
 @click.option("--add", "added", callback=parse_members, metavar="NAME:ROLE", multiple=True, help="Who joins.")
 @click.option("--remove", "removed", metavar="NAME", multiple=True, help="Who leaves.")
-@click.option(
-    "--threshold",
-    "thresholds",
-    callback=parse_thresholds,
-    metavar="ROLE=N",
-    multiple=True,
-    help="Members of a role that must agree. Default: as now where a role stays as it is, else two thirds plus one.",
-)
+@threshold_option(f"as now where a role stays as it is, else {TWO_THIRDS}")
 def membership_invite(
     folder: Path,
     config_path: Path,

@@ -1,6 +1,8 @@
 """``countersign network``: the files of a network, for trials where one person plays every party."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
@@ -13,6 +15,8 @@ from node.config import Address
 from node.files import read_private
 from node.provision import DEFAULT_PURPOSES, MemberRequest, Provisioned, provision
 
+TWO_THIRDS = "two thirds, rounded down, plus one"
+Command = TypeVar("Command", bound=Callable[..., object])
 IDENTITIES = [scheme.label for scheme in SignatureScheme]
 
 
@@ -33,6 +37,18 @@ def parse_members(
                 f"expected NAME:ROLE[:HOST:PORT] with a role of {roles}, found {value}", context, parameter
             ) from error
     return tuple(requests)
+
+
+def threshold_option(default: str) -> Callable[[Command], Command]:
+    """``--threshold ROLE=N``, given again for each role; ``default`` says what holds for the others."""
+    return click.option(
+        "--threshold",
+        "thresholds",
+        callback=parse_thresholds,
+        metavar="ROLE=N",
+        multiple=True,
+        help=f"Members of a role that must agree; more than half. Default: {default}.",
+    )
 
 
 def parse_thresholds(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[Role, int]:
@@ -76,14 +92,7 @@ def network() -> None:
     type=click.Choice(IDENTITIES),
     help="What members sign with; default: what the scheme needs, or ed25519.",
 )
-@click.option(
-    "--threshold",
-    "thresholds",
-    callback=parse_thresholds,
-    metavar="ROLE=N",
-    multiple=True,
-    help="Members of a role that must agree; more than half. Default: two thirds, rounded down, plus one.",
-)
+@threshold_option(TWO_THIRDS)
 @click.option(
     "--passphrase-file",
     type=click.Path(path_type=Path),

@@ -376,15 +376,39 @@ async def test_server_that_offers_the_most_and_withholds_its_state_is_passed_ove
     behind.store.close()
 
 
-def test_last_ledger_block_of_an_epoch_is_not_offered(tmp_path: Path) -> None:
-    memory = told()
+def ending_height(memory: MemoryLedger) -> int:
+    """The ledger block that ends the first epoch."""
     terminal = next(number for number, event in enumerate(memory.events) if event.entry.kind.value == "membership")
-    height = next(
+    return next(
         number
         for number, (header, _) in enumerate(memory.certified, start=1)
         if decode_header(header, memory.chain_id).log_size > terminal
     )
-    ledger = written(memory, tmp_path / "ending", height)
+
+
+@pytest.mark.trio
+async def test_server_that_offers_the_end_of_an_epoch_all_the_same_stalls_nobody(empty: Ledger, tmp_path: Path) -> None:
+    height = ending_height(told())
+    ending, behind = written(told(), tmp_path / "ending", height), written(told(), tmp_path / "behind", height - 2)
+    header, certificate = told().certified[height - 1]
+    truth = honest(ending)
+
+    async def crooked(request: Request) -> bytes:
+        if isinstance(request, GetSnapshot):
+            return encode(Snapshot((), header, certificate, ending.final.frontier.to_bytes()))
+        if isinstance(request, GetState) and request.state_root == ending.final.state.root:
+            return encode(state_part(ending.final.state, request.start))
+        return await truth(request)
+
+    async with served([crooked, honest(behind)]) as network:
+        await catch_up(empty, network).reach(1)
+    assert empty.store.history() is not None
+    for ledger in (ending, behind):
+        ledger.store.close()
+
+
+def test_last_ledger_block_of_an_epoch_is_not_offered(tmp_path: Path) -> None:
+    ledger = written(told(), tmp_path / "ending", ending_height(told()))
     assert ledger.final.is_terminal
     assert SnapshotDesk(ledger).offer(GetSnapshot(0)) == Snapshot((), b"", b"", b"")
     ledger.store.close()
@@ -577,7 +601,7 @@ async def test_pace_lets_a_burst_through_then_holds_back_then_refuses(autojump_c
     assert trio.current_time() == pytest.approx(start + 2)
     pace = Pace(1_000)
     async with trio.open_nursery() as nursery:
-        for _ in range(6):
+        for _ in range(5):
             nursery.start_soon(pace.spend, 1_000)
         await trio.testing.wait_all_tasks_blocked()
         with pytest.raises(Rejected) as refusal:

@@ -1,7 +1,8 @@
 """``transformers.Trainer`` under a campaign: a small GPT-2 of random weights, the real rules behind real HTTP."""
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from consensus.event import CheckedEvent, Kind
 from consensus.keys import Ed25519SigningKey
 from consensus.portions import BlockWeight, ClassRule, SourceRefusal, StepOperation
 from consensus.rejection import Reason, Rejected
+from consensus.sampler import presented_examples
 from trainer_client.commitment import parameter_root_of
 from trainer_client.governed import governed
 from trainer_client.hf import (
@@ -25,7 +27,7 @@ from trainer_client.hf import (
     TrainerUnsupported,
     causal_losses,
 )
-from trainer_client.plan import CampaignPlan, TrainingSource
+from trainer_client.plan import CampaignPlan, TrainingSource, manifest_of
 from trainer_client.route import RoutingLeak
 
 pytestmark = [
@@ -60,6 +62,19 @@ def texts(name: str) -> list[bytes]:
     """Of 8 to 12 symbols each."""
     digests = [hashlib.sha256(f"{name} {number}".encode()).digest() for number in range(8)]
     return [bytes(byte % 63 + 1 for byte in digest[: 8 + number % 5]) for number, digest in enumerate(digests)]
+
+
+class Table(Sequence[bytes]):
+    """Rows by number; a slice is a table of columns."""
+
+    def __init__(self, rows: list[bytes]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: object) -> object:
+        return {"text": self.rows[place]} if isinstance(place, slice) else self.rows[place]
 
 
 class Scene:
@@ -187,6 +202,13 @@ def test_chain_is_the_one_a_plain_loop_records(scene: Scene, build: type[nn.Modu
     assert reasons == {"licence-not-admitted"}
 
 
+def test_examples_that_are_rows_of_a_table_are_probed_and_trained_on_row_by_row(scene: Scene) -> None:
+    scene.texts = {name: Table(rows) for name, rows in scene.texts.items()}
+    scene.trainer(gpt2()).train()
+    head = scene.node.head(bytes([7]) * 32)
+    assert (head.closed, head.steps) == ("released", STEPS)
+
+
 def test_refused_example_changes_no_bit_and_blocked_one_no_bit_of_the_block_in_the_first_step(tmp_path: Path) -> None:
     found: list[dict[str, Tensor]] = []
     for changed in (None, "secret", "paper"):
@@ -281,6 +303,11 @@ def test_model_that_bypasses_the_routing_is_refused_by_name_before_anything_is_o
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "stepped by evaluations"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"neftune_noise_alpha": 1.0}, "neftune"),
+        ({"fp16": True}, "fp16: a gradient scaler"),
+        ({"fsdp": ["full_shard"]}, "several processes"),
+        ({"deepspeed": "configuration.json"}, "several processes"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
     ],
     ids=str,
 )
@@ -293,6 +320,33 @@ def test_option_that_cannot_be_governed_is_refused_by_name(
     with pytest.raises(TrainerUnsupported, match=named):
         scene.trainer(gpt2(), args=arguments)
     assert scene.events(Kind.CAMPAIGN) == []
+
+
+@pytest.mark.parametrize("option", [{"model_init": gpt2}, {"train_dataset": [{"input_ids": [1]}]}], ids=str)
+def test_trainers_own_model_or_examples_are_refused_by_name(scene: Scene, option: dict[str, object]) -> None:
+    with pytest.raises(TrainerUnsupported, match=next(iter(option))):
+        scene.trainer(gpt2(), **option)
+
+
+def test_steps_without_an_admitted_example_are_recorded_also_as_the_last_ones(scene: Scene) -> None:
+    """One example a step, of three sources of which one is refused: some steps are empty, here the last too."""
+    manifest = manifest_of(scene.campaign()["sources"])  # type: ignore[arg-type]
+    secret = scene.sources["secret"]
+
+    def is_empty(seed: int, step: int) -> bool:
+        return presented_examples(manifest, bytes([seed]) * 32, 1, step)[0][0] == secret
+
+    seed = next(seed for seed in range(64) if is_empty(seed, STEPS) and not is_empty(seed, 1))
+    given = scene.campaign(9, seed)
+    given["plan"] = dataclasses.replace(given["plan"], batch_size=1)  # type: ignore[type-var]
+    callback = GovernanceCallback(**given, release=scene.directory / "tuned.safetensors")
+    arguments = scene.arguments(per_device_train_batch_size=1)
+    trainer = GovernedTrainer(gpt2(), arguments, data_collator=COLLATOR, callbacks=[callback])
+    trainer.train()
+    head = scene.node.head(bytes([9]) * 32)
+    assert (head.closed, head.steps) == ("released", STEPS)
+    assert head.admitted == sum(not is_empty(seed, step) for step in range(1, STEPS + 1))
+    assert trainer.state.global_step == STEPS
 
 
 def test_callback_in_an_ordinary_trainer_refuses_to_train_ungoverned(scene: Scene) -> None:
