@@ -15,7 +15,7 @@ from attribution.log import CampaignLog, open_log
 from attribution.questions import Question, greedy_text, read_questions
 from attribution.report import Answer, trace_json, trace_text
 from attribution.trace import control_outputs, trace_output, untraced_tensors
-from attribution.weights import build_model, find_windows, load_model, read_tensors
+from attribution.weights import find_windows, load_model, read_tensors
 from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.rejection import ConfigError, Reason, Rejected
 
@@ -50,7 +50,9 @@ _CONTEXT = click.option(
 
 @click.command("factors")
 @_MODEL
-@click.option("--base", "base_path", type=click.Path(path_type=Path), required=True, help="The base model's weights.")
+@click.option(
+    "--weights", "weights_path", type=click.Path(path_type=Path), required=True, help="The weights to fit factors of."
+)
 @_TEXT
 @_CONTEXT
 @click.option(
@@ -65,32 +67,32 @@ _CONTEXT = click.option(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def factors_command(
     architecture: str,
-    base_path: Path,
+    weights_path: Path,
     text_path: Path | None,
     context_tokens: int,
     sequence_count: int,
     out: Path,
     as_json: bool,
 ) -> None:
-    """Fit a base model's Kronecker factors over public text, once, for every trace to come.
+    """Fit a model's Kronecker factors over public text, once, for every trace to come.
 
-    Prints the digest that a campaign may commit to (CampaignPlan.factors_digest), so that nobody chooses factors to
-    suit an answer. Models read text as bytes.
+    Those of the released weights make the better answers, and are what traces fit for themselves. Those of the base
+    model can be had before the fine-tune: a campaign may commit to the digest printed here
+    (CampaignPlan.factors_digest), so that nobody chooses factors to suit an answer. Models read text as bytes.
 
     \b
     Example:
-      countersign factors --model my_model:build --base base.safetensors --out base.factors
+      countersign factors --model my_model:build --weights tuned.safetensors --out tuned.factors
     """
-    model = build_model(architecture)
-    held = read_tensors(base_path)
-    model = load_model(architecture, base_path, held.root, "base model")
+    held = read_tensors(weights_path)
+    model = load_model(architecture, weights_path, held.root, "model")
     tensors = factor_tensors(_fit(model, _sequences(text_path, context_tokens), sequence_count))
     save_file(tensors, out)
     root = read_tensors(out).root
     if as_json:
-        click.echo(json.dumps({"base": held.root.hex(), "factors": root.hex(), "file": str(out)}, indent=2))
+        click.echo(json.dumps({"weights": held.root.hex(), "factors": root.hex(), "file": str(out)}, indent=2))
         return
-    click.echo(f"base     {held.root.hex()}")
+    click.echo(f"weights  {held.root.hex()}")
     click.echo(f"factors  {root.hex()}")
     click.echo(f"kept in  {out}")
 
@@ -119,7 +121,10 @@ def factors_command(
 @click.option("--genesis", "genesis_path", type=click.Path(path_type=Path), required=True, help="genesis.json.")
 @click.option("--chain-id", required=True, help="The pinned chain id, 64 hex digits: what you trust.")
 @click.option(
-    "--factors", "factors_path", type=click.Path(path_type=Path), help="As countersign factors wrote; else fitted now."
+    "--factors",
+    "factors_path",
+    type=click.Path(path_type=Path),
+    help="As countersign factors wrote; else those of the released weights, fitted now.",
 )
 @_TEXT
 @_CONTEXT
@@ -167,7 +172,7 @@ def trace_command(
     tuned = load_model(architecture, tuned_path, release.parameter_root, "campaign's release")
     search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
     sequences = _sequences(text_path, context_tokens)
-    factors = _factors(log, base, factors_path, sequences)
+    factors = _factors(log, tuned, factors_path, sequences)
     untraced = untraced_tensors(log.provenance.campaign, factors)
     shaped = []
     for number, question in enumerate(questions):
@@ -197,14 +202,14 @@ def _questions(prompt: str | None, completion: str | None, span: str | None, pat
 
 
 def _factors(
-    log: CampaignLog, base: nn.Module, path: Path | None, sequences: Sequence[bytes]
+    log: CampaignLog, tuned: nn.Module, path: Path | None, sequences: Sequence[bytes]
 ) -> dict[str, WeightFactors]:
     committed = log.provenance.campaign.factors_digest
     if path is None:
-        tensors = factor_tensors(_fit(base, sequences, FACTOR_SEQUENCES))
+        tensors = factor_tensors(_fit(tuned, sequences, FACTOR_SEQUENCES))
         if committed:
             click.echo("note: the campaign commits to factors; give them with --factors", err=True)
-        return factors_from(tensors, base)
+        return factors_from(tensors, tuned)
     held = read_tensors(path)
     if committed and held.root != committed:
         raise Rejected(
@@ -212,7 +217,7 @@ def _factors(
         )
     if not committed:
         click.echo("note: the campaign commits to no factors: these are the asker's choice", err=True)
-    return factors_from(held.tensors, base)
+    return factors_from(held.tensors, tuned)
 
 
 def _fit(model: nn.Module, sequences: Sequence[bytes], count: int) -> dict[str, WeightFactors]:

@@ -3,8 +3,13 @@
 The measure is the sum over tokens of ``log p / (1 − p)``, the log-odds, not the loss: where a model is sure of an
 output the gradient of its loss vanishes, though that output is exactly what was learned (Park et al., *TRAK*, arXiv
 2303.14186, §3).
+
+Its direction is averaged over the straight path from base to tuned weights: that average times the change of the
+weights *is* what the output gained, whereas the gradient at the end is what one step more would bring (integrated
+gradients, Sundararajan, Taly and Yan, arXiv 1703.01365, with weights for inputs).
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +19,8 @@ from torch import Tensor, nn
 from attribution.weights import linear_weights
 from consensus.rejection import Reason, Rejected
 
+PATH = (0.25, 0.75)
+"""Where on the way from base to tuned weights gradients are taken: the midpoint rule with two points."""
 LEAST_CHANCE = 1e-6
 """Chances are kept this far from 0 and 1, where log-odds have no gradient in float32."""
 
@@ -68,3 +75,22 @@ def greedy_completion(model: nn.Module, prompt: Sequence[int], count: int) -> tu
             logits_V = model(torch.tensor([tokens], dtype=torch.int64))[0, -1]
             tokens.append(int(logits_V.argmax()))
     return tuple(tokens[len(prompt) :])
+
+
+def path_gradients(base: nn.Module, tuned: nn.Module, outputs: Sequence[Output]) -> list[dict[str, Tensor]]:
+    """For each output the mean of ``log_odds_gradients`` over :data:`PATH`, from ``base`` to ``tuned``.
+
+    Raises:
+        Rejected: ``BAD_FIELD`` when one is not finite.
+    """
+    between = copy.deepcopy(tuned)
+    sums: list[dict[str, Tensor]] = [{} for _ in outputs]
+    for place in PATH:
+        with torch.no_grad():
+            for held, first, last in zip(between.parameters(), base.parameters(), tuned.parameters(), strict=True):
+                held.copy_(torch.lerp(first, last, place))
+        for held_sums, output in zip(sums, outputs, strict=True):
+            for name, gradient in log_odds_gradients(between, output).items():
+                part = gradient / len(PATH)
+                held_sums[name] = held_sums[name] + part if name in held_sums else part
+    return sums

@@ -1,11 +1,11 @@
 """From an output back to the sources that shaped it.
 
 For output ``f`` and source ``s``: ``score_s = − Σ_W < P ∇_W f , A_sW >``, with ``A_sW`` what the source's examples
-added to the gradient of weight ``W``, times learning rate (the committed accumulators) and ``P`` the factors'
-preconditioner, on the query's side. Positive: the source's examples raised the output. The scores of control outputs,
-which no source is known to have shaped, give each source a mean and a deviation to be judged by; there, scores are
-divided by the query's length in the metric of ``P``, since an unlikely output has a long gradient whoever wrote it
-(measured on planted facts: the right source stood 5.9, 7.5 and 11 deviations out, undivided 2.7, 2.3 and 5.9).
+added to the gradient of weight ``W``, times learning rate (the committed accumulators), ``∇_W f`` averaged over the way
+from base to tuned weights (``query.path_gradients``) and ``P`` the factors' preconditioner, on the query's side.
+Positive: the source's examples raised the output. The scores of control outputs, which no source is known to have
+shaped, give each source a mean and a deviation to be judged by; there, scores are divided by the query's length in the
+metric of ``P``, since an unlikely output has a long gradient whoever wrote it (docs/adr/013, docs/adr/017).
 
 Only what is committed counts: a window whose file is missing or altered is left out and named, and the answer says
 which steps it rests on.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution.factors import WeightFactors
-from attribution.query import Output, log_chances, log_odds_gradients
+from attribution.query import Output, log_chances, path_gradients
 from attribution.weights import WindowFile, accumulators_of
 from consensus import portions as p
 from consensus.predicates.accumulators import Provenance, UsedSource
@@ -108,7 +108,8 @@ def trace_output(
     if not files:
         raise Rejected(Reason.NOT_FOUND, "no window's accumulators are here: there is nothing to trace by")
     progress("gradients of the output and its controls")
-    queries, lengths = zip(*(_preconditioned(tuned, factors, asked) for asked in (output, *controls)), strict=True)
+    gradients = path_gradients(base, tuned, (output, *controls))
+    queries, lengths = zip(*(_preconditioned(factors, gradient) for gradient in gradients), strict=True)
     block_of = {tensor.name: block.name for block in provenance.campaign.parameter_blocks for tensor in block.tensors}
     known = {source.id: source for source in provenance.sources}
     tallies = {source: _Tally([0.0] * len(queries)) for source in known}
@@ -166,12 +167,11 @@ def untraced_tensors(campaign: p.Campaign, factors: Mapping[str, WeightFactors])
 
 
 def _preconditioned(
-    model: nn.Module, factors: Mapping[str, WeightFactors], output: Output
+    factors: Mapping[str, WeightFactors], gradients: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], float]:
-    """The output's preconditioned gradients, and the length of its gradient in the preconditioner's metric."""
-    gradients = {name: held for name, held in log_odds_gradients(model, output).items() if name in factors}
-    queries = {name: factors[name].precondition(gradient) for name, gradient in gradients.items()}
-    square = sum(torch.sum(queries[name] * gradient).item() for name, gradient in gradients.items())
+    """An output's preconditioned gradients, and the length of its gradient in the preconditioner's metric."""
+    queries = {name: held.precondition(gradients[name]) for name, held in factors.items()}
+    square = sum(torch.sum(query * gradients[name]).item() for name, query in queries.items())
     return queries, math.sqrt(max(square, 0.0)) or 1.0
 
 

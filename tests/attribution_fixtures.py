@@ -87,12 +87,11 @@ def traced() -> Traced:
             ledger = _sealed(node)
     finally:
         torch.set_num_threads(threads)
-    base = load_file(folder / "base.safetensors")
     model = build()
-    model.load_state_dict(base)
+    model.load_state_dict(load_file(folder / "tuned.safetensors"))
     texts = [list(piece) for piece in public_text(128)[:128]]
     factors = fit_factors(model, [torch.tensor(texts[start : start + 16]) for start in range(0, len(texts), 16)])
-    save_file(factor_tensors(factors), folder / "base.factors")
+    save_file(factor_tensors(factors), folder / "tuned.factors")
     (folder / "genesis.json").write_bytes(genesis_to_json(ledger.genesis))
     made = Traced(folder, ledger, sources)
     (folder / "campaign.bundle").write_bytes(made.bundle())

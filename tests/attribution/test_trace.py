@@ -12,10 +12,18 @@ from click.testing import CliRunner, Result
 from ledger_fixtures import story
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from attribution.commands import public_text
 from attribution.factors import factor_tensors, factors_from, fit_factors
-from attribution.query import LEAST_CHANCE, Output, greedy_completion, log_chances, log_odds_gradients
+from attribution.query import (
+    LEAST_CHANCE,
+    Output,
+    greedy_completion,
+    log_chances,
+    log_odds_gradients,
+    path_gradients,
+)
 from attribution.trace import Trace
 from attribution.weights import accumulators_of, find_windows, linear_weights, read_tensors
 from consensus.accumulators import AccumulatorWindow
@@ -46,7 +54,7 @@ def ask(folder: Path, *more: object, prompt: bytes = FACTS["harbour"][0], chain_
         "--genesis", folder / "genesis.json", "--chain-id", chain_id or traced().chain_id, *more,
     ]  # fmt: skip
     if "--factors" not in more:
-        arguments += ["--factors", folder / "base.factors"]
+        arguments += ["--factors", folder / "tuned.factors"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
@@ -55,7 +63,7 @@ def ask(folder: Path, *more: object, prompt: bytes = FACTS["harbour"][0], chain_
 def asked_by_file(folder: Path, questions: Path, *more: object) -> Result:
     arguments = [
         "trace", "--model", "attribution_fixtures:build", "--base", folder / "base.safetensors",
-        "--tuned", folder / "tuned.safetensors", "--outputs", questions, "--factors", folder / "base.factors",
+        "--tuned", folder / "tuned.safetensors", "--outputs", questions, "--factors", folder / "tuned.factors",
         "--accumulators", folder / "run" / "accumulators", "--bundle", folder / "campaign.bundle",
         "--genesis", folder / "genesis.json", "--chain-id", traced().chain_id, *more,
     ]  # fmt: skip
@@ -163,7 +171,7 @@ def test_factors_are_a_function_of_model_and_text_and_their_file_gives_the_same_
     kept, text = tmp_path / "base.factors", tmp_path / "public.txt"
     text.write_bytes(b"".join(public_text(128)[:64]))
     base = traced().folder / "base.safetensors"
-    fitting = ["factors", "--model", "attribution_fixtures:build", "--base", base, "--text", text, "--out", kept]
+    fitting = ["factors", "--model", "attribution_fixtures:build", "--weights", base, "--text", text, "--out", kept]
     printed = [CliRunner().invoke(main, [str(word) for word in fitting]).stdout for _ in range(2)]
     assert printed[0] == printed[1]
     assert read_tensors(kept).root.hex() in printed[0]
@@ -307,6 +315,30 @@ def test_verdict_covers_every_step_and_says_who_claims_what() -> None:
         name: name != REFUSED for name in FACTS
     }
     assert opened.campaign == CAMPAIGN
+
+
+def test_path_gradients_times_the_change_of_the_weights_are_what_the_output_gained() -> None:
+    torch.manual_seed(0)
+    base, tuned = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)), nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7))
+    tuned.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        tuned[1].weight.add_(torch.randn(7, 5))
+    before = [parameter.clone() for parameter in (*base.parameters(), *tuned.parameters())]
+    output = Output((1, 2, 3, 4), 1, 4)
+
+    def log_odds(model: nn.Module) -> float:
+        chances = log_chances(model, output)
+        return (chances - torch.log1p(-chances.exp())).sum().item()
+
+    (gradients,) = path_gradients(base, tuned, [output])
+    moved = (tuned[1].weight - base[1].weight).detach()
+    gained = log_odds(tuned) - log_odds(base)
+    assert abs(gained) > 0.1
+    assert torch.sum(gradients["1.weight"] * moved).item() == pytest.approx(gained, rel=0.05)
+    at_the_end = log_odds_gradients(tuned, output)["1.weight"]
+    assert torch.sum(at_the_end * moved).item() != pytest.approx(gained, rel=0.05)
+    after = (*base.parameters(), *tuned.parameters())
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_factors_precondition_as_the_damped_inverse_of_the_fisher_of_one_linear_map() -> None:
