@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from attribution.factors import WeightFactors, factor_tensors, factors_from, fit_factors
+from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
 from attribution.log import CampaignLog, open_log
 from attribution.questions import Question, greedy_text, read_questions
 from attribution.report import Answer, trace_json, trace_text
@@ -124,7 +124,7 @@ def factors_command(
     "--factors",
     "factors_path",
     type=click.Path(path_type=Path),
-    help="As countersign factors wrote; else those of the released weights, fitted now.",
+    help="As countersign factors wrote. Default: fitted now, unless the campaign commits to factors.",
 )
 @_TEXT
 @_CONTEXT
@@ -172,7 +172,7 @@ def trace_command(
     tuned = load_model(architecture, tuned_path, release.parameter_root, "campaign's release")
     search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
     sequences = _sequences(text_path, context_tokens)
-    factors = _factors(log, tuned, factors_path, sequences)
+    factors, origin = chosen_factors(log, tuned, factors_path, sequences)
     untraced = untraced_tensors(log.provenance.campaign, factors)
     shaped = []
     for number, question in enumerate(questions):
@@ -180,7 +180,7 @@ def trace_command(
         controls = control_outputs([list(sequence) for sequence in sequences], output)[-CONTROLS:]
         trace = trace_output(base, tuned, factors, log.provenance, search.found, output, controls, _told)
         says = {name: greedy_text(model, question.prompt, count) for name, model in (("base", base), ("tuned", tuned))}
-        answer = Answer(asked, question.prompt, says["base"], says["tuned"], trace, search, untraced)
+        answer = Answer(asked, question.prompt, says["base"], says["tuned"], trace, search, untraced, origin)
         if as_json:
             click.echo(trace_json(log, answer, indent=2 if outputs_path is None else None))
         else:
@@ -201,23 +201,26 @@ def _questions(prompt: str | None, completion: str | None, span: str | None, pat
     return read_questions(path)
 
 
-def _factors(
+def chosen_factors(
     log: CampaignLog, tuned: nn.Module, path: Path | None, sequences: Sequence[bytes]
-) -> dict[str, WeightFactors]:
+) -> tuple[dict[str, WeightFactors], FactorsOrigin]:
+    """Those that the campaign commits to, where it does; else those of a file, else fitted on the released weights.
+
+    Raises:
+        ConfigError: the campaign commits to factors, and no file is given.
+        Rejected: ``DIGEST_MISMATCH`` for a file of others; as ``read_tensors`` and ``factors_from``.
+    """
     committed = log.provenance.campaign.factors_digest
     if path is None:
-        tensors = factor_tensors(_fit(tuned, sequences, FACTOR_SEQUENCES))
         if committed:
-            click.echo("note: the campaign commits to factors; give them with --factors", err=True)
-        return factors_from(tensors, tuned)
+            raise ConfigError(f"the campaign commits to factors {committed.hex()}: give their file with --factors")
+        return _fit(tuned, sequences, FACTOR_SEQUENCES), FactorsOrigin.FITTED
     held = read_tensors(path)
     if committed and held.root != committed:
         raise Rejected(
             Reason.DIGEST_MISMATCH, f"{path} has root {held.root.hex()}, the campaign commits to {committed.hex()}"
         )
-    if not committed:
-        click.echo("note: the campaign commits to no factors: these are the asker's choice", err=True)
-    return factors_from(held.tensors, tuned)
+    return factors_from(held.tensors, tuned), FactorsOrigin.COMMITTED if committed else FactorsOrigin.GIVEN
 
 
 def _fit(model: nn.Module, sequences: Sequence[bytes], count: int) -> dict[str, WeightFactors]:

@@ -16,6 +16,7 @@ seed.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,17 @@ class WeightFactors:
         """The gradient in the damped inverse metric."""
         rotated = self.output_vectors.T @ gradient_OI @ self.input_vectors
         return self.output_vectors @ (rotated / (self.eigenvalues + self.eigenvalues.mean())) @ self.input_vectors.T
+
+
+class FactorsOrigin(StrEnum):
+    """Where the factors of a trace come from."""
+
+    COMMITTED = "committed"
+    """A file whose root stands in the campaign."""
+    GIVEN = "given"
+    """A file of the asker's choice."""
+    FITTED = "fitted"
+    """Fitted for this trace, on the released weights, over a text of the asker's choice."""
 
 
 @dataclass(slots=True)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from attribution.weights import linear_weights
 from consensus.rejection import Reason, Rejected
 
-PATH = (0.25, 0.75)
-"""Where on the way from base to tuned weights gradients are taken: the midpoint rule with two points."""
+PATH_POINTS = (0.25, 0.75)
+"""Shares of the way from base to tuned weights at which gradients are taken: the midpoint rule with two points."""
 LEAST_CHANCE = 1e-6
 """Chances are kept this far from 0 and 1, where log-odds have no gradient in float32."""
 
@@ -77,20 +77,23 @@ def greedy_completion(model: nn.Module, prompt: Sequence[int], count: int) -> tu
     return tuple(tokens[len(prompt) :])
 
 
-def path_gradients(base: nn.Module, tuned: nn.Module, outputs: Sequence[Output]) -> list[dict[str, Tensor]]:
-    """For each output the mean of ``log_odds_gradients`` over :data:`PATH`, from ``base`` to ``tuned``.
+def models_along(base: nn.Module, tuned: nn.Module) -> list[nn.Module]:
+    """Models with the weights at :data:`PATH_POINTS` of the straight way from ``base`` to ``tuned``."""
+    models = []
+    for share in PATH_POINTS:
+        model = copy.deepcopy(tuned)
+        with torch.no_grad():
+            for held, first, last in zip(model.parameters(), base.parameters(), tuned.parameters(), strict=True):
+                held.copy_(torch.lerp(first, last, share))
+        models.append(model)
+    return models
+
+
+def mean_gradients(models: Sequence[nn.Module], output: Output) -> dict[str, Tensor]:
+    """The mean of ``log_odds_gradients`` over models.
 
     Raises:
         Rejected: ``BAD_FIELD`` when one is not finite.
     """
-    between = copy.deepcopy(tuned)
-    sums: list[dict[str, Tensor]] = [{} for _ in outputs]
-    for place in PATH:
-        with torch.no_grad():
-            for held, first, last in zip(between.parameters(), base.parameters(), tuned.parameters(), strict=True):
-                held.copy_(torch.lerp(first, last, place))
-        for held_sums, output in zip(sums, outputs, strict=True):
-            for name, gradient in log_odds_gradients(between, output).items():
-                part = gradient / len(PATH)
-                held_sums[name] = held_sums[name] + part if name in held_sums else part
-    return sums
+    gradients = [log_odds_gradients(model, output) for model in models]
+    return {name: torch.stack([each[name] for each in gradients]).mean(dim=0) for name in gradients[0]}

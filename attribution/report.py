@@ -4,12 +4,18 @@ import json
 import math
 from dataclasses import dataclass
 
+from attribution.factors import FactorsOrigin
 from attribution.log import CampaignLog
 from attribution.trace import SourceScore, Trace
 from attribution.weights import Search
 from consensus.predicates.accumulators import UsedSource
 
 ROWS_SHOWN = 10
+FACTORS_SHOWN = {
+    FactorsOrigin.COMMITTED: "the campaign's own",
+    FactorsOrigin.GIVEN: "the asker's choice, since the campaign commits to none",
+    FactorsOrigin.FITTED: "fitted now on the released weights, since the campaign commits to none",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,7 @@ class Answer:
     trace: Trace
     search: Search
     untraced: tuple[str, ...]
+    factors: FactorsOrigin
 
 
 def trace_text(log: CampaignLog, answer: Answer) -> str:
@@ -71,6 +78,7 @@ def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
         "shaped_here": trace.shaped_here,
         "log_chance": {"base": trace.base_log_chance, "tuned": trace.tuned_log_chance},
         "controls": trace.controls,
+        "factors": answer.factors,
         "sources": [_row(row) for row in trace.ranked],
         "windows": {
             "used": list(trace.windows),
@@ -121,6 +129,7 @@ def _assurance(log: CampaignLog, answer: Answer) -> list[str]:
         f"  claimed   by {provenance.operator}: that these are the gradients; 0 of {provenance.steps} steps were run "
         "again by anybody else",
         f"  measured  against {trace.controls} control outputs; z counts their deviations",
+        f"  weighed   by Kronecker factors: {FACTORS_SHOWN[answer.factors]}",
     ]
     lines += [
         f"  left out  steps {held.window.first} to {held.window.last}: {shown(held.why)}" for held in search.missing

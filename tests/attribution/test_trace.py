@@ -14,15 +14,17 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from attribution.commands import public_text
-from attribution.factors import factor_tensors, factors_from, fit_factors
+from attribution.commands import chosen_factors, public_text
+from attribution.factors import FactorsOrigin, factor_tensors, factors_from, fit_factors
+from attribution.log import CampaignLog, open_log
 from attribution.query import (
     LEAST_CHANCE,
     Output,
     greedy_completion,
     log_chances,
     log_odds_gradients,
-    path_gradients,
+    mean_gradients,
+    models_along,
 )
 from attribution.trace import Trace
 from attribution.weights import accumulators_of, find_windows, linear_weights, read_tensors
@@ -31,9 +33,10 @@ from consensus.bundle import MAGIC, Bundle, encode_bundle, open_bundle
 from consensus.codec import decode
 from consensus.epochs import anchor
 from consensus.genesis import genesis_to_json
+from consensus.identifiers import ChainId
 from consensus.predicates import Answer, Predicate, verify
 from consensus.predicates.accumulators import provenance
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected
 from node.bundles import export_bundle
 from node.cli import main
 from trainer_client.demo.model import ByteModel
@@ -70,6 +73,11 @@ def asked_by_file(folder: Path, questions: Path, *more: object) -> Result:
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
+
+
+def opened_log() -> CampaignLog:
+    folder = traced().folder
+    return open_log(folder / "campaign.bundle", folder / "genesis.json", ChainId(bytes.fromhex(traced().chain_id)))
 
 
 def answer(folder: Path, name: str, code: int = 0) -> dict[str, object]:
@@ -177,8 +185,36 @@ def test_factors_are_a_function_of_model_and_text_and_their_file_gives_the_same_
     assert read_tensors(kept).root.hex() in printed[0]
     asked = ["--completion", "at half four", "--text", text, "--json"]
     result = ask(traced().folder, *asked, "--factors", kept, prompt=FACTS["market"][0])
-    assert "commits to no factors" in result.stderr
-    assert json.loads(result.stdout)["sources"][0]["name"] == "market"
+    found = json.loads(result.stdout)
+    assert found["factors"] == "given"
+    assert found["sources"][0]["name"] == "market"
+
+
+def test_factors_are_fitted_on_the_release_where_none_are_given() -> None:
+    log, tuned, pieces = opened_log(), build(), public_text(128)[:64]
+    tuned.load_state_dict(load_file(traced().folder / "tuned.safetensors"))
+    factors, origin = chosen_factors(log, tuned, None, pieces)
+    batches = [torch.tensor([list(piece) for piece in pieces[start : start + 16]]) for start in range(0, 64, 16)]
+    expected = factor_tensors(fit_factors(tuned, batches))
+    assert origin is FactorsOrigin.FITTED
+    assert all(torch.equal(part, expected[name]) for name, part in factor_tensors(factors).items())
+
+
+def test_factors_that_the_campaign_commits_to_are_the_only_ones_it_is_asked_by() -> None:
+    kept, log, model = traced().folder / "tuned.factors", opened_log(), build()
+    root = read_tensors(kept).root
+
+    def committing(digest: bytes) -> CampaignLog:
+        campaign = replace(log.provenance.campaign, factors_digest=digest)
+        return dataclasses.replace(log, provenance=dataclasses.replace(log.provenance, campaign=campaign))
+
+    assert chosen_factors(committing(root), model, kept, [])[1] is FactorsOrigin.COMMITTED
+    assert chosen_factors(log, model, kept, [])[1] is FactorsOrigin.GIVEN
+    with pytest.raises(ConfigError, match=root.hex()):
+        chosen_factors(committing(root), model, None, public_text(128)[:64])
+    with pytest.raises(Rejected, match=root.hex()) as caught:
+        chosen_factors(committing(bytes(32)), model, kept, [])
+    assert caught.value.reason is Reason.DIGEST_MISMATCH
 
 
 # What is not proved
@@ -317,7 +353,7 @@ def test_verdict_covers_every_step_and_says_who_claims_what() -> None:
     assert opened.campaign == CAMPAIGN
 
 
-def test_path_gradients_times_the_change_of_the_weights_are_what_the_output_gained() -> None:
+def test_gradients_along_the_path_times_the_change_of_the_weights_are_what_the_output_gained() -> None:
     torch.manual_seed(0)
     base, tuned = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)), nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7))
     tuned.load_state_dict(base.state_dict())
@@ -330,7 +366,7 @@ def test_path_gradients_times_the_change_of_the_weights_are_what_the_output_gain
         chances = log_chances(model, output)
         return (chances - torch.log1p(-chances.exp())).sum().item()
 
-    (gradients,) = path_gradients(base, tuned, [output])
+    gradients = mean_gradients(models_along(base, tuned), output)
     moved = (tuned[1].weight - base[1].weight).detach()
     gained = log_odds(tuned) - log_odds(base)
     assert abs(gained) > 0.1
