@@ -136,6 +136,11 @@ class CatchUp:
         """Whether ledger blocks are being fetched now."""
         return self._lock.locked()
 
+    @property
+    def undecided(self) -> bool:
+        """Whether the log is to begin at a snapshot and has not begun, nor will it be replayed."""
+        return self._joining is not None and self._ledger.final.header.height == 0 and not self._joining.given_up
+
     async def idle(self) -> None:
         """Until nothing is being fetched."""
         async with self._lock:

@@ -139,6 +139,11 @@ class Network:
         return frozenset(member for member, state in self._members.items() if len(state.links) == len(LinkKind))
 
     @property
+    def peer_count(self) -> int:
+        """How many other members there are, connected or not."""
+        return len(self._members)
+
+    @property
     def listen_port(self) -> int:
         """The port we listen on, known once open."""
         return self._addresses[0][1]

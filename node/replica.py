@@ -304,11 +304,14 @@ class Replica:
         """
         await self._intake.offer(peer)
         try:
-            if await self.catch_up.from_peer(peer):
-                self._caught_up()
+            while True:
+                if await self.catch_up.from_peer(peer):
+                    self._caught_up()
+                await trio.sleep(GREETED_AGAIN_SECONDS)
+                if not self.catch_up.undecided or peer not in self._network.connected:
+                    break
         except CertifiedInvalid as error:
             self._stop(str(error))
-        await trio.sleep(GREETED_AGAIN_SECONDS)
         greeting.discard(peer)
 
     def _caught_up(self) -> None:

@@ -52,6 +52,8 @@ REQUEST_SECONDS = 10.0
 ATTEMPTS = 3
 PATIENCE = 3
 """A peer that failed so often is taken to offer nothing: it must not keep a node from replaying a short log."""
+SETTLE_SECONDS = 10.0
+"""How long peers that are not connected yet are waited for, while fewer than half have said what they offer."""
 _NOTHING = Snapshot((), b"", b"", b"")
 
 
@@ -127,6 +129,9 @@ class Joining:
         self._network = network
         self._begun = begun
         self._disappointments: Counter[MemberId] = Counter()
+        self._first_asked: float | None = None
+        self.given_up = False
+        """Nobody offers a snapshot: the log is replayed."""
 
     async def run(self) -> bool:
         """Begin at a snapshot that a peer offers; whether there was one.
@@ -137,6 +142,7 @@ class Joining:
         for _ in range(ATTEMPTS):
             offer = await self._offer()
             if offer is None:
+                self.given_up = True
                 return False
             state = await self._state(offer)
             begun = LedgerState(offer.state.header, offer.state.digest, offer.state.frontier, state or StateMap())
@@ -156,22 +162,31 @@ class Joining:
         """The highest snapshot that any connected peer offers, of those that disappointed least.
 
         Raises:
-            Unavailable: none does, and of some it is not known yet.
+            Unavailable: none does so far, and too few have said so to replay the whole log.
         """
+        if self._first_asked is None:
+            self._first_asked = trio.current_time()
         best: Offer | None = None
-        unknown = False
+        unknown = known = 0
         for peer in sorted(self._network.connected):
             try:
                 offer = await self._offer_of(peer)
             except (Rejected, Unavailable) as error:
                 log.info("snapshot of %s: %s", peer.hex()[:16], error)
+                if peer not in self._network.connected:
+                    continue  # a link that broke says nothing about what its peer holds
                 self._disappointments[peer] += 1
-                unknown = unknown or self._disappointments[peer] < PATIENCE
+                if self._disappointments[peer] < PATIENCE:
+                    unknown += 1
+                else:
+                    known += 1
                 continue
+            known += 1
             if offer and (best is None or self._rank(offer) > self._rank(best)):
                 best = offer
-        if best is None and unknown:
-            raise Unavailable("not every peer has said what it offers")
+        settled = trio.current_time() - self._first_asked > SETTLE_SECONDS
+        if best is None and (unknown or not known or (2 * known < self._network.peer_count and not settled)):
+            raise Unavailable(f"{known} of {self._network.peer_count} peers have said that they offer nothing")
         return best
 
     def _rank(self, offer: Offer) -> tuple[int, int]:

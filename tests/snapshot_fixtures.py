@@ -53,9 +53,9 @@ def honest(ledger: Ledger) -> Answer:
 
 
 @asynccontextmanager
-async def served(answers: Sequence[Answer]) -> AsyncIterator[Network]:
-    """The network of one who asks servers that answer so, once all are connected."""
-    parties = make_parties(len(answers) + 1)
+async def served(answers: Sequence[Answer], away: int = 0) -> AsyncIterator[Network]:
+    """The network of one who asks servers that answer so, once all but those that are away are connected."""
+    parties = make_parties(len(answers) + 1 + away)
     client = network_of(parties[0], parties)
 
     def handler(answer: Answer) -> RequestHandler:
@@ -65,7 +65,7 @@ async def served(answers: Sequence[Answer]) -> AsyncIterator[Network]:
         return handle
 
     async with AsyncExitStack() as stack:
-        for party, answer in zip(parties[1:], answers, strict=True):
+        for party, answer in zip(parties[1 : len(answers) + 1], answers, strict=True):
             await stack.enter_async_context(network_of(party, parties).open(handler(answer)))
         await stack.enter_async_context(client.open())
         await until(lambda: len(client.connected) == len(answers))

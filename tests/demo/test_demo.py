@@ -20,7 +20,8 @@ import pytest
 pytestmark = pytest.mark.processes
 
 SCRIPTS = sysconfig.get_path("scripts")
-STEPS = 30
+STEPS = 60
+"""Enough that grants are still to be asked for when the revocation is final, also where a node starts slowly."""
 ALL_CHECKS = {
     "included",
     "policy-in-force",

@@ -338,6 +338,52 @@ async def test_peer_that_fails_for_a_moment_costs_no_snapshot(full: Ledger, empt
     assert empty.store.history() is not None
 
 
+def says_nothing(full: Ledger) -> Answer:
+    truth = honest(full)
+
+    async def offers_nothing(request: Request) -> bytes:
+        return encode(Snapshot((), b"", b"", b"")) if isinstance(request, GetSnapshot) else await truth(request)
+
+    return offers_nothing
+
+
+@pytest.mark.trio
+async def test_one_peer_that_offers_nothing_does_not_decide_while_more_are_awaited(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served([says_nothing(full)], away=2) as network:
+        (peer,) = network.connected
+        fetching = catch_up(empty, network)
+        assert not await fetching.from_peer(peer)
+        assert empty.final.header.height == 0
+        assert fetching.undecided
+        monkeypatch.setattr(snapshot, "SETTLE_SECONDS", 0.0)
+        assert await fetching.from_peer(peer)
+        assert not fetching.undecided
+    assert empty.final.digest == full.final.digest
+    assert empty.store.history() is None
+
+
+@pytest.mark.trio
+async def test_half_of_the_peers_that_offer_nothing_decide_at_once(full: Ledger, empty: Ledger) -> None:
+    async with served([says_nothing(full), says_nothing(full)], away=2) as network:
+        assert await catch_up(empty, network).from_peer(min(network.connected))
+    assert empty.final.digest == full.final.digest
+    assert empty.store.history() is None
+
+
+@pytest.mark.trio
+async def test_node_whose_peers_cannot_be_reached_does_not_take_them_to_offer_nothing(
+    full: Ledger, empty: Ledger
+) -> None:
+    async with served([honest(full)]) as network:
+        fetching = catch_up(empty, network)
+        (peer,) = network.connected
+    for _ in range(snapshot.PATIENCE + 1):
+        assert not await fetching.from_peer(peer)
+    assert fetching.undecided
+
+
 @pytest.mark.trio
 async def test_server_that_never_says_what_it_offers_does_not_keep_a_short_log_from_being_replayed(
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
