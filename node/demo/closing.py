@@ -12,7 +12,16 @@ from consensus.event import Kind
 from consensus.rejection import Unavailable
 from node.demo.consortium import GUILD, LABORATORY, Claims, Consortium
 from node.demo.display import NO, OK, safe
-from node.demo.facts import CheckFacts, FinalityFacts, Moment, PartyFacts, RecallFacts, RunFacts, ToleranceFacts
+from node.demo.facts import (
+    CheckFacts,
+    FinalityFacts,
+    Moment,
+    PartyFacts,
+    RecallFacts,
+    RunFacts,
+    ToleranceFacts,
+    TracingFacts,
+)
 from node.demo.findings import certificate_bytes, count_events, read_campaign
 from node.demo.processes import countersign_command
 from node.demo.training import JobSummary
@@ -27,6 +36,8 @@ class Seen:
     moments: tuple[Moment, ...]
     parties: tuple[PartyFacts, ...]
     checks: tuple[CheckFacts, ...]
+    recall: tuple[RecallFacts, ...]
+    tracing: TracingFacts
     release_file: Path
 
 
@@ -45,8 +56,6 @@ def gather(consortium: Consortium, claims: Claims, job: JobSummary, run: Seen) -
     if status is None or operator is None:
         raise Unavailable("a node stopped answering")
     release = run.release_file.read_bytes()
-    fates = {claims.corpus.licence_refused: "refused", claims.corpus.purpose_refused: "refused"}
-    fates[claims.corpus.revoked] = "revoked"
     return RunFacts(
         chain_id=consortium.chain_id.hex(),
         origin=consortium.made.genesis.name,
@@ -74,19 +83,8 @@ def gather(consortium: Consortium, claims: Claims, job: JobSummary, run: Seen) -
         moments=run.moments,
         shares=campaign.shares,
         checks=run.checks,
-        recall=tuple(
-            RecallFacts(
-                source=fact.source,
-                prompt=fact.prompt,
-                completion=fact.completion,
-                base_says=fact.base.text,
-                tuned_says=fact.tuned.text,
-                base_probability=fact.base.probability,
-                tuned_probability=fact.tuned.probability,
-                fate=fates.get(fact.source, "admitted"),
-            )
-            for fact in job.facts
-        ),
+        recall=run.recall,
+        tracing=run.tracing,
         ledger_blocks=status.height,
         log_size=status.log_size,
         log_root=status.log_root,
@@ -103,6 +101,25 @@ def gather(consortium: Consortium, claims: Claims, job: JobSummary, run: Seen) -
         release_file=f"release/{run.release_file.name}",
         release_bytes=len(release),
         release_sha256=hashlib.sha256(release).hexdigest(),
+    )
+
+
+def recalled(claims: Claims, job: JobSummary) -> tuple[RecallFacts, ...]:
+    """What both models make of the planted facts, and what became of the sources that planted them."""
+    fates = {claims.corpus.licence_refused: "refused", claims.corpus.purpose_refused: "refused"}
+    fates[claims.corpus.revoked] = "revoked"
+    return tuple(
+        RecallFacts(
+            source=fact.source,
+            prompt=fact.prompt,
+            completion=fact.completion,
+            base_says=fact.base.text,
+            tuned_says=fact.tuned.text,
+            base_probability=fact.base.probability,
+            tuned_probability=fact.tuned.probability,
+            fate=fates.get(fact.source, "admitted"),
+        )
+        for fact in job.facts
     )
 
 
@@ -172,8 +189,12 @@ def _recalled(facts: RunFacts) -> list[tuple[str, str]]:
     learned = sum(fact.tuned_says == fact.completion for fact in facts.recall if fact.fate == "admitted")
     admitted = sum(fact.fate == "admitted" for fact in facts.recall)
     refused = [fact for fact in facts.recall if fact.fate == "refused"]
+    traced = [trace for trace in facts.tracing.traces if trace.fact.fate != "refused"]
+    untaught = [trace for trace in facts.tracing.traces if trace.fact.fate == "refused"]
     leaked = sum(fact.tuned_says == fact.completion for fact in refused)
     return [
         ("planted facts it knows now", f"[bold]{learned}[/] of {admitted} from admitted sources"),
         ("", f"[bold]{leaked}[/] of {len(refused)} from refused sources"),
+        ("traced to the right source", f"[bold]{sum(trace.right for trace in traced)}[/] of {len(traced)} facts"),
+        ("", f"[bold]{sum(not trace.right for trace in untaught)}[/] of {len(untaught)} refused facts to a source"),
     ]

@@ -132,6 +132,52 @@ class RecallFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class RankedFacts:
+    """A source that ``countersign trace`` ranks: ``z`` as ``docs/attribution.md`` has it, ``entry`` of its claim."""
+
+    source: str
+    owner: str
+    z: float
+    admitted: int
+    entry: int
+    grants: int
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFacts:
+    """What the log answers about one planted fact as an output."""
+
+    fact: RecallFacts
+    made_likelier: bool
+    """Whether the fine-tune made it likelier than the base model had it."""
+    shaped_here: bool
+    """Whether it did, and a source stands out."""
+    ranked: tuple[RankedFacts, ...]
+    """The source that stands out most first."""
+
+    @property
+    def leads_to(self) -> str:
+        """The source that stands out; empty where none does."""
+        return self.ranked[0].source if self.shaped_here else ""
+
+    @property
+    def right(self) -> bool:
+        """Whether it leads to the source that planted the fact, or, where that was never admitted, to none."""
+        return self.leads_to == ("" if self.fact.fate == "refused" else self.fact.source)
+
+
+@dataclass(frozen=True, slots=True)
+class TracingFacts:
+    """The questions asked of the log about outputs: their answers, and the command to ask the first again."""
+
+    traces: tuple[TraceFacts, ...]
+    command: str
+    controls: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class FinalityFacts:
     """Milliseconds from an event's arrival at the operator's node to its finality, over ``count`` events."""
 
@@ -161,6 +207,7 @@ class RunFacts:
     shares: tuple[BlockShare, ...]
     checks: tuple[CheckFacts, ...]
     recall: tuple[RecallFacts, ...]
+    tracing: TracingFacts
     ledger_blocks: int
     log_size: int
     log_root: str
@@ -237,6 +284,15 @@ def summary_of(facts: RunFacts) -> dict[str, object]:
                 "tuned_probability": round(recall.tuned_probability, 4),
             }
             for recall in facts.recall
+        },
+        "traces": {
+            trace.fact.source: {
+                "fate": trace.fact.fate,
+                "shaped_here": trace.shaped_here,
+                "leads_to": trace.leads_to,
+                "z": {ranked.source: round(ranked.z, 2) for ranked in trace.ranked},
+            }
+            for trace in facts.tracing.traces
         },
         "release": {
             "file": facts.release_file,

@@ -87,12 +87,23 @@ def questions(campaign: str, release: str, revoked: tuple[str, str], refused: tu
             "the campaign",
             of_campaign,
         ),
+        Question(
+            Predicate.ACCUMULATORS,
+            "Is it committed what each source added to the weights?",
+            "the campaign",
+            of_campaign,
+        ),
     ]
+
+
+def bundle_path(consortium: Consortium, predicate: Predicate) -> Path:
+    """Where the bundle for a predicate is kept."""
+    return consortium.directory / "bundles" / f"{predicate.value}.bundle"
 
 
 def export(consortium: Consortium, asked: Question) -> Path:
     """The bundle for a question, from the rights-holder's node, as ``DIR/bundles/PREDICATE.bundle``."""
-    path = consortium.directory / "bundles" / f"{asked.predicate.value}.bundle"
+    path = bundle_path(consortium, asked.predicate)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(consortium.nodes[GUILD].client.bundle(asked.predicate.value, dict(asked.subject)))
     return path

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from node.demo.charts import Mark, heat_map, loss_curve
-from node.demo.facts import CheckFacts, Moment, RecallFacts, RunFacts, SourceFacts
+from node.demo.facts import CheckFacts, Moment, RecallFacts, RunFacts, SourceFacts, TraceFacts, TracingFacts
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -36,6 +36,7 @@ def render(facts: RunFacts) -> str:
         heat=_heat(facts),
         sources=_sources(facts.sources),
         recall=_recall(facts.recall),
+        traces=_traces(facts.tracing),
         checks="".join(_check(check, number == 0) for number, check in enumerate(facts.checks)),
         parties=_parties(facts),
         tolerances=_tolerances(facts),
@@ -192,6 +193,45 @@ def _recall(recall: Sequence[RecallFacts]) -> str:
 def _said(text: str, completion: str, probability: float) -> str:
     right = " right" if text == completion else ""
     return f'<span class="said{right}">{escape(text)}</span><br><small>{100 * probability:.1f} % per byte</small>'
+
+
+def _traces(tracing: TracingFacts) -> str:
+    rows = [
+        (
+            f"{escape(each.fact.prompt)}<b>{escape(each.fact.completion)}</b><br>"
+            f"<small>planted by {escape(each.fact.source)}</small> {_chip(each.fact.fate)}",
+            f"{100 * each.fact.base_probability:.1f} % → {100 * each.fact.tuned_probability:.1f} %",
+            _leading(each),
+            _z_bars(each),
+        )
+        for each in tracing.traces
+    ]
+    table = _table(("output", "chance per byte", "the log's answer", "z of every admitted source"), rows)
+    return f'{table}<p class="quiet">Ask again:</p><pre>{escape(tracing.command)}</pre>'
+
+
+def _leading(trace: TraceFacts) -> str:
+    if not trace.shaped_here:
+        return '<span class="quiet">no source stands out</span>' if trace.made_likelier else "not shaped here"
+    first = trace.ranked[0]
+    withdrawn = ' <span class="chip revoked">withdrawn</span>' if first.revoked else ""
+    return (
+        f"<b>{escape(first.source)}</b> of {escape(first.owner)}{withdrawn}<br><small>claim at entry {first.entry} of "
+        f"the log, {_counted(first.admitted, 'admitted example')} under {_counted(first.grants, 'grant')}</small>"
+    )
+
+
+def _z_bars(trace: TraceFacts) -> str:
+    """A bar for each source, as long as its z; none to the left of zero."""
+    most = max((ranked.z for ranked in trace.ranked), default=0.0)
+    bars = []
+    for ranked in trace.ranked:
+        share = 100 * max(ranked.z, 0.0) / most if most > 0 else 0.0
+        bars.append(
+            f'<div class="z"><span>{escape(ranked.source)}</span><div class="bar">'
+            f'<i class="in" style="width:{share:.0f}%"></i></div><b>{ranked.z:.1f}</b></div>'
+        )
+    return "".join(bars)
 
 
 def _check(check: CheckFacts, first: bool) -> str:

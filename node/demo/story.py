@@ -12,8 +12,9 @@ from math import gcd
 from pathlib import Path
 
 from consensus.identifiers import VOTING_ROLES
+from consensus.predicates import Predicate
 from consensus.rejection import Unavailable
-from node.demo.closing import Seen, closing_rows, gather
+from node.demo.closing import Seen, closing_rows, gather, recalled
 from node.demo.consortium import (
     COUNCIL,
     GUILD,
@@ -33,12 +34,16 @@ from node.demo.facts import (
     CheckFacts,
     Moment,
     PartyFacts,
+    RecallFacts,
     RunFacts,
+    TraceFacts,
+    TracingFacts,
     summary_of,
 )
 from node.demo.processes import Processes
-from node.demo.proof import check, export, questions
+from node.demo.proof import bundle_path, check, export, questions
 from node.demo.report import render
+from node.demo.tracing import trace
 from node.demo.training import CHECK_MEMORIZATION_EVERY_STEPS, JobSummary, Training, TrainingOptions
 from node.files import DirectoryLock
 
@@ -94,7 +99,19 @@ class Story:
         self._release(consortium, training, job)
         parties = self._replicated(consortium)
         checks = self._prove(consortium, claims, job)
-        facts = self._report(consortium, claims, training, job, parties, checks)
+        recall = recalled(claims, job)
+        tracing = self._trace(consortium, training, recall)
+        seen = Seen(
+            self._started_at,
+            self._seconds(),
+            tuple(self._moments),
+            parties,
+            checks,
+            recall,
+            tracing,
+            training.release_file,
+        )
+        facts = self._report(consortium, claims, job, seen)
         return facts, consortium
 
     # Acts
@@ -317,17 +334,40 @@ class Story:
         self._remember(Moment("release", self._seconds(), None, text))
         return tuple(checks)
 
-    def _report(
-        self,
-        consortium: Consortium,
-        claims: Claims,
-        training: Training,
-        job: JobSummary,
-        parties: tuple[PartyFacts, ...],
-        checks: tuple[CheckFacts, ...],
-    ) -> RunFacts:
-        self._display.act(7, "Report", "for people and for programs")
-        seen = Seen(self._started_at, self._seconds(), tuple(self._moments), parties, checks, training.release_file)
+    def _trace(self, consortium: Consortium, training: Training, recall: tuple[RecallFacts, ...]) -> TracingFacts:
+        display = self._display
+        display.act(7, "Trace", "which source taught it that? asked of the log; no source's text is read again")
+        with display.waiting("countersign trace: factors of the released weights, then seven outputs"):
+            tracing = trace(
+                consortium, self._processes, training, bundle_path(consortium, Predicate.ACCUMULATORS), recall
+            )
+        rows = []
+        for each in tracing.traces:
+            fact = each.fact
+            rows.append(
+                (
+                    f"{safe(fact.prompt)}[bold]{safe(fact.completion)}[/]",
+                    f"{safe(fact.source)}\n[dim]{fact.fate}[/]",
+                    f"{fact.base_probability:.0%} → {fact.tuned_probability:.0%}",
+                    _answered(each),
+                    OK if each.right else NO,
+                )
+            )
+        display.table(("output", "planted by", "chance per byte", "the log's answer", ""), rows)
+        display.line()
+        display.line(
+            f"[dim]z: deviations above the source's own scores for {tracing.controls} pieces of public text; "
+            f"all answers took {tracing.seconds:.0f} s[/]"
+        )
+        display.line("[dim]Ask again, with all that the answer rests on:[/]")
+        display.verbatim(tracing.command)
+        right = sum(each.right for each in tracing.traces)
+        text = f"{right} of {len(tracing.traces)} planted facts traced rightly: to their source; if refused, to none"
+        self._remember(Moment("release", self._seconds(), None, text))
+        return tracing
+
+    def _report(self, consortium: Consortium, claims: Claims, job: JobSummary, seen: Seen) -> RunFacts:
+        self._display.act(8, "Report", "for people and for programs")
         with self._display.waiting("reading the campaign from the rights-holder's node"):
             facts = gather(consortium, claims, job, seen)
         directory = self._options.directory
@@ -360,3 +400,13 @@ class Story:
         place = f"step {moment.step}" if moment.step else ""
         colour = COLOURS.get(moment.kind, "dim")
         self._display.line(f"[dim]{moment.seconds:6.1f} s  {place:<9}[/] [{colour}]{safe(moment.text)}[/]")
+
+
+def _answered(trace: TraceFacts) -> str:
+    """Markup: the source that stands out, or that none does."""
+    if not trace.made_likelier:
+        return "[dim]not shaped here[/]"
+    leading = trace.ranked[0] if trace.ranked else None
+    if not trace.shaped_here or leading is None:
+        return "[dim]no source stands out[/]"
+    return f"[bold]{safe(leading.source)}[/]\n[dim]of {leading.owner}, z {leading.z:.1f}, entry {leading.entry}[/]"

@@ -29,6 +29,7 @@ STEPS_DOWN_PERCENT = 6
 SECONDS_DOWN = 8.0
 STATUS_SECONDS = 0.7
 CHECK_MEMORIZATION_EVERY_STEPS = 15
+ACCUMULATOR_WINDOW_STEPS = 30
 PATIENCE_SECONDS = 240.0
 """A job that says nothing for so long is given up."""
 
@@ -133,6 +134,16 @@ class Training:
         return self.consortium.directory / "job"
 
     @property
+    def base_file(self) -> Path:
+        """Where the job leaves the base model's weights."""
+        return self.directory / "base.safetensors"
+
+    @property
+    def accumulators(self) -> Path:
+        """Where the job keeps what each source added to the gradients."""
+        return self.directory / "accumulators"
+
+    @property
     def release_file(self) -> Path:
         """Where the job leaves the fine-tuned weights."""
         return self.consortium.directory / "release" / "model.safetensors"
@@ -166,10 +177,12 @@ class Training:
             "job_key_file": str(self.access.key_file.resolve()),
             "run_directory": str(self.directory.resolve()),
             "release_file": str(self.release_file.resolve()),
+            "base_file": str(self.base_file.resolve()),
             "cache_directory": str(self.options.cache_directory.resolve()),
             "purpose": PURPOSE,
             "steps": self.options.steps,
             "check_memorization_every_steps": CHECK_MEMORIZATION_EVERY_STEPS,
+            "accumulator_window_steps": ACCUMULATOR_WINDOW_STEPS,
             "sources": [
                 {
                     "id": source.id,

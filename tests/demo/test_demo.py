@@ -29,6 +29,7 @@ ALL_CHECKS = {
     "source-unused",
     "delta-exact",
     "refusals-complete",
+    "accumulators",
 }
 
 
@@ -105,9 +106,12 @@ def test_whole_demonstration_proves_what_it_says_and_leaves_no_process(tmp_path:
         assert "withdraws scoping-notes" in text
         assert "source-revoked" in text
 
+        assert set(summary["traces"]) == set(summary["recall"])
+        assert all(len(trace["z"]) == 6 for trace in summary["traces"].values())
+
         report = (out / "report.html").read_text(encoding="utf-8")
         assert summary["chain_id"] in report
-        assert "6 of 6 checks say yes" in report
+        assert "7 of 7 checks say yes" in report
 
         status = next(line for line in text.splitlines() if line.strip().startswith("curl") and "/v1/status" in line)
         with urllib.request.urlopen(shlex.split(status)[-1], timeout=10) as answer:

@@ -21,6 +21,9 @@ def test_exported_files_hold_the_examples_in_order_and_their_description(tmp_pat
         assert (tmp_path / source.file).read_bytes() == b"".join(expected.examples)
         assert (source.owner, source.licence, source.purposes) == (expected.owner, expected.licence, expected.purposes)
     assert described.revoked == corpus.revoked
+    public = (tmp_path / "public.txt").read_bytes()
+    assert len(public) > 40 * RECORD_BYTES
+    assert not any(example in public for source in corpus.sources for example in source.examples)
 
 
 def test_export_needs_an_owner_for_every_source(capsys: pytest.CaptureFixture[str]) -> None:

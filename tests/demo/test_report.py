@@ -16,11 +16,14 @@ from node.demo.facts import (
     GrantFacts,
     Moment,
     PartyFacts,
+    RankedFacts,
     RecallFacts,
     RunFacts,
     SourceFacts,
     StepFacts,
     ToleranceFacts,
+    TraceFacts,
+    TracingFacts,
     summary_of,
 )
 from node.demo.report import render
@@ -98,6 +101,28 @@ def facts() -> RunFacts:
             ),
         ),
         recall=(RecallFacts("letters", "The mayor is ", "Eklund.", "the the", "Eklund.", 0.01, 0.9, "admitted"),),
+        tracing=TracingFacts(
+            (
+                TraceFacts(
+                    RecallFacts("letters", "The mayor is ", "Eklund.", "the the", "Eklund.", 0.01, 0.9, "admitted"),
+                    True,
+                    True,
+                    (
+                        RankedFacts("letters", "press", 7.25, 30, 5, 2, False),
+                        RankedFacts("<odd>", "press", -0.5, 3, 6, 1, True),
+                    ),
+                ),
+                TraceFacts(
+                    RecallFacts("weekly", "The vault holds ", "opals.", "the the", "the a", 0.01, 0.02, "refused"),
+                    False,
+                    False,
+                    (RankedFacts("letters", "press", 1.5, 30, 5, 2, False),),
+                ),
+            ),
+            "countersign trace --prompt 'The mayor is '",
+            40,
+            12.5,
+        ),
         ledger_blocks=41,
         log_size=320,
         log_root="ab" * 32,
@@ -181,6 +206,33 @@ def test_every_step_of_a_check_says_how_far_it_goes() -> None:
     page = render(facts())
     for text in ("the first", "the second", "the third", "not covered", "attested", "countersign verify included"):
         assert text in page
+
+
+def test_traces_show_where_they_lead_and_the_rest_beside_it() -> None:
+    page = render(facts())
+    assert "<b>letters</b> of press" in page
+    assert "claim at entry 5 of the log, 30 admitted examples under 2 grants" in page
+    assert "&lt;odd&gt;" in page
+    assert "not shaped here" in page
+    summary = summary_of(facts())
+    assert summary["traces"] == {
+        "letters": {
+            "fate": "admitted",
+            "shaped_here": True,
+            "leads_to": "letters",
+            "z": {"letters": 7.25, "<odd>": -0.5},
+        },
+        "weekly": {"fate": "refused", "shaped_here": False, "leads_to": "", "z": {"letters": 1.5}},
+    }
+
+
+def test_trace_is_right_where_it_leads_to_the_planter_and_a_refused_fact_to_none() -> None:
+    taught, untaught = facts().tracing.traces
+    assert taught.right
+    assert untaught.right
+    assert not dataclasses.replace(taught, shaped_here=False).right
+    assert not dataclasses.replace(taught, ranked=taught.ranked[::-1]).right
+    assert not dataclasses.replace(untaught, shaped_here=True).right
 
 
 def test_failed_check_is_opened_and_spoils_the_verdict() -> None:

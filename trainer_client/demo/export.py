@@ -5,23 +5,24 @@
     python -m trainer_client.demo.export --library NAME --press NAME --out DIR
 
 makes ``DIR/<owner>/sources/<source>.txt`` (its examples one after the other, all of one length) and
-``DIR/corpus.json``, which says what each owner claims and which sources play a part. For a process that must not
-import torch or this package; the job itself uses ``corpus.py`` directly.
+``DIR/corpus.json``, which says what each owner claims and which sources play a part, and ``DIR/public.txt``, text that
+no source holds. For a process that must not import torch or this package; the job itself uses ``corpus.py`` directly.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from trainer_client.demo.corpus import RECORD_BYTES, Corpus, Source, demonstration_corpus
+from trainer_client.demo.corpus import RECORD_BYTES, Corpus, Source, base_text, demonstration_corpus
 
 
 def export(corpus: Corpus, directory: Path) -> None:
-    """Write every source and ``corpus.json`` below ``directory``."""
+    """Write every source, ``corpus.json`` and ``public.txt`` below ``directory``."""
     for source in corpus.sources:
         path = directory / _place(source)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"".join(source.examples))
+    (directory / "public.txt").write_bytes(base_text())
     (directory / "corpus.json").write_text(json.dumps(described(corpus), indent=2) + "\n", encoding="utf-8")
 
 

@@ -11,8 +11,9 @@ It meets its node over HTTP and everybody else in files. ``job.json`` (paths rel
       "chain_id": HEX, "operator": HEX, "campaign": HEX,
       "job_key_file": FILE,                    a seed in hexadecimal, or what `countersign job delegate` writes
       "run_directory": DIR, "release_file": FILE, "cache_directory": DIR,
+      "base_file": FILE,                       where to leave the base model's weights; without it nowhere
       "name": "…", "purpose": "fine-tuning",
-      "steps": 150, "batch_size": 16, "learning_rate_micro": 2000, …
+      "steps": 150, "batch_size": 16, "learning_rate_micro": 2000, "accumulator_window_steps": 0, …
       "example_bytes": 128,
       "sources": [{"id": HEX, "name": "…", "file": FILE, "content_salt": HEX}, …]
     }
@@ -36,11 +37,13 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from consensus.identifiers import ChainId, MemberId
 from consensus.keys import SignatureScheme, Signer, signer_for
 from consensus.rejection import ConfigError, CountersignError, Rejected
+from trainer_client.commitment import committed_tensors
 from trainer_client.demo.base import BaseTraining, base_model, default_cache_directory
 from trainer_client.demo.corpus import calibration_records, canary_string, demonstration_corpus
 from trainer_client.demo.model import (
@@ -102,6 +105,8 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calibrate_every_checks: int = 6
     snapshot_every_steps: int = 20
     closing_margin_ms: int = 2_000
+    base_file: str = ""
+    accumulator_window_steps: int = 0
 
 
 class Job:
@@ -128,6 +133,8 @@ class Job:
         cache = self._file(config.cache_directory) if config.cache_directory else default_cache_directory()
         model = base_model(cache, training=BaseTraining(steps=config.base_steps), progress=_print_base)
         base = copy.deepcopy(model)
+        if config.base_file:
+            save_file(committed_tensors(base), self._file(config.base_file))
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate_micro / 1e6,
@@ -148,6 +155,7 @@ class Job:
             planned_steps=config.steps,
             blocks=parameter_blocks(model),
             hyperparameters={"warm_up_steps": str(config.warm_up_steps)},
+            accumulator_window_steps=config.accumulator_window_steps,
         )
         run_directory = self._file(config.run_directory)
         with (

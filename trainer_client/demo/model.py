@@ -104,6 +104,11 @@ class ByteModel(nn.Module):
                 nn.init.normal_(parameter, std=0.02 if "embedding" in name else INITIAL_DEVIATION)
 
 
+def demonstration_model() -> ByteModel:
+    """The demonstration's model, untrained: for ``countersign trace --model``."""
+    return ByteModel(ModelConfig())
+
+
 def parameter_blocks(model: ByteModel) -> dict[str, tuple[str, ...]]:
     """The parameter-block table at granularity ``block``: ``embedding``, ``block.0`` …, ``head``.
 

@@ -1,0 +1,110 @@
+"""From outputs back to sources: the planted facts, asked of the log by ``countersign trace`` in a process of its own.
+
+It is given what a rights-holder would be: the bundle from its own node, the genesis and the chain id, both models'
+weights and the run's accumulators; not the sources' texts.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from node.demo.closing import as_typed
+from node.demo.consortium import Consortium
+from node.demo.facts import RankedFacts, RecallFacts, TraceFacts, TracingFacts
+from node.demo.processes import Processes, ProcessFailed, countersign_command, log_tail
+from node.demo.training import Training
+
+TRACE_SECONDS = 300.0
+MODEL = "trainer_client.demo.model:demonstration_model"
+
+
+class ReceiptLine(msgspec.Struct, frozen=True):
+    """The part of a row's receipt that is shown."""
+
+    entry: int
+    grants: tuple[str, ...]
+    revocation: str
+
+
+class SourceLine(msgspec.Struct, frozen=True):
+    """A ranked source of ``countersign trace --json``."""
+
+    name: str
+    owner: str
+    z: float
+    admitted: int
+    receipt: ReceiptLine
+
+
+class TraceLine(msgspec.Struct, frozen=True):
+    """An answer of ``countersign trace --json``."""
+
+    made_likelier: bool
+    shaped_here: bool
+    controls: int
+    sources: tuple[SourceLine, ...]
+
+
+def trace(
+    consortium: Consortium, processes: Processes, training: Training, bundle: Path, facts: Sequence[RecallFacts]
+) -> TracingFacts:
+    """Ask the log about every fact's completion.
+
+    Raises:
+        ProcessFailed: it does not answer them all.
+    """
+    directory = consortium.directory / "trace"
+    directory.mkdir(exist_ok=True)
+    outputs = directory / "outputs.jsonl"
+    lines = [json.dumps({"prompt": fact.prompt, "completion": fact.completion}) + "\n" for fact in facts]
+    outputs.write_text("".join(lines), encoding="utf-8")
+    files: Mapping[str, Path] = {
+        "--base": training.base_file,
+        "--tuned": training.release_file,
+        "--text": consortium.directory / "public.txt",
+        "--accumulators": training.accumulators,
+        "--bundle": bundle,
+        "--genesis": consortium.directory / "genesis.json",
+    }
+    arguments = ["trace", "--model", MODEL, "--chain-id", consortium.chain_id.hex()]
+    for option, path in files.items():
+        arguments += [option, str(path)]
+    log = directory / "trace.log"
+    started = time.perf_counter()
+    command = countersign_command(*arguments, "--outputs", str(outputs), "--json")
+    code, output = processes.run("countersign trace", command, log, TRACE_SECONDS)
+    seconds = time.perf_counter() - started
+    try:
+        answers = [msgspec.json.decode(line, type=TraceLine) for line in output.splitlines()]
+    except msgspec.DecodeError as error:
+        raise ProcessFailed(f"countersign trace printed no answer; {log_tail(log)}") from error
+    if code != 0 or len(answers) != len(facts):
+        raise ProcessFailed(f"countersign trace answered {len(answers)} of {len(facts)} questions; {log_tail(log)}")
+    if not log.stat().st_size:
+        log.unlink()
+    asked = ["--prompt", facts[0].prompt, "--completion", facts[0].completion]
+    return TracingFacts(
+        traces=tuple(_trace(fact, answer) for fact, answer in zip(facts, answers, strict=True)),
+        command=as_typed(*arguments, *asked),
+        controls=min(answer.controls for answer in answers),
+        seconds=seconds,
+    )
+
+
+def _trace(fact: RecallFacts, answer: TraceLine) -> TraceFacts:
+    ranked = tuple(
+        RankedFacts(
+            source=row.name,
+            owner=row.owner,
+            z=row.z,
+            admitted=row.admitted,
+            entry=row.receipt.entry,
+            grants=len(row.receipt.grants),
+            revoked=bool(row.receipt.revocation),
+        )
+        for row in answer.sources
+    )
+    return TraceFacts(fact, answer.made_likelier, answer.shaped_here, ranked)
