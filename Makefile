@@ -9,6 +9,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers/.installed
 
 # The Python to make .venv with: `make demo PYTHON=/path/to/python3.12`. Without it, the first that runs.
 PYTHON ?=
@@ -21,7 +22,7 @@ PYTEST_ARGUMENTS ?=
 
 .PHONY: help
 help: ## List the targets.
-	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 .PHONY: demo
 demo: $(INSTALLED) ## Run a whole network and a governed fine-tune on this machine.
@@ -46,9 +47,13 @@ simulate: $(INSTALLED) ## Run the BFT engines under chaos, with SEEDS=n seeds pe
 bench: $(INSTALLED) ## Measure, one benchmark after the other, on an otherwise idle machine; prints one JSON document.
 	@$(BIN)/python benchmarks/harness.py $(BENCH_ARGUMENTS)
 
+.PHONY: bench-attribution
+bench-attribution: $(PEERS) ## Traces beside kronfluence and TRAK: fine-tunes repeated without sources, 25 minutes.
+	@.venv-peers/bin/python benchmarks/attribution/bench.py $(BENCH_ARGUMENTS)
+
 .PHONY: clean
 clean: ## Remove .venv, caches, build output and what the demo left.
-	@rm -rf $(VENV) build dist *.egg-info demo-run .cache .coverage
+	@rm -rf $(VENV) .venv-peers build dist *.egg-info demo-run .cache .coverage
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -70,4 +75,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	fi
 	@echo 'Installing into $(VENV) (minutes the first time)'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[node,trainer,hf,attribution,dev]'
+	@touch $@
+
+# An environment of its own: what the peers bring along does not suit every library of ours.
+$(PEERS): pyproject.toml constraints.txt | $(INSTALLED)
+	@$(BIN)/python -m venv --clear .venv-peers
+	@echo 'Installing into .venv-peers (minutes the first time)'
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trainer,attribution,peers]'
 	@touch $@

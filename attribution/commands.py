@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import torch
@@ -18,6 +19,8 @@ from attribution.trace import control_outputs, trace_output, untraced_tensors
 from attribution.weights import find_windows, load_model, read_tensors
 from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.rejection import ConfigError, Reason, Rejected
+
+P = TypeVar("P")
 
 FACTOR_SEQUENCES = 256
 BATCH_SEQUENCES = 16
@@ -61,7 +64,7 @@ _CONTEXT = click.option(
     type=click.IntRange(min=1),
     default=FACTOR_SEQUENCES,
     show_default=True,
-    help="Pieces of public text to fit over; fewer are quicker.",
+    help="Pieces of public text to fit over, evenly over the whole; fewer are quicker.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -177,7 +180,7 @@ def trace_command(
     shaped = []
     for number, question in enumerate(questions):
         output, asked, count = question.output(tuned, length)
-        controls = control_outputs([list(sequence) for sequence in sequences], output)[-CONTROLS:]
+        controls = spread(control_outputs([list(sequence) for sequence in sequences], output), CONTROLS)
         trace = trace_output(base, tuned, factors, log.provenance, search.found, output, controls, _told)
         says = {name: greedy_text(model, question.prompt, count) for name, model in (("base", base), ("tuned", tuned))}
         answer = Answer(asked, question.prompt, says["base"], says["tuned"], trace, search, untraced, origin)
@@ -223,8 +226,14 @@ def chosen_factors(
     return factors_from(held.tensors, tuned), FactorsOrigin.COMMITTED if committed else FactorsOrigin.GIVEN
 
 
+def spread(pieces: Sequence[P], count: int) -> list[P]:
+    """At most ``count`` of them, evenly over the whole: the head of a text may be all of one topic."""
+    count = min(count, len(pieces))
+    return [pieces[number * len(pieces) // count] for number in range(count)]
+
+
 def _fit(model: nn.Module, sequences: Sequence[bytes], count: int) -> dict[str, WeightFactors]:
-    chosen = sequences[:count]
+    chosen = spread(sequences, count)
     batches = [
         torch.tensor([list(sequence) for sequence in chosen[start : start + BATCH_SEQUENCES]])
         for start in range(0, len(chosen), BATCH_SEQUENCES)

@@ -3,13 +3,8 @@
 The measure is the sum over tokens of ``log p / (1 − p)``, the log-odds, not the loss: where a model is sure of an
 output the gradient of its loss vanishes, though that output is exactly what was learned (Park et al., *TRAK*, arXiv
 2303.14186, §3).
-
-Its direction is averaged over the straight path from base to tuned weights: that average times the change of the
-weights *is* what the output gained, whereas the gradient at the end is what one step more would bring (integrated
-gradients, Sundararajan, Taly and Yan, arXiv 1703.01365, with weights for inputs).
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +14,6 @@ from torch import Tensor, nn
 from attribution.weights import linear_weights
 from consensus.rejection import Reason, Rejected
 
-PATH_POINTS = (0.25, 0.75)
-"""Shares of the way from base to tuned weights at which gradients are taken: the midpoint rule with two points."""
 LEAST_CHANCE = 1e-6
 """Chances are kept this far from 0 and 1, where log-odds have no gradient in float32."""
 
@@ -75,25 +68,3 @@ def greedy_completion(model: nn.Module, prompt: Sequence[int], count: int) -> tu
             logits_V = model(torch.tensor([tokens], dtype=torch.int64))[0, -1]
             tokens.append(int(logits_V.argmax()))
     return tuple(tokens[len(prompt) :])
-
-
-def models_along(base: nn.Module, tuned: nn.Module) -> list[nn.Module]:
-    """Models with the weights at :data:`PATH_POINTS` of the straight way from ``base`` to ``tuned``."""
-    models = []
-    for share in PATH_POINTS:
-        model = copy.deepcopy(tuned)
-        with torch.no_grad():
-            for held, first, last in zip(model.parameters(), base.parameters(), tuned.parameters(), strict=True):
-                held.copy_(torch.lerp(first, last, share))
-        models.append(model)
-    return models
-
-
-def mean_gradients(models: Sequence[nn.Module], output: Output) -> dict[str, Tensor]:
-    """The mean of ``log_odds_gradients`` over models.
-
-    Raises:
-        Rejected: ``BAD_FIELD`` when one is not finite.
-    """
-    gradients = [log_odds_gradients(model, output) for model in models]
-    return {name: torch.stack([each[name] for each in gradients]).mean(dim=0) for name in gradients[0]}

@@ -1,11 +1,11 @@
 """From an output back to the sources that shaped it.
 
 For output ``f`` and source ``s``: ``score_s = − Σ_W < P ∇_W f , A_sW >``, with ``A_sW`` what the source's examples
-added to the gradient of weight ``W``, times learning rate (the committed accumulators), ``∇_W f`` averaged over the way
-from base to tuned weights (``query.models_along``) and ``P`` the factors' preconditioner, on the query's side.
+added to the gradient of weight ``W``, times learning rate (the committed accumulators), ``∇_W f`` at the tuned weights
+and ``P`` the factors' preconditioner, on the query's side.
 Positive: the source's examples raised the output. The scores of control outputs, which no source is known to have
 shaped, give each source a mean and a deviation to be judged by; there, scores are divided by the query's length in the
-metric of ``P``, since an unlikely output has a long gradient whoever wrote it (docs/adr/013, docs/adr/017).
+metric of ``P``, since an unlikely output has a long gradient whoever wrote it (docs/adr/013, docs/adr/018).
 
 Only what is committed counts: a window whose file is missing or altered is left out and named, and the answer says
 which steps it rests on.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution.factors import WeightFactors
-from attribution.query import Output, log_chances, mean_gradients, models_along
+from attribution.query import Output, log_chances, log_odds_gradients
 from attribution.weights import WindowFile, accumulators_of
 from consensus import portions as p
 from consensus.predicates.accumulators import Provenance, UsedSource
@@ -108,9 +108,8 @@ def trace_output(
     if not files:
         raise Rejected(Reason.NOT_FOUND, "no window's accumulators are here: there is nothing to trace by")
     progress("gradients of the output and its controls")
-    models = models_along(base, tuned)
     asked = (output, *controls)
-    queries, lengths = zip(*(_preconditioned(factors, mean_gradients(models, each)) for each in asked), strict=True)
+    queries, lengths = zip(*(_preconditioned(factors, log_odds_gradients(tuned, each)) for each in asked), strict=True)
     block_of = {tensor.name: block.name for block in provenance.campaign.parameter_blocks for tensor in block.tensors}
     known = {source.id: source for source in provenance.sources}
     tallies = {source: _Tally([0.0] * len(queries)) for source in known}

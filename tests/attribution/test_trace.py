@@ -12,9 +12,8 @@ from click.testing import CliRunner, Result
 from ledger_fixtures import story
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from attribution.commands import chosen_factors, public_text
+from attribution.commands import chosen_factors, public_text, spread
 from attribution.factors import FactorsOrigin, factor_tensors, factors_from, fit_factors
 from attribution.log import CampaignLog, open_log
 from attribution.query import (
@@ -23,8 +22,6 @@ from attribution.query import (
     greedy_completion,
     log_chances,
     log_odds_gradients,
-    mean_gradients,
-    models_along,
 )
 from attribution.trace import Trace
 from attribution.weights import accumulators_of, find_windows, linear_weights, read_tensors
@@ -353,28 +350,10 @@ def test_verdict_covers_every_step_and_says_who_claims_what() -> None:
     assert opened.campaign == CAMPAIGN
 
 
-def test_gradients_along_the_path_times_the_change_of_the_weights_are_what_the_output_gained() -> None:
-    torch.manual_seed(0)
-    base, tuned = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)), nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7))
-    tuned.load_state_dict(base.state_dict())
-    with torch.no_grad():
-        tuned[1].weight.add_(torch.randn(7, 5))
-    before = [parameter.clone() for parameter in (*base.parameters(), *tuned.parameters())]
-    output = Output((1, 2, 3, 4), 1, 4)
-
-    def log_odds(model: nn.Module) -> float:
-        chances = log_chances(model, output)
-        return (chances - torch.log1p(-chances.exp())).sum().item()
-
-    gradients = mean_gradients(models_along(base, tuned), output)
-    moved = (tuned[1].weight - base[1].weight).detach()
-    gained = log_odds(tuned) - log_odds(base)
-    assert abs(gained) > 0.1
-    assert torch.sum(gradients["1.weight"] * moved).item() == pytest.approx(gained, rel=0.05)
-    at_the_end = log_odds_gradients(tuned, output)["1.weight"]
-    assert torch.sum(at_the_end * moved).item() != pytest.approx(gained, rel=0.05)
-    after = (*base.parameters(), *tuned.parameters())
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+def test_text_is_taken_evenly_from_the_whole() -> None:
+    assert spread(range(10), 5) == [0, 2, 4, 6, 8]
+    assert spread(range(3), 5) == [0, 1, 2]
+    assert spread([], 5) == []
 
 
 def test_factors_precondition_as_the_damped_inverse_of_the_fisher_of_one_linear_map() -> None:
@@ -397,7 +376,7 @@ def test_factors_precondition_as_the_damped_inverse_of_the_fisher_of_one_linear_
     assert torch.allclose(factors.input_vectors @ factors.input_vectors.T, torch.eye(3), atol=1e-5)
     gradient = torch.randn(5, 3)
     rotated = factors.output_vectors.T @ gradient @ factors.input_vectors
-    expected = factors.output_vectors @ (rotated / (factors.eigenvalues + factors.eigenvalues.mean()))
+    expected = factors.output_vectors @ (rotated / (factors.eigenvalues + 0.1 * factors.eigenvalues.mean()))
     assert torch.allclose(factors.precondition(gradient), expected @ factors.input_vectors.T, atol=1e-4)
     x = model.embedding(tokens[:, 0]).detach()
     moment = (x.T @ x) / len(x)

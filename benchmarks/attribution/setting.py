@@ -1,0 +1,179 @@
+"""A fine-tune small enough to be repeated hundreds of times: what an attribution predicts can be tried out.
+
+Sixteen sources of sixteen pieces of text, each source from a topic of its own of ``pydoc_data.topics``; a byte
+transformer trained on other topics; ``STEPS`` steps of AdamW in batches of 32 with per-block clipping, through
+``trainer_client.routing``, as a governed job takes them. A *subset* leaves sources (or examples) out: their weight is
+zero, order and normalisation stay. Same subset, same weights, bit for bit.
+
+Outputs asked about are the next pieces of the sources' own topics, which nothing was trained on.
+"""
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+
+import torch
+from torch import Tensor
+
+from attribution.query import Output, log_chances
+from trainer_client.accumulators import SourceAccumulators
+from trainer_client.demo.base import BaseTraining
+from trainer_client.demo.corpus import BASE_TOPICS
+from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks, per_example_loss
+from trainer_client.routing import Routing, clip_block_gradients
+
+PIECE_BYTES = 64
+PROMPT_BYTES = 16
+CONFIG = ModelConfig(context_bytes=PIECE_BYTES, layer_count=2, head_count=4, width=64)
+BASE = BaseTraining(steps=400, batch_size=16)
+BATCH_SIZE = 32
+EPOCHS = 6
+LEARNING_RATE = 1e-3
+WARM_UP_STEPS = 8
+CLIP_NORM = 1.0
+FULL_PERMILLE = 1_000
+POLICY = b"p" * 32
+CAMPAIGN = b"c" * 32
+LOWER = ("embedding", "block.0")
+"""Parameter blocks that every other source may not move, where there are depth profiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much there is of everything."""
+
+    sources: int
+    examples_per_source: int
+    queries_per_source: int
+    subsets: int
+    """Retrains for each kind of subset."""
+
+
+FULL = Sizes(16, 16, 2, 100)
+QUICK = Sizes(8, 8, 1, 12)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Base model, examples (source ``s`` has rows ``s*E`` to ``(s+1)*E``), outputs to ask about, order of training."""
+
+    sizes: Sizes
+    base: ByteModel
+    examples_NT: Tensor
+    queries: tuple[Output, ...]
+    public: tuple[bytes, ...]
+    order: tuple[tuple[int, ...], ...]
+    """Rows of each step."""
+    profiled: bool
+    """Whether every other source may move the upper half of the model alone."""
+
+    def source_of(self, row: int) -> int:
+        """The source an example is of."""
+        return row // self.sizes.examples_per_source
+
+    def rows_of(self, sources: Collection[int]) -> frozenset[int]:
+        """All examples of these sources."""
+        return frozenset(row for row in range(len(self.examples_NT)) if self.source_of(row) in sources)
+
+
+def make(sizes: Sizes, *, profiled: bool, seed: int = 0) -> Setting:
+    """The setting of a seed."""
+    needed = (sizes.examples_per_source + sizes.queries_per_source) * PIECE_BYTES
+    names = [name for name in sorted(topics) if name not in BASE_TOPICS and len(topics[name]) > needed + 200]
+    chosen = random.Random(seed).sample(names, sizes.sources)
+    rows: list[bytes] = []
+    queries: list[Output] = []
+    for name in chosen:
+        text = " ".join(topics[name].encode("ascii", "ignore").decode().split()).encode()
+        pieces = [text[start : start + PIECE_BYTES] for start in range(0, needed, PIECE_BYTES)]
+        rows += pieces[: sizes.examples_per_source]
+        queries += [Output(tuple(piece), PROMPT_BYTES, len(piece)) for piece in pieces[sizes.examples_per_source :]]
+    base_text = " ".join(" ".join(topics[name] for name in BASE_TOPICS).split()).encode("ascii", "ignore")
+    pieces = [base_text[start : start + PIECE_BYTES] for start in range(0, len(base_text) - PIECE_BYTES, PIECE_BYTES)]
+    order: list[tuple[int, ...]] = []
+    for epoch in range(EPOCHS):
+        shuffled = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
+        order += [tuple(shuffled[at : at + BATCH_SIZE]) for at in range(0, len(shuffled), BATCH_SIZE)]
+    examples_NT = torch.tensor([list(row) for row in rows])
+    return Setting(sizes, _base(pieces, seed), examples_NT, tuple(queries), tuple(pieces), tuple(order), profiled)
+
+
+def _base(pieces: Sequence[bytes], seed: int) -> ByteModel:
+    """A byte model trained on the base topics."""
+    torch.manual_seed(seed)
+    model = ByteModel(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=BASE.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    draw = random.Random(f"base {seed}")
+    for step in range(BASE.steps):
+        optimizer.param_groups[0]["lr"] = (
+            BASE.learning_rate * min(1, (step + 1) / 50) * max(0.05, 1 - step / BASE.steps)
+        )
+        records_BT = torch.tensor([list(piece) for piece in draw.sample(pieces, BASE.batch_size)])
+        per_example_loss(model, records_BT).mean().backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), BASE.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def train(
+    setting: Setting, kept: Collection[int], accumulators: SourceAccumulators | None = None
+) -> tuple[ByteModel, list[tuple[int, bytes]]]:
+    """The fine-tune over the kept rows alone; with ``accumulators`` each source's part of it is summed.
+
+    Returns:
+        The model, and the last step and root of each window of accumulators.
+    """
+    model = ByteModel(CONFIG)
+    model.load_state_dict(setting.base.state_dict())
+    blocks = {name: names for name, names in parameter_blocks(model).items() if names}
+    block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
+    weights_SK = [source_weights(setting, source, list(blocks)) for source in range(setting.sizes.sources)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS))
+    if accumulators is not None:
+        accumulators.attach(model, block_of)
+    roots: list[tuple[int, bytes]] = []
+    routing = Routing(model, block_of, accumulators)
+    with routing:
+        for index, presented in enumerate(setting.order, 1):
+            rows = [row for row in presented if row in kept]
+            if rows:
+                weights_BK = [weights_SK[setting.source_of(row)] for row in rows]
+                with routing.micro_batch(weights_BK, [source_id(setting.source_of(row)) for row in rows]):
+                    loss_B = per_example_loss(model, setting.examples_NT[rows])
+                    routing.routed_loss(loss_B, BATCH_SIZE).backward()  # type: ignore[no-untyped-call]
+                routing.finish_step()
+                norms = clip_block_gradients(model, block_of, CLIP_NORM)
+                if accumulators is not None:
+                    accumulators.take_step(POLICY, optimizer, norms, CLIP_NORM)
+                optimizer.step()
+            if accumulators is not None:
+                window = accumulators.end_step(index, recorded=True)
+                roots += [] if window is None else [(index, window.result())]
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+    return model, roots
+
+
+def source_id(source: int) -> bytes:
+    """A source's name in the accumulators."""
+    return source.to_bytes(32, "big")
+
+
+def source_weights(setting: Setting, source: int, blocks: Sequence[str]) -> list[int]:
+    """The depth profile of a source."""
+    if setting.profiled and source % 2:
+        return [0 if block in LOWER else FULL_PERMILLE for block in blocks]
+    return [FULL_PERMILLE] * len(blocks)
+
+
+@torch.no_grad()
+def log_odds(model: ByteModel, queries: Sequence[Output]) -> list[float]:
+    """What every query's log-odds come to: the figure that an attribution predicts."""
+    found = []
+    for query in queries:
+        log_p_N = log_chances(model, query).double()
+        found.append(float((log_p_N - torch.log1p(-log_p_N.exp())).sum()))
+    return found
