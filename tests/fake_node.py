@@ -278,6 +278,8 @@ class FakeNode:
                 return 202, _json(self.take(body))
             case ("POST", "v1", "events", "batch"):
                 return 200, _json({"results": [self.take_framed(frame) for frame in _frames(body)]})
+            case ("GET", "v1", "events"):
+                return 200, _json(self.listing(query["campaign"][0], int(query["start"][0]), int(query["limit"][0])))
             case ("GET", "v1", "events", identifier):
                 deadline = time.monotonic() + float(query.get("wait", ["0"])[0])
                 while True:
@@ -314,6 +316,16 @@ class FakeNode:
         except Rejected as refusal:
             said = {"error": refusal.reason.value, "detail": refusal.detail}
             return {"id": identifier, "status": "rejected", **said}
+
+    def listing(self, campaign: str, start: int, limit: int) -> dict[str, object]:
+        with self.lock:
+            rows = [
+                {"index": index, "id": event.id.hex(), "kind": event.entry.kind.value}
+                for index, event in enumerate(self.order)
+                if index >= start and event.entry.campaign.hex() == campaign
+            ]
+        following = rows[limit]["index"] if len(rows) > limit else None
+        return {"events": rows[:limit], "next": following}
 
     def status(self, identifier: bytes) -> dict[str, object]:
         with self.lock:

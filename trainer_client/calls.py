@@ -82,6 +82,10 @@ class Pause:
 Call = Generator[Request | Pause, Reply | None, T]
 
 
+LISTING_EVENTS = 500
+"""Events on a page of a listing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Retries:
     """How long to keep trying: pauses double from ``first_seconds`` to ``longest_seconds``."""
@@ -148,6 +152,15 @@ class CampaignStatus:
     rollbacks: int
     job_key: str
     undo_root: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedEvent:
+    """A row of the log's listing."""
+
+    index: int
+    id: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +284,18 @@ def campaign(identifier: bytes, retries: Retries) -> Call[CampaignStatus]:
     return (yield from _json(Request("GET", f"/v1/campaigns/{identifier.hex()}"), CampaignStatus, retries))
 
 
+def campaign_events(identifier: bytes, retries: Retries) -> Call[tuple[ListedEvent, ...]]:
+    """All of a campaign's events on the log, in its order."""
+    listed: list[ListedEvent] = []
+    start: int | None = 0
+    while start is not None:
+        query = (("campaign", identifier.hex()), ("start", str(start)), ("limit", str(LISTING_EVENTS)))
+        page = yield from _json(Request("GET", "/v1/events", query), _EventPage, retries)
+        listed += page.events
+        start = page.next
+    return tuple(listed)
+
+
 def sources(retries: Retries) -> Call[tuple[SourceSummary, ...]]:
     """Every registered source."""
     return (yield from _json(Request("GET", "/v1/sources"), _SourcesAnswer, retries)).sources
@@ -302,6 +327,12 @@ def checkpoint(retries: Retries) -> Call[str]:
 @dataclass(frozen=True, slots=True)
 class _BatchAnswer:
     results: tuple[EventStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _EventPage:
+    events: tuple[ListedEvent, ...]
+    next: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

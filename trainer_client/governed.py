@@ -26,8 +26,11 @@ A step none of whose examples is admitted is recorded without touching optimizer
 the log (their batches are yielded again, ``replayed``, recorded nowhere), checks that it stands at the log's root,
 and goes on with the next attempt. If the replay ends elsewhere, the campaign is abandoned.
 
+**When the process dies** (``kill -9`` included), the same call with the same ``run_directory`` takes the campaign up
+again: what was on disk is delivered, the last checkpoint restored, the steps since replayed in the same way.
+
 Forwards are replaced only inside the context and put back on exit, whatever happens (``routing.py``).
-Not covered: several processes (data-parallel training), and taking a run up again after its process died.
+Not covered: several processes (data-parallel training).
 """
 
 import dataclasses
@@ -57,7 +60,7 @@ from trainer_client.commitment import (
     root_of_tensors,
 )
 from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch
-from trainer_client.opening import RunArguments, open_run
+from trainer_client.opening import RunArguments, TakenUp, open_run
 from trainer_client.outbox import Fate
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
 from trainer_client.progress import Moment, OnProgress, Summary
@@ -155,6 +158,13 @@ class GovernedRun(Generic[E]):
         self._routing, self._block_of, self._classes = opened.routing, opened.block_of, opened.classes
         self._record, self._ledger, self._book = opened.record, opened.ledger, opened.book
         self._ring, self._before = opened.ring, opened.parameters
+        self._checkpoints = opened.checkpoints
+        if opened.taken_up is not None:
+            try:
+                self._take_up(opened.taken_up)
+            except BaseException:
+                self._stack.close()
+                raise
         return self
 
     def __exit__(
@@ -438,10 +448,40 @@ class GovernedRun(Generic[E]):
         self._last_step_event = event or self._last_step_event
         return event
 
+    def _take_up(self, taken_up: TakenUp) -> None:
+        """Go on from the restored checkpoint: the steps since then are to be replayed."""
+        steps = taken_up.past.steps
+        self._recited.update(taken_up.past.recited)
+        if taken_up.undo and steps:
+            last, steps = steps[-1], steps[:-1]
+            threshold_permille = taken_up.grants[last.permission.grant].policy.memorization_threshold_permille
+            recited = tuple(signal for signal in last.memorization if signal.signal_permille > threshold_permille)
+            rollback = self._ledger.record_memorization_rollback(last.permission, last.id, recited)
+            self._recited.update((signal.source, signal.example) for signal in recited)
+            reason = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
+            self._book.note("rollback", last.index, id=rollback.id.hex(), detail=reason)
+        self._done = self._ring.final.step
+        for step in steps:
+            presented = presented_examples(self._manifest, self._plan.sampler_seed, self._plan.batch_size, step.index)
+            self._history[step.index] = Step(
+                index=step.index,
+                grant=taken_up.grants[step.permission.grant],
+                admitted=tuple(example for example in presented if example in step.admitted),
+                refused={},
+                replayed=True,
+                rng_digest=ZERO_DIGEST,
+                beginning=step_beginning(self._state),
+                started=time.perf_counter(),
+                before=None,
+            )
+        self._replay_to = (self._ledger.place.steps, self._ledger.place.root)
+        self._end_replay_if_due()
+
     def _follow_finality(self) -> None:
         candidate = self._ring.candidate
         if candidate is not None and self._candidate is not None and self._ledger.is_final(self._candidate):
             self._ring.finalized(candidate.step, candidate.root)
+            self._checkpoints.offer(self._ring.final, self._recited)
             self._candidate = None
             self._ledger.forget_through(candidate.step)
             for index in [index for index in self._history if index <= candidate.step]:
@@ -482,6 +522,7 @@ class GovernedRun(Generic[E]):
         if self._done > self._ring.final.step:
             self._ring.offer(take_snapshot(self._state, self._done, root))
             self._ring.finalized(self._done, root)
+            self._checkpoints.offer(self._ring.final, self._recited)
         self._history.clear()
 
 
@@ -507,7 +548,7 @@ def governed(
     Args:
         node: URL of the operator's node, or a client of it.
         job_key: the key the operator delegated for this campaign.
-        run_directory: outbox and record of this run.
+        run_directory: outbox, checkpoints and record of this run; one that holds a campaign's checkpoint takes it up.
         collate: examples to the batch's inputs; the default stacks tensors.
         probe_loss: model and inputs to a loss per example, tried before anything is on the log (``probe.py``).
         memorization: see ``memorization_watch.DetectorCheck``; None checks nothing, and records no signal.

@@ -19,7 +19,7 @@ from consensus.identifiers import Digest
 from consensus.policy import maximum_profile, why_refused
 from consensus.portions import ClassProfile, Policy
 from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
-from consensus.state import DELEGATION_TABLE, DelegationRecord, SourceRecord
+from consensus.state import DELEGATION_TABLE, POLICY_TABLE, DelegationRecord, PolicyRecord, SourceRecord
 from trainer_client.calls import GrantStatus
 from trainer_client.plan import RunSettings
 from trainer_client.record import Permission, Recorder
@@ -146,6 +146,27 @@ class GrantKeeper:
                     _log.warning("paused at step %d: no grant covers it yet", step)
                     logged = True
                 self._changed.wait(0.5)
+
+    def hold(self, grant: bytes) -> None:
+        """A grant from before the run was taken up again: used as long as it covers steps and is open.
+
+        Raises:
+            Rejected: ``UNKNOWN_GRANT`` or ``UNKNOWN_POLICY``.
+        """
+        opened = self.opened(grant)
+        with self._changed:
+            self._held.append(opened)
+
+    def opened(self, grant: bytes) -> OpenGrant:
+        """A grant on the log and what follows from it.
+
+        Raises:
+            Rejected: ``UNKNOWN_GRANT`` or ``UNKNOWN_POLICY``.
+        """
+        record = self._client.state_record(POLICY_TABLE + self._client.grant_record(grant).policy, PolicyRecord)
+        if record is None:
+            raise Rejected(Reason.UNKNOWN_POLICY, f"the policy of grant {grant.hex()} is not on the log")
+        return self._opened(Digest(grant), record.policy)
 
     def discard(self, grant: bytes) -> None:
         """A grant the log no longer honours."""

@@ -26,6 +26,7 @@ ends, whatever happens.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -133,9 +134,14 @@ class GovernanceCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
     ) -> None:
-        """Raises ``TrainerUnsupported`` where no ``GovernedTrainer`` opened the run: nothing would be governed."""
+        """Begin where the run stands: behind step 0 where it was taken up again.
+
+        Raises:
+            TrainerUnsupported: no ``GovernedTrainer`` opened the run: nothing would be governed.
+        """
         if self.run is None:
             raise TrainerUnsupported("GovernanceCallback works in a GovernedTrainer; this one would not be governed")
+        state.global_step = self.run.done
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
@@ -222,11 +228,16 @@ class GovernedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **named: Any) -> Any:
         """As the Trainer's; the campaign opens once optimizer and schedule are made, and closes whatever happens.
 
+        A campaign whose process died is taken up again from the run's directory, asked for or not.
+
         Raises:
-            TrainerUnsupported: asked to resume. As ``GovernedRun.__enter__`` and ``learn``.
+            TrainerUnsupported: asked to resume from a checkpoint of the Trainer's. As ``GovernedRun.__enter__`` and
+                ``learn``.
         """
-        if resume_from_checkpoint:
-            raise TrainerUnsupported("resume_from_checkpoint: a governed run cannot be taken up again yet")
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            raise TrainerUnsupported(
+                f"resume_from_checkpoint={resume_from_checkpoint}: a run is taken up from its own run_directory"
+            )
         with self._open:
             return super().train(None, *others, **named)
 

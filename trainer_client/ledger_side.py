@@ -15,16 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consensus import portions as p
+from consensus.codec import decode
+from consensus.event import unpack
 from consensus.identifiers import Digest
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
+from consensus.state import CAMPAIGN_TABLE, CampaignRecord
 from trainer_client.calls import CampaignStatus
 from trainer_client.delivery import Delivery
 from trainer_client.grants import GrantKeeper, OpenGrant
 from trainer_client.outbox import Fate, Outbox, OutboxFull, State
 from trainer_client.plan import CampaignPlan, RunSettings
 from trainer_client.record import Permission, Place, RecordedEvent, Recorder, StepOutcome, StepUse
+from trainer_client.resumption import RecordedPast, RecordedStep, past_since, recorded
 from trainer_client.submit import Client
 
 MAX_DISCARDED = 1_024
@@ -57,7 +61,7 @@ class StepNotAdmitted(CountersignError):
 class SentStep:
     """A step on its way to finality."""
 
-    event: RecordedEvent
+    event: Digest
     index: int
     permission: Permission
 
@@ -105,15 +109,57 @@ class LedgerSide:
         grants = self._grants.cpu_seconds if self._grants is not None else 0.0
         return self._delivery.cpu_seconds + grants
 
+    def deliver_left(self) -> CampaignStatus | None:
+        """Deliver what an earlier process left; then where the campaign stands, None before it is opened.
+
+        Steps that the log refuses meanwhile are its ``failure``, as if this process had recorded them.
+
+        Raises:
+            Unavailable: the pause limit is over.
+        """
+        left = self._outbox.unsettled()
+        for fate in left:
+            event = recorded(self._outbox.event(fate.id), fate.id)
+            if isinstance(event, RecordedStep):
+                self._sent.append(SentStep(event.id, event.index, event.permission))
+                self._last_permission = event.permission
+        self._delivery.start()
+        for fate in left:
+            self._wait_settled(fate.id)
+        return self._find_head()
+
+    def take_up(self, head: CampaignStatus) -> None:
+        """Continue a campaign from where it stands on the log."""
+        self._recorder.move_to(_place(head))
+
+    def past_since(self, step: int, head: CampaignStatus) -> RecordedPast:
+        """What the log has of the campaign after a step.
+
+        Raises:
+            Rejected: as ``resumption.past_since``. Unavailable: the node does not answer.
+        """
+        return past_since(step, head, self._client.campaign_events(self._plan.campaign), self._client.raw_event)
+
+    def opening(self) -> p.Campaign:
+        """The terms that the campaign was opened with.
+
+        Raises:
+            Rejected: ``NOT_FOUND``; ``MALFORMED``.
+        """
+        record = self._client.state_record(CAMPAIGN_TABLE + self._plan.campaign, CampaignRecord)
+        if record is None:
+            raise Rejected(Reason.NOT_FOUND, f"campaign {self._plan.campaign.hex()} has no record")
+        portions = p.decode_portions(unpack(self._client.raw_event(record.event)).portions)
+        if portions.operation is None:
+            raise Rejected(Reason.MALFORMED, "the campaign's opening event has no operation portion")
+        return decode(portions.operation.content, p.Campaign, p.MAX_PORTIONS_BYTES)
+
     def open_campaign(self, terms: p.Campaign, manifest: Sequence[p.ManifestRange]) -> RecordedEvent:
-        """Deliver what an earlier run left, then open the campaign, and wait until it is on the log.
+        """Open the campaign, and wait until it is on the log.
 
         Raises:
             Rejected: the log refuses it. Unavailable: the pause limit is over.
         """
-        self._delivery.start()
-        for left in self._outbox.unsettled():
-            self._wait_settled(left.id)
         self._delivery.resume()
         event = self._recorder.open_campaign(terms, manifest)
         self._put([event])
@@ -153,7 +199,7 @@ class LedgerSide:
             events.append(self._recorder.refusal(grant.permission, use.refused))
         step = self._recorder.step(grant.permission, use, self._classes, grant.profiles, outcome)
         events.append(step)
-        self._sent.append(SentStep(step, self.place.steps, grant.permission))
+        self._sent.append(SentStep(step.id, self.place.steps, grant.permission))
         self._last_permission = grant.permission
         self._put(events)
         return tuple(events)
@@ -183,7 +229,10 @@ class LedgerSide:
 
     def is_final(self, event: RecordedEvent) -> bool:
         """Whether an event put is on the log."""
-        fate = self._outbox.fate(event.id)
+        return self._is_final(event.id)
+
+    def _is_final(self, identifier: bytes) -> bool:
+        fate = self._outbox.fate(identifier)
         return fate is not None and fate.state is State.FINAL
 
     def forget_through(self, index: int) -> None:
@@ -217,8 +266,8 @@ class LedgerSide:
         head = self._head()
         steps, count = self._recoveries_at
         self._recoveries_at = (head.steps, count + 1 if steps == head.steps else 1)
-        refused = {sent.event.id: sent for sent in self._sent}
-        discarded = [sent for sent in reversed(self._sent) if not self.is_final(sent.event)]
+        refused = {sent.event: sent for sent in self._sent}
+        discarded = [sent for sent in reversed(self._sent) if not self._is_final(sent.event)]
         what = f"event {failure.id.hex()}: {failure.reason}: {failure.detail}"
         if not discarded or head.closed or head.rollback_required or self._last_permission is None:
             raise StepNotAdmitted(f"nothing to roll back to; {what}")
@@ -229,21 +278,14 @@ class LedgerSide:
             self._grants.discard(blamed.grant)
         unsettled = [fate.id for fate in self._outbox.unsettled()]
         self._outbox.reject(unsettled, "discarded", f"it follows {what}")
-        stands = Place(
-            next_sequence=head.next_sequence,
-            attempt=head.attempt,
-            steps=head.steps,
-            root=Digest(bytes.fromhex(head.root)),
-            last_event=Digest(bytes.fromhex(head.last_event)),
-            undo_root=Digest(bytes.fromhex(head.undo_root)) if head.undo_root else None,
-        )
+        stands = _place(head)
         self._recorder.move_to(stands)
         closed = failure.reason == Reason.GRANT_CLOSED.value
         reason = Reason.GRANT_CLOSED.value if closed else "step-not-admitted"
         permission = self._last_permission
         events = []
         for first in range(0, len(discarded), MAX_DISCARDED):
-            chunk = [sent.event.id for sent in discarded[first : first + MAX_DISCARDED]]
+            chunk = [sent.event for sent in discarded[first : first + MAX_DISCARDED]]
             events.append(self._recorder.rollback(permission, chunk, reason))
         self._delivery.resume()
         self._put(events)
@@ -274,6 +316,14 @@ class LedgerSide:
                 continue
             self._last_event = events[-1]
             return
+
+    def _find_head(self) -> CampaignStatus | None:
+        try:
+            return self._head()
+        except Rejected as refusal:
+            if refusal.reason is Reason.NOT_FOUND:
+                return None
+            raise
 
     def _head(self) -> CampaignStatus:
         started = time.monotonic()
@@ -310,3 +360,14 @@ class LedgerSide:
         limit_seconds = self._settings.pause_limit_seconds
         if limit_seconds is not None and time.monotonic() - started > limit_seconds:
             raise Unavailable(f"no {what} after {limit_seconds:.0f} s")
+
+
+def _place(head: CampaignStatus) -> Place:
+    return Place(
+        next_sequence=head.next_sequence,
+        attempt=head.attempt,
+        steps=head.steps,
+        root=Digest(bytes.fromhex(head.root)),
+        last_event=Digest(bytes.fromhex(head.last_event)),
+        undo_root=Digest(bytes.fromhex(head.undo_root)) if head.undo_root else None,
+    )

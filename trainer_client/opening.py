@@ -3,6 +3,10 @@
 First everything that can refuse without a trace (parameter table, routing, the sources' claims, the probe), then the
 files of the run, then the campaign on the log, and last the threads that ask for grants. Everything opened is closed
 by the caller's stack, in reverse order.
+
+A campaign that is on the log already and open, with a checkpoint in the run's directory, is taken up again instead:
+what the process before left in the outbox is delivered, the checkpoint restored, and the steps since are read from the
+log, to be replayed (``resumption.py``).
 """
 
 import logging
@@ -20,9 +24,13 @@ from consensus import portions as p
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.policy import why_refused
+from consensus.rejection import Reason, Rejected
 from trainer_client.accumulators import SourceAccumulators
+from trainer_client.calls import CampaignStatus
 from trainer_client.capture import capture_environment
+from trainer_client.checkpoints import CheckpointStore
 from trainer_client.commitment import copied_tensors, root_of_tensors
+from trainer_client.grants import OpenGrant
 from trainer_client.ledger_side import LedgerSide
 from trainer_client.memorization_watch import MemorizationCheck
 from trainer_client.plan import (
@@ -36,6 +44,7 @@ from trainer_client.plan import (
 )
 from trainer_client.probe import ProbeInputs, probe
 from trainer_client.progress import OnProgress, RunRecord
+from trainer_client.resumption import RecordedPast
 from trainer_client.rollback import SnapshotRing, Stateful, TrainingState, take_snapshot
 from trainer_client.routing import Routing
 from trainer_client.step_book import StepBook
@@ -44,6 +53,8 @@ from trainer_client.submit import Client
 E = TypeVar("E")
 
 PROBED_EXAMPLES = 4
+MAY_CHANGE = frozenset({"environment", "job_key", "policy"})
+"""Terms of a campaign that need not be the same when it is taken up again: what was true as it opened."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,11 +80,23 @@ class RunArguments(Generic[E]):
 
 
 @dataclass(frozen=True, slots=True)
+class TakenUp:
+    """A campaign taken up again at ``ring``'s snapshot: what is to be replayed, by which grants.
+
+    ``undo``: the last step of ``past`` was recited from, and its rollback is not on the log yet.
+    """
+
+    past: RecordedPast
+    grants: Mapping[bytes, OpenGrant]
+    undo: bool
+
+
+@dataclass(frozen=True, slots=True)
 class OpenedRun:
     """What a run works with while it is open.
 
-    ``parameters`` are copies of the base model's tensors, ``ring`` holds a snapshot of it; ``block_of`` numbers the
-    parameter block of each parameter, ``classes`` names the content class of each source.
+    ``parameters`` are copies of the model's tensors as the run begins, ``ring`` holds a snapshot of it; ``block_of``
+    numbers the parameter block of each parameter, ``classes`` names the content class of each source.
     """
 
     routing: Routing
@@ -84,6 +107,8 @@ class OpenedRun:
     ring: SnapshotRing
     ledger: LedgerSide
     book: StepBook
+    checkpoints: CheckpointStore
+    taken_up: TakenUp | None
 
 
 def open_run(
@@ -122,9 +147,12 @@ def open_run(
     directory.mkdir(parents=True, exist_ok=True)
     record = RunRecord.opened(directory, arguments.on_progress)
     stack.callback(record.close)
+    checkpoints = CheckpointStore(
+        directory / "checkpoints" / plan.campaign.hex(), plan.campaign, arguments.settings.checkpoint_every_steps
+    )
+    stack.callback(checkpoints.close)
     parameters = copied_tensors(model)
     base_root = root_of_tensors(parameters)
-    ring = SnapshotRing(take_snapshot(state, 0, base_root))
     ledger = LedgerSide(plan, arguments.settings, client, arguments.job_key, directory / "outbox.sqlite", classes)
     stack.callback(lambda: ledger.close(wait=wait_on_close()))
     book = stack.enter_context(StepBook(ledger, record, blocks, plan.planned_steps))
@@ -137,10 +165,52 @@ def open_run(
         base_root=base_root,
         environment=capture_environment(Path.cwd()).settings,
     )
-    event = ledger.open_campaign(terms, manifest_of(arguments.sources))
-    book.note("campaign", 0, id=event.id.hex())
-    ledger.start_grants(ledger.new_keeper(tuple(blocks), book.note_grant))
-    return OpenedRun(routing, block_of, classes, record, parameters, ring, ledger, book)
+    manifest = manifest_of(arguments.sources)
+    head = ledger.deliver_left()
+    checkpoint = None if head is None else checkpoints.newest()
+    keeper = ledger.new_keeper(tuple(blocks), book.note_grant)
+    if head is None or checkpoint is None:
+        ring = SnapshotRing(take_snapshot(state, 0, base_root))
+        if head is None:
+            checkpoints.begin(ring.final)
+        event = ledger.open_campaign(terms, manifest)
+        book.note("campaign", 0, id=event.id.hex())
+        ledger.start_grants(keeper)
+        return OpenedRun(routing, block_of, classes, record, parameters, ring, ledger, book, checkpoints, None)
+    _check_continues(ledger.opening(), terms, head)
+    ring = SnapshotRing(checkpoint.snapshot)
+    ring.roll_back(state)
+    parameters = copied_tensors(model)
+    ledger.take_up(head)
+    past = ledger.past_since(checkpoint.snapshot.step, head)
+    past = RecordedPast(past.steps, past.recited | checkpoint.recited)
+    grants = {step.permission.grant: keeper.opened(step.permission.grant) for step in past.steps}
+    if past.steps:
+        keeper.hold(past.steps[-1].permission.grant)
+    detail = f"taken up from the checkpoint of step {checkpoint.snapshot.step}; {len(past.steps)} steps are replayed"
+    book.note("resumed", head.steps, detail=detail)
+    ledger.start_grants(keeper)
+    taken_up = TakenUp(past, grants, head.rollback_required)
+    return OpenedRun(routing, block_of, classes, record, parameters, ring, ledger, book, checkpoints, taken_up)
+
+
+def _check_continues(opened: p.Campaign, terms: p.Campaign, head: CampaignStatus) -> None:
+    """The campaign on the log is the plan's, and open.
+
+    Raises:
+        Rejected: ``CAMPAIGN_CLOSED``, ``UNKNOWN_JOB_KEY``; ``BAD_FIELD`` naming every term that differs.
+    """
+    if head.closed:
+        raise Rejected(Reason.CAMPAIGN_CLOSED, f"the campaign is {head.closed}")
+    if bytes.fromhex(head.job_key) != terms.job_key:
+        raise Rejected(Reason.UNKNOWN_JOB_KEY, f"the campaign goes on under job key {head.job_key}")
+    different = [
+        f"{name}: opened with {getattr(opened, name)!r:.200}, asked for {getattr(terms, name)!r:.200}"
+        for name in opened.__struct_fields__
+        if name not in MAY_CHANGE and getattr(opened, name) != getattr(terms, name)
+    ]
+    if different:
+        raise Rejected(Reason.BAD_FIELD, f"the campaign cannot be taken up with other terms: {'; '.join(different)}")
 
 
 def _probe(

@@ -204,6 +204,19 @@ class Outbox:
             row = self._connection.execute(_FATE + " WHERE id = ?", (identifier,)).fetchone()
         return None if row is None else _fate(row)
 
+    def event(self, identifier: bytes) -> bytes:
+        """An event's wire form; empty once its fate is settled.
+
+        Raises:
+            KeyError: it was never put.
+        """
+        with self._changed:
+            row = self._connection.execute("SELECT event FROM events WHERE id = ?", (identifier,)).fetchone()
+        if row is None:
+            raise KeyError(identifier.hex())
+        encoded: bytes = row[0]
+        return encoded
+
     def unsettled(self) -> tuple[Fate, ...]:
         """Every event whose fate is open, in order."""
         with self._changed:

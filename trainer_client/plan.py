@@ -82,6 +82,8 @@ class RunSettings:
         closing_margin_ms: a grant this near to its end is not used: its steps must still reach the log.
         snapshot_every_steps: least distance between snapshots to return to if a step is not admitted.
         check_memorization_every_steps: how often the memorization check runs.
+        checkpoint_every_steps: least distance between checkpoints on disk, from which a run whose process died is taken
+            up again (``checkpoints.py``); 0 keeps none.
         pause_limit_seconds: how long to wait for a grant or for finality; None waits for ever.
         outbox_maximum_bytes: see ``outbox.py``.
     """
@@ -92,6 +94,7 @@ class RunSettings:
     closing_margin_ms: int = 2_000
     snapshot_every_steps: int = 20
     check_memorization_every_steps: int = 1
+    checkpoint_every_steps: int = 100
     pause_limit_seconds: float | None = None
     outbox_maximum_bytes: int = 1 << 30
 

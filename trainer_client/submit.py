@@ -22,6 +22,7 @@ from trainer_client.calls import (
     CampaignStatus,
     EventStatus,
     GrantStatus,
+    ListedEvent,
     PolicyInForce,
     Reply,
     Request,
@@ -103,6 +104,10 @@ class Client:
     def campaign(self, identifier: bytes) -> CampaignStatus:
         """A campaign's head."""
         return self._drive(calls.campaign(identifier, self._retries))
+
+    def campaign_events(self, identifier: bytes) -> tuple[ListedEvent, ...]:
+        """All of a campaign's events, in the log's order."""
+        return self._drive(calls.campaign_events(identifier, self._retries))
 
     def sources(self) -> tuple[SourceSummary, ...]:
         """Every registered source."""
@@ -204,6 +209,10 @@ class AsyncClient:
     async def campaign(self, identifier: bytes) -> CampaignStatus:
         """A campaign's head."""
         return await self._drive(calls.campaign(identifier, self._retries))
+
+    async def campaign_events(self, identifier: bytes) -> tuple[ListedEvent, ...]:
+        """All of a campaign's events, in the log's order."""
+        return await self._drive(calls.campaign_events(identifier, self._retries))
 
     async def sources(self) -> tuple[SourceSummary, ...]:
         """Every registered source."""

@@ -4,184 +4,41 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from fake_node import SALT, FakeNode, running_node
+from fake_node import running_node
+from governed_fixtures import (
+    BATCH_SIZE,
+    CAMPAIGN,
+    EVERYTHING,
+    SETTINGS,
+    STEPS,
+    Scene,
+    TinyModel,
+    collate,
+    examples_of,
+    losses,
+    same_bits,
+    weights,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from consensus.event import CheckedEvent, Kind
 from consensus.keys import Ed25519SigningKey
-from consensus.portions import BlockWeight, ClassRule, Release, Rollback, SourceRefusal, StepOperation
+from consensus.portions import BlockWeight, ClassRule, Release, Rollback, StepOperation
 from consensus.rejection import Reason, Rejected, Unavailable
-from consensus.sampler import presented_examples
-from trainer_client.calls import Retries
 from trainer_client.commitment import parameter_root_of, root_of_tensors
-from trainer_client.governed import DEFAULT_SETTINGS, GovernedRun, ReplayFailed, TrainingFailed, governed
+from trainer_client.governed import GovernedRun, ReplayFailed, TrainingFailed
 from trainer_client.ledger_side import StepNotAdmitted
-from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, default_blocks, manifest_of
+from trainer_client.plan import default_blocks
 from trainer_client.record import Example
 from trainer_client.routing import RoutingError
-from trainer_client.submit import Client
-
-CAMPAIGN = bytes([7]) * 32
-KEY = Ed25519SigningKey(bytes([9]) * 32)
-STEPS = 12
-BATCH_SIZE = 6
-CLIENTS: list[Client] = []
-QUICK = Retries(attempts=2, first_seconds=0.01, longest_seconds=0.02)
-EVERYTHING = (ClassRule("documentation", 1_000, ()), ClassRule("news", 1_000, ()))
-SETTINGS = replace(DEFAULT_SETTINGS, pause_limit_seconds=20.0)
-
-
-class TinyModel(nn.Module):
-    """Next-byte prediction over 32 symbols; parameter blocks ``embedding``, ``layers.0``, ``layers.1``, ``head``."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(32, 8)
-        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(8, 32)
-
-    def forward(self, bytes_BT: Tensor) -> Tensor:
-        x = self.embedding(bytes_BT)
-        for layer in self.layers:
-            x = x + self.dropout(functional.gelu(layer(x)))
-        logits: Tensor = self.head(x)
-        return logits
-
-
-def collate(examples: object) -> Tensor:
-    return torch.tensor([list(example) for example in examples])  # type: ignore[attr-defined]
-
-
-def losses(model: nn.Module, inputs_BT: Tensor) -> Tensor:
-    logits = model(inputs_BT[:, :-1]).transpose(1, 2)
-    return functional.cross_entropy(logits, inputs_BT[:, 1:], reduction="none").mean(dim=1)
-
-
-def examples_of(name: str, count: int = 8) -> list[bytes]:
-    return [
-        bytes(byte % 32 for byte in hashlib.sha256(f"{name} {number}".encode()).digest()[:10])
-        for number in range(count)
-    ]
-
-
-@dataclass
-class Scene:
-    """A node with a policy, an admitted source, one of class news, and one whose licence is not admitted."""
-
-    node: FakeNode
-    directory: Path
-    texts: dict[str, list[bytes]]
-    sources: dict[str, bytes] = field(default_factory=dict)
-    model: TinyModel = field(default_factory=TinyModel)
-    settings: RunSettings = SETTINGS
-    plan_changes: dict[str, object] = field(default_factory=dict)
-    arguments: dict[str, object] = field(default_factory=dict)
-    seen: list[Example] = field(default_factory=list)
-    salt: bytes | None = SALT
-    campaign: bytes = CAMPAIGN
-    key: Ed25519SigningKey = KEY
-
-    def register(self, **policy: object) -> None:
-        if policy or not self.node.order:
-            self.node.policy(**policy)
-        self.sources = {
-            "manual": self.node.source("manual", self.texts["manual"]),
-            "paper": self.node.source("paper", self.texts["paper"], owner="data-source-2", content_class="news"),
-            "secret": self.node.source("secret", self.texts["secret"], licence="LicenseRef-Proprietary"),
-        }
-        self.node.delegate(self.campaign, self.key)
-
-    @property
-    def training_sources(self) -> list[TrainingSource[bytes]]:
-        return [TrainingSource(self.sources[name], self.texts[name], self.salt) for name in self.sources]
-
-    def client(self) -> Client:
-        CLIENTS.append(Client(self.node.url, retries=QUICK))
-        return CLIENTS[-1]
-
-    def run(self) -> GovernedRun[bytes]:
-        torch.manual_seed(1)
-        self.model = TinyModel(**self.plan_changes.pop("model", {}))  # type: ignore[arg-type]
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.1)
-        fields: dict[str, object] = {
-            "chain_id": self.node.chain_id,
-            "operator": self.node.member_id("operator-1"),
-            "campaign": self.campaign,
-            "name": "a campaign",
-            "purpose": "fine-tuning",
-            "base_model": "tiny",
-            "sampler_seed": bytes(32),
-            "batch_size": BATCH_SIZE,
-            "planned_steps": STEPS,
-            **self.plan_changes,
-        }
-        return governed(
-            self.model,
-            optimizer,
-            plan=CampaignPlan(**fields),  # type: ignore[arg-type]
-            sources=self.training_sources,
-            node=self.client(),
-            job_key=self.key,
-            run_directory=self.directory,
-            collate=collate,
-            settings=self.settings,
-            **self.arguments,  # type: ignore[arg-type]
-        )
-
-    def train(self, at_step: Callable[[int], None] = lambda step: None) -> GovernedRun[bytes]:
-        with self.run() as run:
-            for batch in run.batches():
-                at_step(batch.step)
-                self.seen.extend(batch.examples)
-                run.learn(losses(self.model, batch.inputs))
-            run.release(self.directory / "tuned.safetensors")
-        return run
-
-    def loop(self, body: Callable[[GovernedRun[bytes], Tensor, int], None]) -> None:
-        """A run whose loop body is ``body``."""
-        with self.run() as run:
-            for batch in run.batches():
-                body(run, batch.inputs, batch.step)
-
-    def events(self, kind: Kind) -> list[CheckedEvent]:
-        return [event for event in self.node.order if event.entry.kind is kind]
-
-    def presented(self, step: int) -> tuple[Example, ...]:
-        return presented_examples(manifest_of(self.training_sources), bytes(32), BATCH_SIZE, step)
-
-    def reasons(self) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        for event in self.events(Kind.REFUSAL):
-            for item in event.items:
-                assert isinstance(item, SourceRefusal)
-                counts[item.reason] += item.count
-        return counts
-
-
-@pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
-    texts = {name: examples_of(name) for name in ("manual", "paper", "secret")}
-    with running_node() as node:
-        yield Scene(node, tmp_path / "run", texts)
-    while CLIENTS:
-        CLIENTS.pop().close()
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def plain_training(scene: Scene, refused: Callable[[int, Example], bool]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from trainer_client.hf import (
     TrainerUnsupported,
     causal_losses,
 )
-from trainer_client.plan import CampaignPlan, TrainingSource, manifest_of
+from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
 from trainer_client.route import RoutingLeak
 
 pytestmark = [
@@ -90,12 +90,15 @@ class Scene:
             "secret": node.source("secret", self.texts["secret"], licence="LicenseRef-Proprietary"),
         }
         self.salt: bytes | None = SALT
+        self.delegated: set[bytes] = set()
 
     def campaign(self, number: int = 7, seed: int = 0) -> dict[str, object]:
         """Arguments that ``governed`` and ``GovernanceCallback`` share."""
         campaign = bytes([number]) * 32
         key = Ed25519SigningKey(bytes([number]) * 32)
-        self.node.delegate(campaign, key)
+        if campaign not in self.delegated:
+            self.node.delegate(campaign, key)
+            self.delegated.add(campaign)
         plan = CampaignPlan(
             chain_id=self.node.chain_id,
             operator=self.node.member_id("operator-1"),
@@ -135,7 +138,12 @@ class Scene:
 
     def trainer(self, model: nn.Module, number: int = 7, **options: object) -> GovernedTrainer:
         arguments = options.pop("args", None) or self.arguments()
-        callbacks = [GovernanceCallback(**self.campaign(number), release=self.directory / "tuned.safetensors")]
+        callback = GovernanceCallback(
+            **self.campaign(number),
+            release=self.directory / "tuned.safetensors",
+            settings=options.pop("settings", RunSettings()),
+        )
+        callbacks = [callback]
         return GovernedTrainer(
             model, arguments, data_collator=COLLATOR, callbacks=[*callbacks, *options.pop("callbacks", [])], **options
         )
@@ -357,10 +365,36 @@ def test_callback_in_an_ordinary_trainer_refuses_to_train_ungoverned(scene: Scen
         trainer.train()
 
 
-def test_packed_batch_and_asking_to_resume_are_refused(scene: Scene) -> None:
+class DiesAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: object, state: object, control: object, **of_trainer: object) -> None:
+        if state.global_step == self.step - 1:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("build", [gpt2, lora])
+@pytest.mark.parametrize("died_at", [2, 4, STEPS])
+def test_training_that_died_is_taken_up_and_ends_with_the_same_chain(
+    scene: Scene, build: type[nn.Module], died_at: int
+) -> None:
+    settings = RunSettings(snapshot_every_steps=2, checkpoint_every_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        scene.trainer(build(), settings=settings, callbacks=[DiesAt(died_at)]).train()
+    set_seed(99)
+    trainer = scene.trainer(build(), settings=settings)
+    result = trainer.train(resume_from_checkpoint=True)
+    assert result.global_step == STEPS
+    scene.trainer(build(), 8).train()
+    assert [step.index for step in scene.steps(7)] == list(range(1, STEPS + 1))
+    assert [recorded(step) for step in scene.steps(7)] == [recorded(step) for step in scene.steps(8)]
+
+
+def test_packed_batch_and_a_trainers_own_checkpoint_are_refused(scene: Scene) -> None:
     trainer = scene.trainer(gpt2())
-    with pytest.raises(TrainerUnsupported, match="taken up again"):
-        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(TrainerUnsupported, match="taken up from its own run_directory"):
+        trainer.train(resume_from_checkpoint="output/checkpoint-2")
     trainer.data_collator = lambda examples: COLLATOR([b"".join(examples)])
     with pytest.raises(TrainerUnsupported, match="one row per example"):
         trainer.train()

@@ -21,10 +21,12 @@ It meets its node over HTTP and everybody else in files. ``job.json`` (paths rel
 A source's file is its examples one after the other, ``example_bytes`` each (``export.py``); ``id`` is its event on the
 log; with ``content_salt`` the examples are checked against the claim. Everything else has a default.
 
-On standard output: one JSON object a line, a ``progress.Progress`` each (``event`` is ``campaign``, ``grant``,
-``refusal``, ``step``, ``rollback``, ``recovery`` or ``release``), besides ``base`` while the base model is trained and
-a last ``done``. ``run_directory/summary.json`` holds totals, losses, cost, and what base and tuned model complete of
-the planted facts.
+Killed and started again with the same file, it goes on where it was.
+
+On standard output: one JSON object a line, a ``progress.Progress`` each (``event`` is ``campaign`` or ``resumed``,
+``grant``, ``refusal``, ``step``, ``rollback``, ``recovery`` or ``release``), besides ``base`` while the base model is
+trained and a last ``done``. ``run_directory/summary.json`` holds totals, losses, cost, and what base and tuned model
+complete of the planted facts.
 """
 
 import argparse
@@ -104,6 +106,7 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     check_memorization_every_steps: int = 5
     calibrate_every_checks: int = 6
     snapshot_every_steps: int = 20
+    checkpoint_every_steps: int = 40
     closing_margin_ms: int = 2_000
     base_file: str = ""
     accumulator_window_steps: int = 0
@@ -174,6 +177,7 @@ class Job:
                 settings=RunSettings(
                     check_memorization_every_steps=config.check_memorization_every_steps,
                     snapshot_every_steps=config.snapshot_every_steps,
+                    checkpoint_every_steps=config.checkpoint_every_steps,
                     closing_margin_ms=config.closing_margin_ms,
                 ),
                 on_progress=_print_progress,

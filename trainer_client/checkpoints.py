@@ -1,0 +1,194 @@
+"""Checkpoints: a run's last final snapshot on disk, to take the run up from after its process died.
+
+A checkpoint is a ``rollback.Snapshot`` whose parameter root is final on the log, with the examples refused for good by
+then: whatever the log refuses or undoes later, it never has to go back behind it. The first one is written before
+the campaign is on the log.
+
+* **Written beside training**, by one thread, from a snapshot that nobody changes. While one is being written others
+  pass; a disk that is full costs a warning and the older checkpoint stays.
+* **Whole or not there.** Written, fsynced, hashed, renamed to a name that holds the SHA-256, fsync of the folder. The
+  two newest are kept: should the newest turn out damaged, the one before serves.
+* **Data, not code.** Read with ``torch.load(weights_only=True)``.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consensus.identifiers import Digest
+from consensus.rejection import ConfigError
+from trainer_client.record import Example
+from trainer_client.rollback import RandomState, Snapshot
+
+VERSION = 1
+KEPT = 2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A snapshot and the examples that stay refused after it."""
+
+    snapshot: Snapshot
+    recited: frozenset[Example]
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in ``directory``."""
+
+    def __init__(self, directory: Path, campaign: bytes, every_steps: int) -> None:
+        """``every_steps``: least distance between two checkpoints; 0 keeps none."""
+        self._directory = directory
+        self._campaign = campaign
+        self._every_steps = every_steps
+        self._writing: Future[None] | None = None
+        self._written_step: int | None = None
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+
+    def begin(self, snapshot: Snapshot) -> None:
+        """Write the first one, of step 0, and return when it is on disk; what an earlier campaign left goes.
+
+        Raises:
+            ConfigError: a part of the job has a state that is not plain data, or the disk refuses.
+        """
+        if not self._every_steps:
+            return
+        for path in self._paths():
+            path.unlink()
+        try:
+            self._write(Checkpoint(snapshot, frozenset()))
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"{self._directory}: expected to write a checkpoint, found: {error}") from error
+        self.newest()
+
+    def offer(self, snapshot: Snapshot, recited: Iterable[Example]) -> None:
+        """A snapshot whose root is final: written if it is far enough from the last one and none is being written."""
+        if not self._every_steps or (self._writing is not None and not self._writing.done()):
+            return
+        if self._written_step is not None and snapshot.step - self._written_step < self._every_steps:
+            return
+        self._writing = self._executor.submit(self._write_or_warn, Checkpoint(snapshot, frozenset(recited)))
+
+    def newest(self) -> Checkpoint | None:
+        """The newest that can be read; None where there is none at all.
+
+        Raises:
+            ConfigError: there are some, all damaged or another campaign's.
+        """
+        problem: ConfigError | None = None
+        for path in reversed(self._paths()):
+            try:
+                found = _read(path, self._campaign)
+            except ConfigError as error:
+                _log.warning("%s", error)
+                problem = problem or error
+                continue
+            self._written_step = found.snapshot.step
+            return found
+        if problem is not None:
+            raise problem
+        return None
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._executor.shutdown(wait=True)
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._directory.glob("step-*.checkpoint"))
+
+    def _write_or_warn(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._write(checkpoint)
+        except (OSError, RuntimeError) as error:  # torch's writer reports a disk as either
+            _log.warning("no checkpoint of step %d: %s", checkpoint.snapshot.step, error)
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        unfinished = self._directory / "checkpoint.unfinished"
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(_plain(checkpoint, self._campaign), file)
+                file.flush()
+                os.fsync(file.fileno())
+            digest = _sha256(unfinished)
+            unfinished.replace(self._directory / f"step-{checkpoint.snapshot.step:09}-{digest}.checkpoint")
+        except (OSError, RuntimeError):
+            unfinished.unlink(missing_ok=True)
+            raise
+        folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._written_step = checkpoint.snapshot.step
+        for old in self._paths()[:-KEPT]:
+            old.unlink()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain(checkpoint: Checkpoint, campaign: bytes) -> dict[str, Any]:
+    snapshot, random = checkpoint.snapshot, checkpoint.snapshot.random
+    numpy = {**random.numpy, "state": {**random.numpy["state"], "key": torch.from_numpy(random.numpy["state"]["key"])}}
+    return {
+        "version": VERSION,
+        "campaign": campaign,
+        "step": snapshot.step,
+        "root": bytes(snapshot.root),
+        "tensors": dict(snapshot.tensors),
+        "optimizer_state": {index: dict(held) for index, held in snapshot.optimizer_state.items()},
+        "optimizer_settings": [dict(held) for held in snapshot.optimizer_settings],
+        "stateful": {name: dict(held) for name, held in snapshot.stateful.items()},
+        "generators": dict(snapshot.generators),
+        "torch_cpu": random.torch_cpu,
+        "torch_cuda": list(random.torch_cuda),
+        "python": random.python,
+        "numpy": numpy,
+        "recited": sorted(checkpoint.recited),
+    }
+
+
+def _read(path: Path, campaign: bytes) -> Checkpoint:
+    """A checkpoint's file.
+
+    Raises:
+        ConfigError: it is damaged, of another version or campaign, or holds more than data.
+    """
+    try:
+        digest = _sha256(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a checkpoint, found: {error.strerror}") from error
+    if digest != path.stem.rpartition("-")[2]:
+        raise ConfigError(f"{path}: the checkpoint is damaged: it has SHA-256 {digest}")
+    try:
+        plain = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"{path}: the checkpoint cannot be read as plain data: {error}") from error
+    if plain["version"] != VERSION:
+        raise ConfigError(f"{path}: expected a checkpoint of version {VERSION}, found {plain['version']}")
+    if plain["campaign"] != campaign:
+        raise ConfigError(f"{path}: expected a checkpoint of campaign {campaign.hex()}, not {plain['campaign'].hex()}")
+    numpy = plain["numpy"]
+    numpy["state"]["key"] = numpy["state"]["key"].numpy()
+    snapshot = Snapshot(
+        step=plain["step"],
+        root=Digest(plain["root"]),
+        tensors=plain["tensors"],
+        optimizer_state=plain["optimizer_state"],
+        optimizer_settings=tuple(plain["optimizer_settings"]),
+        stateful=plain["stateful"],
+        generators=plain["generators"],
+        random=RandomState(plain["torch_cpu"], tuple(plain["torch_cuda"]), plain["python"], numpy),
+    )
+    return Checkpoint(snapshot, frozenset((source, index) for source, index in plain["recited"]))
