@@ -13,6 +13,7 @@ from torch import nn
 
 from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
 from attribution.log import CampaignLog, open_log
+from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
 from attribution.report import Answer, trace_json, trace_text
 from attribution.trace import control_outputs, trace_output, untraced_tensors
@@ -129,6 +130,12 @@ def factors_command(
     type=click.Path(path_type=Path),
     help="As countersign factors wrote. Default: fitted now, unless the campaign commits to factors.",
 )
+@click.option(
+    "--without",
+    "without_path",
+    type=click.Path(path_type=Path),
+    help="Weights that countersign replay --without ended with: shown beside, as what came out without that source.",
+)
 @_TEXT
 @_CONTEXT
 @click.option("--length", default=16, show_default=True, help="Tokens to complete, without --completion.")
@@ -146,6 +153,7 @@ def trace_command(
     genesis_path: Path,
     chain_id: str,
     factors_path: Path | None,
+    without_path: Path | None,
     text_path: Path | None,
     context_tokens: int,
     length: int,
@@ -173,6 +181,7 @@ def trace_command(
         raise Rejected(Reason.ROOT_NOT_FINAL, "the campaign has released nothing: there is no tuned model to ask about")
     base = load_model(architecture, base_path, log.provenance.campaign.base_root, "campaign's base model")
     tuned = load_model(architecture, tuned_path, release.parameter_root, "campaign's release")
+    others = {} if without_path is None else {"without": _unchecked_model(architecture, without_path)}
     search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
     sequences = _sequences(text_path, context_tokens)
     factors, origin = chosen_factors(log, tuned, factors_path, sequences)
@@ -182,8 +191,17 @@ def trace_command(
         output, asked, count = question.output(tuned, length)
         controls = spread(control_outputs([list(sequence) for sequence in sequences], output), CONTROLS)
         trace = trace_output(base, tuned, factors, log.provenance, search.found, output, controls, _told)
-        says = {name: greedy_text(model, question.prompt, count) for name, model in (("base", base), ("tuned", tuned))}
-        answer = Answer(asked, question.prompt, says["base"], says["tuned"], trace, search, untraced, origin)
+        models = {"base": base, "tuned": tuned, **others}
+        answer = Answer(
+            asked=asked,
+            prompt=question.prompt,
+            says={name: greedy_text(model, question.prompt, count) for name, model in models.items()},
+            log_chances={name: log_chance(model, output) for name, model in models.items()},
+            trace=trace,
+            search=search,
+            untraced=untraced,
+            factors=origin,
+        )
         if as_json:
             click.echo(trace_json(log, answer, indent=2 if outputs_path is None else None))
         else:
@@ -224,6 +242,11 @@ def chosen_factors(
             Reason.DIGEST_MISMATCH, f"{path} has root {held.root.hex()}, the campaign commits to {committed.hex()}"
         )
     return factors_from(held.tensors, tuned), FactorsOrigin.COMMITTED if committed else FactorsOrigin.GIVEN
+
+
+def _unchecked_model(architecture: str, path: Path) -> nn.Module:
+    """A model whose weights no log knows: those of a replay without a source."""
+    return load_model(architecture, path, read_tensors(path).root, "replay")
 
 
 def spread(pieces: Sequence[P], count: int) -> list[P]:

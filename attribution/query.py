@@ -44,6 +44,12 @@ def log_chances(model: nn.Module, output: Output) -> Tensor:
     return chances_NV.gather(1, chosen_N[:, None]).squeeze(1)
 
 
+@torch.no_grad()
+def log_chance(model: nn.Module, output: Output) -> float:
+    """Mean log of the chance of a token asked about."""
+    return log_chances(model, output).mean().item()
+
+
 def log_odds_gradients(model: nn.Module, output: Output) -> dict[str, Tensor]:
     """Gradient ``[O, I]`` of the output's summed log-odds with respect to every linear weight.
 

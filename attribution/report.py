@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attribution.factors import FactorsOrigin
@@ -20,12 +21,16 @@ FACTORS_SHOWN = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A question, what both models say to its prompt, and the trace; ``untraced`` are tensors it does not speak of."""
+    """A question, what models say to its prompt and how likely they find the output, and the trace.
+
+    Models are ``base``, ``tuned`` and, where a replay left a source out, ``without``; ``log_chances`` are means per
+    token. ``untraced`` are tensors that the trace does not speak of.
+    """
 
     asked: str
     prompt: str
-    base_says: str
-    tuned_says: str
+    says: Mapping[str, str]
+    log_chances: Mapping[str, float]
     trace: Trace
     search: Search
     untraced: tuple[str, ...]
@@ -38,10 +43,10 @@ def trace_text(log: CampaignLog, answer: Answer) -> str:
     lines = [
         f"campaign {log.bundle.campaign.hex()} of {log.provenance.operator}: {shown(campaign.name)}",
         f"asked    {shown(answer.asked)}",
-        f"base     says {shown(answer.base_says)}",
-        f"tuned    says {shown(answer.tuned_says)}",
+        *(f"{name:8} says {shown(said)}" for name, said in answer.says.items()),
         f"chance   {_percent(trace.base_log_chance)} a token in the base model, "
-        f"{_percent(trace.tuned_log_chance)} in the tuned one",
+        f"{_percent(trace.tuned_log_chance)} in the tuned one"
+        + (f", {_percent(answer.log_chances['without'])} without" if "without" in answer.says else ""),
         "",
     ]
     if trace.shaped_here:
@@ -73,10 +78,10 @@ def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
         "operator": log.provenance.operator,
         "asked": answer.asked,
         "prompt": answer.prompt,
-        "says": {"base": answer.base_says, "tuned": answer.tuned_says},
+        "says": dict(answer.says),
         "made_likelier": trace.made_likelier,
         "shaped_here": trace.shaped_here,
-        "log_chance": {"base": trace.base_log_chance, "tuned": trace.tuned_log_chance},
+        "log_chance": dict(answer.log_chances),
         "controls": trace.controls,
         "factors": answer.factors,
         "sources": [_row(row) for row in trace.ranked],
@@ -131,6 +136,8 @@ def _assurance(log: CampaignLog, answer: Answer) -> list[str]:
         f"  measured  against {trace.controls} control outputs; z counts their deviations",
         f"  weighed   by Kronecker factors: {FACTORS_SHOWN[answer.factors]}",
     ]
+    if "without" in answer.says:
+        lines.append("  replayed  what came out without a source, by whoever made that file: it is not on the log")
     lines += [
         f"  left out  steps {held.window.first} to {held.window.last}: {shown(held.why)}" for held in search.missing
     ]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution.factors import WeightFactors
-from attribution.query import Output, log_chances, log_odds_gradients
+from attribution.query import Output, log_chance, log_odds_gradients
 from attribution.weights import WindowFile, accumulators_of
 from consensus import portions as p
 from consensus.predicates.accumulators import Provenance, UsedSource
@@ -127,8 +127,6 @@ def trace_output(
                     raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} do not fit this model")
                 parts = [-torch.sum(query[name] * accumulated).item() for query in queries]
                 tally.add(parts, block, file.window.last, entry.policy)
-    with torch.no_grad():
-        chances = [log_chances(model, output).mean().item() for model in (base, tuned)]
     ranked = [
         SourceScore(
             known[source],
@@ -142,8 +140,8 @@ def trace_output(
         if known[source].admitted
     ]
     return Trace(
-        base_log_chance=chances[0],
-        tuned_log_chance=chances[1],
+        base_log_chance=log_chance(base, output),
+        tuned_log_chance=log_chance(tuned, output),
         ranked=tuple(sorted(ranked, key=lambda row: (-row.z, row.source.id))),
         controls=len(controls),
         windows=tuple(file.window.last for file in files),

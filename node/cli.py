@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "grant": LazyCommand("node.commands.grant", "grant", "See and countersign grants."),
     "log": LazyCommand("node.commands.log", "log", "Read, prove and check the log."),
     "trace": LazyCommand("attribution.commands", "trace_command", "Ask which admitted sources shaped an output."),
+    "replay": LazyCommand("trainer_client.replay_command", "replay_command", "Run a campaign again, step by step."),
     "factors": LazyCommand("attribution.commands", "factors_command", "Fit what traces of a base model need, once."),
     "verify": LazyCommand("node.verify", "verify_command", "Check a bundle offline, trusting nobody in it."),
 }

@@ -455,7 +455,9 @@ class GovernedRun(Generic[E]):
         if taken_up.undo and steps:
             last, steps = steps[-1], steps[:-1]
             threshold_permille = taken_up.grants[last.permission.grant].policy.memorization_threshold_permille
-            recited = tuple(signal for signal in last.memorization if signal.signal_permille > threshold_permille)
+            recited = tuple(
+                signal for signal in last.operation.memorization if signal.signal_permille > threshold_permille
+            )
             rollback = self._ledger.record_memorization_rollback(last.permission, last.id, recited)
             self._recited.update((signal.source, signal.example) for signal in recited)
             reason = Reason.MEMORIZATION_ABOVE_THRESHOLD.value

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consensus import portions as p
-from consensus.codec import decode
-from consensus.event import unpack
 from consensus.identifiers import Digest
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
@@ -28,7 +26,7 @@ from trainer_client.grants import GrantKeeper, OpenGrant
 from trainer_client.outbox import Fate, Outbox, OutboxFull, State
 from trainer_client.plan import CampaignPlan, RunSettings
 from trainer_client.record import Permission, Place, RecordedEvent, Recorder, StepOutcome, StepUse
-from trainer_client.resumption import RecordedPast, RecordedStep, past_since, recorded
+from trainer_client.resumption import RecordedPast, RecordedStep, past_since, recorded, recorded_terms
 from trainer_client.submit import Client
 
 MAX_DISCARDED = 1_024
@@ -149,10 +147,7 @@ class LedgerSide:
         record = self._client.state_record(CAMPAIGN_TABLE + self._plan.campaign, CampaignRecord)
         if record is None:
             raise Rejected(Reason.NOT_FOUND, f"campaign {self._plan.campaign.hex()} has no record")
-        portions = p.decode_portions(unpack(self._client.raw_event(record.event)).portions)
-        if portions.operation is None:
-            raise Rejected(Reason.MALFORMED, "the campaign's opening event has no operation portion")
-        return decode(portions.operation.content, p.Campaign, p.MAX_PORTIONS_BYTES)
+        return recorded_terms(self._client.raw_event(record.event), record.event)
 
     def open_campaign(self, terms: p.Campaign, manifest: Sequence[p.ManifestRange]) -> RecordedEvent:
         """Open the campaign, and wait until it is on the log.

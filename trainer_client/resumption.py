@@ -6,7 +6,7 @@ by id and held to it, and the steps must be all from the checkpoint's to the hea
 whether the replay ends at the log's root is checked in the end.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from consensus import portions as p
@@ -26,11 +26,32 @@ class RecordedStep:
     """A step as the log has it."""
 
     id: Digest
-    index: int
-    permission: Permission
-    previous: bytes
+    operation: p.StepOperation
+    governance: p.StepGovernance
     admitted: frozenset[Example]
-    memorization: tuple[p.MemorizationSignal, ...]
+    classes: Mapping[bytes, str]
+    """Content class of each source presented."""
+
+    @property
+    def index(self) -> int:
+        """Its place among the campaign's steps, from 1."""
+        return self.operation.index
+
+    @property
+    def permission(self) -> Permission:
+        """The grant it was taken under."""
+        return Permission(self.governance.grant, self.governance.policy)
+
+    def weights_permille(self, source: bytes) -> tuple[int, ...]:
+        """The depth profile of an admitted source, over the campaign's parameter blocks.
+
+        Raises:
+            Rejected: ``BAD_FIELD``: the step has no profile for the source's class.
+        """
+        for profile in self.governance.profiles:
+            if profile.content_class == self.classes[source]:
+                return profile.weights_permille
+        raise Rejected(Reason.BAD_FIELD, f"step {self.index} has no depth profile for class {self.classes[source]!a}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +77,8 @@ def recorded(encoded: bytes, identifier: bytes) -> RecordedStep | RecordedRollba
     Raises:
         Rejected: ``DIGEST_MISMATCH`` or ``PORTION_MISMATCH`` when it is not the event with that id; as ``decode``.
     """
-    wire = unpack(encoded)
-    entry = decode(wire.entry, Entry, MAX_ENTRY_BYTES)
-    found = event_id(entry)
-    if found != identifier:
-        raise Rejected(Reason.DIGEST_MISMATCH, f"asked for event {identifier.hex()}, got {found.hex()}")
-    portions = p.decode_portions(wire.portions)
-    if p.commitments(entry.kind.value, portions) != (entry.data, entry.governance, entry.operation):
-        raise Rejected(
-            Reason.PORTION_MISMATCH, f"event {identifier.hex()}: its commitments are not those of its portions"
-        )
+    entry, portions = _opened(encoded, identifier)
+    found = Digest(identifier)
     if entry.kind not in (Kind.STEP, Kind.ROLLBACK) or portions.operation is None or portions.governance is None:
         return None
     if entry.kind is Kind.ROLLBACK:
@@ -74,15 +87,26 @@ def recorded(encoded: bytes, identifier: bytes) -> RecordedStep | RecordedRollba
     operation = decode(portions.operation.content, p.StepOperation, p.MAX_PORTIONS_BYTES)
     governance = decode(portions.governance.content, p.StepGovernance, p.MAX_PORTIONS_BYTES)
     items = portions.data.items if portions.data is not None else ()
-    uses = [(decode(item.content, p.SourceUse, p.MAX_PORTIONS_BYTES).source, item.examples) for item in items]
+    uses = [(decode(item.content, p.SourceUse, p.MAX_PORTIONS_BYTES), item.examples) for item in items]
     return RecordedStep(
         id=found,
-        index=operation.index,
-        permission=Permission(governance.grant, governance.policy),
-        previous=operation.previous,
-        admitted=frozenset((source, example) for source, examples in uses for example in examples),
-        memorization=tuple(operation.memorization),
+        operation=operation,
+        governance=governance,
+        admitted=frozenset((use.source, example) for use, examples in uses for example in examples),
+        classes={use.source: use.content_class for use, _ in uses},
     )
+
+
+def recorded_terms(encoded: bytes, identifier: bytes) -> p.Campaign:
+    """The terms of a campaign, from the wire form of its opening event.
+
+    Raises:
+        Rejected: as ``recorded``; ``MALFORMED`` for an event of another kind.
+    """
+    entry, portions = _opened(encoded, identifier)
+    if entry.kind is not Kind.CAMPAIGN or portions.operation is None:
+        raise Rejected(Reason.MALFORMED, f"event {identifier.hex()} opens no campaign")
+    return decode(portions.operation.content, p.Campaign, p.MAX_PORTIONS_BYTES)
 
 
 def past_since(
@@ -115,3 +139,17 @@ def past_since(
             f"expected steps {checkpoint_step + 1} to {head.steps} on the log, the node shows {found}",
         )
     return RecordedPast(tuple(steps), frozenset(recited))
+
+
+def _opened(encoded: bytes, identifier: bytes) -> tuple[Entry, p.Portions]:
+    wire = unpack(encoded)
+    entry = decode(wire.entry, Entry, MAX_ENTRY_BYTES)
+    found = event_id(entry)
+    if found != identifier:
+        raise Rejected(Reason.DIGEST_MISMATCH, f"asked for event {identifier.hex()}, got {found.hex()}")
+    portions = p.decode_portions(wire.portions)
+    if p.commitments(entry.kind.value, portions) != (entry.data, entry.governance, entry.operation):
+        raise Rejected(
+            Reason.PORTION_MISMATCH, f"event {identifier.hex()}: its commitments are not those of its portions"
+        )
+    return entry, portions

@@ -18,6 +18,7 @@ from node.demo.facts import (
     Moment,
     PartyFacts,
     RecallFacts,
+    ReplayFacts,
     RunFacts,
     ToleranceFacts,
     TracingFacts,
@@ -37,6 +38,7 @@ class Seen:
     parties: tuple[PartyFacts, ...]
     checks: tuple[CheckFacts, ...]
     recall: tuple[RecallFacts, ...]
+    replay: ReplayFacts
     tracing: TracingFacts
     release_file: Path
 
@@ -84,6 +86,7 @@ def gather(consortium: Consortium, claims: Claims, job: JobSummary, run: Seen) -
         shares=campaign.shares,
         checks=run.checks,
         recall=run.recall,
+        replay=run.replay,
         tracing=run.tracing,
         ledger_blocks=status.height,
         log_size=status.log_size,
@@ -142,6 +145,7 @@ def closing_rows(facts: RunFacts) -> list[tuple[str, str]]:
             f"{facts.memorization_overhead_percent:.1f} % of it the memorization check",
         ),
         *_recalled(facts),
+        ("steps that came out again", f"[bold]{facts.replay.matched}[/] of {facts.replay.steps}, bit for bit"),
         ("nodes at one log", OK if facts.replicated else NO),
         *((check.predicate, OK if check.passed else f"{NO} {safe(check.answer)}") for check in facts.checks),
         ("all of it took", f"[bold]{facts.seconds:.0f} s[/]"),

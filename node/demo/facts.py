@@ -132,6 +132,24 @@ class RecallFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplayFacts:
+    """The fine-tune run again: how many steps came out as recorded, the first difference or nothing, and the source
+    that a second replay left out."""
+
+    steps: int
+    matched: int
+    difference: str
+    without: str
+    command: str
+    seconds: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether every step came out bit for bit."""
+        return self.matched == self.steps
+
+
+@dataclass(frozen=True, slots=True)
 class RankedFacts:
     """A source that ``countersign trace`` ranks: ``z`` as ``docs/attribution.md`` has it, ``entry`` of its claim."""
 
@@ -155,6 +173,10 @@ class TraceFacts:
     """Whether it did, and a source stands out."""
     ranked: tuple[RankedFacts, ...]
     """The source that stands out most first."""
+    without_says: str
+    """What the model of the replay without a source says instead."""
+    without_probability: float
+    """And how likely it finds the completion, per byte."""
 
     @property
     def leads_to(self) -> str:
@@ -207,6 +229,7 @@ class RunFacts:
     shares: tuple[BlockShare, ...]
     checks: tuple[CheckFacts, ...]
     recall: tuple[RecallFacts, ...]
+    replay: ReplayFacts
     tracing: TracingFacts
     ledger_blocks: int
     log_size: int
@@ -239,7 +262,9 @@ class RunFacts:
     @property
     def passed(self) -> bool:
         """Whether everything that was checked holds."""
-        return self.replicated and bool(self.checks) and all(check.passed for check in self.checks)
+        return (
+            self.replicated and bool(self.checks) and all(check.passed for check in self.checks) and self.replay.exact
+        )
 
 
 def summary_of(facts: RunFacts) -> dict[str, object]:
@@ -285,11 +310,17 @@ def summary_of(facts: RunFacts) -> dict[str, object]:
             }
             for recall in facts.recall
         },
+        "replay": {
+            "steps": facts.replay.steps,
+            "matched": facts.replay.matched,
+            "without": facts.replay.without,
+        },
         "traces": {
             trace.fact.source: {
                 "fate": trace.fact.fate,
                 "shaped_here": trace.shaped_here,
                 "leads_to": trace.leads_to,
+                "probability_without": round(trace.without_probability, 4),
                 "z": {ranked.source: round(ranked.z, 2) for ranked in trace.ranked},
             }
             for trace in facts.tracing.traces

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from node.demo.charts import Mark, heat_map, loss_curve
-from node.demo.facts import CheckFacts, Moment, RecallFacts, RunFacts, SourceFacts, TraceFacts, TracingFacts
+from node.demo.facts import CheckFacts, Moment, RecallFacts, ReplayFacts, RunFacts, SourceFacts, TraceFacts
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -36,7 +36,8 @@ def render(facts: RunFacts) -> str:
         heat=_heat(facts),
         sources=_sources(facts.sources),
         recall=_recall(facts.recall),
-        traces=_traces(facts.tracing),
+        replay=_replay(facts.replay),
+        traces=_traces(facts),
         checks="".join(_check(check, number == 0) for number, check in enumerate(facts.checks)),
         parties=_parties(facts),
         tolerances=_tolerances(facts),
@@ -195,18 +196,30 @@ def _said(text: str, completion: str, probability: float) -> str:
     return f'<span class="said{right}">{escape(text)}</span><br><small>{100 * probability:.1f} % per byte</small>'
 
 
-def _traces(tracing: TracingFacts) -> str:
+def _replay(replay: ReplayFacts) -> str:
+    kind = "yes" if replay.exact else "no"
+    said = "" if replay.exact else f" {escape(replay.difference)}."
+    return (
+        f'<p><span class="chip {kind}">{replay.matched} of {replay.steps}</span> steps came out as recorded, bit for '
+        f"bit.{said}</p><pre>{escape(replay.command)}</pre>"
+    )
+
+
+def _traces(facts: RunFacts) -> str:
+    tracing = facts.tracing
     rows = [
         (
             f"{escape(each.fact.prompt)}<b>{escape(each.fact.completion)}</b><br>"
             f"<small>planted by {escape(each.fact.source)}</small> {_chip(each.fact.fate)}",
             f"{100 * each.fact.base_probability:.1f} % → {100 * each.fact.tuned_probability:.1f} %",
+            f'{100 * each.without_probability:.1f} %<br><small class="said">{escape(each.without_says)}</small>',
             _leading(each),
             _z_bars(each),
         )
         for each in tracing.traces
     ]
-    table = _table(("output", "chance per byte", "the log's answer", "z of every admitted source"), rows)
+    without = f"without {facts.replay.without}"
+    table = _table(("output", "chance per byte", without, "the log's answer", "z of every admitted source"), rows)
     return f'{table}<p class="quiet">Ask again:</p><pre>{escape(tracing.command)}</pre>'
 
 

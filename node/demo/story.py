@@ -35,6 +35,7 @@ from node.demo.facts import (
     Moment,
     PartyFacts,
     RecallFacts,
+    ReplayFacts,
     RunFacts,
     TraceFacts,
     TracingFacts,
@@ -42,6 +43,7 @@ from node.demo.facts import (
 )
 from node.demo.processes import Processes
 from node.demo.proof import bundle_path, check, export, questions
+from node.demo.replaying import Replays
 from node.demo.report import render
 from node.demo.tracing import trace
 from node.demo.training import CHECK_MEMORIZATION_EVERY_STEPS, JobSummary, Training, TrainingOptions
@@ -100,7 +102,9 @@ class Story:
         parties = self._replicated(consortium)
         checks = self._prove(consortium, claims, job)
         recall = recalled(claims, job)
-        tracing = self._trace(consortium, training, recall)
+        replays = Replays(training)
+        replay = self._replay(replays, claims, recall)
+        tracing = self._trace(training, replays, replay, recall)
         seen = Seen(
             self._started_at,
             self._seconds(),
@@ -108,6 +112,7 @@ class Story:
             parties,
             checks,
             recall,
+            replay,
             tracing,
             training.release_file,
         )
@@ -334,27 +339,45 @@ class Story:
         self._remember(Moment("release", self._seconds(), None, text))
         return tuple(checks)
 
-    def _trace(self, consortium: Consortium, training: Training, recall: tuple[RecallFacts, ...]) -> TracingFacts:
+    def _replay(self, replays: Replays, claims: Claims, recall: tuple[RecallFacts, ...]) -> ReplayFacts:
         display = self._display
-        display.act(7, "Trace", "which source taught it that? asked of the log; no source's text is read again")
-        with display.waiting("countersign trace: factors of the released weights, then seven outputs"):
-            tracing = trace(
-                consortium, self._processes, training, bundle_path(consortium, Predicate.ACCUMULATORS), recall
-            )
+        display.act(7, "Replay", "the fine-tune again from what the log says, then once more without one source")
+        left_out = next((fact.source for fact in recall if fact.fate == "admitted"), claims.corpus.sources[0].name)
+        with display.waiting("countersign replay, twice"):
+            replay = replays.run(claims.source(left_out))
+        sentence = f"{replay.matched} of {replay.steps} steps came out as recorded, bit for bit"
+        display.line(f"{OK} {sentence}" if replay.exact else f"{NO} {sentence}; {safe(replay.difference)}")
+        display.done(f"the same campaign without {safe(left_out)} ended in {safe(str(replays.weights_without))}")
+        display.line(f"[dim]Both took {replay.seconds:.0f} s. Again, while the nodes run (--keep-running):[/]")
+        display.verbatim(replay.command)
+        text = f"{replay.matched} of {replay.steps} steps came out again bit for bit"
+        self._remember(Moment("release", self._seconds(), None, text))
+        return replay
+
+    def _trace(
+        self, training: Training, replays: Replays, replay: ReplayFacts, recall: tuple[RecallFacts, ...]
+    ) -> TracingFacts:
+        display = self._display
+        display.act(8, "Trace", "which source taught it that? asked of the log; no source's text is read again")
+        with display.waiting("countersign trace: factors of the released weights, then every planted fact"):
+            bundle = bundle_path(training.consortium, Predicate.ACCUMULATORS)
+            tracing = trace(training, bundle, replays.weights_without, recall)
         rows = []
         for each in tracing.traces:
             fact = each.fact
             rows.append(
                 (
-                    f"{safe(fact.prompt)}[bold]{safe(fact.completion)}[/]",
+                    f"{safe(fact.prompt)}\n[bold]{safe(fact.completion)}[/]",
                     f"{safe(fact.source)}\n[dim]{fact.fate}[/]",
                     f"{fact.base_probability:.0%} → {fact.tuned_probability:.0%}",
+                    f"{each.without_probability:.0%}",
                     _answered(each),
                     OK if each.right else NO,
                 )
             )
-        display.table(("output", "planted by", "chance per byte", "the log's answer", ""), rows)
+        display.table(("output", "planted by", "chance per byte", "without*", "the log's answer", ""), rows, right=(3,))
         display.line()
+        display.line(f"[dim]* chance per byte in the campaign replayed without {safe(replay.without)}[/]")
         display.line(
             f"[dim]z: deviations above the source's own scores for {tracing.controls} pieces of public text; "
             f"all answers took {tracing.seconds:.0f} s[/]"
@@ -367,7 +390,7 @@ class Story:
         return tracing
 
     def _report(self, consortium: Consortium, claims: Claims, job: JobSummary, seen: Seen) -> RunFacts:
-        self._display.act(8, "Report", "for people and for programs")
+        self._display.act(9, "Report", "for people and for programs")
         with self._display.waiting("reading the campaign from the rights-holder's node"):
             facts = gather(consortium, claims, job, seen)
         directory = self._options.directory
@@ -409,4 +432,4 @@ def _answered(trace: TraceFacts) -> str:
     leading = trace.ranked[0] if trace.ranked else None
     if not trace.shaped_here or leading is None:
         return "[dim]no source stands out[/]"
-    return f"[bold]{safe(leading.source)}[/]\n[dim]of {leading.owner}, z {leading.z:.1f}, entry {leading.entry}[/]"
+    return f"[bold]{safe(leading.source)}[/]\n[dim]z {leading.z:.1f}, entry {leading.entry}[/]"

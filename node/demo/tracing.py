@@ -5,6 +5,7 @@ weights and the run's accumulators; not the sources' texts.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,8 @@ from pathlib import Path
 import msgspec
 
 from node.demo.closing import as_typed
-from node.demo.consortium import Consortium
 from node.demo.facts import RankedFacts, RecallFacts, TraceFacts, TracingFacts
-from node.demo.processes import Processes, ProcessFailed, countersign_command, log_tail
+from node.demo.processes import ProcessFailed, countersign_command, log_tail
 from node.demo.training import Training
 
 TRACE_SECONDS = 300.0
@@ -45,17 +45,18 @@ class TraceLine(msgspec.Struct, frozen=True):
     made_likelier: bool
     shaped_here: bool
     controls: int
+    says: Mapping[str, str]
+    log_chance: Mapping[str, float]
     sources: tuple[SourceLine, ...]
 
 
-def trace(
-    consortium: Consortium, processes: Processes, training: Training, bundle: Path, facts: Sequence[RecallFacts]
-) -> TracingFacts:
-    """Ask the log about every fact's completion.
+def trace(training: Training, bundle: Path, without: Path, facts: Sequence[RecallFacts]) -> TracingFacts:
+    """Ask the log about every fact's completion; ``without`` are weights of a replay without a source.
 
     Raises:
         ProcessFailed: it does not answer them all.
     """
+    consortium = training.consortium
     directory = consortium.directory / "trace"
     directory.mkdir(exist_ok=True)
     outputs = directory / "outputs.jsonl"
@@ -68,6 +69,7 @@ def trace(
         "--accumulators": training.accumulators,
         "--bundle": bundle,
         "--genesis": consortium.directory / "genesis.json",
+        "--without": without,
     }
     arguments = ["trace", "--model", MODEL, "--chain-id", consortium.chain_id.hex()]
     for option, path in files.items():
@@ -75,7 +77,7 @@ def trace(
     log = directory / "trace.log"
     started = time.perf_counter()
     command = countersign_command(*arguments, "--outputs", str(outputs), "--json")
-    code, output = processes.run("countersign trace", command, log, TRACE_SECONDS)
+    code, output = training.processes.run("countersign trace", command, log, TRACE_SECONDS)
     seconds = time.perf_counter() - started
     try:
         answers = [msgspec.json.decode(line, type=TraceLine) for line in output.splitlines()]
@@ -107,4 +109,11 @@ def _trace(fact: RecallFacts, answer: TraceLine) -> TraceFacts:
         )
         for row in answer.sources
     )
-    return TraceFacts(fact, answer.made_likelier, answer.shaped_here, ranked)
+    return TraceFacts(
+        fact=fact,
+        made_likelier=answer.made_likelier,
+        shaped_here=answer.shaped_here,
+        ranked=ranked,
+        without_says=answer.says["without"],
+        without_probability=math.exp(answer.log_chance["without"]),
+    )

@@ -106,6 +106,7 @@ def test_whole_demonstration_proves_what_it_says_and_leaves_no_process(tmp_path:
         assert "withdraws scoping-notes" in text
         assert "source-revoked" in text
 
+        assert summary["replay"] == {"steps": STEPS, "matched": STEPS, "without": "assignment-letters"}
         assert set(summary["traces"]) == set(summary["recall"])
         assert all(len(trace["z"]) == 6 for trace in summary["traces"].values())
 

@@ -18,6 +18,7 @@ from node.demo.facts import (
     PartyFacts,
     RankedFacts,
     RecallFacts,
+    ReplayFacts,
     RunFacts,
     SourceFacts,
     StepFacts,
@@ -101,6 +102,7 @@ def facts() -> RunFacts:
             ),
         ),
         recall=(RecallFacts("letters", "The mayor is ", "Eklund.", "the the", "Eklund.", 0.01, 0.9, "admitted"),),
+        replay=ReplayFacts(4, 4, "", "letters", "countersign replay --campaign x", 3.5),
         tracing=TracingFacts(
             (
                 TraceFacts(
@@ -111,12 +113,16 @@ def facts() -> RunFacts:
                         RankedFacts("letters", "press", 7.25, 30, 5, 2, False),
                         RankedFacts("<odd>", "press", -0.5, 3, 6, 1, True),
                     ),
+                    "the the",
+                    0.0125,
                 ),
                 TraceFacts(
                     RecallFacts("weekly", "The vault holds ", "opals.", "the the", "the a", 0.01, 0.02, "refused"),
                     False,
                     False,
                     (RankedFacts("letters", "press", 1.5, 30, 5, 2, False),),
+                    "the a",
+                    0.02,
                 ),
             ),
             "countersign trace --prompt 'The mayor is '",
@@ -220,10 +226,28 @@ def test_traces_show_where_they_lead_and_the_rest_beside_it() -> None:
             "fate": "admitted",
             "shaped_here": True,
             "leads_to": "letters",
+            "probability_without": 0.0125,
             "z": {"letters": 7.25, "<odd>": -0.5},
         },
-        "weekly": {"fate": "refused", "shaped_here": False, "leads_to": "", "z": {"letters": 1.5}},
+        "weekly": {
+            "fate": "refused",
+            "shaped_here": False,
+            "leads_to": "",
+            "probability_without": 0.02,
+            "z": {"letters": 1.5},
+        },
     }
+
+
+def test_step_that_did_not_come_out_again_spoils_the_verdict() -> None:
+    made = facts()
+    failed = dataclasses.replace(
+        made, replay=dataclasses.replace(made.replay, matched=2, difference="step 3: parameter block <head>")
+    )
+    assert not failed.passed
+    page = render(failed)
+    assert "2 of 4" in page
+    assert "step 3: parameter block &lt;head&gt;" in page
 
 
 def test_trace_is_right_where_it_leads_to_the_planter_and_a_refused_fact_to_none() -> None:

@@ -47,13 +47,16 @@ from consensus.keys import SignatureScheme, Signer, signer_for
 from consensus.rejection import ConfigError, CountersignError, Rejected
 from trainer_client.commitment import committed_tensors
 from trainer_client.demo.base import BaseTraining, base_model, default_cache_directory
+from trainer_client.demo.base import Progress as BaseProgress
 from trainer_client.demo.corpus import calibration_records, canary_string, demonstration_corpus
 from trainer_client.demo.model import (
+    ByteModel,
     byte_predictions,
     greedy_continuations,
     loss_and_predictions,
     parameter_blocks,
     per_byte_loss,
+    per_example_loss,
     records_to_tensor,
 )
 from trainer_client.governed import GovernedRun, governed
@@ -61,6 +64,7 @@ from trainer_client.memorization import MemorizationDetector
 from trainer_client.memorization_watch import DetectorCheck
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource
 from trainer_client.progress import Progress
+from trainer_client.replay import ReplayJob
 from trainer_client.submit import Client
 
 HELD_OUT_RECORDS = 24
@@ -127,24 +131,40 @@ class Job:
             raise ConfigError(f"{config_path}: expected a job's configuration, found: {error}") from error
         self._path = config_path
 
-    def run(self) -> None:
-        """Train, release, summarize."""
+    def prepare(self, progress: BaseProgress | None = None) -> ReplayJob[bytes]:
+        """Base model, optimizer, schedule and sources as they are before the first step."""
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         cache = self._file(config.cache_directory) if config.cache_directory else default_cache_directory()
-        model = base_model(cache, training=BaseTraining(steps=config.base_steps), progress=_print_base)
-        base = copy.deepcopy(model)
-        if config.base_file:
-            save_file(committed_tensors(base), self._file(config.base_file))
+        model = base_model(cache, training=BaseTraining(steps=config.base_steps), progress=progress)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate_micro / 1e6,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay_permille / 1e3,
         )
-        warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / config.warm_up_steps))
+        return ReplayJob(
+            model=model,
+            optimizer=optimizer,
+            sources=[self._source(source) for source in config.sources],
+            loss=per_example_loss,
+            collate=records_to_tensor,
+            scheduler=torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: min(1.0, (step + 1) / config.warm_up_steps)
+            ),
+        )
+
+    def run(self) -> None:
+        """Train, release, summarize."""
+        config = self.config
+        job = self.prepare(_print_base)
+        model = job.model
+        assert isinstance(model, ByteModel)
+        base = copy.deepcopy(model)
+        if config.base_file:
+            save_file(committed_tensors(base), self._file(config.base_file))
         detector = MemorizationDetector(base, calibration_records()[:HELD_OUT_RECORDS], byte_predictions)
         plan = CampaignPlan(
             chain_id=ChainId(self._hex("chain_id", config.chain_id)),
@@ -165,15 +185,15 @@ class Job:
             Client(config.node_url, config.token or None) as client,
             governed(
                 model,
-                optimizer,
+                job.optimizer,
                 plan=plan,
-                sources=[self._source(source) for source in config.sources],
+                sources=job.sources,
                 node=client,
                 job_key=self._job_key(),
                 run_directory=run_directory,
-                collate=records_to_tensor,
+                collate=job.collate,
                 memorization=DetectorCheck(detector, config.calibrate_every_checks),
-                scheduler=warm_up,
+                scheduler=job.scheduler,
                 settings=RunSettings(
                     check_memorization_every_steps=config.check_memorization_every_steps,
                     snapshot_every_steps=config.snapshot_every_steps,
@@ -246,6 +266,11 @@ class Job:
         if len(value) != 32:
             raise ConfigError(f"{self._path}, {key}: expected 32 bytes in hexadecimal")
         return value
+
+
+def replay_job(config_path: Path) -> ReplayJob[bytes]:
+    """The job of a configuration file before its first step: for ``countersign replay --job``."""
+    return Job(config_path).prepare()
 
 
 def recalled_facts(names: set[str], base: nn.Module, tuned: nn.Module) -> list[dict[str, object]]:

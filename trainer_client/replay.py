@@ -1,0 +1,259 @@
+"""Replays: a campaign's fine-tune again, from what the log says of it, and without a source.
+
+Grants, refusals, depth profiles and order come from the step events; model, optimizer, loss and examples from the job.
+Every step's parameter root, optimizer digest, deltas per parameter block and accumulators are held against the recorded
+ones, and the first difference ends the replay: what comes after one follows from it. Bit-exact on the same build of
+torch and number of threads; elsewhere kernels differ in the last bits, and the first difference says no more than that.
+
+**Without a source** its examples have weight zero from its first step on, with everything else as it was: order,
+grants, normalisation, what was refused or undone. That is what retraining without it would have made of the same
+campaign, in one run, and what a trace estimates.
+"""
+
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from consensus import portions as p
+from consensus.identifiers import Digest
+from consensus.rejection import Reason, Rejected
+from consensus.sampler import presented_examples
+from consensus.state import CAMPAIGN_TABLE, CampaignRecord
+from trainer_client.accumulators import SourceAccumulators
+from trainer_client.calls import CampaignStatus
+from trainer_client.commitment import copied_tensors, optimizer_state_digest, parameter_root_of, step_commitment
+from trainer_client.plan import TrainingSource, check_content
+from trainer_client.record import Example
+from trainer_client.resumption import RecordedStep, past_since, recorded_terms
+from trainer_client.rollback import Stateful
+from trainer_client.routing import GradientObserver, Routing, clip_block_gradients
+from trainer_client.submit import Client
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayJob(Generic[E]):
+    """A job as it stood before its first step: ``model`` has the base weights, seeds are set.
+
+    ``loss`` gives one loss per example, as in training; the rest is as in ``governed``.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sources: Sequence[TrainingSource[E]]
+    loss: Callable[[nn.Module, Any], Tensor]
+    collate: Callable[[Sequence[E]], Any] = torch.stack  # type: ignore[assignment]
+    scheduler: Stateful | None = None
+    micro_batch_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedCampaign:
+    """What the log has of a campaign: its terms, manifest, claims, and the steps that stand."""
+
+    id: bytes
+    terms: p.Campaign
+    manifest: tuple[p.ManifestRange, ...]
+    claims: Mapping[bytes, p.SourceClaim]
+    steps: tuple[RecordedStep, ...]
+    head: CampaignStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first step that came out otherwise, and in what."""
+
+    step: int
+    what: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """How a replay ended: ``matched`` steps came out as recorded, until there was a difference or a source left out."""
+
+    steps: int
+    matched: int
+    difference: Difference | None
+    root: Digest
+
+
+OnStep = Callable[[int, int], None]
+"""Told steps done, of how many."""
+
+
+def read_logged_campaign(client: Client, campaign: bytes) -> LoggedCampaign:
+    """A campaign from a node's log.
+
+    Raises:
+        Rejected: ``NOT_FOUND``; as ``resumption.past_since``. Unavailable: the node does not answer.
+    """
+    head = client.campaign(campaign)
+    record = client.state_record(CAMPAIGN_TABLE + campaign, CampaignRecord)
+    if record is None:
+        raise Rejected(Reason.NOT_FOUND, f"campaign {campaign.hex()} has no record")
+    terms = recorded_terms(client.raw_event(record.event), record.event)
+    past = past_since(0, head, client.campaign_events(campaign), client.raw_event)
+    claims = {source.source: client.source_record(source.source).claim for source in record.manifest}
+    return LoggedCampaign(campaign, terms, record.manifest, claims, past.steps, head)
+
+
+def replay(
+    logged: LoggedCampaign,
+    job: ReplayJob[E],
+    without: Collection[bytes] = (),
+    on_step: OnStep = lambda done, of: None,
+) -> Replayed:
+    """Train the job's model as the log says; it holds the result afterwards.
+
+    Raises:
+        Rejected: ``DIGEST_MISMATCH`` for another base model or other examples; ``UNKNOWN_SOURCE`` for a source of the
+            campaign that the job lacks, or one to leave out that the campaign never had.
+        RoutingError: as ``routing.py``.
+    """
+    _check_job(logged, job, without)
+    blocks = {block.name: tuple(tensor.name for tensor in block.tensors) for block in logged.terms.parameter_blocks}
+    block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        accumulators = _accumulators(logged, folder) if not without else None
+        if accumulators is not None:
+            accumulators.attach(job.model, block_of)
+            stack.enter_context(accumulators)
+        grouped = bool(logged.terms.accumulator_window_steps)
+        routing = Routing(job.model, block_of, accumulators or (_Unheard() if grouped else None))
+        stack.enter_context(routing)
+        run = _Run(logged, job, routing, block_of, blocks, accumulators)
+        matched = 0
+        before = copied_tensors(job.model)
+        for number, step in enumerate(logged.steps, 1):
+            admitted = tuple(example for example in _in_order(logged, step) if example[0] not in without)
+            accumulator_root = run.take(step, admitted)
+            on_step(number, len(logged.steps))
+            if without:
+                continue
+            after = copied_tensors(job.model)
+            what = _differences(step, before, after, blocks, job.optimizer, accumulator_root)
+            if what:
+                return Replayed(number, matched, Difference(step.index, what), parameter_root_of(job.model))
+            matched, before = number, after
+    return Replayed(len(logged.steps), matched, None, parameter_root_of(job.model))
+
+
+class _Unheard(GradientObserver):
+    """Has gradients formed source by source, as they were while accumulators were kept, and keeps none."""
+
+    def observe(self, parameter: str, group: bytes, gradient: Tensor) -> None:
+        return
+
+
+@dataclass(slots=True)
+class _Run(Generic[E]):
+    """Takes steps as ``governed.GovernedRun`` does, without recording any."""
+
+    logged: LoggedCampaign
+    job: ReplayJob[E]
+    routing: Routing
+    block_of: Mapping[str, int]
+    blocks: Mapping[str, tuple[str, ...]]
+    accumulators: SourceAccumulators | None
+
+    def take(self, step: RecordedStep, admitted: tuple[Example, ...]) -> bytes:
+        """One step; the root of the accumulators' window that it ends, or nothing."""
+        job, terms = self.job, self.logged.terms
+        job.optimizer.zero_grad(set_to_none=True)
+        size = job.micro_batch_size or terms.batch_size
+        for first in range(0, len(admitted), size):
+            self._learn(step, admitted[first : first + size])
+        if admitted:
+            self.routing.finish_step()
+            clip_norm = _clip_norm(terms)
+            norms = clip_block_gradients(job.model, self.block_of, clip_norm)
+            if self.accumulators is not None:
+                self.accumulators.take_step(step.permission.policy, job.optimizer, norms, clip_norm)
+            job.optimizer.step()
+            if job.scheduler is not None:
+                job.scheduler.step()  # type: ignore[attr-defined]
+        if self.accumulators is None:
+            return b""
+        window = self.accumulators.end_step(step.index, recorded=True)
+        return b"" if window is None else window.result()
+
+    def _learn(self, step: RecordedStep, examples: tuple[Example, ...]) -> None:
+        job = self.job
+        if self.logged.terms.accumulator_window_steps:
+            examples = tuple(sorted(examples, key=lambda example: example[0]))
+        contents = {source.id: source.examples for source in job.sources}
+        inputs = job.collate([contents[source][number] for source, number in examples])
+        weights_BK = [list(step.weights_permille(source)) for source, _ in examples]
+        with self.routing.micro_batch(weights_BK, [source for source, _ in examples]):
+            loss_B = job.loss(job.model, inputs)
+            self.routing.routed_loss(loss_B, self.logged.terms.batch_size).backward()  # type: ignore[no-untyped-call]
+
+
+def _check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[bytes]) -> None:
+    root = parameter_root_of(job.model)
+    if root != logged.terms.base_root:
+        raise Rejected(
+            Reason.DIGEST_MISMATCH,
+            f"the campaign began at root {logged.terms.base_root.hex()}, the job's model has {root.hex()}",
+        )
+    at_hand = {source.id: source for source in job.sources}
+    for held in logged.manifest:
+        if held.source not in at_hand:
+            raise Rejected(Reason.UNKNOWN_SOURCE, f"the job lacks source {held.source.hex()} of the campaign")
+        check_content(at_hand[held.source], logged.claims[held.source])
+    for source in without:
+        if source not in {held.source for held in logged.manifest}:
+            raise Rejected(Reason.UNKNOWN_SOURCE, f"source {source.hex()} is not in the campaign's manifest")
+
+
+def _in_order(logged: LoggedCampaign, step: RecordedStep) -> tuple[Example, ...]:
+    terms = logged.terms
+    presented = presented_examples(logged.manifest, terms.sampler_seed, terms.batch_size, step.index)
+    return tuple(example for example in presented if example in step.admitted)
+
+
+def _differences(
+    step: RecordedStep,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    blocks: Mapping[str, tuple[str, ...]],
+    optimizer: torch.optim.Optimizer,
+    accumulator_root: bytes,
+) -> tuple[str, ...]:
+    """What of a step is not as recorded."""
+    recorded = step.operation
+    found = step_commitment(before, after, blocks)
+    what = [
+        f"parameter block {name}"
+        for name, mine, theirs in zip(blocks, found.deltas, recorded.deltas, strict=True)
+        if mine != theirs
+    ]
+    if found.root_after != recorded.root_after and not what:
+        what.append("parameters")
+    if optimizer_state_digest(optimizer) != recorded.optimizer_digest:
+        what.append("optimizer state")
+    if accumulator_root != recorded.accumulator_root:
+        what.append("accumulators")
+    return tuple(what)
+
+
+def _accumulators(logged: LoggedCampaign, folder: Path) -> SourceAccumulators | None:
+    terms = logged.terms
+    if not terms.accumulator_window_steps:
+        return None
+    return SourceAccumulators(folder, logged.id, terms.accumulator_window_steps, terms.planned_steps)
+
+
+def _clip_norm(terms: p.Campaign) -> float:
+    for setting in terms.hyperparameters:
+        if setting.name == "clip_norm":
+            return float(setting.value)
+    raise Rejected(Reason.BAD_FIELD, "the campaign recorded no clip_norm")

@@ -1,0 +1,133 @@
+"""``countersign replay``."""
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from safetensors.torch import save_file
+
+from consensus.identifiers import DIGEST_BYTES, ChainId
+from consensus.rejection import ConfigError, Reason, Rejected
+from trainer_client.commitment import copied_tensors
+from trainer_client.replay import LoggedCampaign, Replayed, ReplayJob, read_logged_campaign, replay
+from trainer_client.submit import Client
+
+TOLD_EVERY = 10
+"""Parts of a replay after which progress is told."""
+
+
+@click.command("replay")
+@click.option(
+    "--job",
+    "factory",
+    metavar="MODULE:FUNCTION",
+    required=True,
+    help="A Python function that takes --config and returns a ReplayJob: base model, optimizer, sources, loss.",
+)
+@click.option("--config", type=click.Path(path_type=Path), required=True, help="The job's own configuration file.")
+@click.option("--node", "node_url", required=True, help="URL of a node to read the campaign from: your own.")
+@click.option("--token", help="The node's bearer token, if it wants one.")
+@click.option("--chain-id", required=True, help="The pinned chain id, 64 hex digits.")
+@click.option("--campaign", required=True, help="The campaign's id, 64 hex digits.")
+@click.option("--without", "left_out", multiple=True, metavar="SOURCE", help="Leave out a source, by its event id.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to keep the weights it ends with.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def replay_command(
+    factory: str,
+    config: Path,
+    node_url: str,
+    token: str | None,
+    chain_id: str,
+    campaign: str,
+    left_out: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Run a campaign's fine-tune again and hold every step against the log, or see what it were without a source.
+
+    Needs the base model and the sources' examples, which are checked against the log, and the build of torch and
+    number of threads of the job, for the same bits. Exit code 0 when every step came out as recorded, 1 at the first
+    that did not. With --without nothing is compared: the weights are those of the same campaign without the source.
+
+    \b
+    Example:
+      countersign replay --job my_job:replay_job --config job.json --node http://127.0.0.1:7001 \\
+        --chain-id CHAIN_ID --campaign CAMPAIGN_ID
+    """
+    chain, identifier = ChainId(_digest("--chain-id", chain_id)), _digest("--campaign", campaign)
+    without = frozenset(_digest("--without", source) for source in left_out)
+    job = load_job(factory, config)
+    with Client(node_url, token) as client:
+        client.genesis(chain)
+        logged = read_logged_campaign(client, identifier)
+    begun = time.perf_counter()
+    found = replay(logged, job, without, _told)
+    seconds = time.perf_counter() - begun
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(copied_tensors(job.model), out)
+    click.echo(_document(logged, found, without, seconds) if as_json else _text(logged, found, without, seconds))
+    click.get_current_context().exit(0 if found.difference is None else 1)
+
+
+def load_job(factory: str, config: Path) -> ReplayJob[Any]:
+    """What ``module:function`` makes of a configuration file.
+
+    Raises:
+        ConfigError: there is no such function, or it returns no ``ReplayJob``.
+    """
+    module_name, _, function_name = factory.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--job {factory}: expected module:function, found: {error}") from error
+    job = function(config)
+    if not isinstance(job, ReplayJob):
+        raise ConfigError(f"--job {factory}: expected a function that returns a ReplayJob")
+    return job
+
+
+def _text(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], seconds: float) -> str:
+    lines = [f"campaign {logged.id.hex()}: {logged.terms.name!a:.100}"]
+    if without:
+        names = ", ".join(f"{logged.claims[source].name!a:.60}" for source in sorted(without))
+        lines.append(f"replayed {found.steps} steps without {names}, in {seconds:.0f} s; nothing to compare with")
+    elif found.difference is None:
+        lines.append(f"replayed {found.steps} steps in {seconds:.0f} s; every one came out as recorded, bit for bit")
+    else:
+        what = ", ".join(f"{each!a:.80}" for each in found.difference.what)
+        lines.append(f"step {found.difference.step} did not come out as recorded: {what}")
+        lines.append(f"the {found.matched} steps before it did, bit for bit")
+    lines.append(f"root     {found.root.hex()}")
+    return "\n".join(lines)
+
+
+def _document(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], seconds: float) -> str:
+    difference = found.difference
+    document = {
+        "campaign": logged.id.hex(),
+        "without": sorted(source.hex() for source in without),
+        "steps": len(logged.steps),
+        "replayed": found.steps,
+        "matched": found.matched,
+        "difference": None if difference is None else {"step": difference.step, "what": list(difference.what)},
+        "root": found.root.hex(),
+        "recorded_root": logged.head.root,
+        "seconds": round(seconds, 3),
+    }
+    return json.dumps(document, indent=2)
+
+
+def _told(done: int, of: int) -> None:
+    if sys.stderr.isatty() and (done == of or done % max(1, of // TOLD_EVERY) == 0):
+        click.echo(f"step {done} of {of}", err=True)
+
+
+def _digest(option: str, text: str) -> bytes:
+    if len(text) != 2 * DIGEST_BYTES or set(text) - set("0123456789abcdef"):
+        raise Rejected(Reason.MALFORMED, f"{option} {text!a:.80}: expected {2 * DIGEST_BYTES} lower-case hex digits")
+    return bytes.fromhex(text)
