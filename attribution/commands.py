@@ -1,4 +1,4 @@
-"""``countersign trace`` and ``countersign factors``."""
+"""``countersign trace``, ``countersign footprint`` and ``countersign factors``."""
 
 import json
 import sys
@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
+from attribution.footprint import chosen_sources, footprint
 from attribution.log import CampaignLog, open_log
 from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
-from attribution.report import Answer, trace_json, trace_text
+from attribution.report import Answer, footprint_json, footprint_text, trace_json, trace_text
 from attribution.trace import control_outputs, trace_output, untraced_tensors
 from attribution.weights import find_windows, load_model, read_tensors
 from consensus.identifiers import DIGEST_BYTES, ChainId
@@ -50,6 +51,22 @@ _CONTEXT = click.option(
     show_default=True,
     help="Tokens of public text that the model reads at once; at most what it can.",
 )
+
+
+_ACCUMULATORS = click.option(
+    "--accumulators",
+    "directory",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the run's accumulator files.",
+)
+_BUNDLE = click.option(
+    "--bundle", "bundle_path", type=click.Path(path_type=Path), required=True, help="The bundle file."
+)
+_GENESIS = click.option(
+    "--genesis", "genesis_path", type=click.Path(path_type=Path), required=True, help="genesis.json."
+)
+_CHAIN_ID = click.option("--chain-id", required=True, help="The pinned chain id, 64 hex digits: what you trust.")
 
 
 @click.command("factors")
@@ -114,16 +131,10 @@ def factors_command(
     type=click.Path(path_type=Path),
     help='Instead of --prompt: a file with a question a line, {"prompt": …, "completion": …, "tokens": …}.',
 )
-@click.option(
-    "--accumulators",
-    "directory",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the run's accumulator files.",
-)
-@click.option("--bundle", "bundle_path", type=click.Path(path_type=Path), required=True, help="The bundle file.")
-@click.option("--genesis", "genesis_path", type=click.Path(path_type=Path), required=True, help="genesis.json.")
-@click.option("--chain-id", required=True, help="The pinned chain id, 64 hex digits: what you trust.")
+@_ACCUMULATORS
+@_BUNDLE
+@_GENESIS
+@_CHAIN_ID
 @click.option(
     "--factors",
     "factors_path",
@@ -210,6 +221,51 @@ def trace_command(
     if search.missing or log.provenance.uncovered:
         click.get_current_context().exit(2)
     click.get_current_context().exit(0 if all(shaped) or outputs_path is not None else 1)
+
+
+@click.command("footprint")
+@click.option("--source", "names", multiple=True, help="A source's name or event id; may be given more than once.")
+@click.option("--owner", "owners", multiple=True, help="All sources of a member.")
+@click.option("--class", "classes", multiple=True, help="All sources of a content class.")
+@click.option("--revoked", is_flag=True, help="All sources that are revoked by now.")
+@_ACCUMULATORS
+@_BUNDLE
+@_GENESIS
+@_CHAIN_ID
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def footprint_command(
+    names: tuple[str, ...],
+    owners: tuple[str, ...],
+    classes: tuple[str, ...],
+    revoked: bool,
+    directory: Path,
+    bundle_path: Path,
+    genesis_path: Path,
+    chain_id: str,
+    as_json: bool,
+) -> None:
+    """Ask which steps and parts of the model sources moved, how much, and what was released after.
+
+    The way back from a revocation: --revoked shows what depends on sources that were taken back. Needs no model. Exit
+    code 0 when something of them was admitted, 1 when nothing was, 2 when what is here does not suffice.
+
+    \b
+    Example:
+      countersign footprint --source harbour --accumulators run/accumulators \\
+        --bundle campaign.bundle --genesis genesis.json --chain-id CHAIN_ID
+    """
+    if not (names or owners or classes or revoked):
+        raise click.UsageError("expected --source, --owner, --class or --revoked")
+    log = open_log(bundle_path, genesis_path, _chain(chain_id))
+    chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
+    if not log.provenance.windows:
+        raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: what its sources moved is not on the log")
+    search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
+    found = footprint(log.provenance, search.found, chosen)
+    click.echo((footprint_json if as_json else footprint_text)(log, found, search))
+    if search.missing or log.provenance.uncovered:
+        click.get_current_context().exit(2)
+    click.get_current_context().exit(0 if found.admitted else 1)
 
 
 def _questions(prompt: str | None, completion: str | None, span: str | None, path: Path | None) -> tuple[Question, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attribution.factors import FactorsOrigin
+from attribution.footprint import Footprint, Motion
 from attribution.log import CampaignLog
 from attribution.trace import SourceScore, Trace
 from attribution.weights import Search
@@ -101,6 +102,82 @@ def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
     return json.dumps(document, indent=indent)
 
 
+def footprint_text(log: CampaignLog, found: Footprint, search: Search) -> str:
+    """Lines for a terminal."""
+    provenance, as_of = log.provenance, log.verdict.as_of
+    lines = [f"campaign {log.bundle.campaign.hex()} of {provenance.operator}: {shown(provenance.campaign.name)}"]
+    for source in found.sources:
+        claim = source.record.claim
+        lines += [
+            "",
+            f"{shown(claim.name)} of {source.owner}, class {shown(claim.content_class)}",
+            f"  claimed   event {source.id.hex()}, entry {source.event.index} of the log",
+            f"  granted   by {', '.join(grant.hex()[:16] + '…' for grant in source.grants) or 'nobody'}",
+            f"  used      {source.admitted} admitted examples in steps that stand",
+            f"  revoked   {_revocation(source)}",
+        ]
+    lines += ["", f"{'what it moved':32}  {'norm':>10}  {'part':>8}"]
+    lines += [_motion(f"steps {first} to {last}", motion) for (first, last), motion in found.windows.items()]
+    lines += [_motion(shown(block)[:32], motion) for block, motion in found.blocks.items()]
+    lines += [_motion("everything", found.whole), ""]
+    release = provenance.release
+    if release is None:
+        lines.append("released  nothing")
+    else:
+        lines.append(
+            f"released  {shown(release.file_name)}, root {release.parameter_root.hex()}, after {release.steps} steps"
+        )
+    lines += [
+        "",
+        "what this rests on",
+        f"  checked   sources, grants and counts, in the log of ledger block {as_of.height} ({as_of.log_size} entries)",
+        f"  checked   {len(found.windows)} of {len(provenance.windows)} windows of accumulators have the root that is "
+        "on the log",
+        f"  claimed   by {provenance.operator}: that these are the gradients",
+        "  part      of the gradient of all sources together, along it; embeddings and norms are not in it",
+    ]
+    lines += [
+        f"  left out  steps {held.window.first} to {held.window.last}: {shown(held.why)}" for held in search.missing
+    ]
+    if provenance.uncovered:
+        lines.append(f"  missing   the last {provenance.uncovered} steps: no window holds them")
+    return "\n".join(lines)
+
+
+def footprint_json(log: CampaignLog, found: Footprint, search: Search) -> str:
+    """One JSON document."""
+    provenance, release = log.provenance, log.provenance.release
+    document = {
+        "chain_id": log.bundle.trusted.chain_id.hex(),
+        "campaign": log.bundle.campaign.hex(),
+        "operator": provenance.operator,
+        "sources": [
+            {
+                "source": source.id.hex(),
+                "name": source.record.claim.name,
+                "owner": source.owner,
+                "class": source.record.claim.content_class,
+                "admitted": source.admitted,
+                "entry": source.event.index,
+                "grants": [grant.hex() for grant in source.grants],
+                "policies": list(source.policies),
+                "revocation": source.record.revocation.hex(),
+            }
+            for source in found.sources
+        ],
+        "whole": _motion_fields(found.whole),
+        "blocks": {block: _motion_fields(motion) for block, motion in found.blocks.items()},
+        "windows": [
+            {"first_step": first, "last_step": last, **_motion_fields(motion)}
+            for (first, last), motion in found.windows.items()
+        ],
+        "missing": [{"last_step": held.window.last, "why": held.why} for held in search.missing],
+        "uncovered_steps": provenance.uncovered,
+        "release": None if release is None else {"file": release.file_name, "root": release.parameter_root.hex()},
+    }
+    return json.dumps(document, indent=2)
+
+
 def shown(text: str) -> str:
     """The text with control characters spelled out: names on the log are other people's words."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
@@ -171,6 +248,15 @@ def _row(row: SourceScore) -> dict[str, object]:
             "revocation": source.record.revocation.hex(),
         },
     }
+
+
+def _motion(what: str, motion: Motion) -> str:
+    part = "–" if motion.part is None else f"{100 * motion.part:.1f} %"
+    return f"{what:32}  {motion.norm:>10.4g}  {part:>8}"
+
+
+def _motion_fields(motion: Motion) -> dict[str, float | None]:
+    return {"norm": motion.norm, "part": motion.part}
 
 
 def _revocation(source: UsedSource) -> str:

@@ -1,0 +1,129 @@
+"""What sources moved, from the log and committed accumulators: parts that add up, and nothing of what was refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from attribution_fixtures import FACTS, REFUSED, STEPS, WINDOW_STEPS, traced
+from click.testing import CliRunner, Result
+
+from attribution.footprint import chosen_sources, footprint
+from attribution.log import CampaignLog, open_log
+from attribution.weights import Search, accumulators_of, find_windows
+from consensus.identifiers import ChainId
+from consensus.rejection import Reason, Rejected
+from node.cli import main
+
+ADMITTED = [name for name in FACTS if name != REFUSED]
+
+
+def opened() -> tuple[CampaignLog, Search]:
+    folder = traced().folder
+    log = open_log(folder / "campaign.bundle", folder / "genesis.json", ChainId(bytes.fromhex(traced().chain_id)))
+    return log, find_windows(folder / "run" / "accumulators", log.bundle.campaign, log.provenance.windows)
+
+
+def ask(folder: Path, *criteria: str) -> Result:
+    arguments = [
+        "footprint", "--accumulators", folder / "run" / "accumulators", "--bundle", folder / "campaign.bundle",
+        "--genesis", folder / "genesis.json", "--chain-id", traced().chain_id, *criteria,
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_parts_of_all_sources_add_up_to_one_in_every_block_and_window() -> None:
+    log, search = opened()
+    found = [
+        footprint(log.provenance, search.found, chosen_sources(log.provenance, [name], (), (), False))
+        for name in ADMITTED
+    ]
+    assert sum(each.whole.part or 0 for each in found) == pytest.approx(1.0, abs=1e-3)
+    for window in found[0].windows:
+        assert sum(each.windows[window].part or 0 for each in found) == pytest.approx(1.0, abs=1e-3)
+    moved = [block for block, motion in found[0].blocks.items() if motion.part is not None]
+    assert moved == ["block.0", "block.1", "head"]
+    for block in moved:
+        assert sum(each.blocks[block].part or 0 for each in found) == pytest.approx(1.0, abs=1e-3)
+    together = footprint(log.provenance, search.found, chosen_sources(log.provenance, ADMITTED, (), (), False))
+    assert together.whole.part == pytest.approx(1.0, abs=1e-6)
+
+
+def test_norm_is_that_of_the_sources_own_sums() -> None:
+    log, search = opened()
+    found = footprint(log.provenance, search.found, chosen_sources(log.provenance, ["harbour"], (), (), False))
+    harbour = traced().sources["harbour"]
+    sums: dict[str, torch.Tensor] = {}
+    for file in search.found:
+        for entry, parts in accumulators_of(file):
+            if entry.source == harbour:
+                for name, part in parts.items():
+                    sums[name] = sums.get(name, torch.zeros_like(part)) + part
+    expected = sum(float(part.square().sum()) for name, part in sums.items() if name.startswith("blocks.1.")) ** 0.5
+    assert found.blocks["block.1"].norm == pytest.approx(expected, rel=1e-5)
+    assert list(found.windows) == [
+        (1, WINDOW_STEPS),
+        (WINDOW_STEPS + 1, 2 * WINDOW_STEPS),
+        (2 * WINDOW_STEPS + 1, STEPS),
+    ]
+
+
+def test_command_says_what_a_source_moved_and_what_was_released() -> None:
+    result = ask(traced().folder, "--source", "harbour")
+    assert result.exit_code == 0, result.output
+    for words in ("harbour of data-source-1", "steps 1 to 12", "block.1", "everything", "released  tuned.safetensors"):
+        assert words in result.output
+    document = json.loads(ask(traced().folder, "--source", traced().sources["harbour"].hex(), "--json").stdout)
+    assert [source["name"] for source in document["sources"]] == ["harbour"]
+    assert document["whole"]["part"] > 0.1
+    assert document["sources"][0]["admitted"] > 0
+    assert document["release"]["file"] == "tuned.safetensors"
+
+
+def test_refused_source_moved_nothing() -> None:
+    result = ask(traced().folder, "--source", REFUSED, "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert document["whole"] == {"norm": 0.0, "part": 0.0}
+    assert document["sources"][0]["admitted"] == 0
+
+
+def test_owner_and_class_choose_all_their_sources() -> None:
+    document = json.loads(ask(traced().folder, "--owner", "data-source-1", "--json").stdout)
+    assert {source["name"] for source in document["sources"]} == set(FACTS)
+    same = json.loads(ask(traced().folder, "--class", document["sources"][0]["class"], "--json").stdout)
+    assert same["whole"]["part"] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "criteria", [("--source", "nowhere"), ("--owner", "nobody"), ("--class", "poetry"), ("--revoked",)], ids=str
+)
+def test_criterion_that_no_source_meets_is_named(criteria: tuple[str, ...]) -> None:
+    result = ask(traced().folder, *criteria)
+    assert result.exit_code == 1
+    assert "unknown-source: no source of the campaign" in result.output
+
+
+def test_no_criterion_is_a_usage_error() -> None:
+    assert ask(traced().folder).exit_code == 2
+
+
+def test_missing_window_is_left_out_named_and_no_whole_answer(tmp_path: Path) -> None:
+    shutil.copytree(traced().folder, tmp_path / "traced")
+    for path in (tmp_path / "traced" / "run" / "accumulators" / "windows").iterdir():
+        path.unlink()
+        break
+    result = ask(tmp_path / "traced", "--source", "harbour")
+    assert result.exit_code == 2
+    assert "left out  steps" in result.output
+    assert "2 of 3 windows" in result.output
+
+
+def test_choice_is_by_the_campaigns_manifest_alone() -> None:
+    log, _ = opened()
+    with pytest.raises(Rejected) as refusal:
+        chosen_sources(log.provenance, ["ab" * 32], (), (), False)
+    assert refusal.value.reason is Reason.UNKNOWN_SOURCE
