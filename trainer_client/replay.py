@@ -26,6 +26,7 @@ from consensus.rejection import Reason, Rejected
 from consensus.sampler import presented_examples
 from consensus.state import CAMPAIGN_TABLE, CampaignRecord
 from trainer_client.accumulators import SourceAccumulators
+from trainer_client.balance import Balance, BalanceSheet
 from trainer_client.calls import CampaignStatus
 from trainer_client.commitment import copied_tensors, optimizer_state_digest, parameter_root_of, step_commitment
 from trainer_client.plan import TrainingSource, check_content
@@ -82,6 +83,7 @@ class Replayed:
     matched: int
     difference: Difference | None
     root: Digest
+    balance: BalanceSheet | None = None
 
 
 OnStep = Callable[[int, int], None]
@@ -109,12 +111,17 @@ def replay(
     job: ReplayJob[E],
     without: Collection[bytes] = (),
     on_step: OnStep = lambda done, of: None,
+    *,
+    balanced: bool = False,
 ) -> Replayed:
     """Train the job's model as the log says; it holds the result afterwards.
 
+    ``balanced``: keep a balance sheet (``balance.py``), and compare no accumulators; nothing at all where the run kept
+    none, since splitting gradients by source then sums them in another order.
+
     Raises:
         Rejected: ``DIGEST_MISMATCH`` for another base model or other examples; ``UNKNOWN_SOURCE`` for a source of the
-            campaign that the job lacks, or one to leave out that the campaign never had.
+            campaign that the job lacks, or one to leave out that the campaign never had; as ``Balance``.
         RoutingError: as ``routing.py``.
     """
     _check_job(logged, job, without)
@@ -122,28 +129,32 @@ def replay(
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        accumulators = _accumulators(logged, folder) if not without else None
+        balance = Balance(job.model, job.optimizer) if balanced else None
+        accumulators = None if without or balanced else _accumulators(logged, folder)
         if accumulators is not None:
             accumulators.attach(job.model, block_of)
             stack.enter_context(accumulators)
         grouped = bool(logged.terms.accumulator_window_steps)
-        routing = Routing(job.model, block_of, accumulators or (_Unheard() if grouped else None))
+        routing = Routing(job.model, block_of, accumulators or balance or (_Unheard() if grouped else None))
         stack.enter_context(routing)
-        run = _Run(logged, job, routing, block_of, blocks, accumulators)
+        run = _Run(logged, job, routing, block_of, accumulators, balance)
         matched = 0
         before = copied_tensors(job.model)
         for number, step in enumerate(logged.steps, 1):
             admitted = tuple(example for example in _in_order(logged, step) if example[0] not in without)
             accumulator_root = run.take(step, admitted)
             on_step(number, len(logged.steps))
-            if without:
+            if without or (balanced and not grouped):
                 continue
             after = copied_tensors(job.model)
-            what = _differences(step, before, after, blocks, job.optimizer, accumulator_root)
+            expected_root = b"" if balanced else step.operation.accumulator_root
+            what = _differences(step, before, after, blocks, job.optimizer)
+            what += ("accumulators",) if accumulator_root != expected_root else ()
             if what:
                 return Replayed(number, matched, Difference(step.index, what), parameter_root_of(job.model))
             matched, before = number, after
-    return Replayed(len(logged.steps), matched, None, parameter_root_of(job.model))
+        sheet = None if balance is None else balance.sheet(blocks)
+    return Replayed(len(logged.steps), matched, None, parameter_root_of(job.model), sheet)
 
 
 class _Unheard(GradientObserver):
@@ -161,8 +172,8 @@ class _Run(Generic[E]):
     job: ReplayJob[E]
     routing: Routing
     block_of: Mapping[str, int]
-    blocks: Mapping[str, tuple[str, ...]]
     accumulators: SourceAccumulators | None
+    balance: Balance | None
 
     def take(self, step: RecordedStep, admitted: tuple[Example, ...]) -> bytes:
         """One step; the root of the accumulators' window that it ends, or nothing."""
@@ -177,7 +188,11 @@ class _Run(Generic[E]):
             norms = clip_block_gradients(job.model, self.block_of, clip_norm)
             if self.accumulators is not None:
                 self.accumulators.take_step(step.permission.policy, job.optimizer, norms, clip_norm)
+            if self.balance is not None:
+                self.balance.before_step(self.block_of, norms, clip_norm)
             job.optimizer.step()
+            if self.balance is not None:
+                self.balance.after_step(job.optimizer)
             if job.scheduler is not None:
                 job.scheduler.step()  # type: ignore[attr-defined]
         if self.accumulators is None:
@@ -226,7 +241,6 @@ def _differences(
     after: Mapping[str, Tensor],
     blocks: Mapping[str, tuple[str, ...]],
     optimizer: torch.optim.Optimizer,
-    accumulator_root: bytes,
 ) -> tuple[str, ...]:
     """What of a step is not as recorded."""
     recorded = step.operation
@@ -240,8 +254,6 @@ def _differences(
         what.append("parameters")
     if optimizer_state_digest(optimizer) != recorded.optimizer_digest:
         what.append("optimizer state")
-    if accumulator_root != recorded.accumulator_root:
-        what.append("accumulators")
     return tuple(what)
 
 

@@ -4,6 +4,8 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 
 from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.rejection import ConfigError, Reason, Rejected
+from trainer_client.balance import BalanceSheet
 from trainer_client.commitment import copied_tensors
 from trainer_client.replay import LoggedCampaign, Replayed, ReplayJob, read_logged_campaign, replay
 from trainer_client.submit import Client
@@ -34,6 +37,7 @@ TOLD_EVERY = 10
 @click.option("--chain-id", required=True, help="The pinned chain id, 64 hex digits.")
 @click.option("--campaign", required=True, help="The campaign's id, 64 hex digits.")
 @click.option("--without", "left_out", multiple=True, metavar="SOURCE", help="Leave out a source, by its event id.")
+@click.option("--balance", "balanced", is_flag=True, help="Split the change of the weights by source (AdamW).")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the weights it ends with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def replay_command(
@@ -44,6 +48,7 @@ def replay_command(
     chain_id: str,
     campaign: str,
     left_out: tuple[str, ...],
+    balanced: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -52,6 +57,8 @@ def replay_command(
     Needs the base model and the sources' examples, which are checked against the log, and the build of torch and
     number of threads of the job, for the same bits. Exit code 0 when every step came out as recorded, 1 at the first
     that did not. With --without nothing is compared: the weights are those of the same campaign without the source.
+    With --balance the change of every linear's parameters is split among sources and weight decay, exactly: an account
+    of what was added to the weights, not of who mattered.
 
     \b
     Example:
@@ -65,7 +72,7 @@ def replay_command(
         client.genesis(chain)
         logged = read_logged_campaign(client, identifier)
     begun = time.perf_counter()
-    found = replay(logged, job, without, _told)
+    found = replay(logged, job, without, _told, balanced=balanced)
     seconds = time.perf_counter() - begun
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +103,11 @@ def _text(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], se
     if without:
         names = ", ".join(f"{logged.claims[source].name!a:.60}" for source in sorted(without))
         lines.append(f"replayed {found.steps} steps without {names}, in {seconds:.0f} s; nothing to compare with")
+    elif found.matched == 0 and found.difference is None:
+        lines.append(
+            f"replayed {found.steps} steps in {seconds:.0f} s; not compared: the run kept no accumulators, so its"
+        )
+        lines.append("gradients were summed in another order")
     elif found.difference is None:
         lines.append(f"replayed {found.steps} steps in {seconds:.0f} s; every one came out as recorded, bit for bit")
     else:
@@ -103,6 +115,8 @@ def _text(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], se
         lines.append(f"step {found.difference.step} did not come out as recorded: {what}")
         lines.append(f"the {found.matched} steps before it did, bit for bit")
     lines.append(f"root     {found.root.hex()}")
+    if found.balance is not None:
+        lines += ["", *_balance_lines(logged, found.balance)]
     return "\n".join(lines)
 
 
@@ -119,7 +133,36 @@ def _document(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes]
         "recorded_root": logged.head.root,
         "seconds": round(seconds, 3),
     }
+    if found.balance is not None:
+        document["balance"] = asdict(
+            found.balance, dict_factory=lambda pairs: {str(name): _plain(value) for name, value in pairs}
+        )
     return json.dumps(document, indent=2)
+
+
+def _balance_lines(logged: LoggedCampaign, sheet: BalanceSheet) -> list[str]:
+    """A table: parts of each parameter block's change, along it; every column adds up to 100 %."""
+    rows = [(f"{logged.claims[source].name!a:.32}", entries) for source, entries in sheet.sources.items()]
+    rows += [("weight decay", sheet.decay), ("rest (rounding)", sheet.rest)]
+    width = max(10, *(len(block) + 2 for block in sheet.changes))
+    lines = ["part of the change of each parameter block, along it; a column adds up to 100 %"]
+    lines.append(f"{'':34}" + "".join(f"{block:>{max(width, 10)}}" for block in sheet.changes))
+    for name, entries in rows:
+        lines.append(
+            f"{name:34}" + "".join(f"{100 * entries[block].share:>{max(width, 10)}.1f}" for block in sheet.changes)
+        )
+    lines.append(
+        f"{'norm of the change':34}" + "".join(f"{norm:>{max(width, 10)}.4g}" for norm in sheet.changes.values())
+    )
+    lines.append(f"not split: {len(sheet.unsplit)} tensors (embeddings, norms)")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """With sources as hexadecimal, for JSON."""
+    if isinstance(value, Mapping):
+        return {key.hex() if isinstance(key, bytes) else key: _plain(held) for key, held in value.items()}
+    return value
 
 
 def _told(done: int, of: int) -> None:

@@ -185,6 +185,74 @@ def test_other_model_other_examples_and_unknown_sources_are_refused_by_name(trai
         replayed(trained, job(trained), frozenset({bytes(32)}))
 
 
+def test_balance_sheet_adds_up_to_the_change_of_the_weights(trained: Scene) -> None:
+    made = job(trained)
+    found = replay(read_logged_campaign(trained.client(), CAMPAIGN), made, balanced=True)
+    assert (found.matched, found.difference) == (STEPS, None)
+    sheet = found.balance
+    assert sheet is not None
+    manual, paper, secret = (trained.sources[name] for name in ("manual", "paper", "secret"))
+    assert set(sheet.sources) == {manual, paper}
+    assert secret not in sheet.sources
+    assert list(sheet.changes) == ["layers.0", "layers.1", "head"]
+    assert sheet.unsplit == ("embedding.weight",)
+    for block, norm in sheet.changes.items():
+        assert norm > 0.01
+        assert sheet.rest[block].norm < 1e-5 * norm
+        shares = [entries[block].share for entries in (*sheet.sources.values(), sheet.decay, sheet.rest)]
+        assert sum(shares) == pytest.approx(1.0, abs=1e-9)
+        assert all(sheet.sources[source][block].norm > 0 for source in (manual, paper))
+
+
+def test_balance_of_a_source_that_a_block_is_closed_to_is_nothing_there(scene: Scene) -> None:
+    closed = (BlockWeight("layers.0", 0), BlockWeight("head", 0))
+    scene.register(classes=(ClassRule("documentation", 1_000, ()), ClassRule("news", 500, closed)))
+    scene.plan_changes.update(model={"dropout": 0.5}, accumulator_window_steps=5)
+    scene.train()
+    sheet = replay(read_logged_campaign(scene.client(), CAMPAIGN), job(scene), balanced=True).balance
+    assert sheet is not None
+    paper = sheet.sources[scene.sources["paper"]]
+    assert (paper["layers.0"].norm, paper["head"].norm) == (0.0, 0.0)
+    assert paper["layers.1"].norm > 0
+
+
+def test_balance_of_one_source_is_all_but_the_decay(scene: Scene) -> None:
+    """With one source its first moment is the optimizer's own."""
+    scene.register(classes=EVERYTHING)
+    scene.plan_changes["model"] = {"dropout": 0.5}
+    scene.train()
+    made = job(scene)
+    logged = read_logged_campaign(scene.client(), CAMPAIGN)
+    found = replay(logged, made, without={scene.sources["paper"]}, balanced=True)
+    assert found.balance is not None
+    (entries,) = found.balance.sources.values()
+    for block in found.balance.changes:
+        assert entries[block].share + found.balance.decay[block].share == pytest.approx(1.0, abs=1e-5)
+
+
+def test_run_without_accumulators_is_balanced_and_not_compared(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    scene.plan_changes["model"] = {"dropout": 0.5}
+    scene.train()
+    found = replay(read_logged_campaign(scene.client(), CAMPAIGN), job(scene), balanced=True)
+    assert (found.steps, found.matched, found.difference) == (STEPS, 0, None)
+    assert found.balance is not None
+
+
+def test_balance_is_of_adamw_alone(trained: Scene) -> None:
+    model = job(trained).model
+    for optimizer in (
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True),
+    ):
+        with pytest.raises(Rejected, match=r"a balance sheet is of torch.optim.AdamW, found"):
+            replay(
+                read_logged_campaign(trained.client(), CAMPAIGN),
+                job(trained, model=model, optimizer=optimizer),
+                balanced=True,
+            )
+
+
 def ask(config: Path, node_url: str, chain_id: str, *more: object) -> tuple[int, str]:
     arguments = [
         "replay", "--job", "trainer_client.demo.job:replay_job", "--config", config, "--node", node_url,
@@ -214,6 +282,12 @@ def test_command_replays_the_demonstrations_job_and_leaves_a_source_out(
         document = json.loads(printed)
         assert (code, document["without"], document["replayed"], document["matched"]) == (0, [source], 6, 0)
         assert root_of_tensors(load_file(out)).hex() == document["root"] != document["recorded_root"]
+        code, printed = ask(config, node.url, chain_id, "--balance")
+        assert code == 0
+        assert "a column adds up to 100 %" in printed
+        assert "weight decay" in printed
+        balance = json.loads(ask(config, node.url, chain_id, "--balance", "--json")[1])["balance"]
+        assert source in balance["sources"]
         changed = json.loads(config.read_text()) | {"learning_rate_micro": 1_999}
         config.write_text(json.dumps(changed))
         code, printed = ask(config, node.url, chain_id)
