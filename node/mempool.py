@@ -179,8 +179,9 @@ class Mempool:
 
     def expire(self, now_ms: int) -> list[CheckedEvent]:
         """Reject events that have waited too long for what they need."""
-        expired = []
-        for waiting in list(self._waiting.values()):
+        expired: list[CheckedEvent] = []
+        while self._waiting:
+            waiting = next(iter(self._waiting.values()))
             if now_ms - waiting.since_ms < MAX_WAIT_MS:
                 break
             expired.append(waiting.event)

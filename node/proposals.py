@@ -44,6 +44,8 @@ TRIED_PER_EVENT = 4
 must not take longer than the view."""
 SETTLE_AFTER_MS = 1_000
 SETTLED_AT_ONCE = 256
+SETTLED_WHILE_MOVING = 16
+"""Of a backlog that is being appended most events wait for their turn, not for what will never be."""
 
 
 class Proposals:
@@ -59,6 +61,8 @@ class Proposals:
         self._proposals: dict[Digest, Proposal] = {}
         self._blocked: set[Digest] = set()
         """Events that could not be appended at the last try; tried again once the log has grown."""
+        self._moving = False
+        """Whether events were appended since the pool was last looked through."""
 
     def remember(self, proposal: Proposal) -> None:
         """Keep a checked proposal, to judge it, serve it and journal it."""
@@ -141,6 +145,7 @@ class Proposals:
                 self._mempool.remove(event.leaf_hash)
             if block.events:
                 self._blocked.clear()
+                self._moving = True
 
     def settle(self) -> None:
         """Reject what has waited a while and the finalized state itself refuses for good; drop what is too old."""
@@ -148,7 +153,9 @@ class Proposals:
         self._mempool.expire(now_ms)
         final = self._ledger.final
         timestamp_ms = max(final.header.timestamp_ms, self._clock.now_ms())
-        for event in self._mempool.to_settle(now_ms - SETTLE_AFTER_MS, now_ms, SETTLED_AT_ONCE):
+        most = SETTLED_WHILE_MOVING if self._moving else SETTLED_AT_ONCE
+        self._moving = False
+        for event in self._mempool.to_settle(now_ms - SETTLE_AFTER_MS, now_ms, most):
             try:
                 admit(StateView(final.state), event, timestamp_ms, self._ledger.committee)
             except Rejected as error:

@@ -6,6 +6,7 @@ HTTP interface listening; then the replica. A voter whose journal is lost or rol
 voting and says why.
 """
 
+import ctypes
 import gc
 import logging
 import signal
@@ -48,6 +49,13 @@ from node.store import Store
 from node.voter import Voter, open_voter
 
 log = logging.getLogger("countersign")
+
+MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -1, -3
+"""Of ``malloc.h``."""
+LARGE_BUFFER_BYTES = 512 << 10
+"""From which size on a buffer has pages of its own, returned when it is freed."""
+KEPT_FREE_BYTES = 4 << 20
+"""How much freed memory is kept for the next small ones."""
 
 EVIDENCE_DIRECTORY = "evidence"
 LATER_KEYS_TRIED_SECONDS = 5.0
@@ -395,6 +403,7 @@ def run_node(config: NodeConfig) -> None:
         ConfigError: the configuration, the keystore, the data directory or an address is wrong.
         InvariantBroken: disk or journal failed, or the data directory is damaged.
     """
+    return_freed_memory()
     genesis = load_genesis(config)
     identity = load_identity(config, genesis)
     # What is loaded by now lives for ever, and a node makes few cycles: looking through it all for garbage every few
@@ -403,6 +412,18 @@ def run_node(config: NodeConfig) -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     trio.run(_run, config, genesis, identity)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give large freed buffers back to the system, where it is the C library.
+
+    By itself it learns from the first large buffer that is freed to keep such ones (mallopt(3), the dynamic mmap
+    threshold): a node at 100,000 events then held 275 MB instead of 226.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MALLOPT_MMAP_THRESHOLD, LARGE_BUFFER_BYTES)
+        mallopt(MALLOPT_TRIM_THRESHOLD, KEPT_FREE_BYTES)
 
 
 async def _run(config: NodeConfig, genesis: Genesis, identity: Identity) -> None:

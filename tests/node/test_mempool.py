@@ -8,7 +8,7 @@ from ledger_fixtures import MemoryLedger
 from consensus.event import CheckedEvent
 from consensus.identifiers import MemberId
 from consensus.rejection import Rejected
-from node.mempool import Mempool
+from node.mempool import MAX_WAIT_MS, Mempool
 
 
 def checked_sources(memory: MemoryLedger, count: int) -> list[CheckedEvent]:
@@ -77,3 +77,15 @@ def test_events_that_wait_for_others_hide_no_later_one_from_being_settled() -> N
     assert pool.to_settle(101, 200, 9) == events[:4]
     pool.remove(events[0].leaf_hash)
     assert pool.to_settle(300, 300, 9) == [*events[4:], *events[1:4]]
+
+
+def test_events_that_waited_too_long_expire_and_later_ones_stay() -> None:
+    events = checked_sources(MemoryLedger(), 4)
+    pool = Mempool(100, 1 << 20)
+    for number, event in enumerate(events):
+        pool.add(event, number)
+    assert pool.expire(MAX_WAIT_MS - 1) == []
+    assert pool.expire(MAX_WAIT_MS + 1) == events[:2]
+    assert [event.id for event in pool.candidates()] == [event.id for event in events[2:]]
+    assert pool.expire(MAX_WAIT_MS + 3) == events[2:]
+    assert (len(pool), pool.held_bytes) == (0, 0)
