@@ -125,14 +125,18 @@ async def test_member_that_floods_with_bad_signatures_is_cut_off_and_costs_no_mo
         rogue.gossip(forged)
         event = await goes_on(consortium, nodes, 1)
         checked = [sum(node.replica._intake.refused.values()) for node in nodes]
-        assert all(node.network.counters.closed_bad_content for node in nodes)
+        closed = [node.network.counters.closed_bad_content for node in nodes]
+        assert all(closed)
         await until(lambda: rogue.network.connected)
         rogue.gossip(forged)
         await goes_on(consortium, nodes, 2)
-        again = [sum(node.replica._intake.refused.values()) for node in nodes]
         limits = nodes[0].network.limits
         assert max(checked) <= limits.max_complaints + GOSSIP_EVENTS + 60
-        assert max(now - before for now, before in zip(again, checked, strict=True)) <= GOSSIP_EVENTS + 60
+        for node, checked_before, closed_before in zip(nodes, checked, closed, strict=True):
+            # On a busy machine it comes back more than once meanwhile: each connection costs a frame.
+            connections = 1 + node.network.counters.closed_bad_content - closed_before
+            more = sum(node.replica._intake.refused.values()) - checked_before
+            assert more <= connections * (GOSSIP_EVENTS + 60)
         assert event.id
 
 
