@@ -54,10 +54,10 @@ class CheckpointStore:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
     def begin(self, snapshot: Snapshot) -> None:
-        """Write the first one, of step 0, and return when it is on disk; what an earlier campaign left goes.
+        """Write the first one, of step 0, and return when it is on disk; an earlier one of this campaign goes.
 
-        Raises:
-            ConfigError: a part of the job has a state that is not plain data, or the disk refuses.
+        Where it cannot be written or read again (a full disk, a part of the job whose state is not plain data) there
+        are no checkpoints, and a warning: training does not depend on them.
         """
         if not self._every_steps:
             return
@@ -65,9 +65,12 @@ class CheckpointStore:
             path.unlink()
         try:
             self._write(Checkpoint(snapshot, frozenset()))
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(f"{self._directory}: expected to write a checkpoint, found: {error}") from error
-        self.newest()
+            self.newest()
+        except (OSError, RuntimeError, ConfigError) as error:
+            self._every_steps = 0
+            for path in self._paths():
+                path.unlink()
+            _log.warning("no checkpoints: %s; should the process die, this run cannot be taken up again", error)
 
     def offer(self, snapshot: Snapshot, recited: Iterable[Example]) -> None:
         """A snapshot whose root is final: written if it is far enough from the last one and none is being written."""

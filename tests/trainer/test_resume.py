@@ -305,6 +305,27 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(
     assert resumable.node.head(CAMPAIGN).closed == "released"
 
 
+def test_part_whose_state_is_no_plain_data_costs_the_checkpoints_and_not_the_run(
+    resumable: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd:
+        def step(self) -> None:
+            return
+
+        def state_dict(self) -> dict[str, object]:
+            return {"self": Path("a path is code to unpickle")}
+
+        def load_state_dict(self, state: dict[str, object]) -> None:
+            return
+
+    resumable.arguments["scheduler"] = Odd()
+    train(resumable)
+    assert "no checkpoints: " in caplog.text
+    assert "cannot be read as plain data" in caplog.text
+    assert list(kept_by(resumable).iterdir()) == []
+    assert resumable.node.head(CAMPAIGN).closed == "released"
+
+
 # The real thing: a process, and kill -9
 
 
