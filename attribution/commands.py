@@ -14,6 +14,7 @@ from torch import nn
 from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
 from attribution.footprint import chosen_sources, footprint
 from attribution.log import CampaignLog, open_log
+from attribution.page import page
 from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
 from attribution.report import Answer, footprint_json, footprint_text, trace_json, trace_text
@@ -151,6 +152,7 @@ def factors_command(
 @_CONTEXT
 @click.option("--length", default=16, show_default=True, help="Tokens to complete, without --completion.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--html", "page_path", type=click.Path(path_type=Path), help="Also write a self-contained page.")
 def trace_command(
     architecture: str,
     base_path: Path,
@@ -169,6 +171,7 @@ def trace_command(
     context_tokens: int,
     length: int,
     as_json: bool,
+    page_path: Path | None,
 ) -> None:
     """Ask which admitted sources shaped an output, from the log and committed accumulators alone.
 
@@ -197,7 +200,7 @@ def trace_command(
     sequences = _sequences(text_path, context_tokens)
     factors, origin = chosen_factors(log, tuned, factors_path, sequences)
     untraced = untraced_tensors(log.provenance.campaign, factors)
-    shaped = []
+    answers = []
     for number, question in enumerate(questions):
         output, asked, count = question.output(tuned, length)
         controls = spread(control_outputs([list(sequence) for sequence in sequences], output), CONTROLS)
@@ -217,10 +220,20 @@ def trace_command(
             click.echo(trace_json(log, answer, indent=2 if outputs_path is None else None))
         else:
             click.echo("\n" * bool(number) + trace_text(log, answer))
-        shaped.append(trace.shaped_here)
+        answers.append(answer)
+    if page_path is not None:
+        _write_page(page_path, page(log, answers))
     if search.missing or log.provenance.uncovered:
         click.get_current_context().exit(2)
-    click.get_current_context().exit(0 if all(shaped) or outputs_path is not None else 1)
+    answered = outputs_path is not None or all(answer.trace.shaped_here for answer in answers)
+    click.get_current_context().exit(0 if answered else 1)
+
+
+def _write_page(path: Path, content: str) -> None:
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: expected to write the page, found: {error.strerror}") from error
 
 
 @click.command("footprint")

@@ -45,17 +45,12 @@ def trace_text(log: CampaignLog, answer: Answer) -> str:
         f"campaign {log.bundle.campaign.hex()} of {log.provenance.operator}: {shown(campaign.name)}",
         f"asked    {shown(answer.asked)}",
         *(f"{name:8} says {shown(said)}" for name, said in answer.says.items()),
-        f"chance   {_percent(trace.base_log_chance)} a token in the base model, "
-        f"{_percent(trace.tuned_log_chance)} in the tuned one"
-        + (f", {_percent(answer.log_chances['without'])} without" if "without" in answer.says else ""),
+        f"chance   {percent(trace.base_log_chance)} a token in the base model, "
+        f"{percent(trace.tuned_log_chance)} in the tuned one"
+        + (f", {percent(answer.log_chances['without'])} without" if "without" in answer.says else ""),
         "",
     ]
-    if trace.shaped_here:
-        lines.append("shaped here: the sources below made this output likelier, the leading one first")
-    elif trace.made_likelier:
-        lines.append("not told: this fine-tune made the output likelier, but no source stands out from the controls")
-    else:
-        lines.append("not shaped here: this fine-tune did not make the output likelier")
+    lines.append(verdict_of(trace))
     lines += ["", f"{'z':>7}  {'score':>11}  {'source':28}  {'owner':14}  {'admitted':>8}  entry"]
     for row in trace.ranked[:ROWS_SHOWN]:
         source = row.source
@@ -66,8 +61,17 @@ def trace_text(log: CampaignLog, answer: Answer) -> str:
         )
     if trace.ranked and trace.shaped_here:
         lines += ["", *_receipt(trace.ranked[0])]
-    lines += ["", "what this rests on", *_assurance(log, answer)]
+    lines += ["", "what this rests on", *assurance(log, answer)]
     return "\n".join(lines)
+
+
+def verdict_of(trace: Trace) -> str:
+    """The answer in a sentence."""
+    if trace.shaped_here:
+        return "shaped here: the sources below made this output likelier, the leading one first"
+    if trace.made_likelier:
+        return "not told: this fine-tune made the output likelier, but no source stands out from the controls"
+    return "not shaped here: this fine-tune did not make the output likelier"
 
 
 def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
@@ -199,7 +203,8 @@ def _receipt(row: SourceScore) -> list[str]:
     ]
 
 
-def _assurance(log: CampaignLog, answer: Answer) -> list[str]:
+def assurance(log: CampaignLog, answer: Answer) -> list[str]:
+    """What an answer rests on, a line each."""
     provenance, as_of = log.provenance, log.verdict.as_of
     trace, search, untraced = answer.trace, answer.search, answer.untraced
     lines = [
@@ -265,5 +270,6 @@ def _revocation(source: UsedSource) -> str:
     return f"by event {source.record.revocation.hex()}"
 
 
-def _percent(log_chance: float) -> str:
+def percent(log_chance: float) -> str:
+    """A chance in percent."""
     return f"{100 * math.exp(log_chance):.2f} %"

@@ -74,7 +74,8 @@ def demo_command(
     try:
         with stop_signals(), Processes() as processes:
             facts, consortium = Story(options, display, processes).tell()
-            display.always(f"report   {out / 'report.html'}\nsummary  {out / 'summary.json'}")
+            display.always(f"report   {out / 'report.html'}\ntraces   {out / 'trace.html'}")
+            display.always(f"summary  {out / 'summary.json'}")
             if keep_running:
                 display.always("The nodes are up until Ctrl-C. Ask them:")
                 display.always("\n".join(f"  {line}" for line in ways_to_ask(consortium, facts)))

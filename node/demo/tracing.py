@@ -76,7 +76,8 @@ def trace(training: Training, bundle: Path, without: Path, facts: Sequence[Recal
         arguments += [option, str(path)]
     log = directory / "trace.log"
     started = time.perf_counter()
-    command = countersign_command(*arguments, "--outputs", str(outputs), "--json")
+    page = consortium.directory / "trace.html"
+    command = countersign_command(*arguments, "--outputs", str(outputs), "--json", "--html", str(page))
     code, output = training.processes.run("countersign trace", command, log, TRACE_SECONDS)
     seconds = time.perf_counter() - started
     try:

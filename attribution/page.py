@@ -1,0 +1,124 @@
+"""An answer as a page: ranked sources, where in the model and when in the run, and the receipt behind each row.
+
+Self-contained: no script, nothing fetched. Everything that is not this file's own wording is escaped.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from attribution.log import CampaignLog
+from attribution.report import Answer, assurance, percent, shown, verdict_of
+from attribution.trace import SourceScore
+
+TEMPLATE = Path(__file__).with_name("page.html")
+STRONGEST_PERCENT = 70
+"""How much colour the strongest cell has."""
+
+
+def page(log: CampaignLog, answers: Sequence[Answer]) -> str:
+    """The whole page, an answer after the other."""
+    as_of = log.verdict.as_of
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        campaign=log.bundle.campaign.hex(),
+        operator=_text(log.provenance.operator),
+        name=_text(log.provenance.campaign.name),
+        height=as_of.height,
+        log_size=as_of.log_size,
+        chain_id=log.bundle.trusted.chain_id.hex(),
+        answers="".join(_answer(log, answer) for answer in answers),
+    )
+
+
+def _answer(log: CampaignLog, answer: Answer) -> str:
+    trace = answer.trace
+    windows = {window.last: f"{window.first}–{window.last}" for window in log.provenance.windows}
+    blocks = [block.name for block in log.provenance.campaign.parameter_blocks]
+    said = "".join(
+        f"<tr><td>{escape(name)}</td><td class='said'>{_text(text)}</td>"
+        f"<td class='number'>{percent(answer.log_chances[name])}</td></tr>"
+        for name, text in answer.says.items()
+    )
+    kind = "verdict shaped" if trace.shaped_here else "verdict"
+    parts = [
+        f"<h2 class='said'>{_text(answer.asked)}</h2>",
+        f"<p class='{kind}'>{escape(verdict_of(trace))}</p>",
+        "<div class='card'><table><tr><th>model</th><th>says</th><th class='number'>chance of a token</th></tr>"
+        f"{said}</table></div>",
+        f"<h3>Sources, the leading one first</h3><div class='card'>{_ranking(trace.ranked)}</div>",
+        "<h3>In which part of the model</h3>",
+        _heat(trace.ranked, {block: block for block in blocks if _moved(trace.ranked, block)}, "by_block"),
+        "<h3>In which steps</h3>",
+        _heat(trace.ranked, {last: windows[last] for last in trace.windows}, "by_window"),
+        f"<h3>Receipts</h3><div class='card'>{''.join(_receipt(row) for row in trace.ranked)}</div>",
+        "<h3>What this rests on</h3>",
+        f"<ul>{''.join(f'<li>{escape(line.strip())}</li>' for line in assurance(log, answer))}</ul>",
+    ]
+    return "\n".join(parts)
+
+
+def _moved(ranked: Sequence[SourceScore], block: str) -> bool:
+    return any(block in row.by_block for row in ranked)
+
+
+def _ranking(ranked: Sequence[SourceScore]) -> str:
+    most = max((row.z for row in ranked), default=0.0)
+    rows = []
+    for row in ranked:
+        width = 100 * max(row.z, 0.0) / most if 0 < most < float("inf") else 0.0
+        source = row.source
+        revoked = " <span class='chip'>revoked</span>" if source.record.revocation else ""
+        rows.append(
+            f"<tr><td class='number'><b>{row.z:.1f}</b></td>"
+            f"<td><span class='bar'><i style='width:{width:.0f}%'></i></span></td>"
+            f"<td><b>{_text(source.record.claim.name)}</b>{revoked}<br><small>{_text(source.owner)}</small></td>"
+            f"<td class='number'>{row.score:.4g}</td><td class='number'>{source.admitted}</td>"
+            f"<td class='number'>{source.event.index}</td></tr>"
+        )
+    return (
+        "<table><tr><th class='number'>z</th><th></th><th>source</th><th class='number'>score</th>"
+        f"<th class='number'>admitted</th><th class='number'>entry</th></tr>{''.join(rows)}</table>"
+    )
+
+
+def _heat(ranked: Sequence[SourceScore], columns: Mapping[str, str] | Mapping[int, str], which: str) -> str:
+    """Parts of the score, coloured by their size beside the largest of the table."""
+    table: list[tuple[SourceScore, list[float]]] = []
+    for row in ranked:
+        held: Mapping[object, float] = getattr(row, which)
+        table.append((row, [held.get(column, 0.0) for column in columns]))
+    most = max((abs(part) for _, parts in table for part in parts), default=0.0)
+    head = "".join(f"<th>{_text(name)}</th>" for name in columns.values())
+    rows = []
+    for row, parts in table:
+        cells = "".join(f"<td class='cell' style='{_colour(part, most)}'>{part:+.2g}</td>" for part in parts)
+        rows.append(f"<tr><td>{_text(row.source.record.claim.name)}</td>{cells}</tr>")
+    return f"<div class='card'><table class='heat'><tr><th>source</th>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _colour(part: float, most: float) -> str:
+    share = STRONGEST_PERCENT * abs(part) / most if most > 0 else 0.0
+    hue = "--accent" if part >= 0 else "--against"
+    return f"background:color-mix(in srgb, var({hue}) {share:.0f}%, transparent)"
+
+
+def _receipt(row: SourceScore) -> str:
+    source, claim = row.source, row.source.record.claim
+    revocation = source.record.revocation.hex() or "no"
+    pairs = [
+        ("claimed", f"by {source.owner}, entry {source.event.index} of the log"),
+        ("event", source.id.hex()),
+        ("licence", f"{claim.licence}, on the ground of {claim.rights_basis}"),
+        ("class", claim.content_class),
+        ("granted by", " ".join(grant.hex() for grant in source.grants)),
+        ("under", ", ".join(source.policies)),
+        ("used", f"{source.admitted} admitted examples in steps that stand"),
+        ("revoked", revocation),
+    ]
+    fields = "".join(f"<dt>{escape(name)}</dt><dd>{_text(value)}</dd>" for name, value in pairs)
+    return f"<details><summary>{_text(claim.name)} <small>z {row.z:.1f}</small></summary><dl>{fields}</dl></details>"
+
+
+def _text(text: str) -> str:
+    return escape(shown(text))
