@@ -1,5 +1,6 @@
 """Parameter roots, deltas and optimizer digests."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.rejection import InvariantBroken, Reason, Rejected
+from trainer_client import commitment
 from trainer_client.commitment import (
     CommitmentWorker,
     committed_tensors,
@@ -192,3 +194,25 @@ def test_optimizer_state_of_unknown_type_is_refused() -> None:
     optimizer.param_groups[0]["strange"] = object()
     with pytest.raises(InvariantBroken, match="object"):
         optimizer_state_digest(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("piece", [1, 7, 24, 1_000])
+def test_deltas_are_the_same_in_pieces_of_any_size(
+    dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    before = {
+        "weight": torch.randn(4, 6).to(dtype),
+        "scale": torch.tensor(1.5, dtype=dtype),
+        "none": torch.zeros(0, dtype=dtype),
+    }
+    after = {name: tensor + 0.25 for name, tensor in before.items()}
+    blocks = {"all": tuple(before)}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    differences = {name: after[name].to(wide) - before[name].to(wide) for name in before}
+    monkeypatch.setattr(commitment, "PIECE_ELEMENTS", piece)
+    (delta,) = step_commitment(before, after, blocks).deltas
+    assert delta.digest == root_of_tensors(differences)
+    norm = math.sqrt(sum(float(each.double().square().sum()) for each in differences.values()))
+    assert delta.norm_micro == round(norm * 1e6)
