@@ -32,7 +32,8 @@ from consensus.portions import BlockDelta
 from consensus.rejection import InvariantBroken
 
 MICRO = 1_000_000
-PIECE_ELEMENTS = 1 << 18
+PIECE_ELEMENTS = 1 << 15
+"""In the cache, and no more than torch does in one thread: a second one would spin while this one hashes."""
 
 SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
