@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,9 @@ from trainer_client.hf import (
     causal_losses,
 )
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
+from trainer_client.replay import Replayed, ReplayJob, read_logged_campaign, replay
 from trainer_client.route import RoutingLeak
+from trainer_client.submit import Client
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -91,6 +93,7 @@ class Scene:
         }
         self.salt: bytes | None = SALT
         self.delegated: set[bytes] = set()
+        self.plan_changes: dict[str, object] = {}
 
     def campaign(self, number: int = 7, seed: int = 0) -> dict[str, object]:
         """Arguments that ``governed`` and ``GovernanceCallback`` share."""
@@ -109,6 +112,7 @@ class Scene:
             sampler_seed=bytes([seed]) * 32,
             batch_size=BATCH_SIZE,
             planned_steps=STEPS,
+            **self.plan_changes,  # type: ignore[arg-type]
         )
         return {
             "plan": plan,
@@ -142,6 +146,7 @@ class Scene:
             **self.campaign(number),
             release=self.directory / "tuned.safetensors",
             settings=options.pop("settings", RunSettings()),
+            memorization=options.pop("memorization", None),
         )
         callbacks = [callback]
         return GovernedTrainer(
@@ -399,3 +404,64 @@ def test_packed_batch_and_a_trainers_own_checkpoint_are_refused(scene: Scene) ->
     with pytest.raises(TrainerUnsupported, match="one row per example"):
         trainer.train()
     assert scene.events(Kind.CAMPAIGN) == []
+
+
+@pytest.mark.parametrize("build", [gpt2, lora])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_accumulators_are_those_of_a_plain_loop_and_replay_bit_for_bit(
+    scene: Scene, build: Callable[[], nn.Module], accumulated: int
+) -> None:
+    scene.plan_changes = {"accumulator_window_steps": 4}
+    size = BATCH_SIZE // accumulated
+    arguments = scene.arguments(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
+    scene.trainer(build(), args=arguments).train()
+    in_a_plain_loop(scene, build(), 8, size)
+    roots = [step.accumulator_root != b"" for step in scene.steps(7)]
+    assert roots == [False, False, False, True, False, True]
+    assert [recorded(step) for step in scene.steps(7)] == [recorded(step) for step in scene.steps(8)]
+
+    model = build()
+    optimizer = Trainer(model, scene.arguments()).create_optimizer()
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+    set_seed(42)
+    model.train()
+
+    def loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
+        return causal_losses(outputs, inputs["labels"])
+
+    with Client(scene.node.url) as client:
+        logged = read_logged_campaign(client, bytes([7]) * 32)
+    sources = [TrainingSource(scene.sources[name], scene.texts[name], scene.salt) for name in scene.sources]
+    job = ReplayJob(model, optimizer, sources, loss, COLLATOR, scheduler, size)
+    assert replay(logged, job) == Replayed(STEPS, STEPS, None, parameter_root_of(model))
+
+
+def test_recital_under_the_trainer_is_undone_and_the_trainer_goes_on(scene: Scene) -> None:
+    caught: list[tuple[bytes, int]] = []
+
+    class Recites:
+        def glance(self, shown: Mapping[tuple[bytes, int], object], hits_BT: Tensor, floor: int) -> list[object]:
+            return []
+
+        def signals(
+            self, model: nn.Module, shown: Mapping[tuple[bytes, int], object], threshold: int
+        ) -> dict[object, int]:
+            if caught or len(scene.steps()) < 3:
+                return {}
+            caught.append(min(shown))
+            return {caught[0]: 900}
+
+    model = gpt2()
+    result = scene.trainer(model, memorization=Recites()).train()
+    head = scene.node.head(bytes([7]) * 32)
+    assert (head.closed, head.steps, head.rollbacks, result.global_step) == ("released", STEPS, 1, STEPS)
+    assert head.root == parameter_root_of(model)
+    refused = [
+        example
+        for event in scene.events(Kind.REFUSAL)
+        for item, held in zip(event.items, event.portions.data.items, strict=True)  # type: ignore[union-attr]
+        if isinstance(item, SourceRefusal) and item.reason == "memorization-above-threshold"
+        for example in [(item.source, number) for number in held.examples]
+    ]
+    assert set(refused) == set(caught)
