@@ -50,6 +50,8 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
     trio.run(write, EVENTS // 2)
     # On a busy machine a vote more may be cast while nodes are stopped one after another, and peers remember it.
     shutil.copy(consortium.folder / VOTER / JOURNAL_FILE, consortium.folder / f"{VOTER}.kept" / JOURNAL_FILE)
+    for name in OTHERS:
+        shutil.copytree(consortium.folder / name, consortium.folder / f"{name}.kept")
     return consortium
 
 
@@ -61,11 +63,11 @@ def as_killed(directory: Path, copy: Path) -> None:
 
 @pytest.fixture(params=[VERIFIER, VOTER])
 def victim(history: Consortium, request: pytest.FixtureRequest) -> "Victim":
-    """One member's data directory, kept as it was for the next test."""
-    name = request.param
-    shutil.rmtree(history.folder / name)
-    shutil.copytree(history.folder / f"{name}.kept", history.folder / name)
-    return Victim(history, name)
+    """One member's data directory; every member's is as it was, or peers would remember votes of the test before."""
+    for name in (*OTHERS, request.param):
+        shutil.rmtree(history.folder / name)
+        shutil.copytree(history.folder / f"{name}.kept", history.folder / name)
+    return Victim(history, request.param)
 
 
 class Victim:
