@@ -108,7 +108,7 @@ def factors_command(
     """
     held = read_tensors(weights_path)
     model = load_model(architecture, weights_path, held.root, "model")
-    tensors = factor_tensors(_fit(model, _sequences(text_path, context_tokens), sequence_count))
+    tensors = factor_tensors(fit_on_text(model, _sequences(text_path, context_tokens), sequence_count))
     save_file(tensors, out)
     root = read_tensors(out).root
     if as_json:
@@ -143,7 +143,7 @@ def factors_command(
     help="As countersign factors wrote. Default: fitted now, unless the campaign commits to factors.",
 )
 @click.option(
-    "--without",
+    "--without-weights",
     "without_path",
     type=click.Path(path_type=Path),
     help="Weights that countersign replay --without ended with: shown beside, as what came out without that source.",
@@ -210,7 +210,11 @@ def trace_command(
             asked=asked,
             prompt=question.prompt,
             says={name: greedy_text(model, question.prompt, count) for name, model in models.items()},
-            log_chances={name: log_chance(model, output) for name, model in models.items()},
+            log_chances={
+                "base": trace.base_log_chance,
+                "tuned": trace.tuned_log_chance,
+                **{name: log_chance(model, output) for name, model in others.items()},
+            },
             trace=trace,
             search=search,
             untraced=untraced,
@@ -304,7 +308,7 @@ def chosen_factors(
     if path is None:
         if committed:
             raise ConfigError(f"the campaign commits to factors {committed.hex()}: give their file with --factors")
-        return _fit(tuned, sequences, FACTOR_SEQUENCES), FactorsOrigin.FITTED
+        return fit_on_text(tuned, sequences, FACTOR_SEQUENCES), FactorsOrigin.FITTED
     held = read_tensors(path)
     if committed and held.root != committed:
         raise Rejected(
@@ -324,7 +328,8 @@ def spread(pieces: Sequence[P], count: int) -> list[P]:
     return [pieces[number * len(pieces) // count] for number in range(count)]
 
 
-def _fit(model: nn.Module, sequences: Sequence[bytes], count: int) -> dict[str, WeightFactors]:
+def fit_on_text(model: nn.Module, sequences: Sequence[bytes], count: int) -> dict[str, WeightFactors]:
+    """Factors over ``count`` pieces of text, evenly over the whole."""
     chosen = spread(sequences, count)
     batches = [
         torch.tensor([list(sequence) for sequence in chosen[start : start + BATCH_SEQUENCES]])

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from attribution.log import CampaignLog
-from attribution.report import Answer, assurance, percent, shown, verdict_of
+from attribution.report import Answer, assurance, percent, receipt_fields, shown, verdict_of
 from attribution.trace import SourceScore
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -104,20 +104,9 @@ def _colour(part: float, most: float) -> str:
 
 
 def _receipt(row: SourceScore) -> str:
-    source, claim = row.source, row.source.record.claim
-    revocation = source.record.revocation.hex() or "no"
-    pairs = [
-        ("claimed", f"by {source.owner}, entry {source.event.index} of the log"),
-        ("event", source.id.hex()),
-        ("licence", f"{claim.licence}, on the ground of {claim.rights_basis}"),
-        ("class", claim.content_class),
-        ("granted by", " ".join(grant.hex() for grant in source.grants)),
-        ("under", ", ".join(source.policies)),
-        ("used", f"{source.admitted} admitted examples in steps that stand"),
-        ("revoked", revocation),
-    ]
-    fields = "".join(f"<dt>{escape(name)}</dt><dd>{_text(value)}</dd>" for name, value in pairs)
-    return f"<details><summary>{_text(claim.name)} <small>z {row.z:.1f}</small></summary><dl>{fields}</dl></details>"
+    fields = "".join(f"<dt>{escape(name)}</dt><dd>{_text(value)}</dd>" for name, value in receipt_fields(row.source))
+    name = _text(row.source.record.claim.name)
+    return f"<details><summary>{name} <small>z {row.z:.1f}</small></summary><dl>{fields}</dl></details>"
 
 
 def _text(text: str) -> str:

@@ -111,15 +111,7 @@ def footprint_text(log: CampaignLog, found: Footprint, search: Search) -> str:
     provenance, as_of = log.provenance, log.verdict.as_of
     lines = [f"campaign {log.bundle.campaign.hex()} of {provenance.operator}: {shown(provenance.campaign.name)}"]
     for source in found.sources:
-        claim = source.record.claim
-        lines += [
-            "",
-            f"{shown(claim.name)} of {source.owner}, class {shown(claim.content_class)}",
-            f"  claimed   event {source.id.hex()}, entry {source.event.index} of the log",
-            f"  granted   by {', '.join(grant.hex()[:16] + '…' for grant in source.grants) or 'nobody'}",
-            f"  used      {source.admitted} admitted examples in steps that stand",
-            f"  revoked   {_revocation(source)}",
-        ]
+        lines += ["", f"{shown(source.record.claim.name)} of {source.owner}", *_receipt_lines(source)]
     lines += ["", f"{'what it moved':32}  {'norm':>10}  {'part':>8}"]
     lines += [_motion(f"steps {first} to {last}", motion) for (first, last), motion in found.windows.items()]
     lines += [_motion(shown(block)[:32], motion) for block, motion in found.blocks.items()]
@@ -140,11 +132,7 @@ def footprint_text(log: CampaignLog, found: Footprint, search: Search) -> str:
         f"  claimed   by {provenance.operator}: that these are the gradients",
         "  part      of the gradient of all sources together, along it; embeddings and norms are not in it",
     ]
-    lines += [
-        f"  left out  steps {held.window.first} to {held.window.last}: {shown(held.why)}" for held in search.missing
-    ]
-    if provenance.uncovered:
-        lines.append(f"  missing   the last {provenance.uncovered} steps: no window holds them")
+    lines += _gaps(log, search)
     return "\n".join(lines)
 
 
@@ -187,20 +175,40 @@ def shown(text: str) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
+def receipt_fields(source: UsedSource) -> list[tuple[str, str]]:
+    """What proves a source's part, each with a word for it; names are other people's, to be ``shown``."""
+    claim, revocation = source.record.claim, source.record.revocation
+    return [
+        ("claimed", f"by {source.owner}, event {source.id.hex()}, entry {source.event.index} of the log"),
+        ("licence", f"{claim.licence}, on the ground of {claim.rights_basis}; class {claim.content_class}"),
+        ("granted", f"by {', '.join(grant.hex()[:16] + '…' for grant in source.grants) or 'nobody'}"),
+        ("under", ", ".join(source.policies) or "no policy"),
+        ("used", f"{source.admitted} admitted examples in steps that stand"),
+        ("revoked", f"by event {revocation.hex()}" if revocation else "no"),
+    ]
+
+
+def _receipt_lines(source: UsedSource) -> list[str]:
+    return [f"  {name:9} {shown(value)}" for name, value in receipt_fields(source)]
+
+
 def _receipt(row: SourceScore) -> list[str]:
-    source = row.source
-    claim = source.record.claim
     blocks = sorted(row.by_block.items(), key=lambda pair: -abs(pair[1]))
     return [
-        f"{shown(claim.name)}",
-        f"  claimed   by {source.owner}, event {source.id.hex()}, entry {source.event.index} of the log",
-        f"  licence   {shown(claim.licence)}, on the ground of {shown(claim.rights_basis)}",
-        f"  granted   by {', '.join(grant.hex()[:16] + '…' for grant in source.grants)} "
-        f"under {', '.join(shown(policy) for policy in source.policies)}",
-        f"  used      {source.admitted} admitted examples in steps that stand",
-        f"  revoked   {_revocation(source)}",
+        shown(row.source.record.claim.name),
+        *_receipt_lines(row.source),
         f"  moved     {', '.join(f'{shown(block)} {part:+.3g}' for block, part in blocks[:6])}",
     ]
+
+
+def _gaps(log: CampaignLog, search: Search) -> list[str]:
+    """Steps that an answer does not rest on."""
+    lines = [
+        f"  left out  steps {held.window.first} to {held.window.last}: {shown(held.why)}" for held in search.missing
+    ]
+    if log.provenance.uncovered:
+        lines.append(f"  missing   the last {log.provenance.uncovered} steps: no window holds them")
+    return lines
 
 
 def assurance(log: CampaignLog, answer: Answer) -> list[str]:
@@ -220,11 +228,7 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
     ]
     if "without" in answer.says:
         lines.append("  replayed  what came out without a source, by whoever made that file: it is not on the log")
-    lines += [
-        f"  left out  steps {held.window.first} to {held.window.last}: {shown(held.why)}" for held in search.missing
-    ]
-    if provenance.uncovered:
-        lines.append(f"  missing   the last {provenance.uncovered} steps: no window holds them")
+    lines += _gaps(log, search)
     if untraced:
         lines.append(
             f"  not asked {len(untraced)} tensors ({shown(untraced[0])} first): no answer speaks of embeddings, norms "
@@ -262,12 +266,6 @@ def _motion(what: str, motion: Motion) -> str:
 
 def _motion_fields(motion: Motion) -> dict[str, float | None]:
     return {"norm": motion.norm, "part": motion.part}
-
-
-def _revocation(source: UsedSource) -> str:
-    if not source.record.revocation:
-        return "no"
-    return f"by event {source.record.revocation.hex()}"
 
 
 def percent(log_chance: float) -> str:

@@ -13,7 +13,7 @@ which steps it rests on.
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from attribution.factors import WeightFactors
 from attribution.query import Output, log_chance, log_odds_gradients
 from attribution.weights import WindowFile, accumulators_of
 from consensus import portions as p
+from consensus.accumulators import WindowEntry
 from consensus.predicates.accumulators import Provenance, UsedSource
 from consensus.rejection import Reason, Rejected
 
@@ -109,24 +110,19 @@ def trace_output(
         raise Rejected(Reason.NOT_FOUND, "no window's accumulators are here: there is nothing to trace by")
     progress("gradients of the output and its controls")
     asked = (output, *controls)
-    queries, lengths = zip(*(_preconditioned(factors, log_odds_gradients(tuned, each)) for each in asked), strict=True)
+    queries, lengths = zip(*(preconditioned(factors, log_odds_gradients(tuned, each)) for each in asked), strict=True)
     block_of = {tensor.name: block.name for block in provenance.campaign.parameter_blocks for tensor in block.tensors}
     known = {source.id: source for source in provenance.sources}
     tallies = {source: _Tally([0.0] * len(queries)) for source in known}
     for file in files:
         progress(f"steps {file.window.first} to {file.window.last}")
-        for entry, sums in accumulators_of(file):
-            tally = tallies.get(entry.source)
+        for entry, name, parts in window_scores(queries, file):
+            tally, block = tallies.get(entry.source), block_of.get(name)
             if tally is None:
                 raise Rejected(Reason.UNKNOWN_SOURCE, f"source {entry.source.hex()} is not in the campaign's manifest")
-            for name, accumulated in sums.items():
-                if name not in factors:
-                    continue
-                block = block_of.get(name)
-                if block is None or accumulated.shape != queries[0][name].shape:
-                    raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} do not fit this model")
-                parts = [-torch.sum(query[name] * accumulated).item() for query in queries]
-                tally.add(parts, block, file.window.last, entry.policy)
+            if block is None:
+                raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} are in no parameter block")
+            tally.add(parts, block, file.window.last, entry.policy)
     ranked = [
         SourceScore(
             known[source],
@@ -148,6 +144,23 @@ def trace_output(
     )
 
 
+def window_scores(
+    queries: Sequence[Mapping[str, Tensor]], file: WindowFile
+) -> Iterator[tuple[WindowEntry, str, list[float]]]:
+    """For each source's entry of a window and each weight of the queries: the part of every query's score.
+
+    Raises:
+        Rejected: ``BAD_FIELD`` for accumulators of another shape than the model's; as ``accumulators_of``.
+    """
+    for entry, sums in accumulators_of(file):
+        for name, accumulated in sums.items():
+            if name not in queries[0]:
+                continue
+            if accumulated.shape != queries[0][name].shape:
+                raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} do not fit this model")
+            yield entry, name, [-torch.sum(query[name] * accumulated).item() for query in queries]
+
+
 def control_outputs(sequences: Sequence[Sequence[int]], like: Output) -> tuple[Output, ...]:
     """Outputs of the same span as ``like``, one from each sequence that is long enough."""
     return tuple(
@@ -164,7 +177,7 @@ def untraced_tensors(campaign: p.Campaign, factors: Mapping[str, WeightFactors])
     )
 
 
-def _preconditioned(
+def preconditioned(
     factors: Mapping[str, WeightFactors], gradients: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], float]:
     """An output's preconditioned gradients, and the length of its gradient in the preconditioner's metric."""

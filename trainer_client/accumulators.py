@@ -218,6 +218,12 @@ class SourceAccumulators:
         return WindowEntry(policy, source, digest, size_bytes)
 
 
+def by_source(examples: Iterable[tuple[bytes, int]]) -> tuple[tuple[bytes, int], ...]:
+    """The order of a micro-batch while accumulators are kept: neighbours of one source are summed in place, scattered
+    ones would be gathered first. Part of what makes a run's bits."""
+    return tuple(sorted(examples, key=lambda example: example[0]))
+
+
 def check_conservation(parts: Iterable[Mapping[str, Tensor]], total: Mapping[str, Tensor], tolerance: float) -> None:
     """The parts of each parameter add up to its total.
 

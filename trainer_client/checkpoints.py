@@ -14,6 +14,7 @@ the campaign is on the log.
 import hashlib
 import logging
 import os
+import pickle
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def _read(path: Path, campaign: bytes) -> Checkpoint:
         raise ConfigError(f"{path}: the checkpoint is damaged: it has SHA-256 {digest}")
     try:
         plain = torch.load(path, weights_only=True)
-    except Exception as error:
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise ConfigError(f"{path}: the checkpoint cannot be read as plain data: {error}") from error
     if plain["version"] != VERSION:
         raise ConfigError(f"{path}: expected a checkpoint of version {VERSION}, found {plain['version']}")

@@ -53,7 +53,7 @@ from consensus.identifiers import ZERO_DIGEST, Digest
 from consensus.keys import Signer
 from consensus.rejection import CountersignError, InvariantBroken, Reason, Rejected
 from consensus.sampler import presented_examples
-from trainer_client.accumulators import SourceAccumulators
+from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.commitment import (
     copied_tensors,
     parameter_root_of,
@@ -379,8 +379,7 @@ class GovernedRun(Generic[E]):
     def present(self, step: Step, examples: tuple[Example, ...]) -> Batch:
         """These examples of ``step`` as a batch, whose forward and backward pass are due now."""
         if self._accumulators is not None:
-            # Neighbours of one source are summed in place; scattered ones would be gathered first.
-            examples = tuple(sorted(examples, key=lambda example: example[0]))
+            examples = by_source(examples)
         with self._record.costs.governance():
             weights = [list(step.grant.profiles[self._classes[source]].weights_permille) for source, _ in examples]
             inputs = self._arguments.collate(list(self._content(examples).values()))
@@ -468,7 +467,7 @@ class GovernedRun(Generic[E]):
             self._history[step.index] = Step(
                 index=step.index,
                 grant=taken_up.grants[step.permission.grant],
-                admitted=tuple(example for example in presented if example in step.admitted),
+                admitted=step.in_order(presented),
                 refused={},
                 replayed=True,
                 rng_digest=ZERO_DIGEST,

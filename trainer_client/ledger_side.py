@@ -19,14 +19,13 @@ from consensus.identifiers import Digest
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
-from consensus.state import CAMPAIGN_TABLE, CampaignRecord
 from trainer_client.calls import CampaignStatus
 from trainer_client.delivery import Delivery
 from trainer_client.grants import GrantKeeper, OpenGrant
 from trainer_client.outbox import Fate, Outbox, OutboxFull, State
 from trainer_client.plan import CampaignPlan, RunSettings
 from trainer_client.record import Permission, Place, RecordedEvent, Recorder, StepOutcome, StepUse
-from trainer_client.resumption import RecordedPast, RecordedStep, past_since, recorded, recorded_terms
+from trainer_client.resumption import RecordedPast, RecordedStep, past_since, read_opening, recorded
 from trainer_client.submit import Client
 
 MAX_DISCARDED = 1_024
@@ -144,10 +143,7 @@ class LedgerSide:
         Raises:
             Rejected: ``NOT_FOUND``; ``MALFORMED``.
         """
-        record = self._client.state_record(CAMPAIGN_TABLE + self._plan.campaign, CampaignRecord)
-        if record is None:
-            raise Rejected(Reason.NOT_FOUND, f"campaign {self._plan.campaign.hex()} has no record")
-        return recorded_terms(self._client.raw_event(record.event), record.event)
+        return read_opening(self._client, self._plan.campaign)[1]
 
     def open_campaign(self, terms: p.Campaign, manifest: Sequence[p.ManifestRange]) -> RecordedEvent:
         """Open the campaign, and wait until it is on the log.

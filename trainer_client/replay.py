@@ -24,14 +24,13 @@ from consensus import portions as p
 from consensus.identifiers import Digest
 from consensus.rejection import Reason, Rejected
 from consensus.sampler import presented_examples
-from consensus.state import CAMPAIGN_TABLE, CampaignRecord
-from trainer_client.accumulators import SourceAccumulators
+from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.balance import Balance, BalanceSheet
 from trainer_client.calls import CampaignStatus
 from trainer_client.commitment import copied_tensors, optimizer_state_digest, parameter_root_of, step_commitment
 from trainer_client.plan import TrainingSource, check_content
 from trainer_client.record import Example
-from trainer_client.resumption import RecordedStep, past_since, recorded_terms
+from trainer_client.resumption import RecordedStep, past_since, read_opening
 from trainer_client.rollback import Stateful
 from trainer_client.routing import GradientObserver, Routing, clip_block_gradients
 from trainer_client.submit import Client
@@ -97,10 +96,7 @@ def read_logged_campaign(client: Client, campaign: bytes) -> LoggedCampaign:
         Rejected: ``NOT_FOUND``; as ``resumption.past_since``. Unavailable: the node does not answer.
     """
     head = client.campaign(campaign)
-    record = client.state_record(CAMPAIGN_TABLE + campaign, CampaignRecord)
-    if record is None:
-        raise Rejected(Reason.NOT_FOUND, f"campaign {campaign.hex()} has no record")
-    terms = recorded_terms(client.raw_event(record.event), record.event)
+    record, terms = read_opening(client, campaign)
     past = past_since(0, head, client.campaign_events(campaign), client.raw_event)
     claims = {source.source: client.source_record(source.source).claim for source in record.manifest}
     return LoggedCampaign(campaign, terms, record.manifest, claims, past.steps, head)
@@ -137,11 +133,13 @@ def replay(
         grouped = bool(logged.terms.accumulator_window_steps)
         routing = Routing(job.model, block_of, accumulators or balance or (_Unheard() if grouped else None))
         stack.enter_context(routing)
-        run = _Run(logged, job, routing, block_of, accumulators, balance)
+        run = _Run(logged.terms, job, routing, block_of, _clip_norm(logged.terms), accumulators, balance)
         matched = 0
         before = copied_tensors(job.model)
         for number, step in enumerate(logged.steps, 1):
-            admitted = tuple(example for example in _in_order(logged, step) if example[0] not in without)
+            terms = logged.terms
+            presented = presented_examples(logged.manifest, terms.sampler_seed, terms.batch_size, step.index)
+            admitted = tuple(example for example in step.in_order(presented) if example[0] not in without)
             accumulator_root = run.take(step, admitted)
             on_step(number, len(logged.steps))
             if without or (balanced and not grouped):
@@ -168,28 +166,28 @@ class _Unheard(GradientObserver):
 class _Run(Generic[E]):
     """Takes steps as ``governed.GovernedRun`` does, without recording any."""
 
-    logged: LoggedCampaign
+    terms: p.Campaign
     job: ReplayJob[E]
     routing: Routing
     block_of: Mapping[str, int]
+    clip_norm: float
     accumulators: SourceAccumulators | None
     balance: Balance | None
 
     def take(self, step: RecordedStep, admitted: tuple[Example, ...]) -> bytes:
         """One step; the root of the accumulators' window that it ends, or nothing."""
-        job, terms = self.job, self.logged.terms
+        job = self.job
         job.optimizer.zero_grad(set_to_none=True)
-        size = job.micro_batch_size or terms.batch_size
+        size = job.micro_batch_size or self.terms.batch_size
         for first in range(0, len(admitted), size):
             self._learn(step, admitted[first : first + size])
         if admitted:
             self.routing.finish_step()
-            clip_norm = _clip_norm(terms)
-            norms = clip_block_gradients(job.model, self.block_of, clip_norm)
+            norms = clip_block_gradients(job.model, self.block_of, self.clip_norm)
             if self.accumulators is not None:
-                self.accumulators.take_step(step.permission.policy, job.optimizer, norms, clip_norm)
+                self.accumulators.take_step(step.permission.policy, job.optimizer, norms, self.clip_norm)
             if self.balance is not None:
-                self.balance.before_step(self.block_of, norms, clip_norm)
+                self.balance.before_step(self.block_of, norms, self.clip_norm)
             job.optimizer.step()
             if self.balance is not None:
                 self.balance.after_step(job.optimizer)
@@ -202,14 +200,14 @@ class _Run(Generic[E]):
 
     def _learn(self, step: RecordedStep, examples: tuple[Example, ...]) -> None:
         job = self.job
-        if self.logged.terms.accumulator_window_steps:
-            examples = tuple(sorted(examples, key=lambda example: example[0]))
+        if self.terms.accumulator_window_steps:
+            examples = by_source(examples)
         contents = {source.id: source.examples for source in job.sources}
         inputs = job.collate([contents[source][number] for source, number in examples])
         weights_BK = [list(step.weights_permille(source)) for source, _ in examples]
         with self.routing.micro_batch(weights_BK, [source for source, _ in examples]):
             loss_B = job.loss(job.model, inputs)
-            self.routing.routed_loss(loss_B, self.logged.terms.batch_size).backward()  # type: ignore[no-untyped-call]
+            self.routing.routed_loss(loss_B, self.terms.batch_size).backward()  # type: ignore[no-untyped-call]
 
 
 def _check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[bytes]) -> None:
@@ -227,12 +225,6 @@ def _check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[by
     for source in without:
         if source not in {held.source for held in logged.manifest}:
             raise Rejected(Reason.UNKNOWN_SOURCE, f"source {source.hex()} is not in the campaign's manifest")
-
-
-def _in_order(logged: LoggedCampaign, step: RecordedStep) -> tuple[Example, ...]:
-    terms = logged.terms
-    presented = presented_examples(logged.manifest, terms.sampler_seed, terms.batch_size, step.index)
-    return tuple(example for example in presented if example in step.admitted)
 
 
 def _differences(

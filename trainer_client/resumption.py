@@ -14,8 +14,10 @@ from consensus.codec import decode
 from consensus.event import MAX_ENTRY_BYTES, Entry, Kind, event_id, unpack
 from consensus.identifiers import Digest
 from consensus.rejection import Reason, Rejected
+from consensus.state import CAMPAIGN_TABLE, CampaignRecord
 from trainer_client.calls import CampaignStatus, ListedEvent
 from trainer_client.record import Example, Permission
+from trainer_client.submit import Client
 
 FetchEvent = Callable[[bytes], bytes]
 """An event's id to its wire form."""
@@ -41,6 +43,10 @@ class RecordedStep:
     def permission(self) -> Permission:
         """The grant it was taken under."""
         return Permission(self.governance.grant, self.governance.policy)
+
+    def in_order(self, presented: Sequence[Example]) -> tuple[Example, ...]:
+        """The admitted examples as the step took them: in the order in which the sampler presented them."""
+        return tuple(example for example in presented if example in self.admitted)
 
     def weights_permille(self, source: bytes) -> tuple[int, ...]:
         """The depth profile of an admitted source, over the campaign's parameter blocks.
@@ -95,6 +101,18 @@ def recorded(encoded: bytes, identifier: bytes) -> RecordedStep | RecordedRollba
         admitted=frozenset((use.source, example) for use, examples in uses for example in examples),
         classes={use.source: use.content_class for use, _ in uses},
     )
+
+
+def read_opening(client: Client, campaign: bytes) -> tuple[CampaignRecord, p.Campaign]:
+    """A campaign's record, and the terms that it was opened with.
+
+    Raises:
+        Rejected: ``NOT_FOUND``; as ``recorded_terms``. Unavailable: the node does not answer.
+    """
+    record = client.state_record(CAMPAIGN_TABLE + campaign, CampaignRecord)
+    if record is None:
+        raise Rejected(Reason.NOT_FOUND, f"campaign {campaign.hex()} has no record")
+    return record, recorded_terms(client.raw_event(record.event), record.event)
 
 
 def recorded_terms(encoded: bytes, identifier: bytes) -> p.Campaign:

@@ -34,10 +34,10 @@ from harness import Report, at_least, missed, progress, watch_load
 from peers import Kronfluence, dot_scores, trak_scores
 from setting import CAMPAIGN, FULL, QUICK, Setting, Sizes, log_odds, make, source_id, train
 
-from attribution.commands import FACTOR_SEQUENCES, spread
-from attribution.factors import fit_factors
+from attribution.commands import FACTOR_SEQUENCES, fit_on_text
 from attribution.query import log_odds_gradients
-from attribution.weights import WindowFile, accumulators_of, find_windows
+from attribution.trace import preconditioned, window_scores
+from attribution.weights import WindowFile, find_windows
 from consensus.predicates.accumulators import Window
 from trainer_client.accumulators import SourceAccumulators
 from trainer_client.demo.model import ByteModel
@@ -77,20 +77,13 @@ def observed_run(setting: Setting, directory: Path) -> Run:
 
 def accumulator_scores(setting: Setting, run: Run) -> np.ndarray:
     """What ``countersign trace`` scores: ``[Q, S]``."""
-    texts = spread(setting.public, FACTOR_SEQUENCES)
-    batches = [torch.tensor([list(text) for text in texts[at : at + 16]]) for at in range(0, len(texts), 16)]
-    factors = fit_factors(run.tuned, batches)
-    asked = []
-    for query in setting.queries:
-        gradients = log_odds_gradients(run.tuned, query)
-        asked.append({name: held.precondition(gradients[name]) for name, held in factors.items()})
+    factors = fit_on_text(run.tuned, setting.public, FACTOR_SEQUENCES)
+    queries = [preconditioned(factors, log_odds_gradients(run.tuned, query))[0] for query in setting.queries]
     places = {source_id(source): source for source in range(setting.sizes.sources)}
-    scores = np.zeros((len(asked), len(places)))
+    scores = np.zeros((len(queries), len(places)))
     for file in run.windows:
-        for entry, sums in accumulators_of(file):
-            for number, query in enumerate(asked):
-                parts = (torch.sum(query[name] * part).item() for name, part in sums.items() if name in query)
-                scores[number, places[entry.source]] -= sum(parts)
+        for entry, _, parts in window_scores(queries, file):
+            scores[:, places[entry.source]] += parts
     return scores
 
 

@@ -69,7 +69,7 @@ def trace(training: Training, bundle: Path, without: Path, facts: Sequence[Recal
         "--accumulators": training.accumulators,
         "--bundle": bundle,
         "--genesis": consortium.directory / "genesis.json",
-        "--without": without,
+        "--without-weights": without,
     }
     arguments = ["trace", "--model", MODEL, "--chain-id", consortium.chain_id.hex()]
     for option, path in files.items():

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from attribution_fixtures import FACTS, REFUSED, traced
 from click.testing import CliRunner
+from html_fixtures import tags_left
 
 from attribution.factors import FactorsOrigin, factors_from
 from attribution.log import CampaignLog, open_log
@@ -21,25 +21,6 @@ from attribution.trace import control_outputs, trace_output
 from attribution.weights import find_windows, load_model, read_tensors
 from consensus.identifiers import ChainId
 from node.cli import main
-
-VOID_TAGS = {"meta", "br"}
-
-
-class Balance(HTMLParser):
-    """Collects tags that are closed in the wrong order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.wrong: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID_TAGS:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.wrong.append(tag)
 
 
 def made(name: str) -> tuple[CampaignLog, Answer]:
@@ -74,9 +55,7 @@ def made(name: str) -> tuple[CampaignLog, Answer]:
 def test_page_is_well_formed_fetches_nothing_and_shows_every_source_block_and_window() -> None:
     log, answer = made("harbour")
     content = page(log, [answer, answer])
-    balance = Balance()
-    balance.feed(content)
-    assert (balance.wrong, balance.open) == ([], [])
+    assert tags_left(content) == []
     for word in ("http:", "https:", "src=", "@import", "url(", "<script", "<link", "javascript:", "$"):
         assert word not in content
     assert content.count("shaped here: the sources below") == 2
