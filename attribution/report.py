@@ -10,7 +10,8 @@ from attribution.footprint import Footprint, Motion
 from attribution.log import CampaignLog
 from attribution.trace import SourceScore, Trace
 from attribution.weights import Search
-from consensus.predicates.accumulators import UsedSource
+from consensus.predicates.accumulators import Provenance, UsedSource
+from consensus.predicates.reviews import replayed_steps
 
 ROWS_SHOWN = 10
 FACTORS_SHOWN = {
@@ -95,7 +96,17 @@ def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
             "missing": [{"last_step": held.window.last, "why": held.why} for held in search.missing],
             "uncovered_steps": log.provenance.uncovered,
         },
-        "assurance": "conservation-checked",
+        "assurance": "replay-checked" if replayed_steps(log.provenance.audits) else "conservation-checked",
+        "replays": {
+            "steps": log.provenance.steps,
+            "replayed": replayed_steps(log.provenance.audits),
+            "by": sorted({audit.auditor for audit in log.provenance.audits if audit.record.matched}),
+            "differing": [
+                {"by": audit.auditor, "step": audit.differing_step}
+                for audit in log.provenance.audits
+                if audit.differing_step is not None
+            ],
+        },
         "untraced_tensors": list(answer.untraced),
         "as_of": {
             "height": log.verdict.as_of.height,
@@ -221,8 +232,8 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
         f"  checked   {len(trace.windows)} of {len(provenance.windows)} windows of accumulators have the root that is "
         "on the log",
         "  checked   in each of them the sources' sums add up to the whole gradient that is committed beside them",
-        f"  claimed   by {provenance.operator}: that these are the gradients; 0 of {provenance.steps} steps were run "
-        "again by anybody else",
+        f"  claimed   by {provenance.operator}: that these are the gradients",
+        *_replays(provenance),
         f"  measured  against {trace.controls} control outputs; z counts their deviations",
         f"  weighed   by Kronecker factors: {FACTORS_SHOWN[answer.factors]}",
     ]
@@ -235,6 +246,26 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
             "and biases"
         )
     lines.append("  a parameter block that a policy closes gets no direct update; that is not the same as no influence")
+    return lines
+
+
+def _replays(provenance: Provenance) -> list[str]:
+    """Who took how many of the steps again."""
+    matching = [audit for audit in provenance.audits if audit.record.matched]
+    if not provenance.audits:
+        return [f"  replayed  0 of {provenance.steps} steps by anybody else"]
+    names = ", ".join(sorted({audit.auditor for audit in matching}))
+    lines = []
+    if matching:
+        lines.append(
+            f"  replayed  {replayed_steps(matching)} of {provenance.steps} steps by {names}, who says that parameters, "
+            "gradients' sums and optimizer came out as recorded"
+        )
+    lines += [
+        f"  replayed  by {audit.auditor}: step {audit.differing_step} did NOT come out as recorded"
+        for audit in provenance.audits
+        if audit.differing_step is not None
+    ]
     return lines
 
 

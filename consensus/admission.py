@@ -14,13 +14,14 @@ The rules, by kind (DESIGN of the protocol: ``docs/protocol.md``, section "Admis
 * *grant*: every named source admitted by the policy in force until the grant closes, with the
   signature of each one's authority; within the policy's bounds; for the campaign's current job key.
 * steps, refusals, rollbacks, abandon, release: ``campaign_rules.py``.
+* evaluations, decisions, audit results: ``review_rules.py``.
 """
 
 from collections.abc import Callable
 
 import msgspec
 
-from consensus import campaign_rules
+from consensus import campaign_rules, review_rules
 from consensus import portions as p
 from consensus.campaign_rules import changed, check_job_key, check_sequence, open_campaign
 from consensus.event import CheckedEvent, Kind
@@ -247,6 +248,7 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
             refusal_events=0,
             discarded_steps=0,
             rollbacks=0,
+            open_findings=(),
             closed="",
             release=b"",
         ),
@@ -387,4 +389,7 @@ _HANDLERS: dict[Kind, Callable[[StateView, CheckedEvent, int, Committee], None]]
     Kind.ROLLBACK: campaign_rules.admit_rollback,
     Kind.ABANDON: campaign_rules.admit_abandon,
     Kind.RELEASE: campaign_rules.admit_release,
+    Kind.EVALUATION: review_rules.admit_evaluation,
+    Kind.DECISION: review_rules.admit_decision,
+    Kind.AUDIT_RESULT: review_rules.admit_audit_result,
 }

@@ -8,7 +8,7 @@ stands; every event here is by the campaign's job key, next in sequence, and mov
   parameter block that no admitted example may touch has not moved; windows of accumulators are committed where
   they end.
 * *refusal*: the true reason, before its step. *rollback*: restores a root on the log, and must follow a step
-  whose memorization signal is above the policy's threshold. *release*: the root on the log.
+  whose memorization signal is above the policy's threshold. *release*: the root on the log, with no finding open.
 """
 
 from collections import Counter
@@ -64,7 +64,7 @@ def admit_step(view: StateView, event: CheckedEvent, timestamp_ms: int, committe
     governance, operation = event.governance, event.operation
     assert isinstance(governance, p.StepGovernance)
     assert isinstance(operation, p.StepOperation)
-    campaign, head = _job_event(view, event, timestamp_ms)
+    campaign, head = job_event(view, event, timestamp_ms)
     if head.rollback_required:
         raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
     grant, policy = _open_grant(view, event, governance.grant, governance.policy, operation.index, timestamp_ms)
@@ -258,7 +258,7 @@ def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     governance, operation = event.governance, event.operation
     assert isinstance(governance, p.RefusalGovernance)
     assert isinstance(operation, p.RefusalOperation)
-    campaign, head = _job_event(view, event, timestamp_ms)
+    campaign, head = job_event(view, event, timestamp_ms)
     if head.rollback_required:
         raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
     if operation.index != head.steps + 1:
@@ -326,7 +326,7 @@ def admit_rollback(view: StateView, event: CheckedEvent, timestamp_ms: int, comm
     governance, rollback = event.governance, event.operation
     assert isinstance(governance, p.RollbackGovernance)
     assert isinstance(rollback, p.Rollback)
-    _, head = _job_event(view, event, timestamp_ms)
+    _, head = job_event(view, event, timestamp_ms)
     grant = view.get(GRANT_TABLE + governance.grant, GrantRecord, Reason.UNKNOWN_GRANT, "grant")
     if (grant.campaign, grant.policy) != (event.entry.campaign, governance.policy):
         raise Rejected(Reason.UNKNOWN_GRANT, "the grant is another campaign's or under another policy")
@@ -407,7 +407,7 @@ def admit_abandon(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     Raises:
         Rejected: with the rule it breaks.
     """
-    _, head = _job_event(view, event, timestamp_ms)
+    _, head = job_event(view, event, timestamp_ms)
     view.put(
         CAMPAIGN_HEAD_TABLE + event.entry.campaign,
         changed(head, next_sequence=head.next_sequence + 1, closed="abandoned"),
@@ -422,11 +422,16 @@ def admit_release(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     """
     release = event.operation
     assert isinstance(release, p.Release)
-    _, head = _job_event(view, event, timestamp_ms)
+    _, head = job_event(view, event, timestamp_ms)
     if head.rollback_required:
         raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
     if head.pending:
         raise Rejected(Reason.COUNTS_NOT_CONSERVED, "refusals are recorded for a step that is not on the log")
+    if head.open_findings:
+        raise Rejected(
+            Reason.FINDING_OPEN,
+            f"{len(head.open_findings)} evaluations bar the release, the first is {head.open_findings[0].hex()}",
+        )
     if (release.parameter_root, release.steps) != (head.root, head.steps):
         raise Rejected(
             Reason.ROOT_NOT_FINAL,
@@ -491,8 +496,12 @@ def open_campaign(view: StateView, event: CheckedEvent) -> tuple[CampaignRecord,
     return campaign, head
 
 
-def _job_event(view: StateView, event: CheckedEvent, timestamp_ms: int) -> tuple[CampaignRecord, CampaignHead]:
-    """Checks common to what a job key writes: open campaign, its key, next in sequence, right attempt."""
+def job_event(view: StateView, event: CheckedEvent, timestamp_ms: int) -> tuple[CampaignRecord, CampaignHead]:
+    """Checks common to what a job key writes: open campaign, its key, next in sequence, right attempt.
+
+    Raises:
+        Rejected: with the rule it breaks.
+    """
     campaign, head = open_campaign(view, event)
     check_job_key(view, event, head.job_key, timestamp_ms)
     check_sequence(event.entry.sequence, head.next_sequence, "event")

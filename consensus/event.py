@@ -14,8 +14,11 @@ membership                     ``t_r`` members of *every* voting role, the autho
 delegation                     the author, an operator
 grant                          the author (operator), ``t_r`` governance members, every
                                data-source authority whose source it names
+decision                       the author of a voting role; of governance, ``t_r`` members of it, the author among them
+audit-result                   the author, a member that is not an operator
 campaign, step, refusal,       the operator's delegated job key (``job_key.py``)
-rollback, abandon, release
+rollback, abandon, release,
+evaluation
 =============================  ==========================================================
 
 ``check_event`` does all that needs only the event and the members; ``admission.py`` does what needs state.
@@ -38,6 +41,7 @@ from consensus.membership import Committee
 from consensus.membership_change import MembershipChange, check_change
 from consensus.merkle import leaf_hash
 from consensus.rejection import Reason, Rejected
+from consensus.review import AuditResult, Decision, Evaluation
 
 VERSION = 1
 MAX_ENTRY_BYTES = 65_535
@@ -61,6 +65,9 @@ class Kind(StrEnum):
     RELEASE = "release"
     EVIDENCE = "evidence"
     MEMBERSHIP = "membership"
+    EVALUATION = "evaluation"
+    DECISION = "decision"
+    AUDIT_RESULT = "audit-result"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,9 @@ class Shape:
     governance: type[p.Wire] | None
     operation: type[p.Wire] | None
 
+
+AUDITING_ROLES = tuple(role for role in Role if role is not Role.OPERATOR)
+"""Who may say what came out when the operator's steps were taken again."""
 
 SHAPES: Mapping[Kind, Shape] = {
     Kind.POLICY: Shape((Role.GOVERNANCE,), False, False, None, p.Policy, None),
@@ -89,6 +99,9 @@ SHAPES: Mapping[Kind, Shape] = {
     Kind.RELEASE: Shape((Role.OPERATOR,), True, True, None, None, p.Release),
     Kind.EVIDENCE: Shape(VOTING_ROLES, False, False, None, EvidenceReport, None),
     Kind.MEMBERSHIP: Shape(VOTING_ROLES, False, False, None, MembershipChange, None),
+    Kind.EVALUATION: Shape((Role.OPERATOR,), True, True, None, None, Evaluation),
+    Kind.DECISION: Shape(VOTING_ROLES, False, True, None, Decision, None),
+    Kind.AUDIT_RESULT: Shape(AUDITING_ROLES, False, True, None, AuditResult, None),
 }
 
 SINGLE_ITEM_KINDS = frozenset({Kind.SOURCE, Kind.REVOCATION})
@@ -382,7 +395,8 @@ def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> 
         return
     if entry.author not in signers:
         raise Rejected(Reason.MISSING_SIGNATURE, "the author has not signed")
-    if entry.kind is Kind.POLICY:
+    governed = entry.kind is Kind.DECISION and committee.member(MemberId(entry.author)).role == Role.GOVERNANCE
+    if entry.kind is Kind.POLICY or governed:
         _check_signer_roles(signers, committee, {Role.GOVERNANCE})
     elif entry.kind is Kind.GRANT:
         _check_signer_roles(signers, committee, {Role.GOVERNANCE, Role.DATA_SOURCE, Role.OPERATOR})
@@ -392,7 +406,7 @@ def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> 
             raise Rejected(Reason.MISSING_SIGNATURE, "a change of members is signed by a quorum of every voting role")
     elif len(signers) != 1:
         raise Rejected(Reason.SURPLUS_SIGNATURE, f"a {entry.kind.value} event is signed by its author alone")
-    if entry.kind in (Kind.POLICY, Kind.GRANT):
+    if entry.kind in (Kind.POLICY, Kind.GRANT) or governed:
         governance = sum(committee.member(MemberId(signer)).role == Role.GOVERNANCE for signer in signers)
         threshold = committee.threshold(Role.GOVERNANCE)
         if governance < threshold:

@@ -82,6 +82,7 @@ class Tag(StrEnum):
     POSSESSION = "countersign/v1/proof-of-possession"
     KEY_DERIVATION = "countersign/v1/key-derivation"
     EVIDENCE = "countersign/v1/evidence"
+    EVALUATION = "countersign/v1/evaluation"
     BATCH_COEFFICIENT = "countersign/v1/batch-coefficient"
 
 

@@ -75,6 +75,7 @@ class Reason(StrEnum):
     ROLLBACK_REQUIRED = "rollback-required"
     NOTHING_TO_ROLL_BACK = "nothing-to-roll-back"
     ROOT_NOT_FINAL = "root-not-final"
+    FINDING_OPEN = "finding-open"
     # Ledger blocks, votes, certificates
     BAD_BLOCK = "bad-block"
     BAD_TIMESTAMP = "bad-timestamp"

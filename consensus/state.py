@@ -17,9 +17,13 @@ table     key                 record
 9         conviction          ``EvidenceRecord``: a member's first proved offence of a kind in an epoch
 10        zero                ``EpochHead``: the newest membership after the genesis
 11        member id           ``RetiredMember``: an identity key that left, and who follows it
+12        campaign ‖ event    ``EvaluationRecord``: what was measured on which weights, and how it stands
+13        campaign ‖ event    ``DecisionRecord``
+14        campaign ‖ event    ``AuditRecord``: steps that a member other than the operator took again
 ========  ==================  ==================================================
 """
 
+from enum import StrEnum
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -55,6 +59,9 @@ USAGE_TABLE = b"\x08"
 EVIDENCE_TABLE = b"\x09"
 EPOCH_HEAD_KEY = b"\x0a" + bytes(32)
 RETIRED_TABLE = b"\x0b"
+EVALUATION_TABLE = b"\x0c"
+DECISION_TABLE = b"\x0d"
+AUDIT_TABLE = b"\x0e"
 
 R = TypeVar("R", bound=Wire)
 
@@ -133,7 +140,7 @@ class CampaignHead(Wire, frozen=True):
     """Where a campaign stands. ``closed`` is empty, ``released`` or ``abandoned``.
 
     ``last_event`` is the last step, rollback or opening event; ``undo_root`` the parameter root before
-    the last step, empty where there is none to undo.
+    the last step, empty where there is none to undo. ``open_findings`` are the evaluations that bar a release.
     """
 
     job_key: Bytes32
@@ -153,6 +160,7 @@ class CampaignHead(Wire, frozen=True):
     refusal_events: Natural
     discarded_steps: Natural
     rollbacks: Natural
+    open_findings: tuple[Bytes32, ...]
     closed: Annotated[str, Meta(max_length=16)]
     release: OptionalBytes32
 
@@ -208,6 +216,66 @@ class RetiredMember(Wire, frozen=True):
 
     last_epoch: Natural
     successor: OptionalBytes32
+
+
+class Standing(StrEnum):
+    """How an evaluation stands: by its thresholds, by a later one of the same test, or by governance's decision."""
+
+    MET = "met"
+    UNMET = "unmet"
+    SUPERSEDED = "superseded"
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+
+
+class EvaluationRecord(Wire, frozen=True):
+    """An evaluation: ``test`` is ``review.examination_digest``, ``standing`` a ``Standing``."""
+
+    campaign: Bytes32
+    event: Bytes32
+    test: Bytes32
+    steps: Natural
+    parameter_root: Bytes32
+    standing: Name
+    recorded_at_ms: Natural
+
+
+class DecisionRecord(Wire, frozen=True):
+    """A decision about ``subject``."""
+
+    campaign: Bytes32
+    event: Bytes32
+    author: Bytes32
+    subject: Bytes32
+    outcome: Name
+    recorded_at_ms: Natural
+
+
+class AuditRecord(Wire, frozen=True):
+    """An audit result: of the steps from ``first_step`` to ``last_step`` the first ``matched`` came out as recorded."""
+
+    campaign: Bytes32
+    event: Bytes32
+    auditor: Bytes32
+    first_step: Natural
+    last_step: Natural
+    matched: Natural
+    recorded_at_ms: Natural
+
+    @property
+    def differs(self) -> bool:
+        """Whether some step did not come out as recorded."""
+        return self.matched < self.last_step - self.first_step + 1
+
+
+def review_prefix(table: bytes, campaign: bytes) -> bytes:
+    """What the keys of a campaign's records in ``table`` begin with, 17 bytes."""
+    return table + tagged_hash(DomainTag.CAMPAIGN, campaign)[:16]
+
+
+def review_key(table: bytes, campaign: bytes, event: bytes) -> bytes:
+    """Key of a review: the campaign's prefix, then the first 16 bytes of the event's id."""
+    return review_prefix(table, campaign) + event[:16]
 
 
 def usage_key(campaign: bytes, source: bytes) -> bytes:

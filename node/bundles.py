@@ -46,9 +46,12 @@ from consensus.predicates import SUBJECTS, Predicate, predicate_named
 from consensus.predicates.history import CLOSING_KINDS
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
+    AUDIT_TABLE,
     CAMPAIGN_HEAD_TABLE,
     CAMPAIGN_TABLE,
+    DECISION_TABLE,
     DELEGATION_TABLE,
+    EVALUATION_TABLE,
     GRANT_TABLE,
     POLICY_HEAD_KEY,
     POLICY_TABLE,
@@ -57,6 +60,7 @@ from consensus.state import (
     GrantRecord,
     SourceRecord,
     read_record,
+    review_prefix,
     usage_key,
 )
 from consensus.state_map import StateMap
@@ -149,6 +153,10 @@ def export_bundle(
             ranges=tuple(RangeProof(prefix, reader.state.prove_prefix(prefix)) for prefix in sorted(export.prefixes)),
         )
     )
+
+
+_APART_FROM_WEIGHTS = frozenset({Kind.REFUSAL, Kind.EVALUATION})
+"""What a job writes that moves no parameter root."""
 
 
 class _Export:
@@ -302,10 +310,11 @@ def _source_unused(export: _Export) -> None:
 def _delta_exact(export: _Export) -> None:
     export.add_job_events(
         lambda index, entry, portions: export.add(
-            index, operation=None if entry.kind is Kind.REFUSAL else portions.operation
+            index, operation=None if entry.kind in _APART_FROM_WEIGHTS else portions.operation
         )
     )
     export.keys.add(CAMPAIGN_HEAD_TABLE + export.campaign)
+    export.prefixes.add(review_prefix(AUDIT_TABLE, export.campaign))
 
 
 def _refusals_complete(export: _Export) -> None:
@@ -346,7 +355,7 @@ def _accumulators(export: _Export) -> None:
         if data is not None:
             for item in data.items:
                 manifest.append(decode(item.content, p.ManifestRange, p.MAX_PORTIONS_BYTES).source)
-        export.add(index, data=data, operation=None if entry.kind is Kind.REFUSAL else portions.operation)
+        export.add(index, data=data, operation=None if entry.kind in _APART_FROM_WEIGHTS else portions.operation)
 
     export.add_job_events(disclose)
     for index, _ in export.grants():
@@ -360,6 +369,7 @@ def _accumulators(export: _Export) -> None:
         export.add(index, data=export.portions(index).data)
         export.keys |= {SOURCE_TABLE + source, usage_key(export.campaign, source)}
     export.keys.add(CAMPAIGN_HEAD_TABLE + export.campaign)
+    export.prefixes.add(review_prefix(AUDIT_TABLE, export.campaign))
 
 
 def _metadata_complete(export: _Export) -> None:
@@ -370,6 +380,18 @@ def _metadata_complete(export: _Export) -> None:
             export.add(index, operation=operation)
             policy = decode(operation.content, p.Campaign, p.MAX_PORTIONS_BYTES).policy
             export.keys |= {CAMPAIGN_TABLE + export.campaign, POLICY_TABLE + policy}
+
+
+def _evaluated(export: _Export) -> None:
+    for index, entry in export.campaign_events():
+        if entry.kind in (Kind.EVALUATION, Kind.DECISION, Kind.AUDIT_RESULT):
+            portions = export.portions(index)
+            export.add(index, governance=portions.governance, operation=portions.operation)
+        if entry.kind is Kind.EVALUATION:
+            export.keys.add(DELEGATION_TABLE + entry.signatures[0].signer)
+    export.keys |= {CAMPAIGN_TABLE + export.campaign, CAMPAIGN_HEAD_TABLE + export.campaign}
+    tables = (EVALUATION_TABLE, DECISION_TABLE, AUDIT_TABLE)
+    export.prefixes |= {review_prefix(table, export.campaign) for table in tables}
 
 
 def _add_source(export: _Export) -> None:
@@ -442,4 +464,5 @@ _COLLECTORS: dict[Predicate, Callable[[_Export], None]] = {
     Predicate.EVIDENCE: _evidence,
     Predicate.ACCUMULATORS: _accumulators,
     Predicate.METADATA_COMPLETE: _metadata_complete,
+    Predicate.EVALUATED: _evaluated,
 }

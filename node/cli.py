@@ -43,6 +43,8 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "source": LazyCommand("node.commands.source", "source", "Claim, list and revoke data sources."),
     "job": LazyCommand("node.commands.job", "job", "Let a training job write a campaign."),
     "campaign": LazyCommand("node.commands.campaign", "campaign", "Check what a campaign recorded."),
+    "decision": LazyCommand("node.commands.decision", "decision", "Record decisions, with their reasons."),
+    "audit": LazyCommand("node.commands.audit", "audit", "Record what replays found."),
     "grant": LazyCommand("node.commands.grant", "grant", "See and countersign grants."),
     "log": LazyCommand("node.commands.log", "log", "Read, prove and check the log."),
     "trace": LazyCommand("attribution.commands", "trace_command", "Ask which admitted sources shaped an output."),

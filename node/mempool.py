@@ -22,7 +22,7 @@ from consensus.rejection import Reason, Rejected
 
 REJECTED_KEPT = 10_000
 MAX_WAIT_MS = 10 * 60 * 1_000
-URGENT_KINDS = frozenset({Kind.REVOCATION, Kind.POLICY, Kind.EVIDENCE})
+URGENT_KINDS = frozenset({Kind.REVOCATION, Kind.POLICY, Kind.EVIDENCE, Kind.DECISION})
 """Kinds a branch may not omit for long (the censorship rule)."""
 
 

@@ -32,6 +32,7 @@ from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.participant import MemberSecrets
 from consensus.policy import maximum_profile, why_refused
 from consensus.rejection import Reason
+from consensus.review import ACCEPT, AT_MOST, AuditResult, DataSlice, Decision, Evaluation, Metric, Threshold
 from consensus.sampler import presented_examples
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
@@ -318,6 +319,20 @@ class MemoryLedger:
         """The report, handed in by a member."""
         return self.signed(Kind.EVIDENCE, [author], p.Portions(None, self.salted(report), None))
 
+    def decision(
+        self, campaign: bytes, subject: bytes, outcome: str, signers: Sequence[str] = (), rationale: str = "as agreed"
+    ) -> CheckedEvent:
+        """A decision of governance, or of ``signers``, the first of which is its author."""
+        names = signers or [name for name in self.ids if name.startswith("governance")]
+        decided = Decision(subject, outcome, rationale)
+        return self.signed(Kind.DECISION, names, p.Portions(None, self.salted(decided), None), campaign=campaign)
+
+    def audit_result(self, auditor: str, campaign: bytes, **fields: object) -> CheckedEvent:
+        """An audit result: the first step came out as recorded."""
+        result = AuditResult(1, 1, 1, (), bytes(32), "", (p.Setting("torch", "2.13.0"),), "")
+        result = msgspec.structs.replace(result, **fields)
+        return self.signed(Kind.AUDIT_RESULT, [auditor], p.Portions(None, self.salted(result), None), campaign=campaign)
+
     def _one_item(self, content: p.Wire) -> p.Portions:
         return p.Portions(p.DataPortion(self.salt(), (p.DataItem(encode(content)),)), None, None)
 
@@ -551,6 +566,21 @@ class CampaignRun:
         self.attempt += 1
         return event
 
+    def evaluation(self, high_micro: int = 1_300_000, **fields: object) -> CheckedEvent:
+        """The loss on held-out text, at most 1.5; missed with a ``high_micro`` beyond that."""
+        loss = Metric("loss", 1_200_000, 1_100_000, high_micro, 950, "bootstrap", Threshold(AT_MOST, 1_500_000))
+        made = Evaluation(
+            name="held-out",
+            steps=self.head.steps,
+            parameter_root=self.root(),
+            data=DataSlice("validation", digest("validation"), 64),
+            script_name="evaluate.py",
+            script_sha256=digest("script"),
+            metrics=(loss,),
+        )
+        made = msgspec.structs.replace(made, **fields)
+        return self.written(Kind.EVALUATION, p.Portions(None, None, self.ledger.salted(made)))
+
     def release(self) -> CheckedEvent:
         """The parameters as they stand, released."""
         release = p.Release(
@@ -639,7 +669,8 @@ def begin(
 
 def story(released: bool = True, **ledger_options: object) -> Story:
     """Steps 1, 2, 3 (memorized, rolled back), 3, the hospital revokes ``records``, 4, a new grant, 5, 6, release;
-    at last, evidence against the operator.
+    at last, evidence against the operator. The last weights miss a threshold, which governance accepts, and the
+    hospital takes the first step again.
     """
     told = begin(**ledger_options)
     ledger, run = told.ledger, told.run
@@ -654,7 +685,11 @@ def story(released: bool = True, **ledger_options: object) -> Story:
     ledger.seal(run.grant([told.books], 5, 6))
     ledger.seal(*run.step())
     ledger.seal(*run.step())
+    missed = run.evaluation(high_micro=1_600_000)
+    ledger.seal(missed)
+    ledger.seal(ledger.decision(run.id, missed.id, ACCEPT))
     if released:
         ledger.seal(run.release())
+    ledger.seal(ledger.audit_result(HOSPITAL, run.id))
     ledger.seal(ledger.evidence(HOSPITAL, ledger.contradiction(OPERATOR)))
     return Story(ledger, run, told.books, told.records, told.archive, run.weights_file())

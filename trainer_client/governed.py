@@ -36,6 +36,7 @@ Not covered: several processes (data-parallel training).
 import dataclasses
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -51,7 +52,8 @@ from torch import Tensor, nn
 from consensus import portions as p
 from consensus.identifiers import ZERO_DIGEST, Digest
 from consensus.keys import Signer
-from consensus.rejection import CountersignError, InvariantBroken, Reason, Rejected
+from consensus.rejection import ConfigError, CountersignError, InvariantBroken, Reason, Rejected
+from consensus.review import DataSlice, Metric, metric_text
 from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.commitment import (
@@ -59,6 +61,10 @@ from trainer_client.commitment import (
     parameter_root_of,
     root_of_tensors,
 )
+from trainer_client.evaluation import file_sha256
+from trainer_client.grants import OpenGrant
+from trainer_client.memorization_manifest import NAME as MANIFEST_NAME
+from trainer_client.memorization_manifest import measured_by, recited_metric, write_manifest
 from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch
 from trainer_client.opening import RunArguments, TakenUp, open_run
 from trainer_client.outbox import Fate
@@ -133,6 +139,8 @@ class GovernedRun(Generic[E]):
         self._candidate: RecordedEvent | None = None
         self._last_step_event: RecordedEvent | None = None
         self._recited: set[Example] = set()
+        self._admitted: set[bytes] = set()
+        self._grant: OpenGrant | None = None
         self._history: dict[int, Step] = {}
         self._done = 0
         self._learning_rate: float | None = None
@@ -259,6 +267,62 @@ class GovernedRun(Generic[E]):
         """Steps taken and not undone."""
         return self._done
 
+    def evaluate(
+        self, name: str, metrics: Sequence[Metric], *, data: DataSlice, script: Path | None = None
+    ) -> RecordedEvent | None:
+        """Record what was measured on the weights as they stand, after the last step taken (``evaluation.py``).
+
+        Training does not wait for the log. None, and nothing is recorded, where the log has the same test of the same
+        weights, and while steps that are on the log are replayed.
+
+        Args:
+            script: the file that measured; None is the program that runs.
+
+        Raises:
+            ConfigError: the script cannot be read. Rejected: ``BAD_FIELD`` for two metrics of one name, or none.
+        """
+        script = script or Path(sys.argv[0])
+        return self._record_evaluation(name, metrics, data, (script.name, file_sha256(script)))
+
+    def survey_memorization(self) -> tuple[p.MemorizationSignal, ...]:
+        """Assess every example the weights were shown, and record it: the memorization manifest, due before a release.
+
+        The signals found, in order. The file ``memorization.jsonl`` in the run's directory lists them all; its digest
+        and how many examples are recited go to the log (``memorization_manifest.py``). Any recited bars the release
+        until a decision of governance, or until later weights recite none.
+
+        Raises:
+            ConfigError: the run checks no memorization, or has taken no step yet.
+        """
+        if self._replay_to is not None or self._grant is None:
+            raise ConfigError(
+                "memorization is surveyed after the last step taken, not before or while steps are replayed"
+            )
+        threshold_permille = self._grant.policy.memorization_threshold_permille
+        terms = (self._manifest, self._plan.sampler_seed, self._plan.batch_size)
+        shown = {example for index in range(1, self._done + 1) for example in presented_examples(*terms, index)}
+        assessed = tuple(sorted(example for example in shown if example[0] in self._admitted))
+        with self._record.costs.governance(), self._record.costs.memorization():
+            signals = self._watch.survey(self._model, self._content(assessed), threshold_permille)
+            data = write_manifest(self._arguments.run_directory / "memorization.jsonl", assessed, signals)
+        metric = recited_metric(signals, threshold_permille)
+        self._record_evaluation(MANIFEST_NAME, [metric], data, measured_by())
+        return signals
+
+    def _record_evaluation(
+        self, name: str, metrics: Sequence[Metric], data: DataSlice, script: tuple[str, bytes]
+    ) -> RecordedEvent | None:
+        with self._record.costs.governance():
+            self._resolve()
+            if self._replay_to is not None:
+                return None
+            event = self._ledger.record_evaluation(name, metrics, data, script)
+            if event is None:
+                return None
+        detail = "; ".join(metric_text(metric) for metric in metrics)
+        self._book.note("evaluation", self._done, id=event.id.hex(), detail=f"{name}: {detail}")
+        return event
+
     def release(self, path: Path) -> RecordedEvent:
         """Save the weights as safetensors, wait until every step is final, and release exactly these.
 
@@ -358,6 +422,8 @@ class GovernedRun(Generic[E]):
                 started=time.perf_counter(),
                 before=self._snapshot_if_due(),
             )
+            self._grant = grant
+            self._admitted.update(source for source, _ in self._step.admitted)
         return self._step
 
     def _snapshot_if_due(self) -> Snapshot | None:
@@ -475,6 +541,8 @@ class GovernedRun(Generic[E]):
                 started=time.perf_counter(),
                 before=None,
             )
+            self._grant = self._history[step.index].grant
+        self._admitted.update(self._ledger.admitted_sources(self._manifest))
         self._replay_to = (self._ledger.place.steps, self._ledger.place.root)
         self._end_replay_if_due()
 

@@ -15,17 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consensus import portions as p
+from consensus.event import Kind
 from consensus.identifiers import Digest
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
+from consensus.review import DataSlice, Evaluation, Metric, examination_digest
+from consensus.state import Usage, usage_key
 from trainer_client.calls import CampaignStatus
 from trainer_client.delivery import Delivery
 from trainer_client.grants import GrantKeeper, OpenGrant
 from trainer_client.outbox import Fate, Outbox, OutboxFull, State
 from trainer_client.plan import CampaignPlan, RunSettings
 from trainer_client.record import Permission, Place, RecordedEvent, Recorder, StepOutcome, StepUse
-from trainer_client.resumption import RecordedPast, RecordedStep, past_since, read_opening, recorded
+from trainer_client.resumption import (
+    RecordedPast,
+    RecordedStep,
+    past_since,
+    read_opening,
+    recorded,
+    recorded_evaluation,
+)
 from trainer_client.submit import Client
 
 MAX_DISCARDED = 1_024
@@ -93,6 +103,8 @@ class LedgerSide:
         self._sent: deque[SentStep] = deque()
         self._last_event: RecordedEvent | None = None
         self._last_permission: Permission | None = None
+        self._evaluations: dict[Digest, tuple[bytes, Digest]] = {}
+        """What was tested on which weights, by event."""
         self._recoveries_at: tuple[int, int] = (0, 0)
 
     @property
@@ -126,8 +138,17 @@ class LedgerSide:
         return self._find_head()
 
     def take_up(self, head: CampaignStatus) -> None:
-        """Continue a campaign from where it stands on the log."""
+        """Continue a campaign from where it stands on the log.
+
+        Raises:
+            Rejected: as ``resumption.recorded_evaluation``. Unavailable: the node does not answer.
+        """
         self._recorder.move_to(_place(head))
+        for row in self._client.campaign_events(self._plan.campaign):
+            if row.kind == Kind.EVALUATION:
+                identifier = Digest(bytes.fromhex(row.id))
+                evaluation = recorded_evaluation(self._client.raw_event(identifier), identifier)
+                self._evaluations[identifier] = _tested(evaluation)
 
     def past_since(self, step: int, head: CampaignStatus) -> RecordedPast:
         """What the log has of the campaign after a step.
@@ -136,6 +157,18 @@ class LedgerSide:
             Rejected: as ``resumption.past_since``. Unavailable: the node does not answer.
         """
         return past_since(step, head, self._client.campaign_events(self._plan.campaign), self._client.raw_event)
+
+    def admitted_sources(self, manifest: Sequence[p.ManifestRange]) -> frozenset[bytes]:
+        """The sources of which the campaign has admitted an example, as the log counts.
+
+        Raises:
+            Unavailable: the node does not answer.
+        """
+        usages = {
+            held.source: self._client.state_record(usage_key(self._plan.campaign, held.source), Usage)
+            for held in manifest
+        }
+        return frozenset(source for source, usage in usages.items() if usage is not None and usage.admitted)
 
     def opening(self) -> p.Campaign:
         """The terms that the campaign was opened with.
@@ -204,6 +237,23 @@ class LedgerSide:
         self._put([event])
         return event
 
+    def record_evaluation(
+        self, name: str, metrics: Sequence[Metric], data: DataSlice, script: tuple[str, bytes]
+    ) -> RecordedEvent | None:
+        """Metrics of the weights where the campaign stands; does not wait for the log. None for a test recorded before.
+
+        Raises:
+            Rejected: as ``Recorder.evaluation``.
+        """
+        evaluation = self._recorder.evaluation(name, metrics, data, script)
+        tested = _tested(evaluation)
+        if tested in self._evaluations.values():
+            return None
+        event = self._recorder.record_evaluation(evaluation)
+        self._evaluations[event.id] = tested
+        self._put([event])
+        return event
+
     def record_release(self, file_name: str, file_sha256: bytes) -> RecordedEvent:
         """Release these weights and wait until that is on the log."""
         event = self._recorder.release(file_name, file_sha256)
@@ -251,6 +301,8 @@ class LedgerSide:
     def roll_back_to_log(self, failure: Fate) -> tuple[Place, Permission]:
         """After a refusal: where the campaign stood on the log, with a rollback to there put and final.
 
+        A refused evaluation with no step after it is dropped, and undoes nothing.
+
         Raises:
             StepNotAdmitted: what was refused cannot be rolled back, or it keeps happening.
         """
@@ -260,7 +312,8 @@ class LedgerSide:
         refused = {sent.event: sent for sent in self._sent}
         discarded = [sent for sent in reversed(self._sent) if not self._is_final(sent.event)]
         what = f"event {failure.id.hex()}: {failure.reason}: {failure.detail}"
-        if not discarded or head.closed or head.rollback_required or self._last_permission is None:
+        only_evaluation = not discarded and Digest(failure.id) in self._evaluations
+        if not (discarded or only_evaluation) or head.closed or head.rollback_required or self._last_permission is None:
             raise StepNotAdmitted(f"nothing to roll back to; {what}")
         if self._recoveries_at[1] > MAXIMUM_RECOVERIES:
             raise StepNotAdmitted(f"step {head.steps + 1} was refused {self._recoveries_at[1]} times; {what}")
@@ -269,6 +322,8 @@ class LedgerSide:
             self._grants.discard(blamed.grant)
         unsettled = [fate.id for fate in self._outbox.unsettled()]
         self._outbox.reject(unsettled, "discarded", f"it follows {what}")
+        for identifier in [each for each in self._evaluations if not self._is_final(each)]:
+            del self._evaluations[identifier]
         stands = _place(head)
         self._recorder.move_to(stands)
         closed = failure.reason == Reason.GRANT_CLOSED.value
@@ -279,6 +334,9 @@ class LedgerSide:
             chunk = [sent.event for sent in discarded[first : first + MAX_DISCARDED]]
             events.append(self._recorder.rollback(permission, chunk, reason))
         self._delivery.resume()
+        if only_evaluation:
+            self._last_event = None
+            return stands, permission
         self._put(events)
         try:
             self._require_final(events[-1])
@@ -351,6 +409,10 @@ class LedgerSide:
         limit_seconds = self._settings.pause_limit_seconds
         if limit_seconds is not None and time.monotonic() - started > limit_seconds:
             raise Unavailable(f"no {what} after {limit_seconds:.0f} s")
+
+
+def _tested(evaluation: Evaluation) -> tuple[bytes, Digest]:
+    return evaluation.parameter_root, examination_digest(evaluation)
 
 
 def _place(head: CampaignStatus) -> Place:

@@ -26,7 +26,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor, nn
 
 from consensus import portions as p
-from consensus.rejection import InvariantBroken
+from consensus.rejection import ConfigError, InvariantBroken
 from trainer_client.memorization import MemorizationDetector, hits_of
 from trainer_client.record import Example
 
@@ -147,6 +147,18 @@ class MemorizationWatch(Generic[E]):
                         near[source, number] = sources[source][number]
         found = self._assessed(model, near, threshold_permille)
         return tuple(signal for signal in found if signal.signal_permille > threshold_permille)
+
+    def survey(
+        self, model: nn.Module, examples: Mapping[Example, E], threshold_permille: int
+    ) -> tuple[p.MemorizationSignal, ...]:
+        """The signals of these examples, in order.
+
+        Raises:
+            ConfigError: the run checks no memorization.
+        """
+        if self._check is None:
+            raise ConfigError("no memorization check was given to governed(memorization=...)")
+        return self._assessed(model, examples, threshold_permille)
 
     def _assessed(
         self, model: nn.Module, examples: Mapping[Example, E], threshold_permille: int

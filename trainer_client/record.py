@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from consensus import portions as p
-from consensus.codec import encode
+from consensus.codec import decode, encode
 from consensus.event import Entry, Kind, event_id, make_entry, pack, sign_entry_as_job
 from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.rejection import InvariantBroken
+from consensus.review import DataSlice, Evaluation, Metric, check_evaluation
 from consensus.state import merge_counts
 
 Example = tuple[bytes, int]
@@ -256,6 +257,23 @@ class Recorder:
     def abandon(self, reason: str) -> RecordedEvent:
         """The campaign ends without a release."""
         return self._next(Kind.ABANDON, p.Portions(None, None, self._salted(p.Abandon(reason))))
+
+    def evaluation(
+        self, name: str, metrics: Sequence[Metric], data: DataSlice, script: tuple[str, bytes]
+    ) -> Evaluation:
+        """Metrics of the weights where the campaign stands; ``script`` is its name and SHA-256.
+
+        Raises:
+            Rejected: ``BAD_FIELD`` or ``MALFORMED`` for what the log would refuse.
+        """
+        ordered = tuple(sorted(metrics, key=lambda metric: metric.name))
+        evaluation = Evaluation(name, self.place.steps, self.place.root, data, *script, ordered)
+        check_evaluation(decode(encode(evaluation), Evaluation, p.MAX_PORTIONS_BYTES))
+        return evaluation
+
+    def record_evaluation(self, evaluation: Evaluation) -> RecordedEvent:
+        """An evaluation that ``evaluation`` made, with nothing recorded since."""
+        return self._next(Kind.EVALUATION, p.Portions(None, None, self._salted(evaluation)))
 
     def release(self, file_name: str, file_sha256: bytes) -> RecordedEvent:
         """The campaign ends with these weights, at the root where it stands."""

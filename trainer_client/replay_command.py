@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from safetensors.torch import save_file
 
 from consensus.identifiers import DIGEST_BYTES, ChainId
@@ -39,6 +41,12 @@ TOLD_EVERY = 10
 @click.option("--without", "left_out", multiple=True, metavar="SOURCE", help="Leave out a source, by its event id.")
 @click.option("--balance", "balanced", is_flag=True, help="Split the change of the weights by source (AdamW).")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the weights it ends with.")
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(path_type=Path),
+    help="Also write the JSON document to this file: what countersign audit record puts on the log.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def replay_command(
     factory: str,
@@ -50,6 +58,7 @@ def replay_command(
     left_out: tuple[str, ...],
     balanced: bool,
     out: Path | None,
+    report_path: Path | None,
     as_json: bool,
 ) -> None:
     """Run a campaign's fine-tune again and hold every step against the log, or see what it were without a source.
@@ -77,7 +86,10 @@ def replay_command(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(copied_tensors(job.model), out)
-    click.echo(_document(logged, found, without, seconds) if as_json else _text(logged, found, without, seconds))
+    document = _document(chain, logged, found, without, seconds)
+    if report_path is not None:
+        report_path.write_text(document + "\n", encoding="utf-8")
+    click.echo(document if as_json else _text(logged, found, without, seconds))
     click.get_current_context().exit(0 if found.difference is None else 1)
 
 
@@ -120,9 +132,14 @@ def _text(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], se
     return "\n".join(lines)
 
 
-def _document(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], seconds: float) -> str:
+def _document(
+    chain_id: ChainId, logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], seconds: float
+) -> str:
+    """``end_root`` is the parameter root after the last step that came out as recorded."""
     difference = found.difference
+    end_root = found.root if difference is None else logged.steps[found.matched].operation.root_before
     document = {
+        "chain_id": chain_id.hex(),
         "campaign": logged.id.hex(),
         "without": sorted(source.hex() for source in without),
         "steps": len(logged.steps),
@@ -130,7 +147,9 @@ def _document(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes]
         "matched": found.matched,
         "difference": None if difference is None else {"step": difference.step, "what": list(difference.what)},
         "root": found.root.hex(),
+        "end_root": end_root.hex(),
         "recorded_root": logged.head.root,
+        "environment": environment(),
         "seconds": round(seconds, 3),
     }
     if found.balance is not None:
@@ -138,6 +157,16 @@ def _document(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes]
             found.balance, dict_factory=lambda pairs: {str(name): _plain(value) for name, value in pairs}
         )
     return json.dumps(document, indent=2)
+
+
+def environment() -> dict[str, str]:
+    """What the last bits depend on: build of torch, its threads and instruction set, the machine."""
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
 
 
 def _balance_lines(logged: LoggedCampaign, sheet: BalanceSheet) -> list[str]:

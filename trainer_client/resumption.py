@@ -14,6 +14,7 @@ from consensus.codec import decode
 from consensus.event import MAX_ENTRY_BYTES, Entry, Kind, event_id, unpack
 from consensus.identifiers import Digest
 from consensus.rejection import Reason, Rejected
+from consensus.review import Evaluation
 from consensus.state import CAMPAIGN_TABLE, CampaignRecord
 from trainer_client.calls import CampaignStatus, ListedEvent
 from trainer_client.record import Example, Permission
@@ -125,6 +126,18 @@ def recorded_terms(encoded: bytes, identifier: bytes) -> p.Campaign:
     if entry.kind is not Kind.CAMPAIGN or portions.operation is None:
         raise Rejected(Reason.MALFORMED, f"event {identifier.hex()} opens no campaign")
     return decode(portions.operation.content, p.Campaign, p.MAX_PORTIONS_BYTES)
+
+
+def recorded_evaluation(encoded: bytes, identifier: bytes) -> Evaluation:
+    """An evaluation from its wire form.
+
+    Raises:
+        Rejected: as ``recorded``; ``MALFORMED`` for an event of another kind.
+    """
+    entry, portions = _opened(encoded, identifier)
+    if entry.kind is not Kind.EVALUATION or portions.operation is None:
+        raise Rejected(Reason.MALFORMED, f"event {identifier.hex()} is no evaluation")
+    return decode(portions.operation.content, Evaluation, p.MAX_PORTIONS_BYTES)
 
 
 def past_since(

@@ -13,6 +13,7 @@
 ``evidence``           a member signed two messages that contradict each other
 ``metadata-complete``  a campaign recorded every fact that its policy requires of one
 ``accumulators``       per-source accumulators of all steps are committed, and these sources took part
+``evaluated``          a campaign's weights were evaluated, and no finding about them stands open
 =====================  ===========================================================================
 
 A bundle that is malformed, of another chain, or lacks an event or record the predicate needs raises
@@ -31,6 +32,7 @@ from consensus.predicates.log import consistent, included
 from consensus.predicates.metadata_complete import metadata_complete
 from consensus.predicates.policy_in_force import policy_in_force
 from consensus.predicates.refusals_complete import refusals_complete
+from consensus.predicates.reviews import evaluated
 from consensus.predicates.source_honored import source_honored
 from consensus.predicates.source_unused import source_unused
 from consensus.predicates.verdict import Answer, AsOf, CheckedStep, Status, Steps, Verdict
@@ -50,6 +52,7 @@ class Predicate(StrEnum):
     EVIDENCE = "evidence"
     ACCUMULATORS = "accumulators"
     METADATA_COMPLETE = "metadata-complete"
+    EVALUATED = "evaluated"
 
 
 SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
@@ -63,6 +66,7 @@ SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
     Predicate.EVIDENCE: ("event",),
     Predicate.ACCUMULATORS: ("campaign",),
     Predicate.METADATA_COMPLETE: ("campaign",),
+    Predicate.EVALUATED: ("campaign",),
 }
 """What each predicate is about, and nothing else: a subject that nothing checks would be read as checked."""
 
@@ -76,6 +80,7 @@ _PREDICATES: dict[Predicate, Callable[[OpenBundle, Steps], None]] = {
     Predicate.EVIDENCE: evidence,
     Predicate.ACCUMULATORS: accumulators,
     Predicate.METADATA_COMPLETE: metadata_complete,
+    Predicate.EVALUATED: evaluated,
 }
 
 

@@ -14,6 +14,7 @@ from consensus.accumulators import window_bounds
 from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import Kind
 from consensus.predicates.history import complete_grants, complete_job_events, member_name, note_closing, place_steps
+from consensus.predicates.reviews import Audit, audits_of, tell_replays
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
@@ -67,6 +68,7 @@ class Provenance:
     uncovered: int
     sources: tuple[UsedSource, ...]
     release: p.Release | None
+    audits: tuple[Audit, ...] = ()
 
 
 def accumulators(bundle: OpenBundle, steps: Steps) -> None:
@@ -92,6 +94,7 @@ def accumulators(bundle: OpenBundle, steps: Steps) -> None:
         steps.unknown(f"the last {found.uncovered} steps: no window that stands holds them")
     note_closing(bundle, steps)
     steps.attested(f"that the accumulators hold what the examples added to the gradients: {found.operator}")
+    tell_replays(steps, found.audits, found.steps)
     steps.not_covered("embeddings and norms, which are not accumulated")
 
 
@@ -136,6 +139,7 @@ def provenance(bundle: OpenBundle) -> Provenance:
             if isinstance(entry.content, p.ManifestRange)
         ),
         release=release if isinstance(release, p.Release) else None,
+        audits=audits_of(bundle),
     )
 
 

@@ -3,7 +3,7 @@
 From the base model's parameter root, every step starts where the last one ended, every rollback restores
 the root before the step it discards, and the release names the last root. The parameter root of the file at
 hand is recomputed from its tensors, and its SHA-256 compared. That a step's change *follows* from its data
-is the operator's word until somebody replays it; this version of the log records no replay.
+is the operator's word until somebody replays it: audit results on the log say who did, and how many steps.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import Kind
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.predicates.history import complete_job_events, member_name
+from consensus.predicates.reviews import audits_of, tell_replays
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Rejected
 
@@ -70,7 +71,7 @@ def delta_exact(bundle: OpenBundle, steps: Steps, files: Sequence[ReleasedFile])
         _check_file(steps, campaign, release, files)
     steps.attested(f"that each step's change of the parameters follows from its examples: {operator}")
     steps.attested(f"that the base model has the parameter root the campaign names: {operator}")
-    steps.not_covered(f"replay: 0 of {walk.recorded} steps were re-executed by another party")
+    tell_replays(steps, audits_of(bundle), walk.steps)
 
 
 def _follow(walk: _Walk, event: OpenEvent, problems: list[str]) -> None:

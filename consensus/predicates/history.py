@@ -69,14 +69,22 @@ def job_events(bundle: OpenBundle) -> tuple[OpenEvent, ...]:
         raise Rejected(
             Reason.BUNDLE_INCOMPLETE, f"campaign {bundle.campaign.hex()}: its opening event is not in the bundle"
         )
-    operator = events[0].entry.author
+    check_delegated(bundle, events, events[0].entry.author)
+    return events
+
+
+def check_delegated(bundle: OpenBundle, events: Sequence[OpenEvent], operator: bytes) -> None:
+    """Events of the campaign are the operator's, each signed by a key that it delegated for the campaign.
+
+    Raises:
+        Rejected: ``BUNDLE_INCOMPLETE`` for a missing delegation; ``UNKNOWN_JOB_KEY``; ``WRONG_AUTHOR``.
+    """
     for job_key in sorted({event.entry.signatures[0].signer for event in events}):
         delegation = bundle.record(DELEGATION_TABLE + job_key, DelegationRecord)
         if not same_member(bundle, delegation.operator, operator) or delegation.campaign != bundle.campaign:
             raise Rejected(Reason.UNKNOWN_JOB_KEY, f"job key {job_key.hex()} was delegated for something else")
     if any(not same_member(bundle, event.entry.author, operator) for event in events):
         raise Rejected(Reason.WRONG_AUTHOR, "events of the campaign name different operators")
-    return events
 
 
 def note_closing(bundle: OpenBundle, steps: Steps) -> None:

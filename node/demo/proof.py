@@ -93,6 +93,12 @@ def questions(campaign: str, release: str, revoked: tuple[str, str], refused: tu
             "the campaign",
             of_campaign,
         ),
+        Question(
+            Predicate.EVALUATED,
+            "Were these weights evaluated, with no finding open?",
+            "the campaign",
+            of_campaign,
+        ),
     ]
 
 

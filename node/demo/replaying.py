@@ -13,6 +13,7 @@ from node.demo.processes import ProcessFailed, countersign_command, log_tail
 from node.demo.training import Training
 
 REPLAY_SECONDS = 300.0
+RECORD_SECONDS = 60.0
 JOB = "trainer_client.demo.job:replay_job"
 
 
@@ -30,6 +31,13 @@ class ReplayLine(msgspec.Struct, frozen=True):
     replayed: int
     matched: int
     difference: DifferenceLine | None
+
+
+class RecordedLine(msgspec.Struct, frozen=True):
+    """What ``countersign audit record --json`` prints."""
+
+    id: str
+    status: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +59,7 @@ class Replays:
         """
         self.weights_without.parent.mkdir(exist_ok=True)
         started = time.perf_counter()
-        whole = self._replay()
+        whole = self._replay("--report", str(self._found))
         self._replay("--without", left_out.id, "--out", str(self.weights_without))
         difference = ""
         if whole.difference is not None:
@@ -64,6 +72,31 @@ class Replays:
             command=as_typed(*self._arguments()),
             seconds=time.perf_counter() - started,
         )
+
+    def record(self) -> str:
+        """Have the rights-holder sign what its whole replay found; the audit result's id.
+
+        Raises:
+            ProcessFailed: the log does not take it.
+        """
+        consortium = self.training.consortium
+        log = self.weights_without.parent / "audit.log"
+        config = str(consortium.nodes[GUILD].files.config)
+        command = countersign_command("audit", "record", "--config", config, "--replay", str(self._found), "--json")
+        code, output = self.training.processes.run("countersign audit record", command, log, RECORD_SECONDS)
+        try:
+            recorded = msgspec.json.decode(output, type=RecordedLine)
+        except msgspec.DecodeError as error:
+            raise ProcessFailed(f"countersign audit record printed no answer; {log_tail(log)}") from error
+        if code != 0 or recorded.status != "final":
+            raise ProcessFailed(f"the audit result is {recorded.status}; {log_tail(log)}")
+        log.unlink()
+        return recorded.id
+
+    @property
+    def _found(self) -> Path:
+        """The whole replay's report."""
+        return self.weights_without.parent / "replay.json"
 
     def _arguments(self) -> list[str]:
         consortium = self.training.consortium

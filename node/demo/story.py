@@ -99,11 +99,11 @@ class Story:
         training = self._training(consortium, claims)
         job = self._train(training)
         self._release(consortium, training, job)
-        parties = self._replicated(consortium)
-        checks = self._prove(consortium, claims, job)
         recall = recalled(claims, job)
         replays = Replays(training)
         replay = self._replay(replays, claims, recall)
+        parties = self._replicated(consortium)
+        checks = self._prove(consortium, claims, job)
         tracing = self._trace(training, replays, replay, recall)
         seen = Seen(
             self._started_at,
@@ -273,7 +273,7 @@ class Story:
 
     def _replicated(self, consortium: Consortium) -> tuple[PartyFacts, ...]:
         """Where all nodes stand, once they stand at one height; else where they stood last."""
-        self._display.act(6, "Proof", f"{GUILD}, the rights-holder, has checked everything itself; now it shows it")
+        self._display.act(7, "Proof", f"{GUILD}, the rights-holder, has checked everything itself; now it shows it")
         deadline = time.monotonic() + REPLICATION_SECONDS
         with self._display.waiting("comparing the nodes"):
             while True:
@@ -341,16 +341,18 @@ class Story:
 
     def _replay(self, replays: Replays, claims: Claims, recall: tuple[RecallFacts, ...]) -> ReplayFacts:
         display = self._display
-        display.act(7, "Replay", "the fine-tune again from what the log says, then once more without one source")
+        display.act(6, "Replay", "the fine-tune again from what the log says, then once more without one source")
         left_out = next((fact.source for fact in recall if fact.fate == "admitted"), claims.corpus.sources[0].name)
         with display.waiting("countersign replay, twice"):
             replay = replays.run(claims.source(left_out))
         sentence = f"{replay.matched} of {replay.steps} steps came out as recorded, bit for bit"
         display.line(f"{OK} {sentence}" if replay.exact else f"{NO} {sentence}; {safe(replay.difference)}")
+        audit = replays.record()
+        display.done(f"{GUILD} put that on the log in its own name: audit result {audit[:16]}…")
         display.done(f"the same campaign without {safe(left_out)} ended in {safe(str(replays.weights_without))}")
         display.line(f"[dim]Both took {replay.seconds:.0f} s. Again, while the nodes run (--keep-running):[/]")
         display.verbatim(replay.command)
-        text = f"{replay.matched} of {replay.steps} steps came out again bit for bit"
+        text = f"{replay.matched} of {replay.steps} steps came out again bit for bit; {GUILD} recorded it"
         self._remember(Moment("release", self._seconds(), None, text))
         return replay
 

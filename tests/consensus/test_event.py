@@ -57,6 +57,9 @@ def every_kind(counts: dict[str, int] | None = None) -> tuple[Story, dict[Kind, 
         events[event.entry.kind] = event
     ledger.seal(*(events[kind] for kind in (Kind.REFUSAL, Kind.STEP)))
     events[Kind.ROLLBACK] = run.rollback("operator-decision")
+    events[Kind.EVALUATION] = run.evaluation()
+    events[Kind.DECISION] = ledger.decision(run.id, run.id, "note")
+    events[Kind.AUDIT_RESULT] = ledger.audit_result(HOSPITAL, run.id)
     events[Kind.RELEASE] = run.release()
     abandon = p.Portions(None, None, ledger.salted(p.Abandon("")))
     events[Kind.ABANDON] = run.written(Kind.ABANDON, abandon)
@@ -164,20 +167,20 @@ def test_signature_of_a_member_that_has_no_say_is_refused(kind: Kind, surplus: s
     assert_malformed(lambda: remake(TOLD.run, event, signers=[*names, surplus]), Reason.SURPLUS_SIGNATURE)
 
 
-@pytest.mark.parametrize("kind", [Kind.POLICY, Kind.GRANT])
+@pytest.mark.parametrize("kind", [Kind.POLICY, Kind.GRANT, Kind.DECISION])
 def test_signature_of_a_stranger_is_refused(kind: Kind) -> None:
     event = EVENTS[kind]
     forged = sign_entry(event.entry, digest("stranger"), "governance", STRANGER)
     assert_malformed(lambda: check_event(pack(forged, event.portions), COMMITTEE), Reason.UNKNOWN_MEMBER)
 
 
-@pytest.mark.parametrize("kind", [Kind.POLICY, Kind.GRANT])
+@pytest.mark.parametrize("kind", [Kind.POLICY, Kind.GRANT, Kind.DECISION])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_governance_quorum_is_demanded(kind: Kind, count: int) -> None:
     event = EVENTS[kind]
     others = [name for name in MEMBERS if TOLD.ledger.ids[name] in event.signers and not name.startswith("governance")]
     for chosen in itertools.combinations([f"governance-{number}" for number in range(1, 5)], count):
-        if kind is Kind.POLICY and GOVERNANCE not in chosen:
+        if kind is not Kind.GRANT and GOVERNANCE not in chosen:
             continue
         names = [*others, *chosen]
         if count >= 3:
@@ -188,7 +191,7 @@ def test_governance_quorum_is_demanded(kind: Kind, count: int) -> None:
             assert caught.value.reason == Reason.MISSING_SIGNATURE
 
 
-@pytest.mark.parametrize("kind", [Kind.POLICY, Kind.GRANT])
+@pytest.mark.parametrize("kind", [Kind.POLICY, Kind.GRANT, Kind.DECISION])
 def test_one_members_signature_does_not_count_twice(kind: Kind) -> None:
     event = EVENTS[kind]
     doubled = msgspec.structs.replace(event.entry, signatures=(*event.entry.signatures, event.entry.signatures[0]))

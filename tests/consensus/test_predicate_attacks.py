@@ -127,7 +127,7 @@ def test_answer_about_an_old_ledger_block_says_that_the_campaign_was_still_open(
     for predicate, source in ((Predicate.SOURCE_HONORED, told().books), (Predicate.SOURCE_UNUSED, told().archive)):
         closed = judged(told(), exported(told(), predicate, source))
         assert closed.answer is Answer.YES
-        assert "was closed by entry 24, its release" in text_of(closed, Status.CHECKED)
+        assert "was closed by entry 26, its release" in text_of(closed, Status.CHECKED)
         assert "not shown to be closed" not in text_of(closed, Status.NOT_COVERED)
 
 

@@ -144,6 +144,7 @@ QUESTIONS = [
     (Predicate.DELTA_EXACT, ""),
     (Predicate.REFUSALS_COMPLETE, ""),
     (Predicate.METADATA_COMPLETE, ""),
+    (Predicate.EVALUATED, ""),
 ]
 CAMPAIGN_QUESTIONS = [
     question for question in QUESTIONS if question[0] not in (Predicate.INCLUDED, Predicate.CONSISTENT)
@@ -158,7 +159,7 @@ def test_honest_log_answers_yes_and_says_what_it_rests_on(predicate: Predicate, 
     verdict = judged(told(), predicate, source)
     assert verdict.answer is Answer.YES
     assert [step.number for step in verdict.steps] == list(range(1, len(verdict.steps) + 1))
-    assert (verdict.as_of.height, verdict.as_of.log_size) == (15, 26)
+    assert (verdict.as_of.height, verdict.as_of.log_size) == (18, 29)
     if predicate is not Predicate.CONSISTENT:
         assert any(step.status is Status.ATTESTED for step in verdict.steps)
 
@@ -173,10 +174,18 @@ def test_campaign_still_running_has_no_exact_release() -> None:
     assert "the campaign is open" in failure(judged(tale, Predicate.DELTA_EXACT))
 
 
-def test_deltas_are_attested_and_replay_is_not_covered() -> None:
+def test_deltas_are_attested_and_so_are_replays() -> None:
     steps = judged(told(), Predicate.DELTA_EXACT).steps
     assert any(step.status is Status.ATTESTED and "operator-1" in step.text for step in steps)
-    assert any(step.status is Status.NOT_COVERED and "0 of 7 steps were re-executed" in step.text for step in steps)
+    replayed = "replay: 1 of 6 steps were re-executed and came out as recorded: data-source-2"
+    assert any(step.status is Status.ATTESTED and step.text == replayed for step in steps)
+
+
+def test_replay_nobody_did_is_not_covered() -> None:
+    tale = begin()
+    tale.ledger.seal(tale.run.release())
+    steps = judged(tale, Predicate.DELTA_EXACT).steps
+    assert any(step.status is Status.NOT_COVERED and "0 of 0 steps were re-executed" in step.text for step in steps)
 
 
 def test_source_honored_discloses_nothing_of_other_sources() -> None:
@@ -303,7 +312,7 @@ def test_newer_ledger_block_in_the_place_of_the_older_is_not_consistent() -> Non
 # Bundles with something left out.
 
 
-@pytest.mark.parametrize(("predicate", "source"), CAMPAIGN_QUESTIONS[:1] + CAMPAIGN_QUESTIONS[-3:-1])
+@pytest.mark.parametrize(("predicate", "source"), CAMPAIGN_QUESTIONS[:1] + CAMPAIGN_QUESTIONS[-4:-2])
 @pytest.mark.parametrize("which", [0, 2, -1])
 def test_step_left_out_is_refused(predicate: Predicate, source: str, which: int) -> None:
     refused(Reason.BUNDLE_INCOMPLETE, predicate, lambda bundle: without(bundle, Kind.STEP, which), source)
@@ -344,7 +353,7 @@ def test_hidden_use_of_a_source_contradicts_its_usage_record(which: int) -> None
 
 def test_last_uses_cut_off_contradict_the_usage_record() -> None:
     def cut(bundle: Bundle) -> Bundle:
-        return without(without(bundle, Kind.RELEASE, 0), Kind.STEP, -1)
+        return without(without(without(bundle, Kind.RELEASE, 0), Kind.EVALUATION, 0), Kind.STEP, -1)
 
     assert "the bundle shows" in failure(altered(Predicate.SOURCE_HONORED, cut, "books"))
 

@@ -30,6 +30,7 @@ ALL_CHECKS = {
     "delta-exact",
     "refusals-complete",
     "accumulators",
+    "evaluated",
 }
 
 
@@ -112,7 +113,7 @@ def test_whole_demonstration_proves_what_it_says_and_leaves_no_process(tmp_path:
 
         report = (out / "report.html").read_text(encoding="utf-8")
         assert summary["chain_id"] in report
-        assert "7 of 7 checks say yes" in report
+        assert "8 of 8 checks say yes" in report
 
         status = next(line for line in text.splitlines() if line.strip().startswith("curl") and "/v1/status" in line)
         with urllib.request.urlopen(shlex.split(status)[-1], timeout=10) as answer:

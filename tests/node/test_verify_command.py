@@ -75,7 +75,7 @@ def test_honest_bundle_answers_yes_with_numbered_steps(house: Path, predicate: s
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert lines[-1] == "answer: yes"
-    assert lines[-2] == "as of ledger block 15, log size 26, time 2023-11-14T22:13:35 (UTC)"
+    assert lines[-2] == "as of ledger block 18, log size 29, time 2023-11-14T22:13:38 (UTC)"
     assert f"about campaign {told().run.id.hex()}" in lines
     assert any(line.startswith("  1  checked      the genesis is that of the pinned chain") for line in lines)
 
@@ -207,7 +207,7 @@ def test_bundle_about_another_campaign_than_asked_is_refused(house: Path) -> Non
 def test_json_names_answer_subject_and_steps(house: Path) -> None:
     found = json.loads(verified(house, "source-honored", "--json").output)
     assert (found["answer"], found["source"]) == ("yes", told().books.hex())
-    assert found["as_of"] == {"height": 15, "log_size": 26, "timestamp_ms": 1_700_000_015_000}
+    assert found["as_of"] == {"height": 18, "log_size": 29, "timestamp_ms": 1_700_000_018_000}
     assert [step["number"] for step in found["steps"]] == list(range(1, len(found["steps"]) + 1))
     assert {step["status"] for step in found["steps"]} == {"checked", "attested", "not-covered"}
     refused = json.loads(verified(house, "source-honored", "--json", chain_id="00" * 32).output)

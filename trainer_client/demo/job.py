@@ -24,9 +24,9 @@ log; with ``content_salt`` the examples are checked against the claim. Everythin
 Killed and started again with the same file, it goes on where it was.
 
 On standard output: one JSON object a line, a ``progress.Progress`` each (``event`` is ``campaign`` or ``resumed``,
-``grant``, ``refusal``, ``step``, ``rollback``, ``recovery`` or ``release``), besides ``base`` while the base model is
-trained and a last ``done``. ``run_directory/summary.json`` holds totals, losses, cost, and what base and tuned model
-complete of the planted facts.
+``grant``, ``refusal``, ``step``, ``rollback``, ``recovery``, ``evaluation`` or ``release``), besides ``base`` while the
+base model is trained and a last ``done``. ``run_directory/summary.json`` holds totals, losses, cost, and what base and
+tuned model complete of the planted facts.
 """
 
 import argparse
@@ -59,6 +59,7 @@ from trainer_client.demo.model import (
     per_example_loss,
     records_to_tensor,
 )
+from trainer_client.evaluation import mean_metric, slice_of
 from trainer_client.governed import GovernedRun, governed
 from trainer_client.memorization import MemorizationDetector
 from trainer_client.memorization_watch import DetectorCheck
@@ -68,6 +69,7 @@ from trainer_client.replay import ReplayJob
 from trainer_client.submit import Client
 
 HELD_OUT_RECORDS = 24
+FORGOTTEN_AT_MOST = 2.0
 CANARY_PROMPT_BYTES = 24
 CANARY_RECITAL_BYTES = 48
 
@@ -206,9 +208,20 @@ class Job:
             for batch in run.batches():
                 loss_B, predicted = loss_and_predictions(model, batch.inputs)
                 run.learn(loss_B, predicted)
+            self._evaluate(run, base, model)
             release = run.release(self._file(config.release_file))
             self._summarize(run, base, model, run_directory, release.id.hex())
         _print({"event": "done", "step": config.steps, "of": config.steps})
+
+    def _evaluate(self, run: GovernedRun[bytes], base: nn.Module, tuned: nn.Module) -> None:
+        """What the fine-tune cost on public text that neither model was fitted on, and what it recites."""
+        held_out = calibration_records()[HELD_OUT_RECORDS:]
+        records_BT = records_to_tensor(held_out)
+        with torch.no_grad():
+            lost_B = (per_byte_loss(tuned, records_BT) - per_byte_loss(base, records_BT)).mean(dim=1)
+        forgotten = mean_metric("nats lost per byte", lost_B.tolist(), at_most=FORGOTTEN_AT_MOST)
+        run.evaluate("public text", [forgotten], data=slice_of("held-out records", held_out), script=Path(__file__))
+        run.survey_memorization()
 
     def _summarize(
         self, run: GovernedRun[bytes], base: nn.Module, tuned: nn.Module, run_directory: Path, release: str

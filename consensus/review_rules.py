@@ -1,0 +1,183 @@
+"""Admission of reviews: evaluations, decisions, audit results (``review.py``).
+
+* *evaluation*: by the campaign's job key, on the root where the campaign stands. One that misses a threshold is an
+  *open finding*: the campaign cannot be released until the same test is met on later weights, or governance accepts it.
+* *decision*: about something of the campaign, also after its end. To accept or reject an evaluation is governance's.
+* *audit result*: by a member that is not an operator, of steps on the log.
+
+Each has a record of its own under the campaign's prefix of its table, so that all of a campaign's are provable at once.
+"""
+
+from consensus.campaign_rules import changed, job_event
+from consensus.event import CheckedEvent
+from consensus.identifiers import MemberId, Role
+from consensus.membership import Committee
+from consensus.rejection import Reason, Rejected
+from consensus.review import (
+    ACCEPT,
+    NOTE,
+    OUTCOMES,
+    AuditResult,
+    Decision,
+    Evaluation,
+    check_audit,
+    check_evaluation,
+    examination_digest,
+    unmet,
+)
+from consensus.state import (
+    AUDIT_TABLE,
+    CAMPAIGN_HEAD_TABLE,
+    CAMPAIGN_TABLE,
+    DECISION_TABLE,
+    EVALUATION_TABLE,
+    AuditRecord,
+    CampaignHead,
+    CampaignRecord,
+    DecisionRecord,
+    EvaluationRecord,
+    Standing,
+    StateView,
+    review_key,
+)
+
+MAX_OPEN_FINDINGS = 64
+
+
+def admit_evaluation(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    """Check an evaluation against where the campaign stands; a missed threshold becomes an open finding.
+
+    Raises:
+        Rejected: with the rule it breaks.
+    """
+    evaluation = event.operation
+    assert isinstance(evaluation, Evaluation)
+    campaign = event.entry.campaign
+    _, head = job_event(view, event, timestamp_ms)
+    if head.rollback_required:
+        raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
+    if (evaluation.parameter_root, evaluation.steps) != (head.root, head.steps):
+        raise Rejected(
+            Reason.ROOT_NOT_FINAL,
+            f"evaluates {evaluation.parameter_root.hex()} after {evaluation.steps} steps, the log stands at "
+            f"{head.root.hex()} after {head.steps}",
+        )
+    check_evaluation(evaluation)
+    test = examination_digest(evaluation)
+    missed = bool(unmet(evaluation))
+    findings = []
+    for finding in head.open_findings:
+        key = review_key(EVALUATION_TABLE, campaign, finding)
+        held = view.get(key, EvaluationRecord, Reason.NOT_FOUND, "evaluation")
+        if held.test == test and held.standing == Standing.UNMET:
+            view.put(key, with_standing(held, Standing.SUPERSEDED))
+        else:
+            findings.append(finding)
+    if missed:
+        findings.append(event.id)
+    if len(findings) > MAX_OPEN_FINDINGS:
+        raise Rejected(Reason.OVERSIZED, f"more than {MAX_OPEN_FINDINGS} open findings: governance must decide first")
+    standing = Standing.UNMET if missed else Standing.MET
+    record = EvaluationRecord(
+        campaign, event.id, test, evaluation.steps, evaluation.parameter_root, standing.value, timestamp_ms
+    )
+    view.put(review_key(EVALUATION_TABLE, campaign, event.id), record)
+    view.put(
+        CAMPAIGN_HEAD_TABLE + campaign,
+        changed(head, next_sequence=head.next_sequence + 1, open_findings=tuple(findings)),
+    )
+
+
+def admit_decision(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    """Check a decision; accepting or rejecting an evaluation moves the bar to release.
+
+    Raises:
+        Rejected: with the rule it breaks.
+    """
+    decision = event.governance
+    assert isinstance(decision, Decision)
+    campaign = event.entry.campaign
+    record, head = _campaign(view, event)
+    key = review_key(DECISION_TABLE, campaign, event.id)
+    if view.find(key, DecisionRecord) is not None:
+        raise Rejected(Reason.DUPLICATE, f"decision {event.id.hex()} is on the log")
+    if decision.outcome not in OUTCOMES:
+        raise Rejected(Reason.BAD_FIELD, f"outcome {decision.outcome!a:.60}, expected {', '.join(sorted(OUTCOMES))}")
+    evaluated = review_key(EVALUATION_TABLE, campaign, decision.subject)
+    evaluation = view.find(evaluated, EvaluationRecord)
+    audit = view.find(review_key(AUDIT_TABLE, campaign, decision.subject), AuditRecord)
+    known = {campaign, record.event, head.release, *(held.event for held in (evaluation, audit) if held is not None)}
+    if decision.subject not in known:
+        raise Rejected(
+            Reason.NOT_FOUND,
+            f"{decision.subject.hex()} is neither the campaign nor an evaluation, audit result or release of it",
+        )
+    if decision.outcome != NOTE:
+        if committee.member(MemberId(event.entry.author)).role != Role.GOVERNANCE:
+            raise Rejected(Reason.WRONG_ROLE, f"to {decision.outcome} an evaluation is governance's")
+        if evaluation is None:
+            raise Rejected(Reason.BAD_FIELD, f"only an evaluation is {decision.outcome}ed; other subjects are noted")
+        accepted = decision.outcome == ACCEPT
+        view.put(evaluated, with_standing(evaluation, Standing.ACCEPTED if accepted else Standing.REJECTED))
+        findings = [finding for finding in head.open_findings if finding != decision.subject]
+        if not accepted:
+            findings.append(decision.subject)
+        if len(findings) > MAX_OPEN_FINDINGS:
+            raise Rejected(Reason.OVERSIZED, f"more than {MAX_OPEN_FINDINGS} open findings: accept some first")
+        view.put(CAMPAIGN_HEAD_TABLE + campaign, changed(head, open_findings=tuple(findings)))
+    view.put(
+        key,
+        DecisionRecord(campaign, event.id, event.entry.author, decision.subject, decision.outcome, timestamp_ms),
+    )
+
+
+def admit_audit_result(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
+    """Check that an audit result is about steps on the log.
+
+    Raises:
+        Rejected: with the rule it breaks.
+    """
+    result = event.governance
+    assert isinstance(result, AuditResult)
+    campaign = event.entry.campaign
+    _, head = _campaign(view, event)
+    key = review_key(AUDIT_TABLE, campaign, event.id)
+    if view.find(key, AuditRecord) is not None:
+        raise Rejected(Reason.DUPLICATE, f"audit result {event.id.hex()} is on the log")
+    check_audit(result)
+    if result.last_step > head.steps:
+        raise Rejected(
+            Reason.STEP_CHAIN_BROKEN, f"audits steps to {result.last_step}, the campaign stands at {head.steps}"
+        )
+    if result.last_step == head.steps and not result.differs and result.end_root != head.root:
+        raise Rejected(
+            Reason.PARAMETER_ROOT_BROKEN,
+            f"all steps came out as recorded and ended at {result.end_root.hex()}, the log stands at {head.root.hex()}",
+        )
+    record = AuditRecord(
+        campaign, event.id, event.entry.author, result.first_step, result.last_step, result.matched, timestamp_ms
+    )
+    view.put(key, record)
+
+
+def with_standing(record: EvaluationRecord, standing: Standing) -> EvaluationRecord:
+    """The record, standing otherwise."""
+    return EvaluationRecord(
+        record.campaign,
+        record.event,
+        record.test,
+        record.steps,
+        record.parameter_root,
+        standing.value,
+        record.recorded_at_ms,
+    )
+
+
+def _campaign(view: StateView, event: CheckedEvent) -> tuple[CampaignRecord, CampaignHead]:
+    """Record and head of the event's campaign, open or closed; the event is numbered 0, as members' events are."""
+    identifier = event.entry.campaign
+    if event.entry.sequence or event.entry.attempt:
+        raise Rejected(Reason.BAD_FIELD, f"a {event.entry.kind.value} event has sequence and attempt 0")
+    record = view.get(CAMPAIGN_TABLE + identifier, CampaignRecord, Reason.UNKNOWN_CAMPAIGN, "campaign")
+    head = view.get(CAMPAIGN_HEAD_TABLE + identifier, CampaignHead, Reason.UNKNOWN_CAMPAIGN, "campaign")
+    return record, head
