@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from attribution.examples import SourceExamples
 from attribution.log import CampaignLog
-from attribution.report import Answer, assurance, percent, receipt_fields, shown, verdict_of
+from attribution.report import EXAMPLES_SHOWN, Answer, assurance, percent, receipt_fields, shown, verdict_of
 from attribution.trace import SourceScore
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -47,6 +48,7 @@ def _answer(log: CampaignLog, answer: Answer) -> str:
         "<div class='card'><table><tr><th>model</th><th>says</th><th class='number'>chance of a token</th></tr>"
         f"{said}</table></div>",
         f"<h3>Sources, the leading one first</h3><div class='card'>{_ranking(trace.ranked)}</div>",
+        *(_examples(log, found) for found in trace.examples),
         "<h3>In which part of the model</h3>",
         _heat(trace.ranked, {block: block for block in blocks if _moved(trace.ranked, block)}, "by_block"),
         "<h3>In which steps</h3>",
@@ -66,7 +68,7 @@ def _ranking(ranked: Sequence[SourceScore]) -> str:
     most = max((row.z for row in ranked), default=0.0)
     rows = []
     for row in ranked:
-        width = 100 * max(row.z, 0.0) / most if 0 < most < float("inf") else 0.0
+        width = _percent_of(row.z, most)
         source = row.source
         revoked = " <span class='chip'>revoked</span>" if source.record.revocation else ""
         rows.append(
@@ -80,6 +82,29 @@ def _ranking(ranked: Sequence[SourceScore]) -> str:
         "<table><tr><th class='number'>z</th><th></th><th>source</th><th class='number'>score</th>"
         f"<th class='number'>admitted</th><th class='number'>entry</th></tr>{''.join(rows)}</table>"
     )
+
+
+def _examples(log: CampaignLog, found: SourceExamples) -> str:
+    (source,) = (each for each in log.provenance.sources if each.id == found.source)
+    most = max((row.score for row in found.ranked), default=0.0)
+    rows = "".join(
+        f"<tr><td class='number'><b>{row.example}</b></td>"
+        f"<td><span class='bar'><i style='width:{_percent_of(row.score, most):.0f}%'></i></span></td>"
+        f"<td class='number'>{row.score:.4g}</td><td>{', '.join(map(str, row.steps))}</td></tr>"
+        for row in found.ranked[:EXAMPLES_SHOWN]
+    )
+    notes = "".join(f"<p>left out: {_text(why)}</p>" for why in found.left_out)
+    return (
+        f"<h3>Examples of {_text(source.record.claim.name)}</h3><div class='card'>"
+        "<table><tr><th class='number'>example</th><th></th><th class='number'>score</th><th>steps</th></tr>"
+        f"{rows}</table>"
+        f"<p>{found.opened} sketches of rank {found.rank}, of {len(found.ranked)} examples; together they make "
+        f"{100 * found.covered:.0f} % of the source's score.</p>{notes}</div>"
+    )
+
+
+def _percent_of(part: float, most: float) -> float:
+    return 100 * max(part, 0.0) / most if 0 < most < float("inf") else 0.0
 
 
 def _heat(ranked: Sequence[SourceScore], columns: Mapping[str, str] | Mapping[int, str], which: str) -> str:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attribution.examples import SourceExamples
 from attribution.factors import FactorsOrigin
 from attribution.footprint import Footprint, Motion
 from attribution.log import CampaignLog
@@ -14,6 +15,7 @@ from consensus.predicates.accumulators import Provenance, UsedSource
 from consensus.predicates.reviews import replayed_steps
 
 ROWS_SHOWN = 10
+EXAMPLES_SHOWN = 5
 FACTORS_SHOWN = {
     FactorsOrigin.COMMITTED: "the campaign's own",
     FactorsOrigin.GIVEN: "the asker's choice, since the campaign commits to none",
@@ -62,6 +64,8 @@ def trace_text(log: CampaignLog, answer: Answer) -> str:
         )
     if trace.ranked and trace.shaped_here:
         lines += ["", *_receipt(trace.ranked[0])]
+    for found in trace.examples:
+        lines += ["", *_examples(log, found)]
     lines += ["", "what this rests on", *assurance(log, answer)]
     return "\n".join(lines)
 
@@ -91,6 +95,7 @@ def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
         "controls": trace.controls,
         "factors": answer.factors,
         "sources": [_row(row) for row in trace.ranked],
+        "examples": [_examples_fields(found) for found in trace.examples],
         "windows": {
             "used": list(trace.windows),
             "missing": [{"last_step": held.window.last, "why": held.why} for held in search.missing],
@@ -212,6 +217,42 @@ def _receipt(row: SourceScore) -> list[str]:
     ]
 
 
+def _examples(log: CampaignLog, found: SourceExamples) -> list[str]:
+    """The leading examples of a source."""
+    (source,) = (each for each in log.provenance.sources if each.id == found.source)
+    lines = [
+        f"examples of {shown(source.record.claim.name)}, by {found.opened} sketches of rank {found.rank}; "
+        f"together they make {100 * found.covered:.0f} % of the source's score",
+        f"{'score':>11}  {'example':>8}  steps",
+    ]
+    for row in found.ranked[:EXAMPLES_SHOWN]:
+        steps = ", ".join(str(step) for step in row.steps)
+        lines.append(f"{row.score:>11.4g}  {row.example:>8}  {steps}")
+    if len(found.ranked) > EXAMPLES_SHOWN:
+        lines.append(f"{'':>11}  {'':>8}  and {len(found.ranked) - EXAMPLES_SHOWN} examples more")
+    lines += [f"  left out  {shown(why)}" for why in found.left_out]
+    return lines
+
+
+def _examples_fields(found: SourceExamples) -> dict[str, object]:
+    return {
+        "source": found.source.hex(),
+        "rank": found.rank,
+        "opened": found.opened,
+        "covered": found.covered,
+        "left_out": list(found.left_out),
+        "ranked": [
+            {
+                "example": row.example,
+                "score": row.score,
+                "by_window": {str(last): part for last, part in sorted(row.by_window.items())},
+                "steps": list(row.steps),
+            }
+            for row in found.ranked
+        ],
+    }
+
+
 def _gaps(log: CampaignLog, search: Search) -> list[str]:
     """Steps that an answer does not rest on."""
     lines = [
@@ -233,13 +274,15 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
         "on the log",
         "  checked   in each of them the sources' sums add up to the whole gradient that is committed beside them",
         f"  claimed   by {provenance.operator}: that these are the gradients",
-        *_replays(provenance),
+        *replays(provenance),
         f"  measured  against {trace.controls} control outputs; z counts their deviations",
         f"  weighed   by Kronecker factors: {FACTORS_SHOWN[answer.factors]}",
     ]
     if "without" in answer.says:
         lines.append("  replayed  what came out without a source, by whoever made that file: it is not on the log")
     lines += _gaps(log, search)
+    if not provenance.campaign.sketch_rank:
+        lines.append("  not asked single examples: this campaign keeps no sketches of their gradients")
     if untraced:
         lines.append(
             f"  not asked {len(untraced)} tensors ({shown(untraced[0])} first): no answer speaks of embeddings, norms "
@@ -249,7 +292,7 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
     return lines
 
 
-def _replays(provenance: Provenance) -> list[str]:
+def replays(provenance: Provenance) -> list[str]:
     """Who took how many of the steps again."""
     matching = [audit for audit in provenance.audits if audit.record.matched]
     if not provenance.audits:
@@ -258,7 +301,7 @@ def _replays(provenance: Provenance) -> list[str]:
     lines = []
     if matching:
         lines.append(
-            f"  replayed  {replayed_steps(matching)} of {provenance.steps} steps by {names}, who says that parameters, "
+            f"  replayed  {replayed_steps(matching)} of {provenance.steps} steps by {names}, who say that parameters, "
             "gradients' sums and optimizer came out as recorded"
         )
     lines += [

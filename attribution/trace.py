@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from attribution.examples import SourceExamples, source_examples
 from attribution.factors import WeightFactors
 from attribution.query import Output, log_chance, log_odds_gradients
 from attribution.weights import WindowFile, accumulators_of
@@ -30,6 +31,8 @@ from consensus.rejection import Reason, Rejected
 LEAST_CONTROLS = 25
 SHAPED_LIFT_NATS = 0.05
 """Mean gain in log-chance per token, over the base model, below which an output counts as not shaped here."""
+LEADING_SOURCES = 3
+"""At most so many have their sketches opened."""
 SHAPED_Z = 3.0
 """Deviations above its controls that the leading source must stand for the output to count as shaped by it."""
 
@@ -48,11 +51,15 @@ class SourceScore:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """An answer. ``ranked`` has the highest ``z`` first; ``windows`` are the last steps of the windows it rests on."""
+    """An answer. ``ranked`` has the highest ``z`` first; ``windows`` are the last steps of the windows it rests on.
+
+    ``examples`` are those of the sources that stand out, in the same order, where the campaign keeps sketches.
+    """
 
     base_log_chance: float
     tuned_log_chance: float
     ranked: tuple[SourceScore, ...]
+    examples: tuple[SourceExamples, ...]
     controls: int
     windows: tuple[int, ...]
 
@@ -135,10 +142,14 @@ def trace_output(
         for source, tally in tallies.items()
         if known[source].admitted
     ]
+    ranked.sort(key=lambda row: (-row.z, row.source.id))
+    leading = [row for row in ranked[:LEADING_SOURCES] if row.z >= SHAPED_Z]
+    opened = [source_examples(queries[0], files, row.source.id, row.score) for row in leading]
     return Trace(
         base_log_chance=log_chance(base, output),
         tuned_log_chance=log_chance(tuned, output),
-        ranked=tuple(sorted(ranked, key=lambda row: (-row.z, row.source.id))),
+        ranked=tuple(ranked),
+        examples=tuple(found for found in opened if found is not None),
         controls=len(controls),
         windows=tuple(file.window.last for file in files),
     )

@@ -4,7 +4,8 @@ A campaign that keeps accumulators is cut into windows of ``accumulator_window_s
 be shorter. For every policy and source with an admitted example in the window the trainer sums, over its steps,
 what that source added to the gradient the optimizer received, times the learning rate of the step; and, apart
 from that, the whole gradient times the learning rate (the window's *total*). Each sum is a blob, a safetensors
-file named by its SHA-256. Here is what the log binds of them:
+file named by its SHA-256; beside it, where the campaign sketches (``sketch_rank``), a file of the same gradients,
+example by example, at low rank (``trainer_client/sketches.py``). Here is what the log binds of them:
 
 * the step that ends a window, and no other, names the window's root (``accumulator_root`` of its operation
   portion); members refuse a step that does otherwise, so that no window can be left out (``campaign_rules.py``);
@@ -28,7 +29,7 @@ from consensus.rejection import Reason, Rejected
 
 VERSION = 1
 MAX_ENTRIES = 4 * MAX_ITEMS
-MAX_WINDOW_BYTES = MAX_ENTRIES * 112 + 256
+MAX_WINDOW_BYTES = MAX_ENTRIES * 160 + 256
 
 Step = Annotated[int, Meta(ge=1, le=2**53 - 1)]
 
@@ -42,16 +43,23 @@ class WindowTerms(Wire, frozen=True):
 
 
 class WindowEntry(Wire, frozen=True):
-    """One blob: the sum of one source's gradients under one policy, or, with both empty, the total."""
+    """One blob: the sum of one source's gradients under one policy, or, with both empty, the total.
+
+    ``sketches_sha256`` names the file of its examples' sketches, empty where there is none.
+    """
 
     policy: OptionalBytes32
     source: OptionalBytes32
     blob_sha256: Bytes32
     size_bytes: Natural
+    sketches_sha256: OptionalBytes32
+    sketches_bytes: Natural
 
     def __post_init__(self) -> None:
         if (len(self.policy), len(self.source)) not in ((0, 0), (32, 32)):
             raise ValueError("policy and source are 32 bytes each, or both empty")
+        if len(self.sketches_sha256) not in (0, 32) or bool(self.sketches_sha256) != bool(self.sketches_bytes):
+            raise ValueError("a file of sketches has a digest of 32 bytes and a size, or neither")
 
 
 class AccumulatorWindow(Wire, frozen=True, tag="accumulator-window"):

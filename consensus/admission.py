@@ -205,6 +205,9 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
     if campaign.purpose not in policy.purposes:
         raise Rejected(Reason.PURPOSE_NOT_ADMITTED, f"the policy does not admit purpose '{campaign.purpose}'")
     _check_granularities(policy, campaign.routing_granularity, campaign.event_granularity)
+    _check_sketches(policy, campaign.sketch_rank)
+    if campaign.sketch_rank and not campaign.accumulator_window_steps:
+        raise Rejected(Reason.BAD_FIELD, "sketches are kept beside accumulators, and the campaign keeps none")
     blocks = tuple(block.name for block in campaign.parameter_blocks)
     tensors = [tensor.name for block in campaign.parameter_blocks for tensor in block.tensors]
     if len(set(blocks)) != len(blocks) or len(set(tensors)) != len(tensors):
@@ -226,6 +229,7 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
             routing_granularity=campaign.routing_granularity,
             event_granularity=campaign.event_granularity,
             accumulator_window_steps=campaign.accumulator_window_steps,
+            sketch_rank=campaign.sketch_rank,
         ),
     )
     view.put(
@@ -303,6 +307,7 @@ def _admit_grant(view: StateView, event: CheckedEvent, timestamp_ms: int, commit
     check_author_scheme(policy, delegation.scheme, "the job key")
     _check_signer_schemes(policy, event, committee)
     _check_granularities(policy, campaign.routing_granularity, campaign.event_granularity)
+    _check_sketches(policy, campaign.sketch_rank)
     check_grant_terms(Digest(terms.policy), policy, terms, timestamp_ms)
     sources = tuple(item.source for item in event.items if isinstance(item, p.GrantedSource))
     check_granted_sources(view, campaign, policy, sources, timestamp_ms, terms.closes_at_ms)
@@ -365,6 +370,14 @@ def _check_granularities(policy: p.Policy, routing: str, event: str) -> None:
         raise Rejected(Reason.GRANULARITY_NOT_ADMITTED, f"event granularity '{event}'")
     if event != EVENT_GRANULARITY:
         raise Rejected(Reason.GRANULARITY_NOT_ADMITTED, f"events of granularity '{event}'; steps are judged by batch")
+
+
+def _check_sketches(policy: p.Policy, rank: int) -> None:
+    if rank < policy.least_sketch_rank:
+        raise Rejected(
+            Reason.SKETCHES_TOO_COARSE,
+            f"gradients are sketched at rank {rank}, the policy wants at least {policy.least_sketch_rank}",
+        )
 
 
 def _policy_in_force(view: StateView, policy: bytes) -> p.Policy:

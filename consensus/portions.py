@@ -29,6 +29,7 @@ Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 OptionalBytes32 = Annotated[bytes, Meta(max_length=32)]
 Natural = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 Permille = Annotated[int, Meta(ge=0, le=1_000)]
+SketchRank = Annotated[int, Meta(ge=0, le=64)]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=8_192)]
 
@@ -152,6 +153,7 @@ class Policy(Wire, frozen=True):
     """A signed governance artifact; ``policy.py`` evaluates it.
 
     ``required_metadata`` names facts that a campaign should record (hyperparameters, captured environment);
+    ``least_sketch_rank`` is how finely a campaign must sketch its gradients example by example, 0 where it need not;
     ``author_schemes`` are the signature schemes (``SignatureScheme.label``) that may sign a policy and what runs under
     it; ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once).
     """
@@ -165,6 +167,7 @@ class Policy(Wire, frozen=True):
     event_granularities: Annotated[tuple[Name, ...], Meta(max_length=8)]
     author_schemes: Annotated[tuple[Name, ...], Meta(max_length=8)]
     required_metadata: Annotated[tuple[Name, ...], Meta(max_length=256)]
+    least_sketch_rank: SketchRank
     maximum_grant_steps: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     maximum_grant_duration_ms: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     revocation: Name
@@ -272,7 +275,8 @@ class Campaign(Wire, frozen=True):
     another log, or empty. The presented examples of every step follow from the manifest (data portion),
     ``sampler_seed`` and ``batch_size`` (``sampler.py``), so refusals = presented − admitted is checkable.
     For tracing: ``factors_digest`` is the SHA-256 of the Kronecker factors file, or empty;
-    ``accumulator_window_steps`` how many steps a window of per-source sums holds, 0 where none are kept.
+    ``accumulator_window_steps`` how many steps a window of per-source sums holds, 0 where none are kept;
+    ``sketch_rank`` the rank at which each example's gradients are kept beside them, 0 where they are not.
     """
 
     name: Name
@@ -292,6 +296,7 @@ class Campaign(Wire, frozen=True):
     environment: Settings
     factors_digest: OptionalBytes32
     accumulator_window_steps: Natural
+    sketch_rank: SketchRank
 
     def __post_init__(self) -> None:
         _require_whole(self.base_provenance, self.factors_digest)

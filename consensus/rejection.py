@@ -71,6 +71,7 @@ class Reason(StrEnum):
     COUNTS_NOT_CONSERVED = "counts-not-conserved"
     ACCUMULATORS_INCOMPLETE = "accumulators-incomplete"
     GRANULARITY_NOT_ADMITTED = "granularity-not-admitted"
+    SKETCHES_TOO_COARSE = "sketches-too-coarse"
     MEMORIZATION_ABOVE_THRESHOLD = "memorization-above-threshold"
     ROLLBACK_REQUIRED = "rollback-required"
     NOTHING_TO_ROLL_BACK = "nothing-to-roll-back"

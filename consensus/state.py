@@ -117,6 +117,7 @@ class CampaignRecord(Wire, frozen=True):
     routing_granularity: Name
     event_granularity: Name
     accumulator_window_steps: Natural
+    sketch_rank: Natural
 
 
 class SourceCounts(Wire, frozen=True):

@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from click.testing import CliRunner, Result
 from fake_node import SALT, FakeNode, running_node
 from ledger_fixtures import MemoryLedger
 from safetensors.torch import load_file, save_file
 
 from attribution.commands import public_text
 from attribution.factors import factor_tensors, fit_factors
+from attribution.log import CampaignLog, open_log
 from consensus.genesis import genesis_to_json
+from consensus.identifiers import ChainId
 from consensus.keys import Ed25519SigningKey
 from consensus.portions import ClassRule
 from node.bundles import export_bundle
+from node.cli import main
 from trainer_client.commitment import committed_tensors
 from trainer_client.demo.base import BaseTraining, train_base
 from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks, per_example_loss, records_to_tensor
@@ -30,6 +34,7 @@ from trainer_client.submit import Client
 CONFIG = ModelConfig(context_bytes=128, layer_count=2, head_count=2, width=48)
 RECORD_BYTES = 48
 STEPS, BATCH_SIZE, WINDOW_STEPS = 36, 16, 12
+SKETCH_RANK = 2
 CAMPAIGN = bytes([7]) * 32
 KEY = Ed25519SigningKey(bytes([9]) * 32)
 FACTS = {
@@ -121,6 +126,7 @@ def _train(node: FakeNode, folder: Path) -> dict[str, bytes]:
         planned_steps=STEPS,
         blocks=parameter_blocks(model),
         accumulator_window_steps=WINDOW_STEPS,
+        sketch_rank=SKETCH_RANK,
     )
     with (
         Client(node.url) as client,
@@ -150,3 +156,22 @@ def _sealed(node: FakeNode) -> MemoryLedger:
     for event in node.order:
         ledger.seal(event, after_ms=0)
     return ledger
+
+
+def ask(folder: Path, *more: object, prompt: bytes = FACTS["harbour"][0], chain_id: str = "") -> Result:
+    arguments = [
+        "trace", "--model", "attribution_fixtures:build", "--base", folder / "base.safetensors",
+        "--tuned", folder / "tuned.safetensors", "--prompt", prompt.decode(),
+        "--accumulators", folder / "run" / "accumulators", "--bundle", folder / "campaign.bundle",
+        "--genesis", folder / "genesis.json", "--chain-id", chain_id or traced().chain_id, *more,
+    ]  # fmt: skip
+    if "--factors" not in more:
+        arguments += ["--factors", folder / "tuned.factors"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def opened_log() -> CampaignLog:
+    folder = traced().folder
+    return open_log(folder / "campaign.bundle", folder / "genesis.json", ChainId(bytes.fromhex(traced().chain_id)))

@@ -116,6 +116,7 @@ class FakeNode:
             "event_granularities": ("batch",),
             "author_schemes": ("ed25519", "ml-dsa-65"),
             "required_metadata": (),
+            "least_sketch_rank": 0,
             "maximum_grant_steps": 100,
             "maximum_grant_duration_ms": 3_600_000,
             "revocation": "drain",

@@ -263,6 +263,7 @@ class MemoryLedger:
                 routing_granularities=("block",),
                 author_schemes=("ed25519", "ml-dsa-65"),
                 required_metadata=("optimizer",),
+                least_sketch_rank=0,
                 event_granularities=("batch",),
                 maximum_grant_steps=100,
                 maximum_grant_duration_ms=86_400_000,
@@ -346,6 +347,7 @@ class CampaignRun:
     name: str = "campaign"
     batch_size: int = 12
     accumulator_window_steps: int = 0
+    sketch_rank: int = 0
     operator: str = OPERATOR
     attempt: int = 0
     sequence: int = 0
@@ -418,6 +420,7 @@ class CampaignRun:
             environment=(),
             factors_digest=b"",
             accumulator_window_steps=self.accumulator_window_steps,
+            sketch_rank=self.sketch_rank,
         )
         items = tuple(p.DataItem(encode(entry)) for entry in self.manifest)
         return delegated, self.written(

@@ -12,6 +12,7 @@ backward pass, which sums rows source by source anyway (``routing.GradientObserv
   else than the admitted examples reached the optimizer. Blobs hold parts and total, so anybody can check again.
 * **Undone steps leave no trace.** Sums are part of every snapshot (``state_dict``); what a rollback restores, it
   restores here. A replayed step is summed again and written nowhere.
+* **Sketches beside them**, where the campaign says so: the same gradients example by example, at low rank.
 * **Durable before it is said.** A window's blobs are on disk before the step event that names their root.
 
 Not covered: embeddings, norms, and tensors shared with an embedding (``routed_modules.observed_parameters``).
@@ -45,8 +46,10 @@ from consensus.accumulators import (
 from consensus.codec import encode
 from consensus.identifiers import Digest
 from consensus.rejection import CountersignError
+from trainer_client.record import Example
 from trainer_client.routed_modules import observed_parameters
 from trainer_client.routing import clip_factor
+from trainer_client.sketches import SketchBook, WindowSketches, sketch_file
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """How far parts may be from their total, relative to the sum of their norms, by the gradients' narrowest dtype."""
@@ -65,6 +68,7 @@ class SourceAccumulators:
     Args:
         directory: ``windows/ROOT.window`` and ``blobs/SHA256.safetensors`` go below it.
         window_steps: at least 1.
+        sketch_rank: of the sketches kept example by example (``sketches.py``); 0 keeps none.
         dtype: of the blobs; sums are float32 (float64 for float64 gradients).
     """
 
@@ -74,6 +78,7 @@ class SourceAccumulators:
         campaign: bytes,
         window_steps: int,
         planned_steps: int,
+        sketch_rank: int = 0,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self._directory = directory
@@ -81,6 +86,7 @@ class SourceAccumulators:
         self._window_steps = window_steps
         self._planned_steps = planned_steps
         self._dtype = dtype
+        self.sketches = SketchBook(sketch_rank) if sketch_rank else None
         self._parameters: dict[str, nn.Parameter] = {}
         self._block_of: Mapping[str, int] = {}
         self._pending: dict[tuple[bytes, str], Tensor] = {}
@@ -100,8 +106,15 @@ class SourceAccumulators:
         parameters = dict(model.named_parameters())
         self._parameters = {name: parameters[name] for name in observed_parameters(model)}
         self._block_of = block_of_parameter
+        if self.sketches is not None:
+            self.sketches.attach(self._parameters)
         for name in ("windows", "blobs"):
             (self._directory / name).mkdir(parents=True, exist_ok=True)
+
+    def expect(self, step: int, examples: Sequence[Example]) -> None:
+        """The micro-batch whose backward pass comes next is of these examples, in this order."""
+        if self.sketches is not None:
+            self.sketches.expect(step, examples)
 
     def observe(self, parameter: str, group: bytes, gradient: Tensor) -> None:
         """One source's part of one parameter's gradient, in one backward pass."""
@@ -136,6 +149,8 @@ class SourceAccumulators:
                 continue
             factors[name] = rate * clip_factor(norm, maximum_norm)
             _add(self._total, name, parameter.grad, rate)
+        if self.sketches is not None:
+            self.sketches.take_step(policy, factors)
         pending, self._pending = self._pending, {}
         self._folding = self._executor.submit(self._fold, policy, pending, factors)
 
@@ -149,17 +164,19 @@ class SourceAccumulators:
         self._wait()
         sums, total, narrowest = self._sums, self._total, self._narrowest
         self._sums, self._total, self._narrowest = {}, {}, torch.float32
+        sketches = None if self.sketches is None else self.sketches.end_window()
         if not recorded:
             return None
         first, last = window_bounds(self._window_steps, self._planned_steps, index)
         terms = WindowTerms(self._campaign, first, last)
-        return self._executor.submit(self._write, terms, sums, total, TOLERANCE[narrowest])
+        return self._executor.submit(self._write, terms, sums, total, sketches, TOLERANCE[narrowest])
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of the window so far, without the step being taken."""
         self._wait()
         sums = [(policy, source, dict(held)) for (policy, source), held in self._sums.items()]
-        return {"sums": sums, "total": dict(self._total), "narrowest": self._narrowest}
+        sketches = None if self.sketches is None else self.sketches.window.plain()
+        return {"sums": sums, "total": dict(self._total), "narrowest": self._narrowest, "sketches": sketches}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Back to those sums; what the step being taken added is dropped."""
@@ -168,6 +185,8 @@ class SourceAccumulators:
         self._sums = {(policy, source): dict(held) for policy, source, held in state_dict["sums"]}
         self._total = dict(state_dict["total"])
         self._narrowest = state_dict["narrowest"]
+        if self.sketches is not None:
+            self.sketches.go_back_to(WindowSketches.from_plain(state_dict["sketches"]))
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -193,11 +212,19 @@ class SourceAccumulators:
         self.cpu_seconds = time.thread_time()
 
     def _write(
-        self, terms: WindowTerms, sums: Mapping[tuple[bytes, bytes], Sums], total: Sums, tolerance: float
+        self,
+        terms: WindowTerms,
+        sums: Mapping[tuple[bytes, bytes], Sums],
+        total: Sums,
+        sketches: WindowSketches | None,
+        tolerance: float,
     ) -> Digest:
         check_conservation(sums.values(), total, tolerance)
-        entries = [self._blob(b"", b"", total)]
-        entries += [self._blob(policy, source, held) for (policy, source), held in sorted(sums.items(), key=_place)]
+        entries = [WindowEntry(b"", b"", *self._sums_blob(total), b"", 0)]
+        for (policy, source), held in sorted(sums.items(), key=_place):
+            kept = {} if sketches is None else sketch_file(sketches, policy, source)
+            sketched = self._blob(kept) if kept else (b"", 0)
+            entries.append(WindowEntry(policy, source, *self._sums_blob(held), *sketched))
         window = AccumulatorWindow(VERSION, terms, tuple(entries))
         root = window_root(window)
         path = self._directory / "windows" / f"{root.hex()}.window"
@@ -207,15 +234,19 @@ class SourceAccumulators:
         self.cpu_seconds = time.thread_time()
         return root
 
-    def _blob(self, policy: bytes, source: bytes, sums: Sums) -> WindowEntry:
+    def _sums_blob(self, sums: Sums) -> tuple[bytes, int]:
+        return self._blob({name: tensor.to("cpu", self._dtype).contiguous() for name, tensor in sums.items()})
+
+    def _blob(self, tensors: dict[str, Tensor]) -> tuple[bytes, int]:
+        """SHA-256 and size of the safetensors file with these tensors, once it is on disk."""
         folder = self._directory / "blobs"
         unfinished = folder / "blob.unfinished"
-        save_file({name: tensor.to("cpu", self._dtype).contiguous() for name, tensor in sums.items()}, unfinished)
+        save_file(tensors, unfinished)
         with unfinished.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
         size_bytes = unfinished.stat().st_size
         _make_durable(unfinished, folder / f"{digest.hex()}.safetensors")
-        return WindowEntry(policy, source, digest, size_bytes)
+        return digest, size_bytes
 
 
 def by_source(examples: Iterable[tuple[bytes, int]]) -> tuple[tuple[bytes, int], ...]:

@@ -446,6 +446,7 @@ class GovernedRun(Generic[E]):
         """These examples of ``step`` as a batch, whose forward and backward pass are due now."""
         if self._accumulators is not None:
             examples = by_source(examples)
+            self._accumulators.expect(step.index, examples)
         with self._record.costs.governance():
             weights = [list(step.grant.profiles[self._classes[source]].weights_permille) for source, _ in examples]
             inputs = self._arguments.collate(list(self._content(examples).values()))
@@ -649,7 +650,8 @@ def _accumulators_of(arguments: RunArguments[E]) -> SourceAccumulators | None:
     if not plan.accumulator_window_steps:
         return None
     directory = arguments.run_directory / "accumulators"
-    return SourceAccumulators(directory, plan.campaign, plan.accumulator_window_steps, plan.planned_steps)
+    window_steps, planned_steps = plan.accumulator_window_steps, plan.planned_steps
+    return SourceAccumulators(directory, plan.campaign, window_steps, planned_steps, plan.sketch_rank)
 
 
 def _rejected(failure: Fate) -> Rejected:

@@ -134,7 +134,7 @@ def open_run(
     if accumulators is not None:
         accumulators.attach(model, block_of)
         stack.enter_context(accumulators)
-    routing = Routing(model, block_of, accumulators)
+    routing = Routing(model, block_of, accumulators, None if accumulators is None else accumulators.sketches)
     sources = {source.id: source for source in arguments.sources}
     claims = {identifier: client.source_record(identifier).claim for identifier in sorted(sources)}
     for identifier, claim in claims.items():

@@ -37,6 +37,7 @@ class CampaignPlan:
         clip_norm: largest L2 norm of each parameter block's gradient.
         factors_digest: SHA-256 of the file of Kronecker factors that traces of this campaign are to use.
         accumulator_window_steps: steps per window of per-source gradient sums (``accumulators.py``); 0 keeps none.
+        sketch_rank: rank at which each example's gradients are kept beside them (``sketches.py``); 0 keeps none.
     """
 
     chain_id: ChainId
@@ -56,6 +57,7 @@ class CampaignPlan:
     hyperparameters: Mapping[str, str] = field(default_factory=dict)
     factors_digest: bytes = b""
     accumulator_window_steps: int = 0
+    sketch_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,7 @@ def campaign_terms(
         environment=environment,
         factors_digest=plan.factors_digest,
         accumulator_window_steps=plan.accumulator_window_steps,
+        sketch_rank=plan.sketch_rank,
     )
 
 

@@ -131,7 +131,8 @@ def replay(
             accumulators.attach(job.model, block_of)
             stack.enter_context(accumulators)
         grouped = bool(logged.terms.accumulator_window_steps)
-        routing = Routing(job.model, block_of, accumulators or balance or (_Unheard() if grouped else None))
+        observer = accumulators or balance or (_Unheard() if grouped else None)
+        routing = Routing(job.model, block_of, observer, None if accumulators is None else accumulators.sketches)
         stack.enter_context(routing)
         run = _Run(logged.terms, job, routing, block_of, _clip_norm(logged.terms), accumulators, balance)
         matched = 0
@@ -202,6 +203,8 @@ class _Run(Generic[E]):
         job = self.job
         if self.terms.accumulator_window_steps:
             examples = by_source(examples)
+        if self.accumulators is not None:
+            self.accumulators.expect(step.index, examples)
         contents = {source.id: source.examples for source in job.sources}
         inputs = job.collate([contents[source][number] for source, number in examples])
         weights_BK = [list(step.weights_permille(source)) for source, _ in examples]
@@ -253,7 +256,8 @@ def _accumulators(logged: LoggedCampaign, folder: Path) -> SourceAccumulators | 
     terms = logged.terms
     if not terms.accumulator_window_steps:
         return None
-    return SourceAccumulators(folder, logged.id, terms.accumulator_window_steps, terms.planned_steps)
+    window_steps, planned_steps = terms.accumulator_window_steps, terms.planned_steps
+    return SourceAccumulators(folder, logged.id, window_steps, planned_steps, terms.sketch_rank)
 
 
 def _clip_norm(terms: p.Campaign) -> float:

@@ -41,6 +41,11 @@ Observe = Callable[[str, bytes, Tensor], None]
 is the callee's to keep. Called inside the backward pass."""
 
 
+ObserveProduct = Callable[[str, Tensor, Tensor, Weights], None]
+"""Told of ``"weight"``, the two operands ``[B, *, P]`` and ``[B, *, Q]`` of its gradient, one summand a row, and every
+example's weight in permille. Called inside the backward pass."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """Which rows of one module call enter its parameters' gradients, and by how much.
@@ -53,6 +58,7 @@ class Route:
     check_token: Callable[[], None]
     groups_B: tuple[bytes, ...] = ()
     observe: Observe | None = None
+    observe_product: ObserveProduct | None = None
 
     @property
     def open(self) -> bool:
@@ -106,6 +112,8 @@ class Route:
             product: ``[B, *, P]`` and ``[B, *, Q]``: delta and input, ordered as the weight's dimensions ``[P, Q]``.
             delta: ``[B, *, O]``, for the bias.
         """
+        if self.observe_product is not None and product is not None:
+            self.observe_product("weight", *product, self.weights_B)
         if self.observe is None:
             weight_PQ = None if product is None else self.weighted_products(*product)
             return weight_PQ, None if delta is None else self.weighted_rows(delta)

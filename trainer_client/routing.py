@@ -85,6 +85,16 @@ class GradientObserver(Protocol):
     def observe(self, parameter: str, group: bytes, gradient: Tensor) -> None: ...
 
 
+class ProductObserver(Protocol):
+    """Told, inside each backward pass, of what the gradient of a linear's weight is the product of.
+
+    ``left`` ``[B, *, P]`` and ``right`` ``[B, *, Q]`` are neither weighted nor the observer's to change; the gradient
+    is the sum over rows of ``weights_B / 1000 * left ⊗ right``. See ``routed_modules.observed_parameters``.
+    """
+
+    def observe(self, parameter: str, left: Tensor, right: Tensor, weights_B: Weights) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepWeights:
     """What was routed between two calls of ``finish_step``: total permille per block, and examples."""
@@ -102,6 +112,7 @@ class Routing:
         block_of_parameter: name as in ``model.named_parameters()`` (a tied tensor under its first name)
             to the index of its parameter block, from 0 without gaps.
         observer: then every micro-batch names the group of each example.
+        product_observer: see its class.
 
     Raises:
         RoutingUnsupported: a trainable parameter has no block or a module outside the census, or names or
@@ -109,10 +120,15 @@ class Routing:
     """
 
     def __init__(
-        self, model: nn.Module, block_of_parameter: Mapping[str, int], observer: GradientObserver | None = None
+        self,
+        model: nn.Module,
+        block_of_parameter: Mapping[str, int],
+        observer: GradientObserver | None = None,
+        product_observer: ProductObserver | None = None,
     ) -> None:
         self._model = model
         self._observer = observer
+        self._product_observer = product_observer
         self._block_of = _checked_blocks(model, block_of_parameter)
         self.block_count = max(self._block_of.values()) + 1
         self._modules = census(model)
@@ -235,6 +251,10 @@ class Routing:
             assert observer is not None
             observer.observe(names[own_name], group, gradient)
 
+        def observe_product(own_name: str, left: Tensor, right: Tensor, weights_B: Weights) -> None:
+            assert self._product_observer is not None
+            self._product_observer.observe(names[own_name], left, right, weights_B)
+
         def forward(input: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return original(input)  # type: ignore[no-any-return]
@@ -254,6 +274,7 @@ class Routing:
                 partial(self.check_token, token),
                 token.groups_B,
                 None if observer is None else observe,
+                None if self._product_observer is None else observe_product,
             )
             return routed(module, input, route)
 

@@ -1,12 +1,13 @@
-"""How well traces predict what leaving sources out does: the linear datamodeling score, beside other methods.
+"""How well traces predict what leaving sources or examples out does: the linear datamodeling score, beside others.
 
 The *LDS* (Park et al., *TRAK*, arXiv 2303.14186, §4) of one output is the Spearman correlation, over subsets of the
-sources, of what an attribution predicts (the sum of its scores of the kept sources) with what comes out when the
-fine-tune is really repeated without the others; the figure is the mean over outputs. Repeated runs share order and
-seed with the first: a *single-run* LDS, which no luck of other seeds blurs.
+sources (or of single examples), of what an attribution predicts (the sum of its scores of what was kept) with what
+comes out when the fine-tune is really repeated without the others; the figure is the mean over outputs. Repeated runs
+share order and seed with the first: a *single-run* LDS, which no luck of other seeds blurs.
 
-Countersign gets what a rights-holder gets: base and tuned weights, the committed accumulators, public text. The others
-get the corpus.
+Countersign gets what a rights-holder gets: base and tuned weights, committed accumulators and sketches, public text.
+"Full rank" are accumulators kept for each example as if it were a source: what sketches would be without loss. The
+others get the corpus.
 
     .venv/bin/python benchmarks/attribution/bench.py [--quick] [--seed 0]
 """
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import Report, at_least, missed, progress, watch_load
 from peers import Kronfluence, dot_scores, trak_scores
-from setting import CAMPAIGN, FULL, QUICK, Setting, Sizes, log_odds, make, source_id, train
+from setting import CAMPAIGN, EPOCHS, FULL, QUICK, Setting, Sizes, log_odds, make, source_id, train
 
 from attribution.commands import FACTOR_SEQUENCES, fit_on_text
+from attribution.examples import read_sketches
 from attribution.query import log_odds_gradients
 from attribution.trace import preconditioned, window_scores
 from attribution.weights import WindowFile, find_windows
@@ -42,13 +44,13 @@ from consensus.predicates.accumulators import Window
 from trainer_client.accumulators import SourceAccumulators
 from trainer_client.demo.model import ByteModel
 
-WINDOW_STEPS = 24
+SKETCH_RANKS = (3, 6)
 LEAST_SHARE = 0.97
 """Of the best EK-FAC's LDS."""
 KRONFLUENCE_DAMPINGS = (1e-8, None)
 
-Outcomes = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Kind of subset to kept sources ``[K, S]`` (0 or 1) and log-odds ``[K, Q]``."""
+Outcomes = Mapping[str, tuple[bool, np.ndarray, np.ndarray]]
+"""Kind of subset to: whether of sources; what is kept ``[K, S]`` or ``[K, N]`` (0 or 1); log-odds ``[K, Q]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +62,48 @@ class Run:
     stored_bytes: int
 
 
-def observed_run(setting: Setting, directory: Path) -> Run:
-    """Train with every source and keep accumulators, as a governed job does."""
+def observed_run(setting: Setting, directory: Path, *, apart: bool = False, sketch_rank: int = 0) -> Run:
+    """Train with everything and keep accumulators, as a governed job does, in one window; ``apart``: by example."""
     kept = setting.rows_of(range(setting.sizes.sources))
-    with SourceAccumulators(directory, CAMPAIGN, WINDOW_STEPS, len(setting.order)) as accumulators:
-        tuned, roots = train(setting, kept, accumulators)
-    windows = tuple(
-        Window(last - (last - 1) % WINDOW_STEPS, last, root, None)  # type: ignore[arg-type]
-        for last, root in roots
-    )
+    steps = len(setting.order)
+    with SourceAccumulators(directory, CAMPAIGN, steps, steps, sketch_rank) as accumulators:
+        tuned, roots = train(setting, kept, accumulators, apart=apart)
+    windows = tuple(Window(1, last, root, None) for last, root in roots)  # type: ignore[arg-type]
     found = find_windows(directory, CAMPAIGN, windows)
     assert not found.missing
     stored = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     return Run(tuned, found.found, stored)
 
 
-def accumulator_scores(setting: Setting, run: Run) -> np.ndarray:
-    """What ``countersign trace`` scores: ``[Q, S]``."""
-    factors = fit_on_text(run.tuned, setting.public, FACTOR_SEQUENCES)
-    queries = [preconditioned(factors, log_odds_gradients(run.tuned, query))[0] for query in setting.queries]
-    places = {source_id(source): source for source in range(setting.sizes.sources)}
-    scores = np.zeros((len(queries), len(places)))
+def queries_of(setting: Setting, tuned: ByteModel) -> list[dict[str, torch.Tensor]]:
+    """The outputs' preconditioned gradients, as ``countersign trace`` forms them."""
+    factors = fit_on_text(tuned, setting.public, FACTOR_SEQUENCES)
+    return [preconditioned(factors, log_odds_gradients(tuned, query))[0] for query in setting.queries]
+
+
+def accumulator_scores(run: Run, queries: Sequence[Mapping[str, torch.Tensor]], count: int) -> np.ndarray:
+    """What ``countersign trace`` scores: ``[Q, count]``, of sources, or of examples kept apart."""
+    places = {source_id(place): place for place in range(count)}
+    scores = np.zeros((len(queries), count))
     for file in run.windows:
         for entry, _, parts in window_scores(queries, file):
             scores[:, places[entry.source]] += parts
     return scores
+
+
+def sketch_scores(
+    setting: Setting, run: Run, queries: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[np.ndarray, float]:
+    """What a trace makes of each example by its sketches, ``[Q, N]``, and the bytes of an example."""
+    scores = np.zeros((len(queries), len(setting.examples_NT)))
+    stored = 0
+    for file in run.windows:
+        for entry in file.listed.of_sources:
+            held = read_sketches(file, entry, queries[0])
+            stored += entry.sketches_bytes
+            for number, query in enumerate(queries):
+                scores[number, held.examples.numpy()] += held.scores(query).numpy()
+    return scores, stored / len(setting.examples_NT)
 
 
 def by_source(setting: Setting, scores_QN: np.ndarray) -> np.ndarray:
@@ -101,38 +120,38 @@ def _begin_worker(sizes: Sizes, profiled: bool, seed: int) -> None:
     _setting = make(sizes, profiled=profiled, seed=seed)
 
 
-def _outcome(kept: tuple[int, ...]) -> list[float]:
+def _outcome(rows: tuple[int, ...]) -> list[float]:
     assert _setting is not None
-    model, _ = train(_setting, _setting.rows_of(kept))
+    model, _ = train(_setting, frozenset(rows))
     return log_odds(model, _setting.queries)
 
 
 def outcomes(setting: Setting, seed: int, processes: int) -> Outcomes:
-    """What really comes out without some of the sources."""
-    sizes = setting.sizes
-    draw = random.Random(f"subsets {seed}")
-    everything = range(sizes.sources)
-    subsets = {
-        f"{left_out} of {sizes.sources} sources": [
-            tuple(sorted(draw.sample(everything, sizes.sources - left_out))) for _ in range(sizes.subsets)
-        ]
-        for left_out in (sizes.sources // 2, sizes.sources // 8)
-    }
-    asked = [kept for kind in subsets.values() for kept in kind]
+    """What really comes out without some of the sources, or of the examples."""
+    sizes, count = setting.sizes, len(setting.examples_NT)
+    kinds: dict[str, tuple[bool, list[frozenset[int]]]] = {}
+    for what, total, parts in (("sources", sizes.sources, (2, 8)), ("examples", count, (2, 10))):
+        draw = random.Random(f"subsets of {what} {seed}")
+        for part in parts:
+            left = total - total // part
+            kept = [frozenset(draw.sample(range(total), left)) for _ in range(sizes.subsets)]
+            kinds[f"{total // part} of {total} {what}"] = (what == "sources", kept)
+    asked = [setting.rows_of(kept) if whole else kept for whole, chosen in kinds.values() for kept in chosen]
     found: list[list[float]] = []
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, _begin_worker, (sizes, setting.profiled, seed)) as pool:
-        for outcome in pool.imap(_outcome, asked):
+        for outcome in pool.imap(_outcome, [tuple(sorted(rows)) for rows in asked]):
             found.append(outcome)
             if len(found) % 20 == 0:
                 progress(f"{len(found)} of {len(asked)} fine-tunes repeated")
     taken = iter(found)
     return {
         kind: (
-            np.array([[source in kept for source in everything] for kept in chosen], dtype=np.float64),
+            whole,
+            np.array([[place in kept for place in range(sizes.sources if whole else count)] for kept in chosen], float),
             np.array([next(taken) for _ in chosen]),
         )
-        for kind, chosen in subsets.items()
+        for kind, (whole, chosen) in kinds.items()
     }
 
 
@@ -155,34 +174,61 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[places]
 
 
-def measure(report: Report, sizes: Sizes, seed: int, processes: int) -> None:
-    """With and without depth profiles."""
-    for profiled in (False, True):
+def measure(report: Report, sizes: Sizes, seed: int, processes: int, profiles: Sequence[bool]) -> None:
+    """All figures, with every parameter block open to all sources, or under depth profiles."""
+    for profiled in profiles:
         where = "depth profiles" if profiled else "all blocks open"
         setting = make(sizes, profiled=profiled, seed=seed)
-        with tempfile.TemporaryDirectory() as folder:
-            run = observed_run(setting, Path(folder))
-            gained = np.mean(log_odds(run.tuned, setting.queries)) - np.mean(log_odds(setting.base, setting.queries))
-            report.rate(f"{where}: gain of the outputs asked about", float(gained), "log-odds", None)
-            scores, seconds = scores_of_all(setting, run)
+        scores, seconds = scores_of_all(setting, report, where)
         with watch_load() as load:
             real = outcomes(setting, seed, processes)
-        for kind, (kept_KS, outcomes_KQ) in real.items():
-            found = {name: linear_datamodeling_score(each, kept_KS, outcomes_KQ) for name, each in scores.items()}
+        for kind, (whole, kept_KN, outcomes_KQ) in real.items():
+            level = "source" if whole else "example"
+            asked = {
+                name: by_source(setting, each) if whole and each.shape[1] != kept_KN.shape[1] else each
+                for name, each in scores.items()
+                if whole or each.shape[1] == kept_KN.shape[1]
+            }
+            found = {name: linear_datamodeling_score(each, kept_KN, outcomes_KQ) for name, each in asked.items()}
             for name, value in found.items():
-                report.rate(f"{where}, {kind} left out: LDS by source, {name}", value, "1", None, load)
+                report.rate(f"{where}, {kind} left out: LDS by {level}, {name}", value, "1", None, load)
             best = max(value for name, value in found.items() if name.startswith("kronfluence"))
-            ratio = found["countersign"] / best
-            report.rate(f"{where}, {kind} left out: countersign / best EK-FAC", ratio, "1", at_least(LEAST_SHARE))
+            own = "countersign" if whole else "countersign, full rank"
+            ratio = found[own] / best
+            report.rate(f"{where}, {kind} left out: {own} / best EK-FAC", ratio, "1", at_least(LEAST_SHARE))
+            for rank in () if whole else SKETCH_RANKS:
+                ratio = found[f"countersign, sketches of rank {rank}"] / found[own]
+                report.rate(f"{where}, {kind} left out: sketches of rank {rank} / full rank", ratio, "1", None)
         for name, taken in seconds.items():
             report.rate(f"{where}: {name}, all outputs", taken, "s", None)
-        report.rate(f"{where}: accumulators stored", run.stored_bytes / 1e3, "kB", None)
 
 
-def scores_of_all(setting: Setting, run: Run) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Scores ``[Q, S]`` by method, and the seconds each took."""
+def scores_of_all(setting: Setting, report: Report, where: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Scores ``[Q, S]`` or ``[Q, N]`` by method, and the seconds each took."""
     scores: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
+    sources, count = setting.sizes.sources, len(setting.examples_NT)
+    with tempfile.TemporaryDirectory() as folder:
+        run = observed_run(setting, Path(folder))
+        gained = np.mean(log_odds(run.tuned, setting.queries)) - np.mean(log_odds(setting.base, setting.queries))
+        report.rate(f"{where}: gain of the outputs asked about", float(gained), "log-odds", None)
+        report.rate(f"{where}: accumulators stored", run.stored_bytes / 1e3, "kB", None)
+        begun = time.perf_counter()
+        queries = queries_of(setting, run.tuned)
+        scores["countersign"] = accumulator_scores(run, queries, sources)
+        seconds["countersign"] = time.perf_counter() - begun
+    with tempfile.TemporaryDirectory() as folder:
+        scores["countersign, full rank"] = accumulator_scores(
+            observed_run(setting, Path(folder), apart=True), queries, count
+        )
+    for rank in SKETCH_RANKS:
+        with tempfile.TemporaryDirectory() as folder:
+            sketched = observed_run(setting, Path(folder), sketch_rank=rank)
+            begun = time.perf_counter()
+            name = f"countersign, sketches of rank {rank}"
+            scores[name], stored_bytes = sketch_scores(setting, sketched, queries)
+            seconds[name] = time.perf_counter() - begun
+            report.rate(f"{where}: sketches of rank {rank}, an example of {EPOCHS} visits", stored_bytes, "B", None)
     begun = time.perf_counter()
 
     def took(name: str, found: np.ndarray) -> None:
@@ -190,15 +236,14 @@ def scores_of_all(setting: Setting, run: Run) -> tuple[dict[str, np.ndarray], di
         scores[name], seconds[name] = found, time.perf_counter() - begun
         begun = time.perf_counter()
 
-    took("countersign", accumulator_scores(setting, run))
-    took("gradient dot product", by_source(setting, dot_scores(run.tuned, setting.examples_NT, setting.queries)))
-    took("TRAK", by_source(setting, trak_scores(run.tuned, setting.examples_NT, setting.queries)))
+    took("gradient dot product", dot_scores(run.tuned, setting.examples_NT, setting.queries))
+    took("TRAK", trak_scores(run.tuned, setting.examples_NT, setting.queries))
     peer = Kronfluence(run.tuned, setting.examples_NT)
     fitted = time.perf_counter() - begun
     for damping in KRONFLUENCE_DAMPINGS:
         begun = time.perf_counter()
         name = f"kronfluence EK-FAC, damping {'default' if damping else 'by eigenvalues'}"
-        took(name, by_source(setting, peer.scores(setting.queries, damping)))
+        took(name, peer.scores(setting.queries, damping))
         seconds[name] += fitted
     peer.close()
     return scores, seconds
@@ -209,12 +254,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Linear datamodeling scores of traces and of other methods.")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs: figures mean little")
     parser.add_argument("--seed", type=int, default=0, help="of topics, base model, order and subsets")
+    parser.add_argument("--profiles", choices=("open", "depth", "both"), default="both", help="of the sources")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="that repeat fine-tunes")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     report = Report("attribution", arguments.quick)
-    measure(report, QUICK if arguments.quick else FULL, arguments.seed, arguments.processes)
+    profiles = {"open": (False,), "depth": (True,), "both": (False, True)}[arguments.profiles]
+    measure(report, QUICK if arguments.quick else FULL, arguments.seed, arguments.processes, profiles)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024 / 1e6
     report.rate("peak resident memory, all methods in one process", peak, "MB", None)
     report.note("countersign has no corpus: committed accumulators and public text; the others take gradients of it")

@@ -118,9 +118,15 @@ def _base(pieces: Sequence[bytes], seed: int) -> ByteModel:
 
 
 def train(
-    setting: Setting, kept: Collection[int], accumulators: SourceAccumulators | None = None
+    setting: Setting,
+    kept: Collection[int],
+    accumulators: SourceAccumulators | None = None,
+    *,
+    apart: bool = False,
 ) -> tuple[ByteModel, list[tuple[int, bytes]]]:
     """The fine-tune over the kept rows alone; with ``accumulators`` each source's part of it is summed.
+
+    ``apart``: each example counts as a source of its own there.
 
     Returns:
         The model, and the last step and root of each window of accumulators.
@@ -135,13 +141,16 @@ def train(
     if accumulators is not None:
         accumulators.attach(model, block_of)
     roots: list[tuple[int, bytes]] = []
-    routing = Routing(model, block_of, accumulators)
+    routing = Routing(model, block_of, accumulators, None if accumulators is None else accumulators.sketches)
     with routing:
         for index, presented in enumerate(setting.order, 1):
             rows = [row for row in presented if row in kept]
             if rows:
                 weights_BK = [weights_SK[setting.source_of(row)] for row in rows]
-                with routing.micro_batch(weights_BK, [source_id(setting.source_of(row)) for row in rows]):
+                groups = [source_id(row if apart else setting.source_of(row)) for row in rows]
+                if accumulators is not None:
+                    accumulators.expect(index, list(zip(groups, rows, strict=True)))
+                with routing.micro_batch(weights_BK, groups):
                     loss_B = per_example_loss(model, setting.examples_NT[rows])
                     routing.routed_loss(loss_B, BATCH_SIZE).backward()  # type: ignore[no-untyped-call]
                 routing.finish_step()

@@ -42,6 +42,7 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     event_granularities: tuple[str, ...] = ("batch",)
     author_schemes: tuple[str, ...] = AUTHOR_SCHEMES
     required_metadata: tuple[str, ...] = ()
+    least_sketch_rank: int = 0
     rationale: str = ""
 
 
@@ -151,6 +152,7 @@ def read_policy(path: Path) -> Policy:
         event_granularities=file.event_granularities,
         author_schemes=file.author_schemes,
         required_metadata=file.required_metadata,
+        least_sketch_rank=file.least_sketch_rank,
         maximum_grant_steps=file.maximum_grant_steps,
         maximum_grant_duration_ms=1_000 * file.maximum_grant_duration_seconds,
         revocation=file.revocation,

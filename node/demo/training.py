@@ -30,6 +30,7 @@ SECONDS_DOWN = 8.0
 STATUS_SECONDS = 0.7
 CHECK_MEMORIZATION_EVERY_STEPS = 15
 ACCUMULATOR_WINDOW_STEPS = 30
+SKETCH_RANK = 2
 PATIENCE_SECONDS = 240.0
 """A job that says nothing for so long is given up."""
 
@@ -183,6 +184,7 @@ class Training:
             "steps": self.options.steps,
             "check_memorization_every_steps": CHECK_MEMORIZATION_EVERY_STEPS,
             "accumulator_window_steps": ACCUMULATOR_WINDOW_STEPS,
+            "sketch_rank": SKETCH_RANK,
             "sources": [
                 {
                     "id": source.id,

@@ -63,7 +63,7 @@ def test_page_is_well_formed_fetches_nothing_and_shows_every_source_block_and_wi
         assert words in content
     assert traced().sources["harbour"].hex() in content
     assert traced().chain_id in content
-    assert "0 of 36 steps were run" in content
+    assert "0 of 36 steps by anybody else" in content
 
 
 def test_refused_fact_is_said_not_to_be_shaped_here() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attribution_fixtures import CAMPAIGN, CONFIG, FACTS, REFUSED, STEPS, WINDOW_STEPS, build, traced
+from attribution_fixtures import CAMPAIGN, CONFIG, FACTS, REFUSED, STEPS, WINDOW_STEPS, ask, build, opened_log, traced
 from click.testing import CliRunner, Result
 from ledger_fixtures import story
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from attribution.commands import chosen_factors, public_text, spread
 from attribution.factors import FactorsOrigin, factor_tensors, factors_from, fit_factors
-from attribution.log import CampaignLog, open_log
+from attribution.log import CampaignLog
 from attribution.query import (
     LEAST_CHANCE,
     Output,
@@ -23,6 +23,7 @@ from attribution.query import (
     log_chances,
     log_odds_gradients,
 )
+from attribution.report import replays
 from attribution.trace import Trace
 from attribution.weights import accumulators_of, find_windows, linear_weights, read_tensors
 from consensus.accumulators import AccumulatorWindow
@@ -30,10 +31,11 @@ from consensus.bundle import MAGIC, Bundle, encode_bundle, open_bundle
 from consensus.codec import decode
 from consensus.epochs import anchor
 from consensus.genesis import genesis_to_json
-from consensus.identifiers import ChainId
 from consensus.predicates import Answer, Predicate, verify
 from consensus.predicates.accumulators import provenance
+from consensus.predicates.reviews import Audit
 from consensus.rejection import ConfigError, Reason, Rejected
+from consensus.state import AuditRecord
 from node.bundles import export_bundle
 from node.cli import main
 from trainer_client.demo.model import ByteModel
@@ -46,20 +48,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "traced"
 
 
-def ask(folder: Path, *more: object, prompt: bytes = FACTS["harbour"][0], chain_id: str = "") -> Result:
-    arguments = [
-        "trace", "--model", "attribution_fixtures:build", "--base", folder / "base.safetensors",
-        "--tuned", folder / "tuned.safetensors", "--prompt", prompt.decode(),
-        "--accumulators", folder / "run" / "accumulators", "--bundle", folder / "campaign.bundle",
-        "--genesis", folder / "genesis.json", "--chain-id", chain_id or traced().chain_id, *more,
-    ]  # fmt: skip
-    if "--factors" not in more:
-        arguments += ["--factors", folder / "tuned.factors"]
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
 def asked_by_file(folder: Path, questions: Path, *more: object) -> Result:
     arguments = [
         "trace", "--model", "attribution_fixtures:build", "--base", folder / "base.safetensors",
@@ -70,11 +58,6 @@ def asked_by_file(folder: Path, questions: Path, *more: object) -> Result:
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
-
-
-def opened_log() -> CampaignLog:
-    folder = traced().folder
-    return open_log(folder / "campaign.bundle", folder / "genesis.json", ChainId(bytes.fromhex(traced().chain_id)))
 
 
 def answer(folder: Path, name: str, code: int = 0) -> dict[str, object]:
@@ -142,7 +125,7 @@ def test_file_that_holds_no_question_is_named(tmp_path: Path, content: str, said
 
 
 def test_gain_that_no_source_stands_out_for_is_not_called_unshaped() -> None:
-    trace = Trace(base_log_chance=-3.0, tuned_log_chance=-0.1, ranked=(), controls=40, windows=())
+    trace = Trace(base_log_chance=-3.0, tuned_log_chance=-0.1, ranked=(), examples=(), controls=40, windows=())
     assert (trace.made_likelier, trace.shaped_here) == (True, False)
     assert not dataclasses.replace(trace, tuned_log_chance=-3.0).made_likelier
 
@@ -160,9 +143,20 @@ def test_text_names_source_owner_grant_and_what_is_only_claimed() -> None:
     assert "[Mirela Voss]" in printed
     assert "shaped here: the sources below" in printed
     assert "claimed   by data-source-1, event" in printed
-    assert "0 of 36 steps were run again by anybody else" in printed
+    assert "replayed  0 of 36 steps by anybody else" in printed
     assert "no answer speaks of embeddings, norms and biases" in printed
     assert "no direct update" in printed
+
+
+def test_replays_on_the_log_are_told_with_who_ran_them_and_what_differed() -> None:
+    found = opened_log().provenance
+    record = AuditRecord(CAMPAIGN, bytes(32), bytes(32), 1, 20, 20, 0)
+    differing = replace(record, last_step=30, matched=24)
+    audits = (Audit(record, "hospital"), Audit(differing, "guild"))
+    assert replays(found) == ["  replayed  0 of 36 steps by anybody else"]
+    first, second = replays(dataclasses.replace(found, audits=audits))
+    assert first.startswith("  replayed  24 of 36 steps by guild, hospital, who say")
+    assert second == "  replayed  by guild: step 25 did NOT come out as recorded"
 
 
 def test_span_of_the_completion_is_asked_about_alone() -> None:

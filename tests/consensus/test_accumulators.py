@@ -27,7 +27,7 @@ def window() -> AccumulatorWindow:
     return AccumulatorWindow(
         1,
         WindowTerms(digest("campaign"), 11, 20),
-        tuple(WindowEntry(*place, digest("blob", *place), 100 + n) for n, place in enumerate(blobs)),
+        tuple(WindowEntry(*place, digest("blob", *place), 100 + n, b"", 0) for n, place in enumerate(blobs)),
     )
 
 

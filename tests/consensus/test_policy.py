@@ -26,6 +26,7 @@ POLICY = p.Policy(
     event_granularities=("batch",),
     author_schemes=("ed25519", "ml-dsa-65"),
     required_metadata=("code.commit",),
+    least_sketch_rank=0,
     maximum_grant_steps=10,
     maximum_grant_duration_ms=1_000,
     revocation="drain",

@@ -226,7 +226,7 @@ async def test_tiles_rebuild_the_root_the_checkpoint_signs(tmp_path: Path) -> No
     "path",
     [
         "/tile/0/000",  # 25 leaves: the full tile is not there yet
-        "/tile/0/000.p/26",
+        "/tile/0/000.p/29",
         "/tile/0/000.p/0",
         "/tile/0/000.p/256",
         "/tile/0/001.p/1",

@@ -69,7 +69,7 @@ class Run:
         self.model = model
         self.block_of = blocks_of(model)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        self.accumulators = SourceAccumulators(directory, CAMPAIGN, WINDOW, STEPS, dtype)
+        self.accumulators = SourceAccumulators(directory, CAMPAIGN, WINDOW, STEPS, dtype=dtype)
         self.accumulators.attach(model, self.block_of)
         self.generator = torch.Generator().manual_seed(3)
         self.oracle: dict[tuple[bytes, str], Tensor] = {}

@@ -241,7 +241,10 @@ def windows() -> list[Case]:
     cases: list[Case] = []
     for count in (0, 1, 2, 5):
         places = [(b"", b""), *sorted((octets("policy", n % 2), octets("source", n)) for n in range(count))]
-        entries = tuple(WindowEntry(*place, octets("blob", n), 1_000 * n) for n, place in enumerate(places))
+        entries = tuple(
+            WindowEntry(*place, octets("blob", n), 1_000 * n, octets("sketches", n) if n % 2 else b"", 500 * (n % 2))
+            for n, place in enumerate(places)
+        )
         window = AccumulatorWindow(1, WindowTerms(octets("campaign"), 10 * count + 1, 10 * count + 10), entries)
         cases.append(
             {

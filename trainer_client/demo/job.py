@@ -116,6 +116,7 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     closing_margin_ms: int = 2_000
     base_file: str = ""
     accumulator_window_steps: int = 0
+    sketch_rank: int = 0
 
 
 class Job:
@@ -181,6 +182,7 @@ class Job:
             blocks=parameter_blocks(model),
             hyperparameters={"warm_up_steps": str(config.warm_up_steps)},
             accumulator_window_steps=config.accumulator_window_steps,
+            sketch_rank=config.sketch_rank,
         )
         run_directory = self._file(config.run_directory)
         with (
