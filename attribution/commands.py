@@ -13,13 +13,14 @@ from torch import nn
 
 from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
 from attribution.footprint import chosen_sources, footprint
+from attribution.language import Language, language_of
 from attribution.log import CampaignLog, open_log
 from attribution.page import page
 from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
 from attribution.report import Answer, footprint_json, footprint_text, trace_json, trace_text
 from attribution.trace import control_outputs, trace_output, untraced_tensors
-from attribution.weights import find_windows, load_model, read_tensors
+from attribution.weights import find_windows, freeze_others, load_model, read_tensors
 from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.rejection import ConfigError, Reason, Rejected
 
@@ -32,9 +33,22 @@ CONTROLS = 40
 _MODEL = click.option(
     "--model",
     "architecture",
-    metavar="MODULE:FUNCTION",
+    metavar="MODULE:FUNCTION|FOLDER",
     required=True,
-    help="A Python function that returns the model, untrained; it maps tokens [B, T] to logits [B, T, V].",
+    help="A Python function that returns the model, untrained; it maps tokens [B, T] to logits [B, T, V]. Or a folder "
+    "with the config.json of a causal language model of transformers.",
+)
+_TOKENIZER = click.option(
+    "--tokenizer",
+    "tokenizer_path",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A folder with a tokenizer of transformers. Default: the one in the model's folder, else text is bytes.",
+)
+_ADAPTER = click.option(
+    "--adapter",
+    "adapter_path",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A folder with adapter_config.json: the adapter that PEFT puts around the model.",
 )
 _TEXT = click.option(
     "--text",
@@ -72,6 +86,8 @@ _CHAIN_ID = click.option("--chain-id", required=True, help="The pinned chain id,
 
 @click.command("factors")
 @_MODEL
+@_ADAPTER
+@_TOKENIZER
 @click.option(
     "--weights", "weights_path", type=click.Path(path_type=Path), required=True, help="The weights to fit factors of."
 )
@@ -89,6 +105,8 @@ _CHAIN_ID = click.option("--chain-id", required=True, help="The pinned chain id,
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def factors_command(
     architecture: str,
+    adapter_path: Path | None,
+    tokenizer_path: Path | None,
     weights_path: Path,
     text_path: Path | None,
     context_tokens: int,
@@ -100,15 +118,17 @@ def factors_command(
 
     Those of the released weights make the better answers, and are what traces fit for themselves. Those of the base
     model can be had before the fine-tune: a campaign may commit to the digest printed here
-    (CampaignPlan.factors_digest), so that nobody chooses factors to suit an answer. Models read text as bytes.
+    (CampaignPlan.factors_digest), so that nobody chooses factors to suit an answer.
 
     \b
     Example:
       countersign factors --model my_model:build --weights tuned.safetensors --out tuned.factors
     """
     held = read_tensors(weights_path)
-    model = load_model(architecture, weights_path, held.root, "model")
-    tensors = factor_tensors(fit_on_text(model, _sequences(text_path, context_tokens), sequence_count))
+    model = load_model(architecture, weights_path, held.root, "model", adapter_path)
+    language = language_of(architecture, tokenizer_path)
+    sequences = _sequences(text_path, language, context_tokens)
+    tensors = factor_tensors(fit_on_text(model, sequences, sequence_count))
     save_file(tensors, out)
     root = read_tensors(out).root
     if as_json:
@@ -121,6 +141,8 @@ def factors_command(
 
 @click.command("trace")
 @_MODEL
+@_ADAPTER
+@_TOKENIZER
 @click.option("--base", "base_path", type=click.Path(path_type=Path), required=True, help="The base model's weights.")
 @click.option("--tuned", "tuned_path", type=click.Path(path_type=Path), required=True, help="The released weights.")
 @click.option("--prompt", help="What the model was given.")
@@ -155,6 +177,8 @@ def factors_command(
 @click.option("--html", "page_path", type=click.Path(path_type=Path), help="Also write a self-contained page.")
 def trace_command(
     architecture: str,
+    adapter_path: Path | None,
+    tokenizer_path: Path | None,
     base_path: Path,
     tuned_path: Path,
     prompt: str | None,
@@ -178,7 +202,7 @@ def trace_command(
     Neither the corpus nor the job is needed. The bundle is made by
     countersign log prove --predicate accumulators --campaign ID. Exit code 0 when the output was shaped here, 1 when it
     was not or no source stands out, 2 when what is here does not suffice. With --outputs each line gets an answer of
-    its own (with --json a document a line), and 0 says that all were answered. Models read text as bytes.
+    its own (with --json a document a line), and 0 says that all were answered.
 
     \b
     Example:
@@ -193,23 +217,26 @@ def trace_command(
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: its outputs cannot be traced from the log")
     if release is None:
         raise Rejected(Reason.ROOT_NOT_FINAL, "the campaign has released nothing: there is no tuned model to ask about")
-    base = load_model(architecture, base_path, log.provenance.campaign.base_root, "campaign's base model")
-    tuned = load_model(architecture, tuned_path, release.parameter_root, "campaign's release")
-    others = {} if without_path is None else {"without": _unchecked_model(architecture, without_path)}
+    language = language_of(architecture, tokenizer_path)
+    base = load_model(architecture, base_path, log.provenance.campaign.base_root, "campaign's base model", adapter_path)
+    tuned = load_model(architecture, tuned_path, release.parameter_root, "campaign's release", adapter_path)
+    others = {} if without_path is None else {"without": _unchecked_model(architecture, adapter_path, without_path)}
+    blocks = log.provenance.campaign.parameter_blocks
+    freeze_others(tuned, {tensor.name for block in blocks for tensor in block.tensors})
     search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
-    sequences = _sequences(text_path, context_tokens)
+    sequences = _sequences(text_path, language, context_tokens)
     factors, origin = chosen_factors(log, tuned, factors_path, sequences)
     untraced = untraced_tensors(log.provenance.campaign, factors)
     answers = []
     for number, question in enumerate(questions):
-        output, asked, count = question.output(tuned, length)
+        output, asked, count = question.output(tuned, language, length)
         controls = spread(control_outputs([list(sequence) for sequence in sequences], output), CONTROLS)
         trace = trace_output(base, tuned, factors, log.provenance, search.found, output, controls, _told)
         models = {"base": base, "tuned": tuned, **others}
         answer = Answer(
             asked=asked,
             prompt=question.prompt,
-            says={name: greedy_text(model, question.prompt, count) for name, model in models.items()},
+            says={name: greedy_text(model, language, question.prompt, count) for name, model in models.items()},
             log_chances={
                 "base": trace.base_log_chance,
                 "tuned": trace.tuned_log_chance,
@@ -296,7 +323,7 @@ def _questions(prompt: str | None, completion: str | None, span: str | None, pat
 
 
 def chosen_factors(
-    log: CampaignLog, tuned: nn.Module, path: Path | None, sequences: Sequence[bytes]
+    log: CampaignLog, tuned: nn.Module, path: Path | None, sequences: Sequence[Sequence[int]]
 ) -> tuple[dict[str, WeightFactors], FactorsOrigin]:
     """Those that the campaign commits to, where it does; else those of a file, else fitted on the released weights.
 
@@ -317,9 +344,9 @@ def chosen_factors(
     return factors_from(held.tensors, tuned), FactorsOrigin.COMMITTED if committed else FactorsOrigin.GIVEN
 
 
-def _unchecked_model(architecture: str, path: Path) -> nn.Module:
+def _unchecked_model(architecture: str, adapter: Path | None, path: Path) -> nn.Module:
     """A model whose weights no log knows: those of a replay without a source."""
-    return load_model(architecture, path, read_tensors(path).root, "replay")
+    return load_model(architecture, path, read_tensors(path).root, "replay", adapter)
 
 
 def spread(pieces: Sequence[P], count: int) -> list[P]:
@@ -328,7 +355,7 @@ def spread(pieces: Sequence[P], count: int) -> list[P]:
     return [pieces[number * len(pieces) // count] for number in range(count)]
 
 
-def fit_on_text(model: nn.Module, sequences: Sequence[bytes], count: int) -> dict[str, WeightFactors]:
+def fit_on_text(model: nn.Module, sequences: Sequence[Sequence[int]], count: int) -> dict[str, WeightFactors]:
     """Factors over ``count`` pieces of text, evenly over the whole."""
     chosen = spread(sequences, count)
     batches = [
@@ -343,30 +370,32 @@ def fit_on_text(model: nn.Module, sequences: Sequence[bytes], count: int) -> dic
     return fit_factors(model, batches, progress=told)
 
 
-def public_text(context_tokens: int) -> list[bytes]:
-    """The default text: the topics of Python's own manual, in pieces of one length."""
+def public_text() -> str:
+    """The default text: the topics of Python's own manual."""
     from pydoc_data.topics import topics  # noqa: PLC0415 (half a megabyte that only this default needs)
 
-    text = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore")
-    return _pieces(text, context_tokens)
+    return "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore").decode()
 
 
-def _sequences(path: Path | None, context_tokens: int) -> list[bytes]:
+def pieces_of(text: str, language: Language, size: int) -> list[tuple[int, ...]]:
+    """A text's tokens in pieces of one length, in order; what is left over is dropped."""
+    tokens = language.encode(text)
+    return [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+
+
+def _sequences(path: Path | None, language: Language, context_tokens: int) -> list[tuple[int, ...]]:
     """Pieces of public text, all of one length, in order."""
     if path is None:
-        return public_text(context_tokens)
+        return pieces_of(public_text(), language, context_tokens)
     try:
-        text = path.read_bytes()
+        text = path.read_bytes().decode("utf-8", "replace")
     except OSError as error:
         raise ConfigError(f"{path}: expected a text file, found: {error.strerror}") from error
-    pieces = _pieces(text, context_tokens)
+    pieces = pieces_of(text, language, context_tokens)
     if len(pieces) < CONTROLS:
-        raise ConfigError(f"{path}: expected at least {CONTROLS * context_tokens} bytes, found {len(text)}")
+        wanted = f"at least {CONTROLS * context_tokens} {language.unit}s"
+        raise ConfigError(f"{path}: expected {wanted}, found {len(language.encode(text))}")
     return pieces
-
-
-def _pieces(text: bytes, size: int) -> list[bytes]:
-    return [text[start : start + size] for start in range(0, len(text) - size + 1, size)]
 
 
 def _chain(text: str) -> ChainId:

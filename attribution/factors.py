@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attribution.weights import linear_weights
+from attribution.query import logits_of
+from attribution.weights import LinearWeight, linear_weights
 from consensus.rejection import Reason, Rejected
 
 DAMPING = 0.1
@@ -31,17 +32,27 @@ DAMPING = 0.1
 
 @dataclass(frozen=True, slots=True)
 class WeightFactors:
-    """Of one weight: ``output_vectors`` ``[O, O]``, ``input_vectors`` ``[I, I]``, ``eigenvalues`` ``[O, I]``."""
+    """Of one weight: ``output_vectors`` ``[O, O]``, ``input_vectors`` ``[I, I]``, ``eigenvalues`` in its shape.
+
+    ``turned``: the weight is ``[I, O]``.
+    """
 
     output_vectors: Tensor
     input_vectors: Tensor
     eigenvalues: Tensor
+    turned: bool = False
 
-    def precondition(self, gradient_OI: Tensor) -> Tensor:
+    def precondition(self, gradient: Tensor) -> Tensor:
         """The gradient in the damped inverse metric."""
-        rotated = self.output_vectors.T @ gradient_OI @ self.input_vectors
+        sides = (self.output_vectors, self.input_vectors)
+        left, right = sides[::-1] if self.turned else sides
+        rotated = left.T @ gradient @ right
         damped = self.eigenvalues + DAMPING * self.eigenvalues.mean()
-        return self.output_vectors @ (rotated / damped) @ self.input_vectors.T
+        return left @ (rotated / damped) @ right.T
+
+
+PARTS = ("output_vectors", "input_vectors", "eigenvalues")
+"""What a file of factors holds of each weight."""
 
 
 class FactorsOrigin(StrEnum):
@@ -70,7 +81,8 @@ def fit_factors(
 ) -> dict[str, WeightFactors]:
     """Factors of every linear weight of ``model``, over batches of token sequences ``[B, T]``.
 
-    ``model`` maps tokens ``[B, T]`` to logits ``[B, T, V]`` for the next token. ``progress`` is told batches done.
+    ``model`` maps tokens ``[B, T]`` to logits ``[B, T, V]`` for the next token, or to an output that holds them.
+    ``progress`` is told batches done.
 
     Raises:
         Rejected: ``BAD_FIELD`` without any text, or when a value is not finite.
@@ -78,8 +90,9 @@ def fit_factors(
     if not sequences_BT:
         raise Rejected(Reason.BAD_FIELD, "factors need text: no sequence was given")
     weights = linear_weights(model)
-    inputs = {name: torch.zeros(module.in_features, module.in_features) for name, module in weights.items()}
-    outputs = {name: torch.zeros(module.out_features, module.out_features) for name, module in weights.items()}
+    sizes = {name: _sizes(held) for name, held in weights.items()}
+    inputs = {name: torch.zeros(size, size) for name, (_, size) in sizes.items()}
+    outputs = {name: torch.zeros(size, size) for name, (size, _) in sizes.items()}
     rows = 0
     total = 2 * len(sequences_BT)
     for number, captured in enumerate(_passes(model, weights, sequences_BT, seed)):
@@ -90,26 +103,25 @@ def fit_factors(
         rows += len(x_NI)
         progress(number + 1, total)
     vectors = {name: (_eigenvectors(outputs[name] / rows), _eigenvectors(inputs[name] / rows)) for name in weights}
-    eigenvalues = {name: torch.zeros(module.out_features, module.in_features) for name, module in weights.items()}
+    eigenvalues = {name: torch.zeros(held.weight.shape) for name, held in weights.items()}
     count = 0
     for number, captured in enumerate(_passes(model, weights, sequences_BT, seed)):
         for name, of in captured.items():
             output_vectors, input_vectors = vectors[name]
             x_BTI, delta_BTO = torch.cat(of.inputs), torch.cat(of.deltas)
             projected_BOI = torch.einsum("bto,bti->boi", delta_BTO @ output_vectors, x_BTI @ input_vectors)
-            eigenvalues[name] += projected_BOI.square().sum(dim=0)
+            squares_OI = projected_BOI.square().sum(dim=0)
+            eigenvalues[name] += squares_OI.T if weights[name].turned else squares_OI
         count += len(x_BTI)
         progress(len(sequences_BT) + number + 1, total)
-    return {name: WeightFactors(vectors[name][0], vectors[name][1], eigenvalues[name] / count) for name in weights}
+    return {
+        name: WeightFactors(*vectors[name], eigenvalues[name] / count, held.turned) for name, held in weights.items()
+    }
 
 
 def factor_tensors(factors: Mapping[str, WeightFactors]) -> dict[str, Tensor]:
     """As tensors of one file, whose parameter root a campaign may commit to."""
-    return {
-        f"{name}/{part}": getattr(held, part).contiguous()
-        for name, held in factors.items()
-        for part in WeightFactors.__slots__
-    }
+    return {f"{name}/{part}": getattr(held, part).contiguous() for name, held in factors.items() for part in PARTS}
 
 
 def factors_from(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, WeightFactors]:
@@ -119,11 +131,12 @@ def factors_from(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, W
         Rejected: ``MALFORMED``.
     """
     factors = {}
-    for name, module in linear_weights(model).items():
+    for name, held in linear_weights(model).items():
+        size_out, size_in = _sizes(held)
         expected = {
-            "output_vectors": (module.out_features,) * 2,
-            "input_vectors": (module.in_features,) * 2,
-            "eigenvalues": (module.out_features, module.in_features),
+            "output_vectors": (size_out,) * 2,
+            "input_vectors": (size_in,) * 2,
+            "eigenvalues": tuple(held.weight.shape),
         }
         parts = {}
         for part, shape in expected.items():
@@ -131,29 +144,29 @@ def factors_from(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, W
             if tensor is None or tuple(tensor.shape) != shape or not torch.isfinite(tensor).all():
                 raise Rejected(Reason.MALFORMED, f"factors of {name}: expected {part} of shape {shape}, finite")
             parts[part] = tensor
-        factors[name] = WeightFactors(**parts)
+        factors[name] = WeightFactors(**parts, turned=held.turned)
     return factors
 
 
 def _passes(
-    model: nn.Module, weights: Mapping[str, nn.Linear], sequences_BT: Sequence[Tensor], seed: int
+    model: nn.Module, weights: Mapping[str, LinearWeight], sequences_BT: Sequence[Tensor], seed: int
 ) -> Iterator[dict[str, _Captured]]:
     """Inputs ``[B, T, I]`` and output gradients ``[B, T, O]`` of every weight, batch by batch; the same each time."""
     generator = torch.Generator().manual_seed(seed)
     for tokens_BT in sequences_BT:
         with _capturing(weights) as captured, torch.enable_grad():
-            logits_BTV = model(tokens_BT)
+            logits_BTV = logits_of(model, tokens_BT)
             probabilities_NV = logits_BTV.detach().flatten(0, 1).softmax(dim=-1)
             targets_N = torch.multinomial(probabilities_NV, 1, generator=generator).squeeze(1)
             loss = functional.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction="sum")
-            torch.autograd.grad(loss, [module.weight for module in weights.values()])
+            torch.autograd.grad(loss, [held.weight for held in weights.values()])
         if not torch.isfinite(loss):
             raise Rejected(Reason.BAD_FIELD, f"the model's loss on the public text is {loss.item()}")
         yield captured
 
 
 @contextmanager
-def _capturing(weights: Mapping[str, nn.Linear]) -> Iterator[dict[str, _Captured]]:
+def _capturing(weights: Mapping[str, LinearWeight]) -> Iterator[dict[str, _Captured]]:
     captured = {name: _Captured([], []) for name in weights}
     handles = []
 
@@ -165,12 +178,18 @@ def _capturing(weights: Mapping[str, nn.Linear]) -> Iterator[dict[str, _Captured
         return keep
 
     try:
-        for name, module in weights.items():
-            handles.append(module.register_forward_hook(hook(name)))
+        for name, held in weights.items():
+            handles.append(held.module.register_forward_hook(hook(name)))
         yield captured
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sizes(held: LinearWeight) -> tuple[int, int]:
+    """Outputs and inputs."""
+    first, second = held.weight.shape
+    return (second, first) if held.turned else (first, second)
 
 
 def _eigenvectors(symmetric: Tensor) -> Tensor:

@@ -35,10 +35,17 @@ class Output:
             )
 
 
+def logits_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
+    """Logits ``[B, T, V]`` for the token after each, of a model that returns them or an output that holds them."""
+    found = model(tokens_BT, use_cache=False) if hasattr(model, "generation_config") else model(tokens_BT)
+    logits_BTV: Tensor = found if isinstance(found, Tensor) else found.logits
+    return logits_BTV
+
+
 def log_chances(model: nn.Module, output: Output) -> Tensor:
     """Log of the chance ``[N]`` of each token asked about, given all before it."""
     tokens_T = torch.tensor([output.tokens], dtype=torch.int64)
-    logits_TV = model(tokens_T[:, :-1])[0].float()
+    logits_TV = logits_of(model, tokens_T[:, :-1])[0].float()
     chosen_N = tokens_T[0, output.first : output.end]
     chances_NV: Tensor = logits_TV.log_softmax(dim=-1)[output.first - 1 : output.end - 1]
     return chances_NV.gather(1, chosen_N[:, None]).squeeze(1)
@@ -51,12 +58,12 @@ def log_chance(model: nn.Module, output: Output) -> float:
 
 
 def log_odds_gradients(model: nn.Module, output: Output) -> dict[str, Tensor]:
-    """Gradient ``[O, I]`` of the output's summed log-odds with respect to every linear weight.
+    """Gradient of the output's summed log-odds with respect to every linear weight, in the weight's shape.
 
     Raises:
         Rejected: ``BAD_FIELD`` when it is not finite.
     """
-    weights = {name: module.weight for name, module in linear_weights(model).items()}
+    weights = {name: held.weight for name, held in linear_weights(model).items()}
     with torch.enable_grad():
         log_p_N = log_chances(model, output).clamp(max=-LEAST_CHANCE)
         log_odds = (log_p_N - torch.log1p(-log_p_N.exp())).sum()
@@ -71,6 +78,6 @@ def greedy_completion(model: nn.Module, prompt: Sequence[int], count: int) -> tu
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(count):
-            logits_V = model(torch.tensor([tokens], dtype=torch.int64))[0, -1]
+            logits_V = logits_of(model, torch.tensor([tokens], dtype=torch.int64))[0, -1]
             tokens.append(int(logits_V.argmax()))
     return tuple(tokens[len(prompt) :])

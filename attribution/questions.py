@@ -1,7 +1,7 @@
 """What is asked: a prompt, its completion and which of its tokens, one question or a file of them.
 
 A file has one JSON object a line: ``{"prompt": "…", "completion": "…", "tokens": "0:4"}``; the last two may be missing.
-Models read text as bytes.
+How text becomes tokens is the model's language (``language.py``).
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 from torch import nn
 
+from attribution.language import Language
 from attribution.query import Output, greedy_completion
 from consensus.rejection import ConfigError, Reason, Rejected
 
@@ -20,19 +21,22 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     completion: str | None = None
     tokens: str | None = None
 
-    def output(self, tuned: nn.Module, length: int) -> tuple[Output, str, int]:
+    def output(self, tuned: nn.Module, language: Language, length: int) -> tuple[Output, str, int]:
         """The tokens asked about, how the question reads, and how many tokens the completion has.
 
         Raises:
             ConfigError: ``tokens`` is no FROM:TO.
             Rejected: ``BAD_FIELD`` for an empty prompt or span.
         """
-        before = self.prompt.encode()
+        before = language.encode(self.prompt)
         if not before:
             raise Rejected(
                 Reason.BAD_FIELD, "the prompt is empty: the first token of all has no chance to be asked about"
             )
-        after = bytes(greedy_completion(tuned, before, length)) if self.completion is None else self.completion.encode()
+        if self.completion is None:
+            after = greedy_completion(tuned, before, length)
+        else:
+            after = language.encode(self.completion)
         first, end = 0, len(after)
         if self.tokens is not None:
             left, _, right = self.tokens.partition(":")
@@ -41,8 +45,8 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             first, end = int(left), int(right)
         if not 0 <= first < end <= len(after):
             raise Rejected(Reason.BAD_FIELD, f"tokens {first}:{end} of a completion of {len(after)}: an empty span")
-        output = Output(tuple(before + after), len(before) + first, len(before) + end)
-        return output, f"{self.prompt}[{_text(after)}]", len(after)
+        output = Output(before + after, len(before) + first, len(before) + end)
+        return output, f"{self.prompt}[{language.decode(after)}]", len(after)
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:
@@ -66,10 +70,6 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     return tuple(questions)
 
 
-def greedy_text(model: nn.Module, prompt: str, count: int) -> str:
+def greedy_text(model: nn.Module, language: Language, prompt: str, count: int) -> str:
     """The ``count`` likeliest next tokens of a model, as text."""
-    return _text(bytes(greedy_completion(model, prompt.encode(), count)))
-
-
-def _text(content: bytes) -> str:
-    return content.decode("utf-8", "backslashreplace")
+    return language.decode(greedy_completion(model, language.encode(prompt), count))

@@ -6,7 +6,8 @@ and bytes; a window's that of ``consensus/accumulators.py``. What does not have 
 
 import hashlib
 import importlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,11 +167,13 @@ def _read_blob(file: WindowFile, entry: WindowEntry) -> dict[str, Tensor]:
         raise Rejected(Reason.MALFORMED, f"{path} is no safetensors file: {error}") from error
 
 
-def load_model(architecture: str, path: Path, expected_root: bytes, what: str) -> nn.Module:
+def load_model(
+    architecture: str, path: Path, expected_root: bytes, what: str, adapter: Path | None = None
+) -> nn.Module:
     """A model with the weights of ``path``, if they are the ones the log names.
 
     Args:
-        architecture: ``module:function``; the function returns the module whose ``state_dict`` the file fills.
+        architecture, adapter: as ``build_model``; the file fills the module's ``state_dict``.
 
     Raises:
         ConfigError: there is no such function, or the file does not fit what it returns.
@@ -181,7 +184,7 @@ def load_model(architecture: str, path: Path, expected_root: bytes, what: str) -
         raise Rejected(
             Reason.DIGEST_MISMATCH, f"{path}: the {what} has root {expected_root.hex()}, the file {held.root.hex()}"
         )
-    model = build_model(architecture)
+    model = build_model(architecture, adapter)
     try:
         missing, unexpected = model.load_state_dict(dict(held.tensors), strict=False)
     except RuntimeError as error:
@@ -195,31 +198,96 @@ def load_model(architecture: str, path: Path, expected_root: bytes, what: str) -
     return model.eval()
 
 
-def build_model(architecture: str) -> nn.Module:
-    """What ``module:function`` returns.
+def build_model(architecture: str, adapter: Path | None = None) -> nn.Module:
+    """What ``module:function`` returns; or the causal language model that a folder's ``config.json`` describes.
+
+    ``adapter``: a folder with the ``adapter_config.json`` of the adapter that PEFT puts around it.
 
     Raises:
-        ConfigError: there is no such function, or it returns no torch module.
+        ConfigError: there is no such function or folder, or what comes of it is no torch module.
     """
+    model = _of_transformers(Path(architecture)) if Path(architecture).is_dir() else _of_function(architecture)
+    return model if adapter is None else _adapted(model, adapter)
+
+
+def _of_function(architecture: str) -> nn.Module:
     module_name, _, function_name = architecture.partition(":")
     try:
         model = getattr(importlib.import_module(module_name), function_name)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"--model {architecture}: expected module:function, found: {error}") from error
+        raise ConfigError(f"--model {architecture}: expected module:function or a folder, found: {error}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"--model {architecture}: expected a function that returns a torch module")
     return model
 
 
-def linear_weights(model: nn.Module) -> dict[str, nn.Linear]:
-    """Linear modules by the name of their weight, in the model's order; a shared one once."""
-    found: dict[str, nn.Linear] = {}
-    seen: set[int] = set()
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """A linear's weight. ``turned``: it is ``[I, O]``, as in the linear of GPT-2's makers, not ``[O, I]``."""
+
+    module: nn.Module
+    turned: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+def linear_weights(model: nn.Module) -> dict[str, LinearWeight]:
+    """Weights of linears by name, in the model's order; a shared one once, none that an embedding shares or is frozen.
+
+    These are the weights that accumulators can be of (``trainer_client.routed_modules.observed_parameters``).
+    """
+    found: dict[str, LinearWeight] = {}
+    seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    transformers_home = sys.modules.get("transformers.pytorch_utils")
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module) not in seen:
-            seen.add(id(module))
-            found[f"{name}.weight" if name else "weight"] = module
+        turned = transformers_home is not None and isinstance(module, transformers_home.Conv1D)
+        if not (turned or isinstance(module, nn.Linear)):
+            continue
+        held = LinearWeight(module, turned)
+        if id(held.weight) not in seen and held.weight.requires_grad:
+            seen.add(id(held.weight))
+            found[f"{name}.weight" if name else "weight"] = held
     return found
+
+
+def freeze_others(model: nn.Module, trainable: Container[str]) -> None:
+    """Marks every parameter frozen that is not among ``trainable``: no answer can speak of it."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+def _adapted(model: nn.Module, folder: Path) -> nn.Module:
+    try:
+        from peft import PeftConfig, get_peft_model  # noqa: PLC0415 (only adapters need it)
+    except ImportError as error:
+        raise ConfigError(f"--adapter {folder}: needs peft: pip install 'countersign[hf]'") from error
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {folder}: expected a folder with adapter_config.json")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        adapted: nn.Module = get_peft_model(model, config)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"--adapter {folder}: no adapter for this model: {error}") from error
+    return adapted
+
+
+def _of_transformers(folder: Path) -> nn.Module:
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 (only its models need it)
+    except ImportError as error:
+        raise ConfigError(f"--model {folder}: needs transformers: pip install 'countersign[hf]'") from error
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--model {folder}: expected the config.json of a language model, found: {error}") from error
+    return model.float()
 
 
 def _same(model: nn.Module, name: str, other: str) -> bool:

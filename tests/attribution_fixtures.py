@@ -15,8 +15,9 @@ from fake_node import SALT, FakeNode, running_node
 from ledger_fixtures import MemoryLedger
 from safetensors.torch import load_file, save_file
 
-from attribution.commands import public_text
+from attribution.commands import pieces_of, public_text
 from attribution.factors import factor_tensors, fit_factors
+from attribution.language import Bytes
 from attribution.log import CampaignLog, open_log
 from consensus.genesis import genesis_to_json
 from consensus.identifiers import ChainId
@@ -89,12 +90,12 @@ def traced() -> Traced:
     try:
         with running_node() as node:
             sources = _train(node, folder)
-            ledger = _sealed(node)
+            ledger = sealed(node)
     finally:
         torch.set_num_threads(threads)
     model = build()
     model.load_state_dict(load_file(folder / "tuned.safetensors"))
-    texts = [list(piece) for piece in public_text(128)[:128]]
+    texts = [list(piece) for piece in pieces_of(public_text(), Bytes(), 128)[:128]]
     factors = fit_factors(model, [torch.tensor(texts[start : start + 16]) for start in range(0, len(texts), 16)])
     save_file(factor_tensors(factors), folder / "tuned.factors")
     (folder / "genesis.json").write_bytes(genesis_to_json(ledger.genesis))
@@ -148,7 +149,7 @@ def _train(node: FakeNode, folder: Path) -> dict[str, bytes]:
     return sources
 
 
-def _sealed(node: FakeNode) -> MemoryLedger:
+def sealed(node: FakeNode) -> MemoryLedger:
     """The node's events, in their order and time, in certified ledger blocks."""
     ledger = MemoryLedger()
     assert ledger.chain_id == node.chain_id

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from html_fixtures import tags_left
 
 from attribution.factors import FactorsOrigin, factors_from
+from attribution.language import Bytes
 from attribution.log import CampaignLog, open_log
 from attribution.page import page
 from attribution.query import log_chance
@@ -35,7 +36,7 @@ def made(name: str) -> tuple[CampaignLog, Answer]:
     factors = factors_from(read_tensors(folder / "tuned.factors").tensors, models["tuned"])
     search = find_windows(folder / "run" / "accumulators", log.bundle.campaign, log.provenance.windows)
     prompt, completion = (part.decode() for part in FACTS[name])
-    output, asked, _ = Question(prompt, completion).output(models["tuned"], 16)
+    output, asked, _ = Question(prompt, completion).output(models["tuned"], Bytes(), 16)
     texts = torch.randint(32, 127, (30, 64), generator=torch.Generator().manual_seed(1)).tolist()
     trace = trace_output(
         models["base"], models["tuned"], factors, log.provenance, search.found, output, control_outputs(texts, output)

@@ -13,8 +13,9 @@ from ledger_fixtures import story
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
-from attribution.commands import chosen_factors, public_text, spread
+from attribution.commands import chosen_factors, pieces_of, public_text, spread
 from attribution.factors import FactorsOrigin, factor_tensors, factors_from, fit_factors
+from attribution.language import Bytes
 from attribution.log import CampaignLog
 from attribution.query import (
     LEAST_CHANCE,
@@ -168,7 +169,7 @@ def test_span_of_the_completion_is_asked_about_alone() -> None:
 
 def test_factors_are_a_function_of_model_and_text_and_their_file_gives_the_same_answer(tmp_path: Path) -> None:
     kept, text = tmp_path / "base.factors", tmp_path / "public.txt"
-    text.write_bytes(b"".join(public_text(128)[:64]))
+    text.write_bytes(public_text().encode()[: 64 * 128])
     base = traced().folder / "base.safetensors"
     fitting = ["factors", "--model", "attribution_fixtures:build", "--weights", base, "--text", text, "--out", kept]
     printed = [CliRunner().invoke(main, [str(word) for word in fitting]).stdout for _ in range(2)]
@@ -182,7 +183,7 @@ def test_factors_are_a_function_of_model_and_text_and_their_file_gives_the_same_
 
 
 def test_factors_are_fitted_on_the_release_where_none_are_given() -> None:
-    log, tuned, pieces = opened_log(), build(), public_text(128)[:64]
+    log, tuned, pieces = opened_log(), build(), pieces_of(public_text(), Bytes(), 128)[:64]
     tuned.load_state_dict(load_file(traced().folder / "tuned.safetensors"))
     factors, origin = chosen_factors(log, tuned, None, pieces)
     batches = [torch.tensor([list(piece) for piece in pieces[start : start + 16]]) for start in range(0, 64, 16)]
@@ -202,7 +203,7 @@ def test_factors_that_the_campaign_commits_to_are_the_only_ones_it_is_asked_by()
     assert chosen_factors(committing(root), model, kept, [])[1] is FactorsOrigin.COMMITTED
     assert chosen_factors(log, model, kept, [])[1] is FactorsOrigin.GIVEN
     with pytest.raises(ConfigError, match=root.hex()):
-        chosen_factors(committing(root), model, None, public_text(128)[:64])
+        chosen_factors(committing(root), model, None, pieces_of(public_text(), Bytes(), 128)[:64])
     with pytest.raises(Rejected, match=root.hex()) as caught:
         chosen_factors(committing(bytes(32)), model, kept, [])
     assert caught.value.reason is Reason.DIGEST_MISMATCH
