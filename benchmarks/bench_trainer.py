@@ -1,9 +1,9 @@
 """What governing a training step costs, in CPU seconds on one thread.
 
-A plain AdamW step, the same step routed by per-example weights, and the plain step again take turns on one model:
-the ratio of the two plain ones (the A/A control) says how far this machine can be trusted, the ratio of routed to
-plain is the overhead. Parameter commitments and step events are measured apart, as parts of a plain step: the
-commitment runs in a thread of its own beside the training.
+A plain AdamW step, the same step routed by per-example weights, without and with sketches and accumulators, and the
+plain step again take turns on one model: the ratio of the two plain ones (the A/A control) says how far this machine
+can be trusted, the ratios of the others to plain are the overhead. Parameter commitments and step events are measured
+apart, as parts of a plain step: the commitment runs in a thread of its own beside the training.
 
 Two models: the demonstration's byte model, and a GPT of about 20 million parameters (8 layers of width 256, 50,257
 tokens, tied head). Three examples in four are admitted everywhere, one in four only above the lower half.
@@ -13,9 +13,12 @@ import argparse
 import hashlib
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from harness import Report, run_benchmark, watch_load
@@ -25,13 +28,18 @@ from torch.nn import functional
 from consensus import portions as p
 from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.keys import Ed25519SigningKey
+from trainer_client.accumulators import SourceAccumulators
 from trainer_client.commitment import copied_tensors, optimizer_state_digest, parameter_root_of, step_commitment
 from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks
 from trainer_client.record import Permission, Place, Recorder, StepOutcome, StepUse
-from trainer_client.routing import Routing
+from trainer_client.routed_modules import observed_parameters
+from trainer_client.routing import Routing, clip_block_gradients
+from trainer_client.sketches import SketchBook
 
 GPT_TOKENS = 50_257
 LEARNING_RATE = 1e-4
+SKETCH_RANK = 1
+SOURCES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +76,27 @@ def gpt(quick: bool) -> Subject:
 class Steps:
     """Plain and routed steps of one model on the same batch."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, directory: Path) -> None:
         self._model = subject.model
         self._batch_size = subject.batch_size
         self.optimizer = torch.optim.AdamW(self._model.parameters(), lr=LEARNING_RATE)
         length = self._model.config.context_bytes
         self._records_BT = torch.randint(subject.tokens, (subject.batch_size, length + 1))
         blocks = list(subject.blocks.values())
-        self.routing = Routing(self._model, {name: index for index, names in enumerate(blocks) for name in names})
+        self._block_of = {name: index for index, names in enumerate(blocks) for name in names}
+        self._sources = [bytes([row % SOURCES]) * 32 for row in range(subject.batch_size)]
+        self._book = SketchBook(SKETCH_RANK)
+        self._book.attach(observed_parameters(self._model))
+        self._accumulators = SourceAccumulators(directory, bytes(32), 1 << 30, 1 << 30, SKETCH_RANK)
+        self._accumulators.attach(self._model, self._block_of)
+        self._done = 0
+        self.routings = {
+            "routed": Routing(self._model, self._block_of),
+            "routed, sketches of rank 1": Routing(self._model, self._block_of, None, self._book),
+            "routed, accumulators and sketches of rank 1": Routing(
+                self._model, self._block_of, self._accumulators, self._accumulators.sketches
+            ),
+        }
         full, upper = [1_000] * len(blocks), [0] * (len(blocks) // 2) + [1_000] * (len(blocks) - len(blocks) // 2)
         self._weights_BK = [upper if row % 4 == 3 else full for row in range(subject.batch_size)]
 
@@ -89,12 +110,27 @@ class Steps:
         (self._loss_B().sum() / self._batch_size).backward()  # type: ignore[no-untyped-call]
         self._update()
 
-    def routed(self) -> None:
-        """The same inside a routed micro-batch; the routing is installed already."""
-        with self.routing.micro_batch(self._weights_BK):
-            self.routing.routed_loss(self._loss_B(), self._batch_size).backward()  # type: ignore[no-untyped-call]
-        self.routing.finish_step()
+    def routed(self, kind: str) -> None:
+        """The same inside a routed micro-batch; the routing of that kind is installed already."""
+        routing = self.routings[kind]
+        self._done += 1
+        first = self._done * self._batch_size
+        examples = [(source, first + row) for row, source in enumerate(self._sources)]
+        for watcher in (self._book, self._accumulators):
+            watcher.expect(self._done, examples)
+        with routing.micro_batch(self._weights_BK, self._sources):
+            routing.routed_loss(self._loss_B(), self._batch_size).backward()  # type: ignore[no-untyped-call]
+        routing.finish_step()
+        if "accumulators" in kind:
+            norms = clip_block_gradients(self._model, self._block_of, 1e9)
+            self._accumulators.take_step(bytes(32), self.optimizer, norms, 1e9)
+        elif "sketches" in kind:
+            self._book.take_step(bytes(32), {})
         self._update()
+
+    def close(self) -> None:
+        """Waits for what runs beside."""
+        self._accumulators.close()
 
     def _update(self) -> None:
         self.optimizer.step()
@@ -110,26 +146,32 @@ def cpu_seconds_of(call: Callable[[], object]) -> float:
 
 def measure_routing(report: Report, subject: Subject) -> float:
     """Interleaved plain, routed and plain steps; returns the plain step's CPU seconds."""
-    steps = Steps(subject)
-    first: list[float] = []
-    routed: list[float] = []
-    second: list[float] = []
-    with watch_load() as load:
-        for number in range(-1, subject.rounds):
-            one = cpu_seconds_of(steps.plain)
-            with steps.routing:
-                governed = cpu_seconds_of(steps.routed)
-            other = cpu_seconds_of(steps.plain)
-            if number >= 0:  # the first round warms up
-                first.append(one)
-                routed.append(governed)
-                second.append(other)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = Steps(subject, Path(folder))
+        first: list[float] = []
+        governed: dict[str, list[float]] = {kind: [] for kind in steps.routings}
+        second: list[float] = []
+        with watch_load() as load:
+            for number in range(-1, subject.rounds):
+                one = cpu_seconds_of(steps.plain)
+                took = {}
+                for kind, routing in steps.routings.items():
+                    with routing:
+                        took[kind] = cpu_seconds_of(partial(steps.routed, kind))
+                other = cpu_seconds_of(steps.plain)
+                if number >= 0:  # the first round warms up
+                    first.append(one)
+                    second.append(other)
+                    for kind, seconds in took.items():
+                        governed[kind].append(seconds)
+        steps.close()
     plain = statistics.median(first + second)
     report.samples(f"{subject.name}: plain step", [1_000 * value for value in first + second], "ms CPU", None, load)
     control = statistics.median(two / one for one, two in zip(first, second, strict=True))
     report.rate(f"{subject.name}: A/A control, plain / plain", control, "1", load=load)
-    ratios = [2 * value / (one + two) for one, value, two in zip(first, routed, second, strict=True)]
-    report.rate(f"{subject.name}: routed / plain", statistics.median(ratios), "1", load=load)
+    for kind, values in governed.items():
+        ratios = [2 * value / (one + two) for one, value, two in zip(first, values, second, strict=True)]
+        report.rate(f"{subject.name}: {kind} / plain", statistics.median(ratios), "1", load=load)
     measure_commitment(report, subject, steps.optimizer, plain)
     return plain
 
