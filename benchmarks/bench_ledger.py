@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from composite import EXAMPLES_A_STEP, CompositeCampaign
 from consortium import (
     Author,
     Consortium,
@@ -59,10 +60,12 @@ class Sizes:
     catch_up_at: int
     memory_at: int
     receipts: int
+    composite_steps: int
 
 
-FULL = Sizes(600, 30_000, 8_000, 40_000, 100_000, 300)
-QUICK = Sizes(300, 4_000, 1_500, 6_000, 6_000, 100)
+FULL = Sizes(600, 30_000, 8_000, 40_000, 100_000, 300, 200)
+QUICK = Sizes(300, 4_000, 1_500, 6_000, 6_000, 100, 40)
+WARM_UP_STEPS = 5
 
 
 def measure_finality(report: Report, consortium: Consortium, authors: Sequence[Author], count: int) -> int:
@@ -205,6 +208,36 @@ def measure_catch_up(report: Report, consortium: Consortium, name: str) -> None:
     consortium.stop(name)
 
 
+def measure_composite(report: Report, consortium: Consortium, steps: int) -> None:
+    """Step events that each list thousands of examples, handed to the operator's node: examples until final."""
+    data_source, _, governance, operator = (Author(consortium.made, name) for name in VOTERS)
+    campaign = CompositeCampaign(consortium.made, data_source, governance, operator)
+    stream = connect(operator.address)
+    for event in campaign.opening:
+        wait_until_final(stream, event)
+    events = campaign.steps(steps + WARM_UP_STEPS)
+    size = consortium.log_size(VOTERS[0])
+    for event in events[:WARM_UP_STEPS]:
+        wait_until_final(stream, event)
+    stream.close()
+    before = consortium.cpu_seconds()
+    with watch_load() as load:
+        started = time.perf_counter()
+        submit_batches(consortium, [operator], [events[WARM_UP_STEPS:]])
+        consortium.wait_final(size + len(events))
+        seconds = time.perf_counter() - started
+    used = [consortium.cpu_seconds()[voter] - before[voter] for voter in VOTERS]
+    rate = steps * EXAMPLES_A_STEP / seconds
+    report.rate(
+        f"composite events of {EXAMPLES_A_STEP} examples until final", rate, "examples/s", at_least(200_000), load
+    )
+    report.rate(
+        f"composite events, {len(events[0])} bytes each: CPU of one node, median",
+        1e3 * statistics.median(used) / steps,
+        "ms/event",
+    )
+
+
 def measure_receipts(report: Report, consortium: Consortium, events: Sequence[bytes]) -> None:
     """Receipts from a node, verified here; the certificate's size."""
     genesis = consortium.made.genesis
@@ -284,6 +317,8 @@ def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only:
         events = authors[0].sources(sizes.single_events)
         with timed_submission(report, consortium, "one POST each until final", len(events), 1_000, verify_seconds):
             submit_each(authors[0].address, events, connections=8)
+    if "composite" in only:
+        measure_composite(report, consortium, sizes.composite_steps)
     if "receipts" in only:
         measure_receipts(report, consortium, kept)
     if "catch-up" in only:
@@ -304,7 +339,7 @@ def _grow(consortium: Consortium, authors: Sequence[Author], size: int) -> None:
         progress(f"log at {consortium.log_size(VOTERS[0])} events")
 
 
-PARTS = ("finality", "loaded", "sizes", "batch", "single", "receipts", "catch-up", "memory")
+PARTS = ("finality", "loaded", "sizes", "batch", "single", "composite", "receipts", "catch-up", "memory")
 
 
 def main() -> int:

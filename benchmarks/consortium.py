@@ -39,14 +39,14 @@ FAR_FUTURE_MS = 4_000_000_000_000
 
 
 class Author:
-    """A data-source member's hand: makes signed sources, no two alike."""
+    """A member's hand: its ``signer``; of a data-source member also signed sources, no two alike."""
 
     def __init__(self, made: Provisioned, name: str) -> None:
         files = made.members[name]
         secrets = Keystore.open(files.keystore, read_passphrase(files.passphrase, os.environ)).secrets
         self.member: Member = next(member for member in made.genesis.members if member.name == name)
         self.address = files.api
-        self._signer: Signer = signer_for(SignatureScheme(self.member.scheme), secrets.identity_seed)
+        self.signer: Signer = signer_for(SignatureScheme(self.member.scheme), secrets.identity_seed)
         self._chain_id = made.chain_id
         self._made = 0
 
@@ -73,7 +73,7 @@ class Author:
         salt = hashlib.sha256(f"salt {label}".encode()).digest()
         portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)
         entry = make_entry(self._chain_id, Kind.SOURCE, MemberId(self.member.id), portions)
-        return pack(sign_entry(entry, self.member.id, self.member.role, self._signer), portions)
+        return pack(sign_entry(entry, self.member.id, self.member.role, self.signer), portions)
 
 
 class Consortium:

@@ -147,10 +147,10 @@ def _check_uses(
     sources = [use.source for use in uses]
     if sources != sorted(set(sources)):
         raise Rejected(Reason.BAD_FIELD, "sources of a step are not in strictly increasing order")
-    accounted: Counter[tuple[bytes, int]] = Counter()
+    accounted: list[tuple[bytes, int]] = []
     refused: dict[bytes, Counter[str]] = {}
     for pending in head.pending:
-        accounted.update((pending.source, example) for example in pending.examples)
+        accounted += [(pending.source, example) for example in pending.examples]
         refused.setdefault(pending.source, Counter())[pending.reason] += len(pending.examples)
     for use, item in zip(uses, event.portions.data.items, strict=True):
         record = view.get(SOURCE_TABLE + use.source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
@@ -169,13 +169,15 @@ def _check_uses(
             )
         if use.presented != use.admitted + sum(count.count for count in use.refused):
             raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"presented of '{record.claim.name}' is not admitted + refused")
-        accounted.update((use.source, example) for example in item.examples)
-    presented = Counter(presented_examples(campaign.manifest, campaign.sampler_seed, campaign.batch_size, index))
-    if refused or accounted != presented:
+        accounted += [(use.source, example) for example in item.examples]
+    presented = presented_examples(campaign.manifest, campaign.sampler_seed, campaign.batch_size, index)
+    # The sampler names no example twice: as many, and the same ones, are the same multiset.
+    if refused or len(accounted) != len(presented) or set(accounted) != set(presented):
+        claimed, due = Counter(accounted), Counter(presented)
         raise Rejected(
             Reason.COUNTS_NOT_CONSERVED,
-            f"step {index} accounts for {accounted.total()} examples, {presented.total()} were presented; "
-            f"{(accounted - presented).total()} too many, {(presented - accounted).total()} missing",
+            f"step {index} accounts for {len(accounted)} examples, {len(presented)} were presented; "
+            f"{(claimed - due).total()} too many, {(due - claimed).total()} missing",
         )
 
 

@@ -14,13 +14,14 @@ of an example ever stands on the log. All quantities are integers with their uni
 and signals are permille (0 to 1000).
 """
 
+import hashlib
 from itertools import pairwise
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from consensus.codec import decode, encode
-from consensus.identifiers import Digest, Role, Tag, tagged_hash
+from consensus.identifiers import Digest, Role, Tag, tagged_hash, tagged_prefix
 from consensus.keys import SignatureScheme
 from consensus.merkle import root_of
 from consensus.rejection import Reason, Rejected
@@ -419,6 +420,10 @@ class Portions(Wire, frozen=True):
     operation: SaltedPortion | None
 
 
+_EIGHT, _THIRTY_TWO = (length.to_bytes(8, "big") for length in (8, 32))
+"""Lengths of a number and of a salt, as ``tagged_hash`` writes them before each."""
+
+
 def item_salt(salt: bytes, item: int) -> Digest:
     """The salt of a data portion's item; reveals no other item's."""
     return tagged_hash(Tag.SALT, salt, b"item", item.to_bytes(8, "big"))
@@ -450,12 +455,19 @@ def content_salt(source_salt: bytes, index: int) -> Digest:
 
 
 def examples_root(salt: bytes, item: int, examples: tuple[int, ...]) -> Digest:
-    """Root over an item's examples; ``salt`` is the portion's."""
-    return Digest(
-        root_of(
-            [example_leaf(example_salt(salt, item, position), example) for position, example in enumerate(examples)]
-        )
-    )
+    """Root over an item's examples; ``salt`` is the portion's.
+
+    ``example_leaf`` of ``example_salt`` for each, with what all have in common put together once: a step may list
+    thousands, and every member hashes them.
+    """
+    sha256 = hashlib.sha256
+    of_salt = tagged_prefix(Tag.SALT, salt, b"example", item.to_bytes(8, "big")) + _EIGHT
+    of_leaf = tagged_prefix(Tag.EXAMPLE) + _THIRTY_TWO
+    leaves = []
+    for position, example in enumerate(examples):
+        own_salt = sha256(of_salt + position.to_bytes(8, "big")).digest()
+        leaves.append(sha256(of_leaf + own_salt + _EIGHT + example.to_bytes(8, "big")).digest())
+    return root_of(leaves)
 
 
 def data_items_root(portion: DataPortion) -> Digest:

@@ -8,6 +8,7 @@ network over the next even power of two, walked until it falls below n (cycle wa
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
 
@@ -15,6 +16,7 @@ from consensus.identifiers import Tag, tagged_hash
 from consensus.portions import ManifestRange
 
 ROUNDS = 6
+EPOCHS_REMEMBERED = 16
 STEPS_REMEMBERED = 64
 """A step's refusals may come in as many events as it presents examples; each is judged by the same sample."""
 
@@ -28,7 +30,12 @@ def presented_indexes(seed: bytes, manifest_size: int, batch_size: int, step: in
     epoch, batch = divmod(step - 1, manifest_size // batch_size)
     key = tagged_hash(Tag.SAMPLER, seed, epoch.to_bytes(8, "big"))
     first = batch * batch_size
-    return tuple(_permuted(key, manifest_size, first + offset) for offset in range(batch_size))
+    half_bits = max(1, ((manifest_size - 1).bit_length() + 1) // 2)
+    places = range(first, first + batch_size)
+    # A table of all round values costs no more than the batch would without it, and serves the whole epoch.
+    if 1 << half_bits <= batch_size:
+        return _permuted_by(_tables(key, half_bits), manifest_size, half_bits, places)
+    return tuple(_permuted(key, manifest_size, half_bits, place) for place in places)
 
 
 @lru_cache(maxsize=STEPS_REMEMBERED)
@@ -45,14 +52,39 @@ def presented_examples(
     return tuple(presented)
 
 
-def _permuted(key: bytes, size: int, value: int) -> int:
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+def _permuted(key: bytes, size: int, half_bits: int, value: int) -> int:
     mask = (1 << half_bits) - 1
     while True:
         left, right = value >> half_bits, value & mask
         for number in range(ROUNDS):
-            digest = hashlib.sha256(key + bytes([number]) + right.to_bytes(8, "big")).digest()
-            left, right = right, left ^ (int.from_bytes(digest[:8], "big") & mask)
+            left, right = right, left ^ _round(key + bytes([number]), mask, right)
         value = (left << half_bits) | right
         if value < size:
             return value
+
+
+def _permuted_by(rounds: tuple[list[int], ...], size: int, half_bits: int, values: Iterable[int]) -> tuple[int, ...]:
+    """``_permuted`` of each value; those that are to walk on do so together."""
+    mask = (1 << half_bits) - 1
+    permuted = list(values)
+    walking = list(range(len(permuted)))
+    while walking:
+        lefts = [permuted[at] >> half_bits for at in walking]
+        rights = [permuted[at] & mask for at in walking]
+        for of_round in rounds:
+            lefts, rights = rights, [left ^ of_round[right] for left, right in zip(lefts, rights, strict=True)]
+        for at, left, right in zip(walking, lefts, rights, strict=True):
+            permuted[at] = (left << half_bits) | right
+        walking = [at for at in walking if permuted[at] >= size]
+    return tuple(permuted)
+
+
+def _round(prefix: bytes, mask: int, right: int) -> int:
+    return int.from_bytes(hashlib.sha256(prefix + right.to_bytes(8, "big")).digest()[:8], "big") & mask
+
+
+@lru_cache(maxsize=EPOCHS_REMEMBERED)
+def _tables(key: bytes, half_bits: int) -> tuple[list[int], ...]:
+    """The values of every round, by its right half."""
+    mask = (1 << half_bits) - 1
+    return tuple([_round(key + bytes([number]), mask, right) for right in range(mask + 1)] for number in range(ROUNDS))

@@ -10,6 +10,7 @@ from consensus import portions as p
 from consensus.codec import encode
 from consensus.identifiers import Role
 from consensus.keys import SignatureScheme
+from consensus.merkle import root_of
 from consensus.rejection import Reason, Rejected
 from consensus.state import merge_counts
 
@@ -18,6 +19,12 @@ PORTION = p.DataPortion(SALT, (p.DataItem(b"one"), p.DataItem(b"two"), p.DataIte
 GOVERNANCE = p.SaltedPortion(SALT, b"governance")
 OPERATION = p.SaltedPortion(SALT, b"operation")
 PORTIONS = p.Portions(PORTION, GOVERNANCE, OPERATION)
+
+
+def test_root_over_examples_is_that_of_the_leaves_disclosed_one_by_one() -> None:
+    for examples in ((), (7,), (0, 1, 5), tuple(range(0, 600, 3)), (2**53 - 1,)):
+        leaves = [p.example_leaf(p.example_salt(SALT, 3, at), example) for at, example in enumerate(examples)]
+        assert p.examples_root(SALT, 3, examples) == root_of(leaves)
 
 
 def test_commitments_are_empty_where_there_is_no_portion() -> None:

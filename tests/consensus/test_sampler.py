@@ -5,6 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_fixtures import digest
 
+from consensus import sampler
+from consensus.identifiers import Tag, tagged_hash
 from consensus.portions import ManifestRange
 from consensus.sampler import presented_examples, presented_indexes
 
@@ -75,3 +77,19 @@ def test_many_refusals_of_one_step_do_not_sample_it_anew_each() -> None:
     assert len(shown) == 1
     assert presented_examples.cache_info().misses == 1
     assert presented_examples(manifest, SEED, 512, 4) not in shown
+
+
+@pytest.mark.parametrize(("size", "batch"), [(40, 8), (64, 32), (1_000, 32), (5_000, 128), (70_000, 512)])
+def test_table_of_round_values_changes_nothing(size: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_table = [presented_indexes(bytes(32), size, batch, step) for step in (1, 2)]
+    used: list[bytes] = []
+
+    def one_by_one(rounds: object, of: int, half_bits: int, places: range) -> tuple[int, ...]:
+        used.append(b"")
+        key = tagged_hash(Tag.SAMPLER, bytes(32), bytes(8))
+        return tuple(sampler._permuted(key, of, half_bits, place) for place in places)
+
+    monkeypatch.setattr(sampler, "_permuted_by", one_by_one)
+    first_epoch = [presented_indexes(bytes(32), size, batch, step) for step in (1, 2)]
+    assert first_epoch == with_table[:2]
+    assert len(used) == 2
