@@ -59,6 +59,7 @@ class Scene:
             environment=(),
             factors_digest=b"",
             accumulator_window_steps=0,
+            sketch_rank=0,
         )
         self.take(self.recorder.open_campaign(terms, self.manifest))
 
