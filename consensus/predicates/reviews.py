@@ -34,6 +34,11 @@ from consensus.state import (
 R = TypeVar("R", EvaluationRecord, DecisionRecord)
 
 
+STANDINGS_OF_A_MISS = frozenset({Standing.UNMET, Standing.SUPERSEDED, Standing.ACCEPTED, Standing.REJECTED})
+STANDINGS_OTHERWISE = frozenset({Standing.MET, Standing.ACCEPTED, Standing.REJECTED})
+BARRING = frozenset({Standing.UNMET, Standing.REJECTED})
+
+
 @dataclass(frozen=True, slots=True)
 class Audit:
     """An audit result on the log, and its auditor's name."""
@@ -108,7 +113,7 @@ def evaluated(bundle: OpenBundle, steps: Steps) -> None:
     check_delegated(bundle, [bundle.event_of(record.event, "evaluation") for record in evaluations], campaign.operator)
     accepted = _accepted(bundle, decisions)
     for record in evaluations:
-        _tell_evaluation(bundle, steps, record, operator, accepted)
+        _tell_evaluation(bundle, steps, record, operator, accepted, head.open_findings)
     for decision in decisions:
         _tell_decision(bundle, steps, decision)
     open_ones = [finding.hex() for finding in head.open_findings]
@@ -120,7 +125,12 @@ def evaluated(bundle: OpenBundle, steps: Steps) -> None:
 
 
 def _tell_evaluation(
-    bundle: OpenBundle, steps: Steps, record: EvaluationRecord, operator: str, accepted: frozenset[bytes]
+    bundle: OpenBundle,
+    steps: Steps,
+    record: EvaluationRecord,
+    operator: str,
+    accepted: frozenset[bytes],
+    open_findings: Sequence[bytes],
 ) -> None:
     event = bundle.event_of(record.event, "evaluation")
     where = f"evaluation of step {record.steps}, entry {event.index}"
@@ -141,8 +151,10 @@ def _tell_evaluation(
     problems = []
     if (found.parameter_root, found.steps) != (record.parameter_root, record.steps):
         problems.append("its record is of other weights")
-    if bool(missed) == (record.standing == Standing.MET):
+    if record.standing not in (STANDINGS_OF_A_MISS if missed else STANDINGS_OTHERWISE):
         problems.append(f"{len(missed)} of its thresholds are missed")
+    if (record.standing in BARRING) != (record.event in open_findings):
+        problems.append("the campaign's open findings say otherwise")
     if record.standing == Standing.ACCEPTED and record.event not in accepted:
         problems.append("no decision of governance accepts it")
     steps.check(standing, problems)

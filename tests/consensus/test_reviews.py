@@ -334,6 +334,27 @@ def test_open_finding_is_no_also_after_release() -> None:
     assert met.id.hex() in texts(verdict, Status.FAILED)
 
 
+def test_evaluation_that_was_rejected_and_accepted_again_is_yes() -> None:
+    told = begun()
+    met = sealed(told, told.run.evaluation())
+    for outcome, answer in ((REJECT, Answer.NO), (ACCEPT, Answer.YES), (REJECT, Answer.NO), (ACCEPT, Answer.YES)):
+        told.ledger.seal(told.ledger.decision(told.run.id, met.id, outcome, rationale=f"now {outcome}"))
+        assert judged(told).answer is answer
+    assert "stands: accepted" in texts(judged(told), Status.CHECKED)
+
+
+def test_quorum_of_liars_cannot_drop_a_finding_from_the_open_ones() -> None:
+    told = begun()
+    missed = sealed(told, told.run.evaluation(high_micro=1_600_000))
+    told.ledger.seal(told.run.evaluation(name="other"))
+    head = msgspec.structs.replace(head_of(told.run), open_findings=())
+    told.ledger.collude([], {CAMPAIGN_HEAD_TABLE + told.run.id: encode(head)})
+    verdict = judged(told)
+    assert verdict.answer is Answer.NO
+    assert "open findings say otherwise" in texts(verdict, Status.FAILED)
+    assert standing(told, missed) == "unmet"
+
+
 def test_differing_audit_is_told_in_its_auditors_name() -> None:
     told = begun(3)
     told.ledger.seal(told.run.evaluation())
