@@ -17,8 +17,10 @@ from consensus.event import CheckedEvent, Kind
 from consensus.keys import Ed25519SigningKey
 from consensus.portions import BlockWeight, ClassRule, SourceRefusal, StepOperation
 from consensus.rejection import Reason, Rejected
+from consensus.review import Evaluation
 from consensus.sampler import presented_examples
 from trainer_client.commitment import parameter_root_of
+from trainer_client.evaluation import mean_metric, slice_of
 from trainer_client.governed import governed
 from trainer_client.hf import (
     FixedLengthCollator,
@@ -252,6 +254,22 @@ def test_refused_example_changes_no_bit_and_blocked_one_no_bit_of_the_block_in_t
 def test_checkpointed_and_bf16_training_is_recorded_and_released(scene: Scene, changes: dict[str, object]) -> None:
     trainer = scene.trainer(gpt2(), args=scene.arguments(**changes))
     trainer.train()
+    assert scene.node.head(bytes([7]) * 32).closed == "released"
+
+
+def test_callback_behind_the_governance_records_evaluations_of_the_weights_after_each_step(scene: Scene) -> None:
+    class Measures(TrainerCallback):
+        def on_step_end(self, args: object, state: object, control: object, **of: object) -> None:
+            run = trainer.governance.run
+            assert run is not None
+            metric = mean_metric("loss", [1.0, 2.0])
+            run.evaluate("held-out", [metric], data=slice_of("held out", texts("held out")), script=Path(__file__))
+
+    trainer = scene.trainer(gpt2(), callbacks=[Measures()])
+    trainer.train()
+    roots = [step.root_after for step in scene.steps()]
+    found = [event.operation for event in scene.events(Kind.EVALUATION)]
+    assert [each.parameter_root for each in found if isinstance(each, Evaluation)] == roots
     assert scene.node.head(bytes([7]) * 32).closed == "released"
 
 
