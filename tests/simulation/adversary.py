@@ -1,16 +1,25 @@
-"""All traitors of a simulated run as one adversary that hears everything at once."""
+"""All traitors of a simulated run as one adversary that hears everything at once; and members that send garbage."""
 
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, TypeVar
 
+from msgspec.structs import replace
+
+from consensus.certificate import Certificate
 from consensus.effect import Message
 from consensus.identifiers import ZERO_DIGEST, Digest, MemberId, View
-from consensus.vote import Notarization, Nullification, Proposal, Vote, VoteKind
+from consensus.vote import Notarization, Nullification, Proposal, Stalled, Vote, VoteKind
 
 if TYPE_CHECKING:
     from simulation.simulator import Simulation
 
+M = TypeVar("M", Vote, Proposal, Certificate)
+
 LONGEST_PAUSE_MS = 100
 """Between two acts."""
+REMEMBERED = 64
+"""Overheard messages that garbage is made of."""
+FAR_VIEWS = 1 << 40
 
 
 class Adversary:
@@ -113,3 +122,54 @@ class Adversary:
         for to in some:
             for message in messages:
                 simulation.send(sender, to, message)
+
+
+class GarbageSender:
+    """One member that sends nothing but what no honest one would: overheard messages spoiled, of another epoch or
+    chain, with too few votes; and votes under its own good signature for ledger blocks and views that there are not."""
+
+    def __init__(self, simulation: "Simulation", own: MemberId) -> None:
+        self.simulation = simulation
+        self.own = own
+        self.heard: deque[Message] = deque(maxlen=REMEMBERED)
+
+    def hear(self, message: Message) -> None:
+        self.heard.append(message)
+
+    def act(self) -> None:
+        chance = self.simulation.random
+        for _ in range(chance.randint(1, 6)):
+            message = self._nonsense() if chance.random() < 0.4 or not self.heard else self._spoiled()
+            for to in self.simulation.nodes:
+                if chance.random() < 0.5:
+                    self.simulation.send(self.own, to, message)
+        self.simulation.at(chance.randint(1, LONGEST_PAUSE_MS), self.act)
+
+    def _spoiled(self) -> Message:
+        chance = self.simulation.random
+        message = chance.choice(list(self.heard))
+        match message:
+            case Notarization() | Nullification() if chance.random() < 0.5:
+                return replace(message, votes=message.votes[:1])
+            case Notarization() | Nullification():
+                return replace(message, votes=tuple(_unsigned(vote) for vote in message.votes))
+            case Vote() | Stalled() if chance.random() < 0.3:
+                return replace(message, epoch=message.epoch + 1)
+            case Vote() | Stalled() if chance.random() < 0.3:
+                return replace(message, chain_id=ZERO_DIGEST)
+            case Vote() | Proposal() | Certificate():
+                return _unsigned(message)
+        return message
+
+    def _nonsense(self) -> Vote:
+        """A vote that its signature is good for."""
+        chance = self.simulation.random
+        views = [node.engine.view for node in self.simulation.nodes.values() if node.engine is not None] or [1]
+        view = View(max(1, chance.choice((0, max(views) + chance.randint(-3, 3), max(views) + FAR_VIEWS))))
+        kind = chance.choice(list(VoteKind))
+        block = ZERO_DIGEST if kind == VoteKind.NULLIFY else Digest(chance.randbytes(32))
+        return self.simulation.cryptography.vote(self.own, kind, view, block)
+
+
+def _unsigned(message: M) -> M:
+    return replace(message, signature=bytes(len(message.signature)))

@@ -19,6 +19,7 @@ from consensus.effect import Message
 from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import Committee, Genesis
 from consensus.participant import MemberSecrets
+from consensus.rejection import Reason, Rejected
 from consensus.vote import (
     Notarization,
     Nullification,
@@ -76,7 +77,21 @@ class Names:
         return Proposal(version=1, header=encode(header), body=body, signature=b"name")
 
     def check(self, message: Message) -> None:
-        """Nothing to check."""
+        """Chain, epoch, names in place of signatures, and quorums."""
+        match message:
+            case Notarization() | Nullification():
+                if not self._committee.has_quorum(MemberId(vote.voter) for vote in message.votes):
+                    raise Rejected(Reason.QUORUM_NOT_REACHED, "too few votes")
+                for vote in message.votes:
+                    self.check(vote)
+            case Vote() | Stalled() if message.chain_id != self._committee.chain_id:
+                raise Rejected(Reason.WRONG_CHAIN, "another chain's")
+            case Vote() | Stalled() if message.epoch != 0:
+                raise Rejected(Reason.WRONG_EPOCH, "another epoch's")
+            case Vote() | Proposal() if message.signature != b"name":
+                raise Rejected(Reason.BAD_SIGNATURE, "not by that name")
+            case Certificate() if message.signature != b"sum":
+                raise Rejected(Reason.BAD_CERTIFICATE, "not the sum")
 
     def combine(self, view: View, block: Digest, votes: tuple[Vote, ...]) -> Certificate:
         culprits = tuple(MemberId(vote.voter) for vote in votes if vote.share != b"share")

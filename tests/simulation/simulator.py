@@ -24,7 +24,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from simulation.adversary import Adversary
+from simulation.adversary import Adversary, GarbageSender
 from simulation.cryptography import Cryptography, Names
 
 from consensus.block import Body, Header, genesis_header
@@ -60,6 +60,7 @@ from consensus.membership import (
     committee,
     default_threshold,
 )
+from consensus.rejection import Rejected
 from consensus.vote import (
     Proposal,
     Vote,
@@ -103,6 +104,8 @@ class Plan:
     """Correct, with every message ten times as long on its way."""
     forgers: tuple[int, int, int] = (0, 0, 0)
     """Correct but for the certificate shares on their finalize votes, which are not theirs (real cryptography only)."""
+    garbage: tuple[int, int, int] = (0, 0, 0)
+    """Send spoiled messages, those of other epochs and chains, and signed votes for what there is not."""
     censors: tuple[int, int, int] = (0, 0, 0)
     """Leave an urgent event out of their ledger blocks and vote for none that holds it."""
     urgent_ms: int = 0
@@ -203,13 +206,17 @@ class Simulation:
         self.slow: set[MemberId] = set()
         self.forgers: set[MemberId] = set()
         self.censors: set[MemberId] = set()
+        self.garbage: set[MemberId] = set()
+        self.refused: dict[str, int] = {}
+        """Messages that a host refused before its engine saw them, by reason."""
         self._assign()
         self.nodes = {
             member.id: Node(self, member.id)
             for member in self.committee.voters
-            if member.id not in self.traitors | self.silent
+            if member.id not in self.traitors | self.silent | self.garbage
         }
         self.adversary = Adversary(self) if self.traitors else None
+        self.garbage_senders = [GarbageSender(self, member) for member in sorted(self.garbage)]
 
     def _assign(self) -> None:
         for index, role in enumerate(VOTING_ROLES):
@@ -221,6 +228,9 @@ class Simulation:
                 others = [voter.id for voter in self.committee.voters if voter.id != member]
                 self.deaf_to[member] = set(others[::2])
             first = ids[: len(ids) - bad - mute]
+            noise = self.plan.garbage[index]
+            self.garbage.update(first[len(first) - noise :])
+            first = first[: len(first) - noise]
             self.slow.update(first[len(first) - self.plan.slow[index] :])
             self.forgers.update(first[len(first) - self.plan.forgers[index] :])
             self.censors.update(first[len(first) - self.plan.censors[index] :])
@@ -235,6 +245,8 @@ class Simulation:
             self.at(0, self._partition)
         if self.adversary is not None:
             self.at(1, self.adversary.act)
+        for sender in self.garbage_senders:
+            self.at(1, sender.act)
         self.at(self.plan.heal_ms, self._heal)
         while self._heap and self._heap[0][0] <= self.plan.end_ms:
             self.now_ms, _, action = heapq.heappop(self._heap)
@@ -293,6 +305,8 @@ class Simulation:
     def broadcast(self, sender: MemberId, message: Message) -> None:
         if self.adversary is not None:
             self.adversary.hear(message)
+        for sender_of_garbage in self.garbage_senders:
+            sender_of_garbage.hear(message)
         for to in self.nodes:
             self.send(sender, to, message)
 
@@ -305,7 +319,7 @@ class Simulation:
         if self.judge_votes and (before != vote.block or both):
             raise DoubleVote(f"seed {self.seed}: voter {voter.hex()[:8]} in view {vote.view}: {cast}")
         if vote.kind == VoteKind.FINALIZE:
-            voters = self.finalize_votes.setdefault((vote.view, vote.block), set(self.traitors))
+            voters = self.finalize_votes.setdefault((vote.view, vote.block), self.traitors | self.garbage)
             voters.add(voter)
             if self.committee.has_quorum(voters):
                 self.certifiable(Digest(vote.block))
@@ -447,7 +461,14 @@ class Node:
     def deliver(self, message: Message, sender: MemberId) -> None:
         if self.engine is None or not self.engine.wants(message):
             return
-        self.simulation.cryptography.check(message)
+        try:
+            self.simulation.cryptography.check(message)
+        except Rejected as refusal:
+            if sender not in self.simulation.garbage:
+                raise
+            refused = self.simulation.refused
+            refused[refusal.reason.value] = refused.get(refusal.reason.value, 0) + 1
+            return
         if isinstance(message, Proposal):
             self.store[message.digest] = message
         self.step("receive", lambda engine: engine.receive(message, sender, self.simulation.now_ms))

@@ -15,6 +15,7 @@ from simulation.cryptography import Keys
 from simulation.outcomes import outcomes, worst_gap_ms
 from simulation.simulator import DELAY_MS, Fork, Plan, Simulation
 
+from consensus.engine import LOOKAHEAD_VIEWS
 from consensus.evidence import EvidenceReport, convicted
 from consensus.membership import SCHEME_NEEDS
 
@@ -46,6 +47,7 @@ LIVE = {
     "4/4/4, one selective per role": (Plan(selective=(1, 1, 1), **CHAOS, end_ms=11_000), 25),
     "4/4/4, one slow per role": (Plan(slow=(1, 1, 1), **CHAOS, end_ms=14_000), 15),
     "4/4/4, one forger of shares per role": (Plan(forgers=(1, 1, 1), **CHAOS, end_ms=11_000), 15),
+    "4/4/4, one sender of garbage per role": (Plan(garbage=(1, 1, 1), **CHAOS, end_ms=11_000), 15),
     "4/4/4, one traitor per role": (Plan(traitors=(1, 1, 1), **CHAOS, end_ms=11_000), 25),
     "4/4/4, one traitor per role that pushes timestamps": (
         Plan(traitors=(1, 1, 1), pushed=0.5, **CHAOS, end_ms=11_000),
@@ -181,6 +183,23 @@ def test_censors_win_nothing_under_the_rule_but_a_log_that_waits() -> None:
         simulation = Simulation(seed, alone).run()
         assert all(node.head.digest in simulation.with_urgent for node in simulation.nodes.values())
         assert worst_gap_ms(simulation) <= BOUND_IN_DELAYS * DELAY_MS
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_garbage_is_refused_by_name_and_fills_no_engine(real: bool) -> None:
+    plan = Plan(counts=(3, 3, 3), thresholds=(2, 2, 2), garbage=(1, 1, 1), end_ms=1_500 if real else 6_000)
+    cryptography = None
+    if real:
+        counts = {"data-source": 3, "governance": 3, "operator": 3}
+        thresholds = dict.fromkeys(counts, 2)
+        cryptography = Keys(*make_genesis(counts, certificate_scheme="ed25519", thresholds=thresholds))
+    voters = None if cryptography is None else cryptography.committee
+    simulation = Simulation(2, plan, cryptography=cryptography, voters=voters).run()
+    assert {"wrong-chain", "wrong-epoch", "bad-signature"} <= set(simulation.refused)
+    for node in simulation.nodes.values():
+        assert node.head.height > 3
+        assert node.engine is not None
+        assert len(node.engine._rounds) <= LOOKAHEAD_VIEWS + 2
 
 
 @pytest.mark.parametrize("scheme", SCHEME_NEEDS)
