@@ -88,7 +88,7 @@ def stopped(demo: subprocess.Popen[bytes], number: signal.Signals = signal.SIGIN
 def test_whole_demonstration_proves_what_it_says_and_leaves_no_process(tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "out"
     with running_demo(tmp_path, cache, "--keep-running") as (demo, output):
-        text = wait_for("countersign policy show --config", output, demo, 240.0)
+        text = wait_for("countersign policy show --config", output, demo, 420.0)
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
 
         assert summary["passed"]
