@@ -1,21 +1,18 @@
 """From a source to its examples: sketches of the leading sources, opened and dotted with the query.
 
-A sketch is the low-rank part of what one example added to the gradients of one step (``trainer_client/sketches.py``
+A sketch is the low-rank part of what one example added to the gradients of a window (``trainer_client/sketches.py``
 writes them, the window's list binds them to the log). Only the files of sources that stand out are opened. What the
 sketches leave out is known: their sum is held against the source's exact score, from its accumulators.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
-from attribution.weights import WindowFile
+from attribution.weights import WindowFile, read_blob
 from consensus.accumulators import WindowEntry
 from consensus.rejection import Reason, Rejected
 
@@ -113,31 +110,20 @@ def read_sketches(file: WindowFile, entry: WindowEntry, query: Mapping[str, Tens
     """
     if not entry.sketches_sha256:
         raise Rejected(Reason.NOT_FOUND, "the window lists no sketches of it")
-    path = file.directory / "blobs" / f"{entry.sketches_sha256.hex()}.safetensors"
-    try:
-        if path.stat().st_size != entry.sketches_bytes:
-            raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has not the {entry.sketches_bytes} bytes committed to")
-        content = path.read_bytes()
-    except OSError as error:
-        raise Rejected(Reason.NOT_FOUND, f"{path}: {error.strerror}") from error
-    if hashlib.sha256(content).digest() != entry.sketches_sha256:
-        raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has not the SHA-256 committed to")
-    try:
-        tensors = load(content)
-    except SafetensorError as error:
-        raise Rejected(Reason.MALFORMED, f"{path} is no safetensors file: {error}") from error
-    examples, visits = _visited(str(path), tensors.pop("examples", None), tensors.pop("visits", None), file)
+    tensors = read_blob(file.directory, entry.sketches_sha256, entry.sketches_bytes)
+    blob = f"sketches {entry.sketches_sha256.hex()}"
+    examples, visits = _visited(blob, tensors.pop("examples", None), tensors.pop("visits", None), file)
     factors = {}
     for name in sorted({label.rpartition("/")[0] for label in tensors}):
         parts = tuple(tensors.pop(f"{name}/{label}", None) for label in ("left", "right", "scale"))
         left, right, scale = parts
         if left is None or right is None or scale is None:
-            raise Rejected(Reason.MALFORMED, f"{path}: the factors of {name!a:.100} are not whole")
+            raise Rejected(Reason.MALFORMED, f"{blob}: the factors of {name!a:.100} are not whole")
         if not _fits(left, right, scale, len(examples), query.get(name)):
-            raise Rejected(Reason.MALFORMED, f"{path}: the factors of {name!a:.100} are not of this model's shapes")
+            raise Rejected(Reason.MALFORMED, f"{blob}: the factors of {name!a:.100} are not of this model's shapes")
         factors[name] = (left, right, scale)
     if tensors or not factors:
-        raise Rejected(Reason.MALFORMED, f"{path}: expected left, right and scale of each parameter, and nothing else")
+        raise Rejected(Reason.MALFORMED, f"{blob}: expected left, right and scale of each parameter, and nothing else")
     return Sketches(examples, visits, factors)
 
 
@@ -154,20 +140,20 @@ def _entries(files: Sequence[WindowFile], source: bytes) -> Iterator[tuple[Windo
                 yield file, entry
 
 
-def _visited(path: str, examples: Tensor | None, visits: Tensor | None, file: WindowFile) -> tuple[Tensor, Tensor]:
+def _visited(blob: str, examples: Tensor | None, visits: Tensor | None, file: WindowFile) -> tuple[Tensor, Tensor]:
     """Both lists, if they are whole, in order, of the window's steps and of one another."""
     if examples is None or examples.dtype != torch.int64 or examples.dim() != 1 or not len(examples):
-        raise Rejected(Reason.MALFORMED, f"{path}: expected examples, int64 [N]")
+        raise Rejected(Reason.MALFORMED, f"{blob}: expected examples, int64 [N]")
     if visits is None or visits.dtype != torch.int64 or visits.dim() != 2 or visits.shape[1] != 2:
-        raise Rejected(Reason.MALFORMED, f"{path}: expected visits, int64 [M, 2]")
+        raise Rejected(Reason.MALFORMED, f"{blob}: expected visits, int64 [M, 2]")
     numbers, rows = examples.tolist(), [tuple(row) for row in visits.tolist()]
     if any(not first < second for held in (numbers, rows) for first, second in pairwise(held)) or numbers[0] < 0:
-        raise Rejected(Reason.MALFORMED, f"{path}: examples or visits are not in strictly increasing order")
+        raise Rejected(Reason.MALFORMED, f"{blob}: examples or visits are not in strictly increasing order")
     if {example for _, example in rows} != set(numbers):
-        raise Rejected(Reason.MALFORMED, f"{path}: visits are not of the examples listed")
+        raise Rejected(Reason.MALFORMED, f"{blob}: visits are not of the examples listed")
     if rows[0][0] < file.window.first or rows[-1][0] > file.window.last:
         raise Rejected(
-            Reason.MALFORMED, f"{path}: visits outside of the steps {file.window.first} to {file.window.last}"
+            Reason.MALFORMED, f"{blob}: visits outside of the steps {file.window.first} to {file.window.last}"
         )
     return examples, visits
 

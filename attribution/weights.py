@@ -97,7 +97,7 @@ def find_windows(directory: Path, campaign: bytes, windows: tuple[Window, ...]) 
         try:
             file = _open_window(directory, campaign, window)
             for entry in file.listed.entries:
-                _read_blob(file, entry)
+                _read_sums(file, entry)
         except Rejected as error:
             missing.append(Missing(window, str(error)))
         else:
@@ -114,10 +114,10 @@ def accumulators_of(file: WindowFile) -> Iterator[tuple[WindowEntry, Mapping[str
     Raises:
         Rejected: ``DIGEST_MISMATCH``, ``NOT_FOUND``, ``MALFORMED``; ``COUNTS_NOT_CONSERVED``.
     """
-    difference = dict(_read_blob(file, file.listed.total))
+    difference = dict(_read_sums(file, file.listed.total))
     scale = dict.fromkeys(difference, 0.0)
     for entry in file.listed.of_sources:
-        sums = _read_blob(file, entry)
+        sums = _read_sums(file, entry)
         for name, part in sums.items():
             if name not in difference or difference[name].shape != part.shape:
                 raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"{file.directory}: {name!a} is no part of the total")
@@ -149,22 +149,33 @@ def _open_window(directory: Path, campaign: bytes, window: Window) -> WindowFile
     return WindowFile(window, listed, directory)
 
 
-def _read_blob(file: WindowFile, entry: WindowEntry) -> dict[str, Tensor]:
-    path = file.directory / "blobs" / f"{entry.blob_sha256.hex()}.safetensors"
+def _read_sums(file: WindowFile, entry: WindowEntry) -> dict[str, Tensor]:
+    found = read_blob(file.directory, entry.blob_sha256, entry.size_bytes)
+    return {name: tensor.float() for name, tensor in found.items()}
+
+
+def read_blob(directory: Path, sha256: bytes, size_bytes: int) -> dict[str, Tensor]:
+    """The tensors of a file that a window's list commits to.
+
+    Raises:
+        Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``, ``MALFORMED``.
+    """
+    path = directory / "blobs" / f"{sha256.hex()}.safetensors"
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes != entry.size_bytes:
-            raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has {size_bytes} bytes, committed are {entry.size_bytes}")
+        found_bytes = path.stat().st_size
+        if found_bytes != size_bytes:
+            raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has {found_bytes} bytes, committed are {size_bytes}")
         content = path.read_bytes()
     except OSError as error:
         raise Rejected(Reason.NOT_FOUND, f"{path}: {error.strerror}") from error
     digest = hashlib.sha256(content).digest()
-    if digest != entry.blob_sha256:
+    if digest != sha256:
         raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has SHA-256 {digest.hex()}")
     try:
-        return {name: tensor.float() for name, tensor in load(content).items()}
+        tensors: dict[str, Tensor] = load(content)
     except SafetensorError as error:
         raise Rejected(Reason.MALFORMED, f"{path} is no safetensors file: {error}") from error
+    return tensors
 
 
 def load_model(
@@ -240,6 +251,9 @@ def linear_weights(model: nn.Module) -> dict[str, LinearWeight]:
     """Weights of linears by name, in the model's order; a shared one once, none that an embedding shares or is frozen.
 
     These are the weights that accumulators can be of (``trainer_client.routed_modules.observed_parameters``).
+
+    Raises:
+        Rejected: ``BAD_FIELD`` for a model with none.
     """
     found: dict[str, LinearWeight] = {}
     seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -252,6 +266,8 @@ def linear_weights(model: nn.Module) -> dict[str, LinearWeight]:
         if id(held.weight) not in seen and held.weight.requires_grad:
             seen.add(id(held.weight))
             found[f"{name}.weight" if name else "weight"] = held
+    if not found:
+        raise Rejected(Reason.BAD_FIELD, "no weight of a linear was tuned: there is nothing a trace can speak of")
     return found
 
 

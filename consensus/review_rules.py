@@ -8,6 +8,8 @@
 Each has a record of its own under the campaign's prefix of its table, so that all of a campaign's are provable at once.
 """
 
+import msgspec
+
 from consensus.campaign_rules import changed, job_event
 from consensus.event import CheckedEvent
 from consensus.identifiers import MemberId, Role
@@ -70,7 +72,7 @@ def admit_evaluation(view: StateView, event: CheckedEvent, timestamp_ms: int, co
         key = review_key(EVALUATION_TABLE, campaign, finding)
         held = view.get(key, EvaluationRecord, Reason.NOT_FOUND, "evaluation")
         if held.test == test and held.standing == Standing.UNMET:
-            view.put(key, with_standing(held, Standing.SUPERSEDED))
+            view.put(key, _standing(held, Standing.SUPERSEDED))
         else:
             findings.append(finding)
     if missed:
@@ -97,10 +99,7 @@ def admit_decision(view: StateView, event: CheckedEvent, timestamp_ms: int, comm
     decision = event.governance
     assert isinstance(decision, Decision)
     campaign = event.entry.campaign
-    record, head = _campaign(view, event)
-    key = review_key(DECISION_TABLE, campaign, event.id)
-    if view.find(key, DecisionRecord) is not None:
-        raise Rejected(Reason.DUPLICATE, f"decision {event.id.hex()} is on the log")
+    record, head, key = _campaign(view, event, DECISION_TABLE, DecisionRecord)
     if decision.outcome not in OUTCOMES:
         raise Rejected(Reason.BAD_FIELD, f"outcome {decision.outcome!a:.60}, expected {', '.join(sorted(OUTCOMES))}")
     evaluated = review_key(EVALUATION_TABLE, campaign, decision.subject)
@@ -118,7 +117,7 @@ def admit_decision(view: StateView, event: CheckedEvent, timestamp_ms: int, comm
         if evaluation is None:
             raise Rejected(Reason.BAD_FIELD, f"only an evaluation is {decision.outcome}ed; other subjects are noted")
         accepted = decision.outcome == ACCEPT
-        view.put(evaluated, with_standing(evaluation, Standing.ACCEPTED if accepted else Standing.REJECTED))
+        view.put(evaluated, _standing(evaluation, Standing.ACCEPTED if accepted else Standing.REJECTED))
         findings = [finding for finding in head.open_findings if finding != decision.subject]
         if not accepted:
             findings.append(decision.subject)
@@ -140,10 +139,7 @@ def admit_audit_result(view: StateView, event: CheckedEvent, timestamp_ms: int, 
     result = event.governance
     assert isinstance(result, AuditResult)
     campaign = event.entry.campaign
-    _, head = _campaign(view, event)
-    key = review_key(AUDIT_TABLE, campaign, event.id)
-    if view.find(key, AuditRecord) is not None:
-        raise Rejected(Reason.DUPLICATE, f"audit result {event.id.hex()} is on the log")
+    _, head, key = _campaign(view, event, AUDIT_TABLE, AuditRecord)
     check_audit(result)
     if result.last_step > head.steps:
         raise Rejected(
@@ -160,24 +156,20 @@ def admit_audit_result(view: StateView, event: CheckedEvent, timestamp_ms: int, 
     view.put(key, record)
 
 
-def with_standing(record: EvaluationRecord, standing: Standing) -> EvaluationRecord:
-    """The record, standing otherwise."""
-    return EvaluationRecord(
-        record.campaign,
-        record.event,
-        record.test,
-        record.steps,
-        record.parameter_root,
-        standing.value,
-        record.recorded_at_ms,
-    )
-
-
-def _campaign(view: StateView, event: CheckedEvent) -> tuple[CampaignRecord, CampaignHead]:
-    """Record and head of the event's campaign, open or closed; the event is numbered 0, as members' events are."""
+def _campaign(
+    view: StateView, event: CheckedEvent, table: bytes, kept_as: type[DecisionRecord | AuditRecord]
+) -> tuple[CampaignRecord, CampaignHead, bytes]:
+    """Record and head of a member's review's campaign, open or closed, and the key to keep the review under."""
     identifier = event.entry.campaign
     if event.entry.sequence or event.entry.attempt:
         raise Rejected(Reason.BAD_FIELD, f"a {event.entry.kind.value} event has sequence and attempt 0")
     record = view.get(CAMPAIGN_TABLE + identifier, CampaignRecord, Reason.UNKNOWN_CAMPAIGN, "campaign")
     head = view.get(CAMPAIGN_HEAD_TABLE + identifier, CampaignHead, Reason.UNKNOWN_CAMPAIGN, "campaign")
-    return record, head
+    key = review_key(table, identifier, event.id)
+    if view.find(key, kept_as) is not None:
+        raise Rejected(Reason.DUPLICATE, f"{event.entry.kind.value} {event.id.hex()} is on the log")
+    return record, head, key
+
+
+def _standing(record: EvaluationRecord, standing: Standing) -> EvaluationRecord:
+    return msgspec.structs.replace(record, standing=standing.value)

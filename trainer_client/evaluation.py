@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 
 from consensus.rejection import ConfigError
-from consensus.review import AT_LEAST, AT_MOST, DataSlice, Metric, Threshold
+from consensus.review import AT_LEAST, AT_MOST, MICRO, DataSlice, Metric, Threshold
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
 RESAMPLED_AT_ONCE = 64
-MICRO = 1_000_000
 LARGEST = (2**53 - 1) / MICRO
 
 

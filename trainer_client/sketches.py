@@ -44,7 +44,6 @@ TINY = 1e-30
 Factored = tuple[Tensor, Tensor, Tensor]
 """``left`` int8 ``[B, r, P]``, ``right`` int8 ``[B, r, Q]``, ``scale`` float32 ``[B, r]``."""
 
-
 Place = tuple[bytes, bytes, int]
 """Policy, source and example."""
 
@@ -127,10 +126,6 @@ class SketchBook:
             part[rows] = sums
         return new
 
-    def drop_step(self) -> None:
-        """Forget the step being taken."""
-        self._open, self._pending, self._batches = {}, {}, []
-
     def end_window(self) -> "WindowSketches":
         """The window's sketches; the next one begins empty."""
         window, self._window = self._window, WindowSketches({}, [], {})
@@ -143,7 +138,7 @@ class SketchBook:
 
     def go_back_to(self, window: "WindowSketches") -> None:
         """Those of a window as it was; what the step being taken added is dropped."""
-        self.drop_step()
+        self._open, self._pending, self._batches = {}, {}, []
         self._window = window
 
     def _close_micro_batch(self) -> None:

@@ -384,6 +384,13 @@ def test_factors_precondition_as_the_damped_inverse_of_the_fisher_of_one_linear_
     assert refusal.value.reason is Reason.MALFORMED
 
 
+def test_model_without_a_tuned_linear_is_refused_by_name() -> None:
+    model = ByteModel(CONFIG).requires_grad_(False)
+    with pytest.raises(Rejected, match="no weight of a linear was tuned") as refusal:
+        linear_weights(model)
+    assert refusal.value.reason is Reason.BAD_FIELD
+
+
 def test_log_odds_gradient_is_that_of_finite_differences_and_lives_where_the_model_is_sure() -> None:
     model = ByteModel(CONFIG).double()
     tokens = tuple(b"The keeper of Arnholt")
