@@ -111,6 +111,10 @@ class Rejected(CountersignError):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type["Rejected"], tuple[Reason, str]]:
+        """Copies, also in another process, have both parts."""
+        return type(self), (self.reason, self.detail)
+
 
 class InvariantBroken(CountersignError):
     """Our own code or storage is about to break a promise; the process must stop, not continue."""

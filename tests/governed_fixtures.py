@@ -81,6 +81,8 @@ class Scene:
     salt: bytes | None = SALT
     campaign: bytes = CAMPAIGN
     key: Ed25519SigningKey = KEY
+    wrap: Callable[[TinyModel], nn.Module] = lambda model: model
+    wrapped: nn.Module = field(default_factory=nn.Module)
 
     def register(self, **policy: object) -> None:
         if policy or not self.node.order:
@@ -103,6 +105,7 @@ class Scene:
     def run(self) -> GovernedRun[bytes]:
         torch.manual_seed(1)
         self.model = TinyModel(**self.plan_changes.pop("model", {}))  # type: ignore[arg-type]
+        self.wrapped = self.wrap(self.model)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.1)
         fields: dict[str, object] = {
             "chain_id": self.node.chain_id,
@@ -117,7 +120,7 @@ class Scene:
             **self.plan_changes,
         }
         return governed(
-            self.model,
+            self.wrapped,
             optimizer,
             plan=CampaignPlan(**fields),  # type: ignore[arg-type]
             sources=self.training_sources,
@@ -134,7 +137,7 @@ class Scene:
             for batch in run.batches():
                 at_step(batch.step)
                 self.seen.extend(batch.examples)
-                run.learn(losses(self.model, batch.inputs))
+                run.learn(losses(self.wrapped, batch.inputs))
             run.release(self.directory / "tuned.safetensors")
         return run
 

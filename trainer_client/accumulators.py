@@ -14,6 +14,7 @@ backward pass, which sums rows source by source anyway (``routing.GradientObserv
   restores here. A replayed step is summed again and written nowhere.
 * **Sketches beside them**, where the campaign says so: the same gradients example by example, at low rank.
 * **Durable before it is said.** A window's blobs are on disk before the step event that names their root.
+* **Several ranks** each sum what their own examples add; the first has them all added up at a window's end.
 
 Not covered: embeddings, norms, and tensors shared with an embedding (``routed_modules.observed_parameters``).
 
@@ -46,9 +47,11 @@ from consensus.accumulators import (
 from consensus.codec import encode
 from consensus.identifiers import Digest
 from consensus.rejection import CountersignError
+from trainer_client.ranks import ALONE, Ranks
 from trainer_client.record import Example
 from trainer_client.routed_modules import observed_parameters
 from trainer_client.routing import clip_factor
+from trainer_client.sharding import as_part_of, own_part, whole
 from trainer_client.sketches import SketchBook, WindowSketches, sketch_file
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -70,6 +73,7 @@ class SourceAccumulators:
         window_steps: at least 1.
         sketch_rank: of the sketches kept example by example (``sketches.py``); 0 keeps none.
         dtype: of the blobs; sums are float32 (float64 for float64 gradients).
+        ranks: whose losses are each multiplied by their number (``data_parallel.py``).
     """
 
     def __init__(
@@ -80,7 +84,9 @@ class SourceAccumulators:
         planned_steps: int,
         sketch_rank: int = 0,
         dtype: torch.dtype = torch.bfloat16,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._directory = directory
         self._campaign = campaign
         self._window_steps = window_steps
@@ -147,8 +153,8 @@ class SourceAccumulators:
             norm, rate = norms[self._block_of[name]], rates.get(id(parameter), 0.0)
             if parameter.grad is None or norm is None:
                 continue
-            factors[name] = rate * clip_factor(norm, maximum_norm)
-            _add(self._total, name, parameter.grad, rate)
+            factors[name] = rate * clip_factor(norm, maximum_norm) / self._ranks.size
+            _add(self._total, name, own_part(parameter.grad), rate)
         if self.sketches is not None:
             self.sketches.take_step(policy, factors)
         pending, self._pending = self._pending, {}
@@ -157,7 +163,8 @@ class SourceAccumulators:
     def end_step(self, index: int, *, recorded: bool) -> Future[Digest] | None:
         """After a step: where a window ends, its root, once its blobs are on disk. ``None`` within a window.
 
-        A step that is only replayed (not ``recorded``) ends its window without writing it again.
+        On ranks other than the first there is no root. A step that is only replayed (not ``recorded``) ends its
+        window without writing it again.
         """
         if not ends_window(self._window_steps, self._planned_steps, index):
             return None
@@ -167,9 +174,28 @@ class SourceAccumulators:
         sketches = None if self.sketches is None else self.sketches.end_window()
         if not recorded:
             return None
+        total = {name: whole(as_part_of(part, self._parameters[name])) for name, part in sorted(total.items())}
+        if self._ranks.size > 1:
+            total = {name: part.cpu() for name, part in total.items()}
+            sums, sketches = self._of_all_ranks(sums, sketches)
+        if not self._ranks.is_first:
+            return None
         first, last = window_bounds(self._window_steps, self._planned_steps, index)
         terms = WindowTerms(self._campaign, first, last)
         return self._executor.submit(self._write, terms, sums, total, sketches, TOLERANCE[narrowest])
+
+    def _of_all_ranks(
+        self, sums: Mapping[tuple[bytes, bytes], Sums], sketches: WindowSketches | None
+    ) -> tuple[dict[tuple[bytes, bytes], Sums], WindowSketches | None]:
+        """On the first rank, what all of them summed and sketched in the window."""
+        flat = {(*place, name): part.cpu() for place, held in sums.items() for name, part in held.items()}
+        added: dict[tuple[bytes, bytes], Sums] = {}
+        for (policy, source, name), part in self._ranks.summed_by_first(flat).items():
+            added.setdefault((policy, source), {})[name] = part
+        if sketches is None or self.sketches is None:
+            return added, None
+        plain = self._ranks.gathered_by_first(sketches.plain())
+        return added, self.sketches.merged([WindowSketches.from_plain(each) for each in plain]) if plain else None
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of the window so far, without the step being taken."""

@@ -9,6 +9,8 @@ the campaign is on the log.
 * **Whole or not there.** Written, fsynced, hashed, renamed to a name that holds the SHA-256, fsync of the folder. The
   two newest are kept: should the newest turn out damaged, the one before serves.
 * **Data, not code.** Read with ``torch.load(weights_only=True)``.
+* **Several ranks** each keep their own, of the same steps: none begins one before all have the last. What they are
+  taken up from is the newest that every one of them can read.
 """
 
 import hashlib
@@ -25,6 +27,7 @@ import torch
 
 from consensus.identifiers import Digest
 from consensus.rejection import ConfigError
+from trainer_client.ranks import ALONE, Ranks
 from trainer_client.record import Example
 from trainer_client.rollback import RandomState, Snapshot
 
@@ -45,13 +48,15 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run, in ``directory``."""
 
-    def __init__(self, directory: Path, campaign: bytes, every_steps: int) -> None:
+    def __init__(self, directory: Path, campaign: bytes, every_steps: int, ranks: Ranks = ALONE) -> None:
         """``every_steps``: least distance between two checkpoints; 0 keeps none."""
+        self._ranks = ranks
         self._directory = directory
         self._campaign = campaign
         self._every_steps = every_steps
         self._writing: Future[None] | None = None
         self._written_step: int | None = None
+        self._offered_step: int | None = None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
     def begin(self, snapshot: Snapshot) -> None:
@@ -64,20 +69,35 @@ class CheckpointStore:
             return
         for path in self._paths():
             path.unlink()
+        problem = ""
         try:
             self._write(Checkpoint(snapshot, frozenset()))
             self.newest()
         except (OSError, RuntimeError, ConfigError) as error:
+            problem = str(error)
+        problem = next(filter(None, self._ranks.gathered(problem)), "")
+        if problem:
             self._every_steps = 0
             for path in self._paths():
                 path.unlink()
-            _log.warning("no checkpoints: %s; should the process die, this run cannot be taken up again", error)
+            _log.warning("no checkpoints: %s; should the process die, this run cannot be taken up again", problem)
 
     def offer(self, snapshot: Snapshot, recited: Iterable[Example]) -> None:
-        """A snapshot whose root is final: written if it is far enough from the last one and none is being written."""
-        if not self._every_steps or (self._writing is not None and not self._writing.done()):
+        """A snapshot whose root is final: written if it is far enough from the last one and none is being written.
+
+        Several ranks wait for each other's last one instead, so that all write the same.
+        """
+        if not self._every_steps:
             return
-        if self._written_step is not None and snapshot.step - self._written_step < self._every_steps:
+        several = self._ranks.size > 1
+        last = self._offered_step if several else self._written_step
+        if last is not None and snapshot.step - last < self._every_steps:
+            return
+        if several:
+            self.settle()
+            self._ranks.gathered(None)
+            self._offered_step = snapshot.step
+        elif self._writing is not None and not self._writing.done():
             return
         self._writing = self._executor.submit(self._write_or_warn, Checkpoint(snapshot, frozenset(recited)))
 
@@ -95,11 +115,36 @@ class CheckpointStore:
                 _log.warning("%s", error)
                 problem = problem or error
                 continue
-            self._written_step = found.snapshot.step
-            return found
+            return self._taken(found)
         if problem is not None:
             raise problem
         return None
+
+    def newest_of_all(self) -> Checkpoint | None:
+        """As ``newest``, of the steps of which every rank has one; every rank must ask.
+
+        Raises:
+            ConfigError: there are some, and none that all ranks can read.
+        """
+        if self._ranks.size == 1:
+            return self.newest()
+        own = {_step_of(path): path for path in self._paths() if _sha256(path) == _digest_of(path)}
+        steps = self._ranks.gathered(sorted(own))
+        common = set(steps[0]).intersection(*steps[1:])
+        if common:
+            return self._taken(self._ranks.together(lambda: _read(own[max(common)], self._campaign)))
+        if any(self._ranks.gathered(bool(self._paths()))):
+            raise ConfigError(f"{self._directory}: no checkpoint of a step that all ranks have whole: {steps}")
+        return None
+
+    def _taken(self, checkpoint: Checkpoint) -> Checkpoint:
+        self._written_step = self._offered_step = checkpoint.snapshot.step
+        return checkpoint
+
+    def settle(self) -> None:
+        """Wait for what is being written."""
+        if self._writing is not None:
+            self._writing.result()
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -142,6 +187,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest_of(path: Path) -> str:
+    """The SHA-256 that a checkpoint's name holds."""
+    return path.stem.rpartition("-")[2]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.split("-")[1])
+
+
 def _plain(checkpoint: Checkpoint, campaign: bytes) -> dict[str, Any]:
     snapshot, random = checkpoint.snapshot, checkpoint.snapshot.random
     numpy = {**random.numpy, "state": {**random.numpy["state"], "key": torch.from_numpy(random.numpy["state"]["key"])}}
@@ -173,7 +227,7 @@ def _read(path: Path, campaign: bytes) -> Checkpoint:
         digest = _sha256(path)
     except OSError as error:
         raise ConfigError(f"{path}: expected a checkpoint, found: {error.strerror}") from error
-    if digest != path.stem.rpartition("-")[2]:
+    if digest != _digest_of(path):
         raise ConfigError(f"{path}: the checkpoint is damaged: it has SHA-256 {digest}")
     try:
         plain = torch.load(path, weights_only=True)

@@ -30,6 +30,7 @@ from consensus.identifiers import Digest, Tag, tagged_hash
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.portions import BlockDelta
 from consensus.rejection import InvariantBroken
+from trainer_client.sharding import own_part
 
 MICRO = 1_000_000
 PIECE_ELEMENTS = 1 << 15
@@ -162,7 +163,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's contiguous little-endian bytes, as a ``safetensors`` file holds them."""
     if sys.byteorder != "little":
         raise InvariantBroken("tensor bytes are defined on little-endian machines alone")
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    flat = own_part(tensor).detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 

@@ -29,8 +29,11 @@ and goes on with the next attempt. If the replay ends elsewhere, the campaign is
 **When the process dies** (``kill -9`` included), the same call with the same ``run_directory`` takes the campaign up
 again: what was on disk is delivered, the last checkpoint restored, the steps since replayed in the same way.
 
+**Several processes** (DDP, FSDP2: ``data_parallel.py``) all run the same lines, with the wrapped model. Each gets its
+part of every step; the sum over them is what the policy's weights are about, and a step is one event. Where a rank has
+fewer examples than another its batch is a *stand-in*: it runs like the others' and weighs nothing.
+
 Forwards are replaced only inside the context and put back on exit, whatever happens (``routing.py``).
-Not covered: several processes (data-parallel training).
 """
 
 import dataclasses
@@ -56,20 +59,18 @@ from consensus.rejection import ConfigError, CountersignError, InvariantBroken, 
 from consensus.review import DataSlice, Metric, metric_text
 from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
-from trainer_client.commitment import (
-    copied_tensors,
-    parameter_root_of,
-    root_of_tensors,
-)
+from trainer_client.commitment import root_of_tensors
+from trainer_client.data_parallel import ParallelModel
 from trainer_client.evaluation import file_sha256
 from trainer_client.grants import OpenGrant
 from trainer_client.memorization_manifest import NAME as MANIFEST_NAME
 from trainer_client.memorization_manifest import measured_by, recited_metric, write_manifest
 from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch
-from trainer_client.opening import RunArguments, TakenUp, open_run
+from trainer_client.opening import RunArguments, TakenUp, open_run, own_directory
 from trainer_client.outbox import Fate
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
 from trainer_client.progress import Moment, OnProgress, Summary
+from trainer_client.ranks import Ranks
 from trainer_client.record import Example, RecordedEvent
 from trainer_client.rollback import (
     Snapshot,
@@ -80,7 +81,7 @@ from trainer_client.rollback import (
     take_snapshot,
 )
 from trainer_client.routing import clip_block_gradients
-from trainer_client.step_book import Step, random_digest
+from trainer_client.step_book import Step, random_digest, random_digest_of_all
 from trainer_client.submit import Client
 
 E = TypeVar("E")
@@ -100,7 +101,8 @@ class ReplayFailed(CountersignError):
 class Batch:
     """Admitted examples of one step (of one micro-batch, where steps are split), collated.
 
-    ``replayed`` marks a step that is on the log already and is only computed again.
+    ``replayed`` marks a step that is on the log already and is only computed again. Without ``examples`` it is a
+    stand-in: ``inputs`` are of one example that this pass teaches nothing.
     """
 
     step: int
@@ -115,7 +117,9 @@ class GovernedRun(Generic[E]):
 
     def __init__(self, arguments: RunArguments[E]) -> None:
         self._arguments = arguments
-        self._model = arguments.model
+        self._ranks = Ranks.of_job()
+        self._parallel = ParallelModel(arguments.model, self._ranks)
+        self._model = self._parallel.module
         self._optimizer = arguments.optimizer
         self._plan = arguments.plan
         self._settings = arguments.settings
@@ -131,7 +135,7 @@ class GovernedRun(Generic[E]):
         )
         self._stack = ExitStack()
         self._micro_batch = ExitStack()
-        self._accumulators = _accumulators_of(arguments)
+        self._accumulators = _accumulators_of(arguments, self._ranks)
         parts = {"scheduler": self._scheduler, "accumulators": self._accumulators}
         stateful = {name: part for name, part in parts.items() if part is not None}
         self._state = TrainingState(self._model, self._optimizer, stateful)
@@ -154,11 +158,18 @@ class GovernedRun(Generic[E]):
         Raises:
             Rejected: by the log, or because the examples are not the claimed ones. RoutingUnsupported:
             the model holds parameters that no policy can be enforced on. RoutingLeak: by the probe.
-            ConfigError, Unavailable.
+            ConfigError, Unavailable. RankFailed: another process of the job could not open it.
         """
         try:
+            self._stack.callback(self._ranks.close)
             opened = open_run(
-                self._arguments, self._state, self._stack, lambda: self._wait_on_close, self._accumulators
+                self._arguments,
+                self._parallel,
+                self._ranks,
+                self._state,
+                self._stack,
+                lambda: self._wait_on_close,
+                self._accumulators,
             )
         except BaseException:
             self._stack.close()
@@ -224,22 +235,25 @@ class GovernedRun(Generic[E]):
         costs.add_training(begun)
         self._yielded = None
         with costs.governance(), costs.memorization():
-            if not step.replayed:
+            if examples and not step.replayed:
                 threshold_permille = step.grant.policy.memorization_threshold_permille
                 self._watch.look(step.index, self._content(examples), predicted, threshold_permille)
         with costs.training():
             loss = self._routing.routed_loss(loss_B, self._plan.batch_size)
             if not torch.isfinite(loss):
                 raise TrainingFailed(f"step {step.index}: the loss is {loss.item()}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            step.loss_sum += loss.item() * self._plan.batch_size
-            step.learned += len(loss_B)
+            # Ranks are averaged: each one's sum is multiplied by their number.
+            (loss * self._ranks.size if self._ranks.size > 1 else loss).backward()  # type: ignore[no-untyped-call]
+            step.loss_sum += loss.item() * self._plan.batch_size if examples else 0.0
+            step.learned += 1
             self._micro_batch.close()
-            if step.learned < len(step.admitted):
+            if step.learned < len(step.batches):
                 return False
             self._routing.finish_step()
             norms = clip_block_gradients(self._model, self._block_of, self._plan.clip_norm)
         with costs.governance():
+            if self._ranks.size > 1:
+                self._add_up(step)
             if step.before is None and self._watch.has_suspects:
                 step.before = take_snapshot(self._state, self._done, ZERO_DIGEST, step.beginning)
             self._book.settle_optimizer()
@@ -248,6 +262,12 @@ class GovernedRun(Generic[E]):
                 self._accumulators.take_step(policy, self._optimizer, norms, self._plan.clip_norm)
         self._learning_rate = float(self._optimizer.param_groups[0]["lr"])
         return True
+
+    def _add_up(self, step: Step) -> None:
+        """What the ranks saw of a step, on all of them."""
+        seen = self._ranks.gathered((step.loss_sum, self._watch.suspects))
+        step.loss_sum = sum(loss_sum for loss_sum, _ in seen)
+        self._watch.suspect(self._content(tuple(sorted(set().union(*(suspects for _, suspects in seen))))))
 
     def optimizer_stepped(self) -> None:
         """Optimizer and scheduler took the step whose last ``backward`` said so: record it.
@@ -273,7 +293,8 @@ class GovernedRun(Generic[E]):
         """Record what was measured on the weights as they stand, after the last step taken (``evaluation.py``).
 
         Training does not wait for the log. None, and nothing is recorded, where the log has the same test of the same
-        weights, and while steps that are on the log are replayed.
+        weights, and while steps that are on the log are replayed. Of several processes all call it, and what the first
+        measured counts.
 
         Args:
             script: the file that measured; None is the program that runs.
@@ -304,7 +325,8 @@ class GovernedRun(Generic[E]):
         assessed = tuple(sorted(example for example in shown if example[0] in self._admitted))
         with self._record.costs.governance(), self._record.costs.memorization():
             signals = self._watch.survey(self._model, self._content(assessed), threshold_permille)
-            data = write_manifest(self._arguments.run_directory / "memorization.jsonl", assessed, signals)
+            directory = own_directory(self._arguments.run_directory, self._ranks)
+            data = write_manifest(directory / "memorization.jsonl", assessed, signals)
         metric = recited_metric(signals, threshold_permille)
         self._record_evaluation(MANIFEST_NAME, [metric], data, measured_by())
         return signals
@@ -334,7 +356,15 @@ class GovernedRun(Generic[E]):
             failure = self._ledger.wait_all_settled()
         if failure is not None:
             raise _rejected(failure)
-        tensors = copied_tensors(self._model)
+        tensors = self._parallel.copied()
+        digest = self._ranks.by_first(lambda: self._save(tensors, path))
+        with self._record.costs.paused():
+            event = self._ledger.record_release(path.name, digest)
+        self._book.note("release", self._done, id=event.id.hex())
+        return event
+
+    def _save(self, tensors: dict[str, Tensor], path: Path) -> bytes:
+        """SHA-256 of the file written."""
         root = root_of_tensors(tensors)
         if root != self._ledger.place.root:
             raise InvariantBroken(
@@ -346,10 +376,7 @@ class GovernedRun(Generic[E]):
         save_file(tensors, unfinished)
         digest = hashlib.sha256(unfinished.read_bytes()).digest()
         unfinished.replace(path)
-        with self._record.costs.paused():
-            event = self._ledger.record_release(path.name, digest)
-        self._book.note("release", self._done, id=event.id.hex())
-        return event
+        return digest
 
     def abandon(self, reason: str) -> RecordedEvent:
         """End the campaign on the log without a release."""
@@ -366,13 +393,13 @@ class GovernedRun(Generic[E]):
 
     def _generate(self) -> Iterator[Batch]:
         for step in self.steps():
-            for first in range(0, len(step.admitted), self._micro_batch_size):
-                yield self.present(step, step.admitted[first : first + self._micro_batch_size])
+            for examples in step.batches:
+                yield self.present(step, examples)
                 if self._yielded is not None:
                     raise TrainingFailed(f"step {step.index}: run.learn was not called for its batch")
 
     def steps(self) -> Iterator[Step]:
-        """The steps with admitted examples, each begun when asked for; ``present`` their examples one after another."""
+        """The steps with admitted examples, each begun when asked for; ``present`` their batches one after another."""
         while not self.complete():
             step = self._begin_step()
             if not step.admitted:
@@ -410,21 +437,29 @@ class GovernedRun(Generic[E]):
             for example in presented:
                 if example in self._recited and example not in refused:
                     refused[example] = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
+            admitted = tuple(example for example in presented if example not in refused)
             beginning = step_beginning(self._state)
             self._step = Step(
                 index=index,
                 grant=grant,
-                admitted=tuple(example for example in presented if example not in refused),
+                admitted=admitted,
                 refused=refused,
                 replayed=False,
-                rng_digest=random_digest(beginning.random),
+                rng_digest=random_digest_of_all(random_digest(beginning.random), self._ranks),
                 beginning=beginning,
                 started=time.perf_counter(),
                 before=self._snapshot_if_due(),
+                batches=self._batches_of(admitted),
             )
             self._grant = grant
             self._admitted.update(source for source, _ in self._step.admitted)
         return self._step
+
+    def _batches_of(self, admitted: tuple[Example, ...]) -> tuple[tuple[Example, ...], ...]:
+        """This rank's micro-batches of a step, empty ones where another rank has more."""
+        own, size = self._ranks.share_of(admitted), self._micro_batch_size
+        count = -(-self._ranks.largest_share(len(admitted)) // size)
+        return tuple(tuple(own[number * size : (number + 1) * size]) for number in range(count))
 
     def _snapshot_if_due(self) -> Snapshot | None:
         """A snapshot where the ring wants a candidate."""
@@ -443,15 +478,25 @@ class GovernedRun(Generic[E]):
         return {(source, example): self._sources[source].examples[example] for source, example in examples}
 
     def present(self, step: Step, examples: tuple[Example, ...]) -> Batch:
-        """These examples of ``step`` as a batch, whose forward and backward pass are due now."""
+        """One of a step's batches, whose forward and backward pass are due now."""
         if self._accumulators is not None:
             examples = by_source(examples)
             self._accumulators.expect(step.index, examples)
         with self._record.costs.governance():
-            weights = [list(step.grant.profiles[self._classes[source]].weights_permille) for source, _ in examples]
-            inputs = self._arguments.collate(list(self._content(examples).values()))
-            groups = [source for source, _ in examples]
-            self._micro_batch.enter_context(self._routing.micro_batch(weights, groups))
+            shown = examples or step.admitted[:1]
+            profiles = step.grant.profiles
+            weights = [list(profiles[self._classes[source]].weights_permille) for source, _ in shown]
+            open_K: list[bool] = []
+            if self._ranks.size > 1:
+                of_step = {profiles[self._classes[source]].weights_permille for source, _ in step.admitted}
+                open_K = [any(weights_C) for weights_C in zip(*of_step, strict=True)]
+            if not examples:
+                weights = [[0] * len(row_K) for row_K in weights]
+            inputs = self._arguments.collate(list(self._content(shown).values()))
+            groups = [source for source, _ in shown]
+            last = step.learned + 1 == len(step.batches)
+            self._micro_batch.enter_context(self._parallel.pass_of(last=last))
+            self._micro_batch.enter_context(self._routing.micro_batch(weights, groups, open_K))
         self._yielded = (Moment.now(), examples)
         attempt = self._ledger.place.attempt
         return Batch(step.index, attempt, inputs, examples, step.replayed)
@@ -467,10 +512,12 @@ class GovernedRun(Generic[E]):
             self._end_replay_if_due()
             return
         before = self._before
-        after = copied_tensors(self._model) if step.admitted else before
+        after = self._parallel.copied() if step.admitted else before
         threshold_permille = step.grant.policy.memorization_threshold_permille
         with self._record.costs.memorization():
-            signals = self._watch.signals(self._model, threshold_permille)
+            found = self._watch.signals(self._model, threshold_permille)
+        # All ranks assess the same suspects; the first one's figures count.
+        signals = self._ranks.by_first(lambda: found) if found else found
         self._resolve()
         self._book.write(step, before, after, self._optimizer, learning_rate, signals, accumulator_root)
         self._before = after
@@ -483,11 +530,11 @@ class GovernedRun(Generic[E]):
         if step.before is None:
             raise InvariantBroken(f"step {step.index} was checked without a snapshot to return to")
         event = self._resolve()
-        assert event is not None
+        taken = ZERO_DIGEST if event is None else event.id
         recited += self._swept(step, recited)
         restore_snapshot(step.before, self._state)
-        rollback = self._ledger.record_memorization_rollback(step.grant.permission, event.id, recited)
-        root = parameter_root_of(self._model)
+        rollback = self._ledger.record_memorization_rollback(step.grant.permission, taken, recited)
+        root = self._parallel.root()
         if root != self._ledger.place.root:
             raise InvariantBroken(f"restored to root {root.hex()}, expected {self._ledger.place.root.hex()}")
         self._before = before
@@ -541,6 +588,7 @@ class GovernedRun(Generic[E]):
                 beginning=step_beginning(self._state),
                 started=time.perf_counter(),
                 before=None,
+                batches=self._batches_of(step.in_order(presented)),
             )
             self._grant = self._history[step.index].grant
         self._admitted.update(self._ledger.admitted_sources(self._manifest))
@@ -548,17 +596,16 @@ class GovernedRun(Generic[E]):
         self._end_replay_if_due()
 
     def _follow_finality(self) -> None:
-        candidate = self._ring.candidate
-        if candidate is not None and self._candidate is not None and self._ledger.is_final(self._candidate):
+        candidate, news = self._ring.candidate, self._ledger.news(self._candidate)
+        if candidate is not None and news.candidate_is_final:
             self._ring.finalized(candidate.step, candidate.root)
             self._checkpoints.offer(self._ring.final, self._recited)
             self._candidate = None
             self._ledger.forget_through(candidate.step)
             for index in [index for index in self._history if index <= candidate.step]:
                 del self._history[index]
-        failure = self._ledger.failure
-        if failure is not None:
-            self._recover(failure)
+        if news.failure is not None:
+            self._recover(news.failure)
 
     def _recover(self, failure: Fate) -> None:
         """Back to where the log stands: restore the last final snapshot, then replay up to there."""
@@ -583,8 +630,8 @@ class GovernedRun(Generic[E]):
             return
         expected = self._replay_to[1]
         self._replay_to = None
-        self._before = copied_tensors(self._model)
-        root = root_of_tensors(self._before)
+        self._before = self._parallel.copied()
+        root = self._ranks.by_first(lambda: root_of_tensors(self._before))
         if root != expected:
             reason = f"replay to step {self._done} ended at {root.hex()}, the log stands at {expected.hex()}"
             self._ledger.record_abandon(reason)
@@ -623,7 +670,7 @@ def governed(
         probe_loss: model and inputs to a loss per example, tried before anything is on the log (``probe.py``).
         memorization: see ``memorization_watch.DetectorCheck``; None checks nothing, and records no signal.
         scheduler: stepped after each optimizer step and restored with it; do not step it yourself.
-        micro_batch_size: examples per forward pass; None takes a step's examples at once.
+        micro_batch_size: examples per forward pass of one process; None takes a step's examples at once.
     """
     return GovernedRun(
         RunArguments(
@@ -645,13 +692,13 @@ def governed(
     )
 
 
-def _accumulators_of(arguments: RunArguments[E]) -> SourceAccumulators | None:
+def _accumulators_of(arguments: RunArguments[E], ranks: Ranks) -> SourceAccumulators | None:
     plan = arguments.plan
     if not plan.accumulator_window_steps:
         return None
-    directory = arguments.run_directory / "accumulators"
+    directory = own_directory(arguments.run_directory, ranks) / "accumulators"
     window_steps, planned_steps = plan.accumulator_window_steps, plan.planned_steps
-    return SourceAccumulators(directory, plan.campaign, window_steps, planned_steps, plan.sketch_rank)
+    return SourceAccumulators(directory, plan.campaign, window_steps, planned_steps, plan.sketch_rank, ranks=ranks)
 
 
 def _rejected(failure: Fate) -> Rejected:

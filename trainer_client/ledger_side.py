@@ -65,6 +65,14 @@ class StepNotAdmitted(CountersignError):
 
 
 @dataclass(frozen=True, slots=True)
+class News:
+    """What the log said meanwhile."""
+
+    candidate_is_final: bool
+    failure: Fate | None
+
+
+@dataclass(frozen=True, slots=True)
 class SentStep:
     """A step on its way to finality."""
 
@@ -190,15 +198,15 @@ class LedgerSide:
         self._require_final(event)
         return event
 
-    def start_grants(self, keeper: GrantKeeper) -> None:
-        """Begin to ask for grants."""
-        self._grants = keeper
-        self._stack.callback(keeper.stop)
-        keeper.start()
+    def start_grants(
+        self, blocks: tuple[str, ...], on_grant: Callable[[OpenGrant], None], past: Sequence[RecordedStep] = ()
+    ) -> dict[bytes, OpenGrant]:
+        """Begin to ask for grants; those of ``past`` steps, of which the last one's is used while it is open.
 
-    def new_keeper(self, blocks: tuple[str, ...], on_grant: Callable[[OpenGrant], None]) -> GrantKeeper:
-        """A keeper for this campaign."""
-        return GrantKeeper(
+        Raises:
+            Rejected, Unavailable: as ``GrantKeeper.opened``.
+        """
+        keeper = GrantKeeper(
             self._client,
             self._recorder,
             campaign=self._plan.campaign,
@@ -210,6 +218,13 @@ class LedgerSide:
             settings=self._settings,
             on_grant=on_grant,
         )
+        grants = {step.permission.grant: keeper.opened(step.permission.grant) for step in past}
+        if past:
+            keeper.hold(past[-1].permission.grant)
+        self._grants = keeper
+        self._stack.callback(keeper.stop)
+        keeper.start()
+        return grants
 
     def permission_for(self, step: int) -> OpenGrant:
         """The grant for a step; waits without one."""
@@ -268,9 +283,9 @@ class LedgerSide:
         self._require_final(event)
         return event
 
-    def is_final(self, event: RecordedEvent) -> bool:
-        """Whether an event put is on the log."""
-        return self._is_final(event.id)
+    def news(self, candidate: RecordedEvent | None) -> News:
+        """Whether the candidate, an event put, is on the log; and the first refused event, if not dealt with."""
+        return News(candidate is not None and self._is_final(candidate.id), self.failure)
 
     def _is_final(self, identifier: bytes) -> bool:
         fate = self._outbox.fate(identifier)

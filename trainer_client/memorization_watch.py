@@ -102,6 +102,15 @@ class MemorizationWatch(Generic[E]):
         """Whether the step looked at is to be assessed, and so may have to be undone."""
         return bool(self._suspects)
 
+    @property
+    def suspects(self) -> frozenset[Example]:
+        """Who is to be assessed after the step looked at."""
+        return frozenset(self._suspects)
+
+    def suspect(self, examples: Mapping[Example, E]) -> None:
+        """These are to be assessed, and nobody else: what all ranks saw of the step."""
+        self._suspects = dict(examples)
+
     def begin(self) -> None:
         """A step begins."""
         self._suspects = {}

@@ -7,13 +7,16 @@ by the caller's stack, in reverse order.
 A campaign that is on the log already and open, with a checkpoint in the run's directory, is taken up again instead:
 what the process before left in the outbox is delivered, the checkpoint restored, and the steps since are read from the
 log, to be replayed (``resumption.py``).
+
+Several ranks open together. The first one talks to the node and keeps the record in the run's directory; another keeps
+its checkpoints, and a record of what its steps took, in ``rank-N`` below it.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,16 +27,18 @@ from consensus import portions as p
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.policy import why_refused
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.accumulators import SourceAccumulators
-from trainer_client.calls import CampaignStatus
+from trainer_client.calls import CampaignStatus, PolicyInForce
 from trainer_client.capture import capture_environment
 from trainer_client.checkpoints import CheckpointStore
-from trainer_client.commitment import copied_tensors, root_of_tensors
+from trainer_client.commitment import root_of_tensors
+from trainer_client.data_parallel import ParallelModel
 from trainer_client.grants import OpenGrant
 from trainer_client.ledger_side import LedgerSide
 from trainer_client.memorization_watch import MemorizationCheck
 from trainer_client.plan import (
+    RANKS,
     CampaignPlan,
     RunSettings,
     TrainingSource,
@@ -44,10 +49,12 @@ from trainer_client.plan import (
 )
 from trainer_client.probe import ProbeInputs, probe
 from trainer_client.progress import OnProgress, RunRecord
+from trainer_client.ranks import Ranks
 from trainer_client.resumption import RecordedPast
 from trainer_client.rollback import SnapshotRing, Stateful, TrainingState, take_snapshot
 from trainer_client.routing import Routing
-from trainer_client.step_book import StepBook
+from trainer_client.shared_ledger import SharedLedger
+from trainer_client.step_book import FollowingBook, OptimizerDigests, StepBook
 from trainer_client.submit import Client
 
 E = TypeVar("E")
@@ -96,7 +103,8 @@ class OpenedRun:
     """What a run works with while it is open.
 
     ``parameters`` are copies of the model's tensors as the run begins, ``ring`` holds a snapshot of it; ``block_of``
-    numbers the parameter block of each parameter, ``classes`` names the content class of each source.
+    numbers the parameter block of each parameter, ``classes`` names the content class of each source. On other ranks
+    than the first ``parameters`` are empty.
     """
 
     routing: Routing
@@ -105,14 +113,16 @@ class OpenedRun:
     record: RunRecord
     parameters: dict[str, Tensor]
     ring: SnapshotRing
-    ledger: LedgerSide
-    book: StepBook
+    ledger: SharedLedger
+    book: StepBook | FollowingBook
     checkpoints: CheckpointStore
     taken_up: TakenUp | None
 
 
 def open_run(
     arguments: RunArguments[E],
+    model: ParallelModel,
+    ranks: Ranks,
     state: TrainingState,
     stack: ExitStack,
     wait_on_close: Callable[[], bool],
@@ -123,42 +133,48 @@ def open_run(
     ``accumulators``, where the campaign keeps them, learn of model and routing.
 
     Raises:
-        Rejected, RoutingUnsupported, ConfigError, Unavailable: as ``GovernedRun.__enter__``; ``stack`` is the
-        caller's to close.
+        Rejected, RoutingUnsupported, ConfigError, Unavailable, RankFailed: as ``GovernedRun.__enter__``; ``stack`` is
+        the caller's to close.
     """
-    plan, model, directory = arguments.plan, arguments.model, arguments.run_directory
-    node = arguments.node
-    client = node if isinstance(node, Client) else stack.enter_context(Client(node))
-    blocks = blocks_of(plan, model)
+    plan = _plan_of_all(arguments, model, ranks)
+    client = _client(arguments.node, stack) if ranks.is_first else None
+    blocks = blocks_of(plan, model.module)
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
     if accumulators is not None:
-        accumulators.attach(model, block_of)
+        accumulators.attach(model.module, block_of)
         stack.enter_context(accumulators)
-    routing = Routing(model, block_of, accumulators, None if accumulators is None else accumulators.sketches)
+    routing = Routing(model.module, block_of, accumulators, None if accumulators is None else accumulators.sketches)
     sources = {source.id: source for source in arguments.sources}
-    claims = {identifier: client.source_record(identifier).claim for identifier in sorted(sources)}
-    for identifier, claim in claims.items():
-        check_content(sources[identifier], claim)
+    claims, policy = ranks.by_first(lambda: _claims_and_policy(client, sources))
+    ranks.together(lambda: _check_contents(sources, claims))
     classes = {identifier: claim.content_class for identifier, claim in claims.items()}
-    policy = client.policy_in_force()
-    if arguments.probe_loss is not None:
-        _probe(arguments, arguments.probe_loss, block_of, policy.policy, claims)
+    probe_loss = arguments.probe_loss
+    if probe_loss is not None:
+        ranks.together(lambda: _probe(arguments, model.module, probe_loss, block_of, policy.policy, claims))
     stack.enter_context(routing)
+    directory = own_directory(arguments.run_directory, ranks)
     directory.mkdir(parents=True, exist_ok=True)
-    record = RunRecord.opened(directory, arguments.on_progress)
+    record = RunRecord.opened(directory, arguments.on_progress if ranks.is_first else None)
     stack.callback(record.close)
     checkpoints = CheckpointStore(
-        directory / "checkpoints" / plan.campaign.hex(), plan.campaign, arguments.settings.checkpoint_every_steps
+        directory / "checkpoints" / plan.campaign.hex(), plan.campaign, arguments.settings.checkpoint_every_steps, ranks
     )
     stack.callback(checkpoints.close)
-    parameters = copied_tensors(model)
-    base_root = root_of_tensors(parameters)
-    ledger = LedgerSide(plan, arguments.settings, client, arguments.job_key, directory / "outbox.sqlite", classes)
+    parameters = model.copied()
+    base_root = ranks.by_first(lambda: root_of_tensors(parameters))
+    own = None
+    if client is not None:
+        own = LedgerSide(plan, arguments.settings, client, arguments.job_key, directory / "outbox.sqlite", classes)
+    ledger = SharedLedger(ranks, own)
     stack.callback(lambda: ledger.close(wait=wait_on_close()))
-    book = stack.enter_context(StepBook(ledger, record, blocks, plan.planned_steps))
+    digests = OptimizerDigests(ranks, is_sharded=model.is_sharded)
+    book: StepBook | FollowingBook = FollowingBook(digests)
+    if own is not None:
+        book = StepBook(own, record, blocks, plan.planned_steps, digests)
+    stack.enter_context(book)
     terms = campaign_terms(
         plan,
-        model,
+        model.module,
         arguments.optimizer,
         policy=policy.id,
         job_key=job_key_id(arguments.job_key),
@@ -167,31 +183,69 @@ def open_run(
     )
     manifest = manifest_of(arguments.sources)
     head = ledger.deliver_left()
-    checkpoint = None if head is None else checkpoints.newest()
-    keeper = ledger.new_keeper(tuple(blocks), book.note_grant)
+    checkpoint = None if head is None else checkpoints.newest_of_all()
     if head is None or checkpoint is None:
         ring = SnapshotRing(take_snapshot(state, 0, base_root))
         if head is None:
             checkpoints.begin(ring.final)
         event = ledger.open_campaign(terms, manifest)
         book.note("campaign", 0, id=event.id.hex())
-        ledger.start_grants(keeper)
+        ledger.start_grants(tuple(blocks), book.note_grant)
         return OpenedRun(routing, block_of, classes, record, parameters, ring, ledger, book, checkpoints, None)
     _check_continues(ledger.opening(), terms, head)
     ring = SnapshotRing(checkpoint.snapshot)
     ring.roll_back(state)
-    parameters = copied_tensors(model)
+    parameters = model.copied()
     ledger.take_up(head)
     past = ledger.past_since(checkpoint.snapshot.step, head)
     past = RecordedPast(past.steps, past.recited | checkpoint.recited)
-    grants = {step.permission.grant: keeper.opened(step.permission.grant) for step in past.steps}
-    if past.steps:
-        keeper.hold(past.steps[-1].permission.grant)
     detail = f"taken up from the checkpoint of step {checkpoint.snapshot.step}; {len(past.steps)} steps are replayed"
     book.note("resumed", head.steps, detail=detail)
-    ledger.start_grants(keeper)
+    grants = ledger.start_grants(tuple(blocks), book.note_grant, past.steps)
     taken_up = TakenUp(past, grants, head.rollback_required)
     return OpenedRun(routing, block_of, classes, record, parameters, ring, ledger, book, checkpoints, taken_up)
+
+
+def own_directory(run_directory: Path, ranks: Ranks) -> Path:
+    """Where this rank keeps what is its own."""
+    return run_directory if ranks.is_first else run_directory / f"rank-{ranks.rank}"
+
+
+def _client(node: str | Client, stack: ExitStack) -> Client:
+    return node if isinstance(node, Client) else stack.enter_context(Client(node))
+
+
+def _claims_and_policy(
+    client: Client | None, sources: Iterable[bytes]
+) -> tuple[dict[bytes, p.SourceClaim], PolicyInForce]:
+    assert client is not None
+    claims = {identifier: client.source_record(identifier).claim for identifier in sorted(sources)}
+    return claims, client.policy_in_force()
+
+
+def _check_contents(sources: Mapping[bytes, TrainingSource[E]], claims: Mapping[bytes, p.SourceClaim]) -> None:
+    for identifier, claim in claims.items():
+        check_content(sources[identifier], claim)
+
+
+def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks) -> CampaignPlan:
+    """The plan, with how the ranks divide a step among its hyperparameters.
+
+    Raises:
+        ConfigError: a rank was started with another plan, or other sources.
+    """
+    plan, micro_batch_size = arguments.plan, arguments.micro_batch_size
+    if ranks.size == 1:
+        return plan
+    asked = (plan, manifest_of(arguments.sources), micro_batch_size)
+    for rank, others in enumerate(ranks.gathered(asked)):
+        for what, own, other in zip(("plan", "sources", "micro_batch_size"), asked, others, strict=True):
+            if own != other:
+                raise ConfigError(f"rank {rank} was started with another {what}: {other!r:.400}, not {own!r:.400}")
+    layout = {RANKS: str(ranks.size), "data_parallel": model.kind}
+    if micro_batch_size is not None:
+        layout["micro_batch_size"] = str(micro_batch_size)
+    return replace(plan, hyperparameters={**layout, **plan.hyperparameters})
 
 
 def _check_continues(opened: p.Campaign, terms: p.Campaign, head: CampaignStatus) -> None:
@@ -215,6 +269,7 @@ def _check_continues(opened: p.Campaign, terms: p.Campaign, head: CampaignStatus
 
 def _probe(
     arguments: RunArguments[E],
+    model: nn.Module,
     loss: Callable[[nn.Module, Any], Tensor],
     block_of: Mapping[str, int],
     policy: p.Policy,
@@ -234,4 +289,4 @@ def _probe(
         return
     other, *shown = examples[: PROBED_EXAMPLES + 1]
     whole, shorter, replaced = (arguments.collate(each) for each in (shown, shown[1:], [other, *shown[1:]]))
-    probe(arguments.model, block_of, loss, ProbeInputs(len(shown), whole, shorter, replaced))
+    probe(model, block_of, loss, ProbeInputs(len(shown), whole, shorter, replaced))

@@ -23,6 +23,9 @@ from trainer_client.commitment import SAFETENSORS_DTYPES, committed_tensors
 
 E = TypeVar("E")
 
+RANKS = "ranks"
+"""The hyperparameter that says how many processes trained, where there were several."""
+
 
 @dataclass(frozen=True, slots=True)
 class CampaignPlan:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trainer_client.route import FULL_PERMILLE, RoutingError, RoutingLeak
 from trainer_client.routing import Routing
+from trainer_client.sharding import own_part
 
 Inputs = TypeVar("Inputs")
 
@@ -74,7 +75,7 @@ def probe(
         with routing.micro_batch(weights_BK):
             routing.routed_loss(loss_of_inputs(model, shown), inputs.count).backward()  # type: ignore[no-untyped-call]
         found = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        return found | {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        return found | {name: own_part(p.grad) for name, p in parameters.items() if p.grad is not None}
 
     try:
         with Routing(model, block_of_parameter) as routing:

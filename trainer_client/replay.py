@@ -28,7 +28,7 @@ from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.balance import Balance, BalanceSheet
 from trainer_client.calls import CampaignStatus
 from trainer_client.commitment import copied_tensors, optimizer_state_digest, parameter_root_of, step_commitment
-from trainer_client.plan import TrainingSource, check_content
+from trainer_client.plan import RANKS, TrainingSource, check_content
 from trainer_client.record import Example
 from trainer_client.resumption import RecordedStep, past_since, read_opening
 from trainer_client.rollback import Stateful
@@ -117,7 +117,8 @@ def replay(
 
     Raises:
         Rejected: ``DIGEST_MISMATCH`` for another base model or other examples; ``UNKNOWN_SOURCE`` for a source of the
-            campaign that the job lacks, or one to leave out that the campaign never had; as ``Balance``.
+            campaign that the job lacks, or one to leave out that the campaign never had; ``BAD_FIELD`` for a campaign
+            of several processes; as ``Balance``.
         RoutingError: as ``routing.py``.
     """
     _check_job(logged, job, without)
@@ -219,6 +220,11 @@ def _check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[by
         raise Rejected(
             Reason.DIGEST_MISMATCH,
             f"the campaign began at root {logged.terms.base_root.hex()}, the job's model has {root.hex()}",
+        )
+    ranks = next((setting.value for setting in logged.terms.hyperparameters if setting.name == RANKS), "1")
+    if ranks != "1":
+        raise Rejected(
+            Reason.BAD_FIELD, f"the campaign was trained by {ranks!a:.20} processes: one alone adds up in another order"
         )
     at_hand = {source.id: source for source in job.sources}
     for held in logged.manifest:

@@ -9,6 +9,7 @@ is not, which is why there are snapshots.
 * Optimizer state is put back as it was, not through ``Optimizer.load_state_dict``, which casts state to
   the parameter's dtype.
 * A restore that fails half-way puts back what it found and raises.
+* Of a sharded job (FSDP2) a snapshot holds this rank's part; every rank takes and restores its own.
 
 The job runs ahead of the ledger's finality. ``SnapshotRing`` keeps two snapshots: F, of the last parameter
 root known to be final, and C, a later candidate. When C's root becomes final, C becomes F. A step that
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from consensus.identifiers import Digest
 from consensus.rejection import InvariantBroken
+from trainer_client.sharding import as_part_of, is_sharded, own_part
 
 
 class Stateful(Protocol):
@@ -97,7 +99,7 @@ def take_snapshot(state: TrainingState, step: int, root: Digest, beginning: Step
     return Snapshot(
         step=step,
         root=root,
-        tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
+        tensors={name: own_part(tensor).detach().clone() for name, tensor in tensors.items()},
         optimizer_state={
             index: _copied(state.optimizer.state[parameter])
             for index, parameter in enumerate(parameters)
@@ -191,14 +193,14 @@ class SnapshotRing:
 def _write(snapshot: Snapshot, state: TrainingState) -> None:
     with torch.no_grad():
         for name, tensor in _tensors(state.model).items():
-            tensor.copy_(snapshot.tensors[name])
+            own_part(tensor).copy_(snapshot.tensors[name])
             tensor.grad = None
     optimizer = state.optimizer
     optimizer.state.clear()
     for index, parameter in enumerate(_optimized(optimizer)):
         parameter.grad = None
         if index in snapshot.optimizer_state:
-            optimizer.state[parameter] = _copied(snapshot.optimizer_state[index])
+            optimizer.state[parameter] = _sharded_like(parameter, _copied(snapshot.optimizer_state[index]))
     for group, saved in zip(optimizer.param_groups, snapshot.optimizer_settings, strict=True):
         parameters = group["params"]
         group.clear()
@@ -215,7 +217,7 @@ def _write(snapshot: Snapshot, state: TrainingState) -> None:
 
 
 def _check_fits(snapshot: Snapshot, state: TrainingState) -> None:
-    tensors = {name: (tensor.shape, tensor.dtype) for name, tensor in _tensors(state.model).items()}
+    tensors = {name: (own_part(tensor).shape, tensor.dtype) for name, tensor in _tensors(state.model).items()}
     saved = {name: (tensor.shape, tensor.dtype) for name, tensor in snapshot.tensors.items()}
     if tensors != saved:
         raise InvariantBroken("the model's tensors are not those of the snapshot")
@@ -237,6 +239,17 @@ def _optimized(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        key: own_part(value).detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in values.items()
+    }
+
+
+def _sharded_like(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+    """Optimizer state of a sharded parameter as it was: sharded where it has the shape of this rank's part."""
+    if not is_sharded(parameter):
+        return values
+    shape = own_part(parameter).shape
+    return {
+        key: as_part_of(value, parameter) if isinstance(value, Tensor) and value.shape == shape else value
         for key, value in values.items()
     }

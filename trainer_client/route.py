@@ -59,6 +59,8 @@ class Route:
     groups_B: tuple[bytes, ...] = ()
     observe: Observe | None = None
     observe_product: ObserveProduct | None = None
+    open_elsewhere: bool = False
+    """An example of another rank may enter where none of these may: zeros stand for them."""
 
     @property
     def open(self) -> bool:

@@ -51,6 +51,9 @@ class _RoutedLinear(torch.autograd.Function):
         if route.open:
             product = (delta, x) if need_weight else None
             grad_weight, grad_bias = route.linear_gradients(product, delta if need_bias else None)
+        elif route.open_elsewhere:
+            grad_weight = torch.zeros_like(weight_OI) if need_weight else None
+            grad_bias = delta.new_zeros(delta.shape[-1]) if need_bias else None
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -77,6 +80,9 @@ class _RoutedConv1D(torch.autograd.Function):
         if route.open:
             product = (x, delta) if need_weight else None
             grad_weight, grad_bias = route.linear_gradients(product, delta if need_bias else None)
+        elif route.open_elsewhere:
+            grad_weight = torch.zeros_like(weight_IO) if need_weight else None
+            grad_bias = delta.new_zeros(delta.shape[-1]) if need_bias else None
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -95,7 +101,8 @@ class _RoutedEmbedding(torch.autograd.Function):
         route = ctx.route
         route.check_token()
         if not route.open:
-            return None, None, None, None
+            zeros_VI = delta.new_zeros(ctx.vocabulary_size, delta.shape[-1]) if route.open_elsewhere else None
+            return None, zeros_VI, None, None
         (index_BX,) = ctx.saved_tensors
         delta, index_BX = route.admitted(delta, index_BX)
         grad_weight = torch.ops.aten.embedding_dense_backward(
@@ -127,6 +134,9 @@ class _RoutedLayerNorm(torch.autograd.Function):
         mask = [need_x, False, False]
         if route.open and set(route.weights_B) == {FULL_PERMILLE}:
             mask = [need_x, need_weight, need_bias]
+        elif route.open_elsewhere and not route.open:
+            grad_weight = torch.zeros_like(weight) if need_weight else None
+            grad_bias = torch.zeros_like(bias) if need_bias else None
         elif route.open:
             delta_kept, *kept = route.admitted(delta, x, mean, inverse_deviation)
             _, grad_weight, grad_bias = backward(
@@ -184,6 +194,8 @@ class _RoutedByRowwiseRule(torch.autograd.Function):
                 delta_kept, x_kept = route.admitted(delta, x.detach())
                 gradients = torch.autograd.grad(ctx.compute(x_kept), wanted, delta_kept)
                 found = {id(parameter): gradient for parameter, gradient in zip(wanted, gradients, strict=True)}
+            elif route.open_elsewhere:
+                found = {id(parameter): torch.zeros_like(parameter) for parameter in wanted}
         return None, grad_x, *(found.get(id(parameter)) for parameter in ctx.parameters)
 
 

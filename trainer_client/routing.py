@@ -30,8 +30,10 @@ and nothing else. What the policy blocks never enters the sum:
 
 Forwards are replaced on module instances inside ``with Routing(...)`` and put back on exit, whatever happens.
 
+* **Several ranks** (``data_parallel.py``) each route their own examples; the sum over them is formed by DDP or FSDP2.
+
 Left to others: which weights a policy allows (``consensus/policy.py``), optimizer and event
-(``governed.py``). Not covered here: sharded parameters, ``torch.compile``, double backward.
+(``governed.py``). Not covered here: ``torch.compile``, double backward.
 
 Shape suffixes: B examples, K parameter blocks, N rows (examples times positions), I inputs, O outputs, V
 vocabulary. A ``*`` stands for any number of positions between B and the features.
@@ -50,6 +52,7 @@ from torch.autograd.function import once_differentiable
 
 from trainer_client.route import FULL_PERMILLE, Route, RoutingError, RoutingLeak, RoutingUnsupported, Weights
 from trainer_client.routed_modules import census, routed_forward
+from trainer_client.sharding import own_part, whole
 
 __all__ = [
     "MicroBatch",
@@ -72,7 +75,8 @@ class MicroBatch:
 
     weights_KB: tuple[Weights, ...]
     example_count: int
-    groups_B: tuple[bytes, ...] = ()
+    groups_B: tuple[bytes, ...]
+    open_K: tuple[bool, ...]
 
 
 class GradientObserver(Protocol):
@@ -161,26 +165,37 @@ class Routing:
 
     @contextmanager
     def micro_batch(
-        self, weights_permille_BK: Sequence[Sequence[int]], groups_B: Sequence[bytes] = ()
+        self,
+        weights_permille_BK: Sequence[Sequence[int]],
+        groups_B: Sequence[bytes] = (),
+        open_K: Sequence[bool] = (),
     ) -> Iterator[MicroBatch]:
         """Weights for the forward *and* backward pass of one micro-batch: a row per example.
 
-        ``groups_B`` names each example's group, for the observer; neighbours of one group cost least.
+        ``groups_B`` names each example's group, for the observer; neighbours of one group cost least. ``open_K`` says
+        which parameter blocks an example of any rank may move in this step, where there are several ranks: a block
+        that only others' may move gets zeros here, since every rank must bring the gradients that one brings.
 
         Raises:
             RoutingError: outside ``with routing``, inside another micro-batch, not B rows of K
-                integers from 0 to 1000, or an observer and not B groups.
+                integers from 0 to 1000, weight in a block that is not open, or an observer and not B groups.
         """
         if not self._installed or self._active is not None:
             raise RoutingError("a micro-batch runs inside 'with routing' and outside any other micro-batch")
         if self._observer is not None and len(groups_B) != len(weights_permille_BK):
             raise RoutingError(f"expected a group for each of {len(weights_permille_BK)} examples for the observer")
-        token = MicroBatch(_columns(weights_permille_BK, self.block_count), len(weights_permille_BK), tuple(groups_B))
+        columns_KB = _columns(weights_permille_BK, self.block_count)
+        opened_K = tuple(open_K) or tuple(any(weights_B) for weights_B in columns_KB)
+        for block, weights_B in enumerate(columns_KB):
+            if any(weights_B) and not opened_K[block]:
+                raise RoutingError(f"parameter block {block} is said to be closed and an example has weight in it")
+        token = MicroBatch(columns_KB, len(weights_permille_BK), tuple(groups_B), opened_K)
         self._active = token
         try:
             yield token
             for block, weights_B in enumerate(token.weights_KB):
                 self._total_permille_K[block] += sum(weights_B)
+                self._open_K[block] |= token.open_K[block]
             self._example_count += token.example_count
             self._micro_batch_count += 1
         finally:
@@ -204,18 +219,19 @@ class Routing:
         return checked_B.sum() / presented_count
 
     def finish_step(self) -> StepWeights:
-        """Ends a step, before ``optimizer.step()``: blocks of total weight 0 are left without gradient.
+        """Ends a step, before ``optimizer.step()``: blocks that no example may move are left without gradient.
 
         Raises:
             RoutingLeak: such a block holds a gradient that is not zero.
         """
         finished = StepWeights(tuple(self._total_permille_K), self._example_count, self._micro_batch_count)
+        open_K = tuple(self._open_K)
         self._reset_step()
         for name, parameter in self._model.named_parameters():
             block = self._block_of.get(name)
-            if block is None or finished.total_permille_K[block] or parameter.grad is None:
+            if block is None or open_K[block] or parameter.grad is None:
                 continue
-            if parameter.grad.count_nonzero().item():
+            if own_part(parameter.grad).count_nonzero().item():
                 raise RoutingLeak(f"parameter {name!r} of blocked parameter block {block} has a gradient")
             parameter.grad = None
         return finished
@@ -227,6 +243,7 @@ class Routing:
 
     def _reset_step(self) -> None:
         self._total_permille_K = [0] * self.block_count
+        self._open_K = [False] * self.block_count
         self._example_count = 0
         self._micro_batch_count = 0
 
@@ -275,6 +292,7 @@ class Routing:
                 token.groups_B,
                 None if observer is None else observe,
                 None if self._product_observer is None else observe_product,
+                token.open_K[block],
             )
             return routed(module, input, route)
 
@@ -306,11 +324,11 @@ def clip_block_gradients(
         if not gradients:
             norms.append(None)
             continue
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if not torch.isfinite(norm):
             raise RoutingError(f"the gradient of parameter block {block} has norm {norm.item()}")
         scale = torch.clamp(maximum_norm / (norm + CLIP_EPSILON), max=1.0)
-        torch._foreach_mul_(gradients, scale)
+        torch._foreach_mul_([own_part(gradient) for gradient in gradients], scale)
         norms.append(norm.item())
     return tuple(norms)
 

@@ -8,8 +8,13 @@ another one, and nothing else for two examples alone. That rules out what draws 
 or mixes examples.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+
+from trainer_client.sharding import is_sharded, own_part, whole
 
 TRIED_EXAMPLES, TRIED_POSITIONS = 3, 4
 TOLERANCE = 1e-2
@@ -22,13 +27,13 @@ def is_rowwise(module: nn.Module) -> bool:
     shapes = {tuple(parameter.shape) for parameter in parameters}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1 or any(module.children()) or any(module.buffers()):
         return False
-    like, forward = parameters[0], type(module).forward
+    like, forward = own_part(parameters[0]), type(module).forward
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(2, TRIED_EXAMPLES, TRIED_POSITIONS, like.shape[0], generator=generator)
+    drawn = torch.randn(2, TRIED_EXAMPLES, TRIED_POSITIONS, parameters[0].shape[0], generator=generator)
     first, second = drawn.to(like.device, like.dtype)
     second[1:] = first[1:]
     devices = [like.device] if like.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices), _gathered(module):
         try:
             found, again, other, fewer = (forward(module, shown) for shown in (first, first, second, first[1:]))
         except (IndexError, RuntimeError, TypeError, ValueError):
@@ -40,3 +45,16 @@ def is_rowwise(module: nn.Module) -> bool:
         and torch.equal(found[1:], other[1:])
         and torch.allclose(found[1:], fewer, rtol=TOLERANCE, atol=TOLERANCE)
     )
+
+
+@contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """The module with its own sharded parameters gathered; every rank tries the same modules."""
+    held = dict(module._parameters)
+    try:
+        for name, parameter in held.items():
+            if parameter is not None and is_sharded(parameter):
+                module._parameters[name] = nn.Parameter(whole(parameter), requires_grad=False)
+        yield
+    finally:
+        module._parameters.update(held)

@@ -97,21 +97,34 @@ class SketchBook:
         self._pending, self._batches = {}, []
         if not pending:
             return
-        window = self._window
         places = [(policy, source, example) for batch in batches for source, example in batch]
-        window.visits += [(place, self._step) for place in places]
-        again = [row for row, place in enumerate(places) if place in window.rows]
-        for place in places:
-            window.rows.setdefault(place, len(window.rows))
-        index = torch.tensor([window.rows[place] for place in places])
+        factored: dict[str, Factored] = {}
         for parameter, parts in pending.items():
             like = next(iter(parts.values()))
             filled = [parts.get(number) or _nothing(like, len(batch)) for number, batch in enumerate(batches)]
             left, right, scale = (torch.cat([part[n] for part in filled]).cpu() for n in range(3))
-            new = (left, right, scale * factors.get(parameter, 0.0))
-            held = window.room_for(parameter, new)
-            if again:
-                new = self._summed(parameter, new, held, index, again)
+            factored[parameter] = left, right, scale * factors.get(parameter, 0.0)
+        self._window.visits += [(place, self._step) for place in places]
+        self._enter(self._window, places, factored)
+
+    def merged(self, windows: Sequence["WindowSketches"]) -> "WindowSketches":
+        """One window of what several ranks sketched of the same steps; an example may have been with each of them."""
+        merged, *others = windows
+        for window in others:
+            merged.visits += window.visits
+            whole = {name: window.rows_of(name) for name in window.factored}
+            self._enter(merged, sorted(window.rows, key=window.rows.__getitem__), whole)
+        return merged
+
+    def _enter(self, window: "WindowSketches", places: Sequence[Place], factored: Mapping[str, Factored]) -> None:
+        """Add sketches to a window's, one row of each parameter's for each place."""
+        again = [row for row, place in enumerate(places) if place in window.rows]
+        for place in places:
+            window.rows.setdefault(place, len(window.rows))
+        index = torch.tensor([window.rows[place] for place in places])
+        for parameter, parts in factored.items():
+            held = window.room_for(parameter, parts)
+            new = self._summed(parameter, parts, held, index, again) if again else parts
             for kept, part in zip(held, new, strict=True):
                 kept[index] = part
 
@@ -186,6 +199,13 @@ class WindowSketches:
             self.factored[parameter] = grown
         return held
 
+    def rows_of(self, parameter: str) -> Factored:
+        """The parameter's tensors with a row for each place, of zeros where it was never sketched."""
+        parts = self.factored[parameter]
+        count = len(self.rows)
+        left, right, scale = parts if len(parts[0]) >= count else _grown(parts, count)
+        return left[:count], right[:count], scale[:count]
+
     def plain(self) -> tuple[Any, ...]:
         """As plain data, for a snapshot."""
         count = len(self.rows)
@@ -229,9 +249,8 @@ def sketch_file(window: WindowSketches, policy: bytes, source: bytes) -> dict[st
     visits = sorted((step, place[2]) for place, step in window.visits if place[:2] == (policy, source))
     index = torch.tensor([row for _, row in own])
     tensors = {"examples": torch.tensor([example for example, _ in own]), "visits": torch.tensor(visits)}
-    for parameter, parts in window.factored.items():
-        whole = parts if len(parts[0]) >= len(window.rows) else _grown(parts, len(window.rows))
-        left, right, scale = (part[index] for part in whole)
+    for parameter in window.factored:
+        left, right, scale = (part[index] for part in window.rows_of(parameter))
         left, left_scale_Nr = _as_nibbles(left)
         right, right_scale_Nr = _as_nibbles(right)
         tensors[f"{parameter}/left"], tensors[f"{parameter}/right"] = left, right

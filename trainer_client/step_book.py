@@ -3,6 +3,8 @@
 Hashing happens in threads: parameters on copies (``commitment.CommitmentWorker``), the optimizer's state in place,
 which nobody changes before the next ``optimizer.step()``; ``settle_optimizer`` waits for that. At most one step is
 open. ``resolve`` gives its events to the ledger's side and its lines to the run's record.
+
+Where several ranks train, the first one's book records; the others' follow it.
 """
 
 import math
@@ -17,12 +19,13 @@ import torch
 from torch import Tensor
 
 from consensus import portions as p
-from consensus.identifiers import Digest, Tag, tagged_hash
+from consensus.identifiers import ZERO_DIGEST, Digest, Tag, tagged_hash
 from consensus.rejection import InvariantBroken
 from trainer_client.commitment import CommitmentWorker, StepCommitment, optimizer_state_digest
 from trainer_client.grants import OpenGrant
 from trainer_client.ledger_side import LedgerSide
 from trainer_client.progress import Progress, RunRecord
+from trainer_client.ranks import Ranks
 from trainer_client.record import Example, RecordedEvent, StepOutcome, StepUse
 from trainer_client.rollback import RandomState, Snapshot, StepBeginning
 
@@ -34,7 +37,8 @@ NANO = 1_000_000_000
 class Step:
     """A step while it is being taken. ``before`` is a snapshot to undo it by, where it may have to be undone.
 
-    ``started`` is in seconds of ``time.perf_counter``.
+    ``started`` is in seconds of ``time.perf_counter``. ``batches`` are this rank's micro-batches, as many as every rank
+    has: where there are several ranks, one of them may be empty. ``learned`` of them are done.
     """
 
     index: int
@@ -46,6 +50,7 @@ class Step:
     beginning: StepBeginning
     started: float
     before: Snapshot | None
+    batches: tuple[tuple[Example, ...], ...] = ()
     loss_sum: float = 0.0
     learned: int = 0
 
@@ -56,7 +61,6 @@ class _Open:
 
     step: Step
     commitment: Future[StepCommitment]
-    optimizer_digest: Future[Digest]
     learning_rate_nano: int
     signals: tuple[p.MemorizationSignal, ...]
     accumulator_root: Future[Digest] | None
@@ -67,20 +71,24 @@ class StepBook:
     """Writes steps of one run, in order."""
 
     def __init__(
-        self, ledger: LedgerSide, record: RunRecord, blocks: Mapping[str, tuple[str, ...]], planned_steps: int
+        self,
+        ledger: LedgerSide,
+        record: RunRecord,
+        blocks: Mapping[str, tuple[str, ...]],
+        planned_steps: int,
+        digests: "OptimizerDigests",
     ) -> None:
         self._ledger = ledger
         self._record = record
         self._planned_steps = planned_steps
         self._worker = CommitmentWorker(blocks)
-        self._digests = ThreadPoolExecutor(max_workers=1, thread_name_prefix="optimizer-digest")
+        self._digests = digests
         self._open: _Open | None = None
-        self._digests_cpu_seconds = 0.0
 
     @property
     def background_cpu_seconds(self) -> float:
         """Processor time of hashing."""
-        return self._worker.cpu_seconds + self._digests_cpu_seconds
+        return self._worker.cpu_seconds + self._digests.cpu_seconds
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +97,7 @@ class StepBook:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._worker.close()
-        self._digests.shutdown(wait=True)
+        self._digests.close()
 
     def write(
         self,
@@ -111,11 +119,10 @@ class StepBook:
         if self._open is not None:
             raise InvariantBroken(f"step {self._open.step.index} is not resolved yet")
         commitment = self._worker.submit(before, after)
-        optimizer_digest = self._digests.submit(self._captured_digest, optimizer.state_dict())
+        self._digests.begin(optimizer)
         self._open = _Open(
             step=step,
             commitment=commitment,
-            optimizer_digest=optimizer_digest,
             learning_rate_nano=round(learning_rate * NANO),
             signals=signals,
             accumulator_root=accumulator_root,
@@ -124,14 +131,13 @@ class StepBook:
 
     def settle_optimizer(self) -> None:
         """Wait until the optimizer's state may change again."""
-        if self._open is not None:
-            self._open.optimizer_digest.result()
+        self._digests.settle()
 
     def drop(self) -> None:
         """Forget the open step, which is not to be recorded."""
         if self._open is not None:
             self._open.commitment.result()
-            self._open.optimizer_digest.result()
+            self._digests.settle()
             self._open = None
 
     def resolve(self) -> RecordedEvent | None:
@@ -146,7 +152,7 @@ class StepBook:
             root_before=commitment.root_before,
             root_after=commitment.root_after,
             deltas=commitment.deltas,
-            optimizer_digest=taken.optimizer_digest.result(),
+            optimizer_digest=self._digests.finish(),
             learning_rate_nano=taken.learning_rate_nano,
             loss_micro=round(max(loss or 0.0, 0.0) * MICRO),
             rng_digest=step.rng_digest,
@@ -169,12 +175,6 @@ class StepBook:
         detail = f"steps {grant.first_step} to {grant.last_step}, {len(grant.refused)} sources left out"
         self.note("grant", grant.first_step, id=grant.permission.grant.hex(), detail=detail)
 
-    def _captured_digest(self, state: dict[str, Any]) -> Digest:
-        try:
-            return optimizer_state_digest(cast(torch.optim.Optimizer, _CapturedState(state)))
-        finally:
-            self._digests_cpu_seconds = time.thread_time()
-
     def _note_step(self, taken: _Open, loss: float | None, events: tuple[RecordedEvent, ...]) -> None:
         step = taken.step
         reasons = list(step.refused.values())
@@ -196,6 +196,99 @@ class StepBook:
         )
 
 
+class FollowingBook:
+    """The book of a rank that records nothing: it has its part in the digest of a sharded optimizer."""
+
+    def __init__(self, digests: "OptimizerDigests") -> None:
+        self._digests = digests
+        self._open = False
+
+    @property
+    def background_cpu_seconds(self) -> float:
+        return self._digests.cpu_seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._digests.close()
+
+    def write(
+        self,
+        step: Step,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        learning_rate: float,
+        signals: tuple[p.MemorizationSignal, ...],
+        accumulator_root: Future[Digest] | None = None,
+    ) -> None:
+        self._open = True
+        self._digests.begin(optimizer)
+
+    def settle_optimizer(self) -> None:
+        self._digests.settle()
+
+    def drop(self) -> None:
+        self._open = False
+        self._digests.settle()
+
+    def resolve(self) -> None:
+        if self._open:
+            self._open = False
+            self._digests.finish()
+
+    def note(self, event: str, step: int, **fields: Any) -> None:
+        return
+
+    def note_grant(self, grant: OpenGrant) -> None:
+        return
+
+
+class OptimizerDigests:
+    """The digest of an optimizer's state after a step, made in a thread while the next one runs.
+
+    Of a sharded optimizer each rank hashes its part, and the digest is over theirs in order of rank. Otherwise all
+    ranks hold the same, and the first hashes it.
+    """
+
+    def __init__(self, ranks: Ranks, *, is_sharded: bool) -> None:
+        self._ranks = ranks
+        self._is_sharded = is_sharded
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="optimizer-digest")
+        self._own: Future[Digest] | None = None
+        self.cpu_seconds = 0.0
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hash the state as it is now; its tensors must not change before ``settle``."""
+        if self._is_sharded or self._ranks.is_first:
+            self._own = self._executor.submit(self._captured_digest, optimizer.state_dict())
+
+    def settle(self) -> None:
+        """Wait until the state may change again."""
+        if self._own is not None:
+            self._own.result()
+
+    def finish(self) -> Digest:
+        """The digest begun last, on the first rank."""
+        own = ZERO_DIGEST if self._own is None else self._own.result()
+        if not self._is_sharded or self._ranks.size == 1:
+            return own
+        return tagged_hash(Tag.OPTIMIZER, *self._ranks.gathered(own))
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self._executor.shutdown(wait=True)
+
+    def _captured_digest(self, state: dict[str, Any]) -> Digest:
+        try:
+            return optimizer_state_digest(cast(torch.optim.Optimizer, _CapturedState(state)))
+        finally:
+            self.cpu_seconds = time.thread_time()
+
+
 def random_digest(state: RandomState) -> Digest:
     """A digest of every global random state, exactly."""
     numpy_state = state.numpy
@@ -208,6 +301,11 @@ def random_digest(state: RandomState) -> Digest:
         repr(state.python).encode(),
         keys["key"].tobytes() + repr(settings).encode(),
     )
+
+
+def random_digest_of_all(own: Digest, ranks: Ranks) -> Digest:
+    """The digest of this process's random states; of several ranks', over theirs in order."""
+    return own if ranks.size == 1 else tagged_hash(Tag.RANDOM_STATE, *ranks.gathered(own))
 
 
 class _CapturedState:

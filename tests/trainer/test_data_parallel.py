@@ -1,0 +1,228 @@
+"""Runs of several processes over gloo: one event a step, the weights of one process, and everybody goes one way."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from fake_node import FakeNode, running_node
+from governed_fixtures import CAMPAIGN, STEPS, Scene, TinyModel, collate, examples_of, losses, same_bits, weights
+from rank_fixtures import KINDS, Attempt, Outcome, Recites, run_on_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from consensus.accumulators import AccumulatorWindow, decode_window
+from consensus.event import Kind
+from consensus.portions import BlockWeight, ClassRule, Rollback, StepOperation
+from consensus.rejection import Reason, Rejected
+from trainer_client.commitment import root_of_tensors
+from trainer_client.replay import ReplayJob, read_logged_campaign, replay
+
+CLASSES = (
+    ClassRule("documentation", 1_000, (BlockWeight("layers.1", 0),)),
+    ClassRule("news", 500, (BlockWeight("embedding", 0), BlockWeight("layers.1", 0))),
+)
+"""One parameter block is closed to everybody, another one to one of the two sources."""
+
+
+@dataclass
+class Trained:
+    """A scene trained by two ranks, and the same by one process."""
+
+    kind: str
+    scene: Scene
+    outcomes: list[Outcome]
+    alone: Scene
+
+
+def new_scene(node: FakeNode, directory: Path) -> Scene:
+    texts = {name: examples_of(name) for name in ("manual", "paper", "secret")}
+    scene = Scene(node, directory, texts)
+    scene.register(classes=CLASSES)
+    scene.plan_changes.update(accumulator_window_steps=5, sketch_rank=2)
+    scene.arguments["micro_batch_size"] = 2
+    return scene
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    with running_node() as node, running_node() as other:
+        scene = new_scene(node, tmp_path_factory.mktemp("ranks"))
+        (outcomes,) = run_on_ranks(scene, Attempt(request.param))
+        alone = new_scene(other, tmp_path_factory.mktemp("alone"))
+        alone.train()
+        yield Trained(request.param, scene, outcomes, alone)
+
+
+def steps_of(scene: Scene) -> list[StepOperation]:
+    return [event.operation for event in scene.events(Kind.STEP) if isinstance(event.operation, StepOperation)]
+
+
+def windows_of(scene: Scene) -> list[AccumulatorWindow]:
+    folder = scene.directory / "accumulators" / "windows"
+    roots = [step.accumulator_root for step in steps_of(scene) if step.accumulator_root]
+    return [decode_window((folder / f"{root.hex()}.window").read_bytes(), root) for root in roots]
+
+
+def blob(scene: Scene, sha256: bytes) -> dict[str, Tensor]:
+    return load_file(scene.directory / "accumulators" / "blobs" / f"{sha256.hex()}.safetensors")
+
+
+def test_every_step_is_one_event_and_the_model_is_released(trained: Trained) -> None:
+    assert [outcome.error for outcome in trained.outcomes] == ["", ""]
+    assert [step.index for step in steps_of(trained.scene)] == list(range(1, STEPS + 1))
+    head = trained.scene.node.head(CAMPAIGN)
+    assert (head.closed, head.rollbacks, head.attempt) == ("released", 0, 0)
+    assert head.root == root_of_tensors(load_file(trained.scene.directory / "tuned.safetensors"))
+    (opened,) = trained.scene.events(Kind.CAMPAIGN)
+    layout = {setting.name: setting.value for setting in opened.operation.hyperparameters}  # type: ignore[union-attr]
+    assert (layout["ranks"], layout["data_parallel"], layout["micro_batch_size"]) == ("2", trained.kind, "2")
+
+
+def test_weights_and_losses_are_those_of_one_process(trained: Trained) -> None:
+    expected = weights(trained.alone.model)
+    for outcome in trained.outcomes:
+        for name, found in outcome.weights.items():
+            torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6)
+    for found, alone in zip(steps_of(trained.scene), steps_of(trained.alone), strict=True):
+        assert found.loss_micro == pytest.approx(alone.loss_micro, abs=10)
+        assert [delta.norm_micro for delta in found.deltas] == pytest.approx(
+            [delta.norm_micro for delta in alone.deltas], abs=5
+        )
+
+
+def test_block_closed_to_everybody_is_as_it_was_on_every_rank(trained: Trained) -> None:
+    torch.manual_seed(1)
+    base = weights(type(trained.scene.model)())
+    for outcome in trained.outcomes:
+        closed = {name: held for name, held in outcome.weights.items() if name.startswith("layers.1")}
+        assert same_bits(closed, {name: base[name] for name in closed})
+        assert not torch.equal(outcome.weights["embedding.weight"], base["embedding.weight"])
+
+
+def test_every_admitted_example_is_shown_to_one_rank_and_stand_ins_fill_up(trained: Trained) -> None:
+    shown = sorted(each for outcome in trained.outcomes for each in outcome.seen)
+    admitted = sorted(
+        (step, example)
+        for step in range(1, STEPS + 1)
+        for example in trained.scene.presented(step)
+        if example[0] != trained.scene.sources["secret"]
+    )
+    assert shown == admitted
+    assert sum(outcome.stand_ins for outcome in trained.outcomes) > 0
+    assert all(outcome.seen for outcome in trained.outcomes)
+
+
+def test_accumulators_are_the_sums_of_all_ranks(trained: Trained) -> None:
+    pairs = list(zip(windows_of(trained.scene), windows_of(trained.alone), strict=True))
+    assert len(pairs) == 3
+    for found, alone in pairs:
+        assert [entry.source for entry in found.entries] == [entry.source for entry in alone.entries]
+        for entry, expected in zip(found.entries, alone.entries, strict=True):
+            sums, wanted = blob(trained.scene, entry.blob_sha256), blob(trained.alone, expected.blob_sha256)
+            assert sums.keys() == wanted.keys()
+            for name, held in sums.items():
+                error = (held.float() - wanted[name].float()).norm() / wanted[name].float().norm()
+                assert error < 0.02, f"{name} of window {found.terms}"
+
+
+def test_sketches_name_every_visit_and_say_what_those_of_one_process_say(trained: Trained) -> None:
+    for found, alone in zip(windows_of(trained.scene), windows_of(trained.alone), strict=True):
+        for entry, expected in zip(found.of_sources, alone.of_sources, strict=True):
+            tensors, wanted = blob(trained.scene, entry.sketches_sha256), blob(trained.alone, expected.sketches_sha256)
+            assert torch.equal(tensors["visits"], wanted["visits"])
+            assert torch.equal(tensors["examples"], wanted["examples"])
+            for name in ("layers.0.weight", "head.weight"):
+                ours, theirs = (float(each[f"{name}/scale"].norm()) for each in (tensors, wanted))
+                assert ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_all_ranks_go_back_with_the_log_and_with_a_recital(trained: Trained, tmp_path: Path) -> None:
+    refused: list[bytes] = []
+
+    def refuse_step_eight_once(event: object) -> Rejected | None:
+        operation = event.operation  # type: ignore[attr-defined]
+        if isinstance(operation, StepOperation) and operation.index == 8 and not refused:
+            refused.append(event.id)  # type: ignore[attr-defined]
+            return Rejected(Reason.BAD_FIELD, "for the test")
+        return None
+
+    with running_node() as node:
+        scene = new_scene(node, tmp_path / "run")
+        node.refuse_step = refuse_step_eight_once
+        scene.settings = replace(scene.settings, snapshot_every_steps=2, check_memorization_every_steps=3)
+        scene.arguments["memorization"] = Recites(scene.sources["manual"])
+        (outcomes,) = run_on_ranks(scene, Attempt(trained.kind))
+        assert [(outcome.error, outcome.recoveries) for outcome in outcomes] == [("", 1), ("", 1)]
+        head = node.head(CAMPAIGN)
+        assert (head.closed, head.rollbacks, head.steps) == ("released", 2, STEPS)
+        causes = [event.operation.reason for event in scene.events(Kind.ROLLBACK)]  # type: ignore[union-attr]
+        assert sorted(causes) == ["memorization-above-threshold", "step-not-admitted"]
+        (recital,) = [
+            event.operation
+            for event in scene.events(Kind.ROLLBACK)
+            if isinstance(event.operation, Rollback) and event.operation.memorization
+        ]
+        recited = {(signal.source, signal.example) for signal in recital.memorization}
+        shown_again = [step for outcome in outcomes for step, example in outcome.seen if example in recited]
+        assert max(shown_again) == 3
+        for name, found in outcomes[0].weights.items():
+            assert torch.equal(found, outcomes[1].weights[name])
+
+
+def test_run_of_which_a_rank_was_killed_ends_with_the_weights_of_one_that_was_not(
+    trained: Trained, tmp_path: Path
+) -> None:
+    with running_node() as node:
+        scene = new_scene(node, tmp_path / "run")
+        scene.settings = replace(scene.settings, snapshot_every_steps=1, checkpoint_every_steps=2)
+        (outcomes,) = run_on_ranks(scene, Attempt(trained.kind, kill=(1, 8)))
+        assert [outcome.error for outcome in outcomes] == ["died", "died"]
+        (outcomes,) = run_on_ranks(scene, Attempt(trained.kind))
+        assert [outcome.error for outcome in outcomes] == ["", ""]
+        assert [step.index for step in steps_of(scene)] == list(range(1, STEPS + 1))
+        assert (node.head(CAMPAIGN).closed, node.head(CAMPAIGN).rollbacks) == ("released", 0)
+        for outcome, whole in zip(outcomes, trained.outcomes, strict=True):
+            assert min(step for step, _ in outcome.seen) > 1
+            assert same_bits(outcome.weights, whole.weights)
+
+
+def test_replay_by_one_process_of_a_run_by_two_is_refused_by_name(trained: Trained) -> None:
+    torch.manual_seed(1)
+    model = TinyModel()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    job = ReplayJob(model, optimizer, trained.scene.training_sources, losses, collate)
+    with pytest.raises(Rejected, match="trained by '2' processes"):
+        replay(read_logged_campaign(trained.scene.client(), CAMPAIGN), job)
+
+
+def test_what_would_not_be_one_job_is_refused_by_name_on_every_rank(tmp_path: Path) -> None:
+    with running_node() as node:
+        scene = new_scene(node, tmp_path / "run")
+        other_texts = {**scene.texts, "manual": examples_of("something else")}
+        attempts = (
+            Attempt("neither"),
+            Attempt("DDP with a hook"),
+            Attempt("DDP", changes={1: {"plan_changes": {**scene.plan_changes, "planned_steps": 5}}}),
+            Attempt("DDP", changes={1: {"texts": other_texts}}),
+        )
+        neither, hooked, planned, content = run_on_ranks(scene, *attempts)
+        for outcomes, text in ((neither, "neither in DistributedDataParallel"), (hooked, "communication hook")):
+            assert {outcome.error_type for outcome in outcomes} == {"ConfigError"}
+            assert all(text in outcome.error for outcome in outcomes)
+        assert "rank 1 was started with another plan" in planned[0].error
+        assert "rank 0 was started with another plan" in planned[1].error
+        assert (content[0].error_type, content[1].error_type) == ("RankFailed", "Rejected")
+        assert "rank 1: Rejected: digest-mismatch" in content[0].error
+        assert not scene.events(Kind.CAMPAIGN)
+
+
+def test_examples_the_log_never_admitted_change_no_bit_on_any_rank(trained: Trained, tmp_path: Path) -> None:
+    with running_node() as node:
+        scene = new_scene(node, tmp_path / "run")
+        scene.salt = None
+        scene.texts["secret"] = examples_of("another secret")
+        (outcomes,) = run_on_ranks(scene, Attempt(trained.kind))
+        for outcome, other in zip(outcomes, trained.outcomes, strict=True):
+            assert same_bits(outcome.weights, other.weights)

@@ -1,0 +1,120 @@
+"""Models that several ranks train together: DistributedDataParallel, and FSDP2's ``fully_shard``.
+
+Both leave every rank with the *mean* over ranks of their gradients, so each rank's loss is multiplied by their number:
+the sum over the global batch is what the policy's weights are about. What else differs:
+
+* **DDP** wraps the module; names, routing and commitments are the module's own. Every rank holds every parameter.
+* **FSDP2** leaves names as they are and each rank with a part of every parameter (a ``DTensor``); gathering one is a
+  call that every rank must make. Ranks must bring gradients for the same parameters, also one that its own
+  examples may not move: it brings zeros where another rank's may.
+* **Accumulation** sends gradients with a step's last micro-batch alone.
+
+Refused, because the sums would not be what they must: a process group without either of them, a communication hook,
+parameters on a part of the ranks, trainable parameters that are not sharded beside some that are.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from consensus.identifiers import Digest
+from consensus.rejection import ConfigError
+from trainer_client.commitment import committed_tensors, copied_tensors, root_of_tensors
+from trainer_client.ranks import Ranks
+from trainer_client.sharding import is_sharded, whole
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+
+class ParallelModel:
+    """A model as the ranks of a job train it.
+
+    Args:
+        model: a module, or one in ``DistributedDataParallel``, or sharded by ``fully_shard``.
+
+    Raises:
+        ConfigError: see the header.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self._wrapper = model if isinstance(model, DistributedDataParallel) else None
+        self.module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._ranks = ranks
+        self.is_sharded = any(is_sharded(parameter) for parameter in self.module.parameters())
+        self._sharded_modules = _fsdp_modules(self.module) if self.is_sharded else []
+        self._check()
+
+    @property
+    def kind(self) -> str:
+        """``DDP``, ``FSDP2``, or nothing for one process."""
+        if self._ranks.size == 1:
+            return ""
+        return "FSDP2" if self.is_sharded else "DDP"
+
+    @contextmanager
+    def pass_of(self, *, last: bool) -> Iterator[None]:
+        """A forward and backward pass, with a step's ``last`` of which ranks exchange their gradients."""
+        for module in self._sharded_modules:
+            module.set_requires_gradient_sync(last, recurse=False)
+        try:
+            with nullcontext() if last or self._wrapper is None else self._wrapper.no_sync():
+                yield
+        finally:
+            for module in self._sharded_modules:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    def copied(self) -> dict[str, Tensor]:
+        """On the first rank ``commitment.copied_tensors`` of the whole model; empty elsewhere. Every rank must ask."""
+        if not self.is_sharded:
+            return copied_tensors(self.module) if self._ranks.is_first else {}
+        copies: dict[str, Tensor] = {}
+        for name, tensor in committed_tensors(self.module).items():
+            held = whole(tensor)
+            if self._ranks.is_first:
+                copies[name] = held.to("cpu", copy=True).contiguous()
+        return copies
+
+    def root(self) -> Digest:
+        """The parameter root of the model as it is now, on every rank."""
+        copies = self.copied()
+        return self._ranks.by_first(lambda: root_of_tensors(copies))
+
+    def _check(self) -> None:
+        ranks = self._ranks
+        if ranks.size == 1:
+            return
+        if self._wrapper is None and not self.is_sharded:
+            raise ConfigError(
+                f"a process group of {ranks.size} ranks, and the model is neither in DistributedDataParallel nor"
+                " sharded by fully_shard: gradients would stay where they are"
+            )
+        if self._wrapper is not None:
+            if self._wrapper._comm_hooks:
+                raise ConfigError(
+                    "DistributedDataParallel has a communication hook: gradients would not be the sum of all ranks'"
+                )
+            found = torch.distributed.get_world_size(self._wrapper.process_group)
+            if found != ranks.size:
+                raise ConfigError(f"DistributedDataParallel over {found} of {ranks.size} ranks: expected all of them")
+            return
+        for name, parameter in self.module.named_parameters():
+            if not is_sharded(parameter):
+                if parameter.requires_grad:
+                    raise ConfigError(f"parameter {name!r} is not sharded: apply fully_shard to the whole model last")
+                continue
+            found_mesh = tuple(parameter.device_mesh.shape)  # type: ignore[attr-defined]
+            if found_mesh != (ranks.size,):
+                raise ConfigError(
+                    f"parameter {name!r} is sharded over a mesh of shape {found_mesh}: expected ({ranks.size},)"
+                )
+
+
+def _fsdp_modules(model: nn.Module) -> "list[FSDPModule]":
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - half a second that one process need not spend
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
