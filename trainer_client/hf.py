@@ -13,9 +13,10 @@ Trainer keeps: optimizer, learning rate schedule, accumulation, checkpointing, a
 What is replaced:
 
 * **Which examples.** ``train_dataset`` is the sources of the campaign, in the order of its sampler. Refused examples
-  are not collated. One global step is one event whatever ``gradient_accumulation_steps`` is; where refusals leave
-  fewer micro-batches, the rest is empty and runs nothing. A step without any admitted example is recorded, and is no
-  step of the Trainer's optimizer or schedule.
+  are not collated. One global step is one event whatever ``gradient_accumulation_steps`` is and however many
+  processes train (DDP, as ``torchrun`` starts them); where refusals leave fewer micro-batches, the first ones are empty
+  and run nothing. A step without any admitted example is recorded, and is no step of the Trainer's optimizer or
+  schedule.
 * **The loss.** One per example: the mean over its own labels, or what ``compute_loss_func(outputs, labels)`` gives.
 * **Clipping** per parameter block, by the plan's ``clip_norm``.
 * **global_step** is the campaign's, also after a rollback.
@@ -164,8 +165,8 @@ class GovernanceCallback(TrainerCallback):
         if self._release is not None and self.run is not None:
             self.run.release(self._release)
 
-    def open(self, trainer: "GovernedTrainer", stack: ExitStack) -> None:
-        """Opens the run around the trainer's model, optimizer and schedule.
+    def open(self, trainer: "GovernedTrainer", model: nn.Module, stack: ExitStack) -> None:
+        """Opens the run around ``model``, as the trainer calls it, and the trainer's optimizer and schedule.
 
         Raises:
             As ``GovernedRun.__enter__``.
@@ -175,7 +176,7 @@ class GovernanceCallback(TrainerCallback):
         plan = dataclasses.replace(self.plan, hyperparameters={**recorded, **self.plan.hyperparameters})
         self.run = stack.enter_context(
             governed(
-                cast(nn.Module, trainer.model),
+                model,
                 cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer)),
                 plan=plan,
                 sources=self._sources,
@@ -247,14 +248,14 @@ class GovernedTrainer(Trainer):
 
     def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
         prepared = super()._prepare_for_training(*arguments, **named)  # type: ignore[no-untyped-call]
-        self.governance.open(self, self._open)
+        self.governance.open(self, prepared[0], self._open)
         return prepared
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: "_MicroBatch", num_items_in_batch: object = None
     ) -> Tensor:
         """Forward and routed backward pass of one micro-batch; its part of the step's mean loss."""
-        if not inputs.examples:
+        if inputs.examples is None:
             return torch.zeros((), device=self.args.device)
         run = self.governance.run
         assert run is not None
@@ -266,7 +267,9 @@ class GovernedTrainer(Trainer):
         if self._losses_of_outputs is causal_losses and not (labels_BT == IGNORED_LABEL).any():
             predicted = outputs.logits[:, :-1], labels_BT[:, 1:]
         run.backward(loss_B, predicted)
-        return loss_B.detach().float().sum() / len(inputs.step.admitted)
+        # Of several processes the Trainer takes the mean; a stand-in's loss is nobody's.
+        part = loss_B.detach().float().sum() * self.args.world_size / len(inputs.step.admitted)
+        return part if inputs.examples else torch.zeros_like(part)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of a micro-batch without examples: none."""
@@ -300,21 +303,19 @@ class GovernedTrainer(Trainer):
 
 def unsupported_options(args: TrainingArguments, plan: CampaignPlan, options: Mapping[str, Any]) -> list[str]:
     """What a governed Trainer cannot be asked for, each with the reason."""
-    presented = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    presented = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     refused = {
         f"max_grad_norm={args.max_grad_norm}: a global norm lets blocked examples scale everybody's update; set it to 0"
         f" (the plan's clip_norm={plan.clip_norm} clips each parameter block)": args.max_grad_norm != 0,
         f"max_steps={args.max_steps}: the plan has planned_steps={plan.planned_steps}": args.max_steps
         != plan.planned_steps,
-        f"per_device_train_batch_size × gradient_accumulation_steps = {presented}: the plan has"
+        f"per_device_train_batch_size × gradient_accumulation_steps × processes = {presented}: the plan has"
         f" batch_size={plan.batch_size}": presented != plan.batch_size,
         "train_dataset: the examples are the campaign's sources": options.get("train_dataset") is not None,
         "model_init: the model must be there before the campaign opens": options.get("model_init") is not None,
         "fp16: a gradient scaler skips steps; use bf16": args.fp16,
-        "several processes (DDP, FSDP, DeepSpeed)": args.world_size > 1
-        or bool(args.fsdp)
-        or args.deepspeed is not None
-        or args.parallelism_config is not None,
+        "FSDP, DeepSpeed or a parallelism_config: several processes train by DDP here, or by fully_shard in a loop of"
+        " your own": bool(args.fsdp) or args.deepspeed is not None or args.parallelism_config is not None,
         f"{args.n_gpu} devices (DataParallel): make one visible": args.n_gpu > 1,
         "torch_compile: compiled forwards bypass the routing": args.torch_compile,
         "use_liger_kernel: it replaces forwards": args.use_liger_kernel,
@@ -337,16 +338,22 @@ def unsupported_options(args: TrainingArguments, plan: CampaignPlan, options: Ma
 
 
 class _MicroBatch(dict[str, Tensor]):
-    """Part of a step on its way through the Trainer; it holds tensors once ``training_step`` collated them."""
+    """Part of a step on its way through the Trainer; it holds tensors once ``training_step`` collated them.
 
-    def __init__(self, step: Step, examples: tuple[Example, ...]) -> None:
+    ``examples`` are None where there is nothing to do, and empty for a stand-in (``governed.Batch``).
+    """
+
+    def __init__(self, step: Step, examples: tuple[Example, ...] | None) -> None:
         super().__init__()
         self.step = step
         self.examples = examples
 
 
 class _Presented:
-    """The Trainer's loader: for each step as many micro-batches as it accumulates, the last ones perhaps empty."""
+    """The Trainer's loader: for each step as many micro-batches as it accumulates, the first ones perhaps empty.
+
+    DDP exchanges gradients in the last one, so that has to be one that runs.
+    """
 
     def __init__(self, trainer: GovernedTrainer) -> None:
         self._trainer = trainer
@@ -360,10 +367,11 @@ class _Presented:
     def _generate(self) -> Iterator[_MicroBatch]:
         args, run = self._trainer.args, self._trainer.governance.run
         assert run is not None
-        size = args.per_device_train_batch_size
         for step in run.steps():
-            for number in range(args.gradient_accumulation_steps):
-                yield _MicroBatch(step, step.admitted[number * size : (number + 1) * size])
+            for _ in range(args.gradient_accumulation_steps - len(step.batches)):
+                yield _MicroBatch(step, None)
+            for examples in step.batches:
+                yield _MicroBatch(step, examples)
 
 
 def _word(option: Any) -> str:

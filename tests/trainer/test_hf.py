@@ -2,15 +2,21 @@
 
 import dataclasses
 import hashlib
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from fake_node import SALT, FakeNode, running_node
+from hf_rank_fixtures import LENGTH, gpt2, train
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.optimization import get_scheduler
 
 from consensus.event import CheckedEvent, Kind
@@ -39,17 +45,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
-STEPS, BATCH_SIZE, LENGTH = 6, 6, 12
+STEPS, BATCH_SIZE = 6, 6
 COLLATOR = FixedLengthCollator(LENGTH)
 EVERYTHING = (ClassRule("documentation", 1_000, ()), ClassRule("news", 1_000, ()))
 NO_FIRST_LAYER = (ClassRule("documentation", 1_000, ()), ClassRule("news", 500, (BlockWeight("transformer.h.0", 0),)))
-
-
-def gpt2(dropout: float = 0.1) -> GPT2LMHeadModel:
-    torch.manual_seed(1)
-    sizes = {"vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": LENGTH}
-    dropouts = dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout)
-    return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=0, eos_token_id=0))
 
 
 def lora() -> nn.Module:
@@ -124,23 +123,24 @@ class Scene:
             "run_directory": self.directory / str(number),
         }
 
+    def options(self, **changes: object) -> dict[str, object]:
+        return {
+            "output_dir": str(self.directory / "output"),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "max_grad_norm": 0.0,
+            "learning_rate": 0.01,
+            "weight_decay": 0.1,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            **changes,
+        }
+
     def arguments(self, **changes: object) -> TrainingArguments:
-        return TrainingArguments(
-            **{
-                "output_dir": str(self.directory / "output"),
-                "max_steps": STEPS,
-                "per_device_train_batch_size": BATCH_SIZE,
-                "max_grad_norm": 0.0,
-                "learning_rate": 0.01,
-                "weight_decay": 0.1,
-                "use_cpu": True,
-                "report_to": "none",
-                "save_strategy": "no",
-                "disable_tqdm": True,
-                "dataloader_pin_memory": False,
-                **changes,
-            }
-        )
+        return TrainingArguments(**self.options(**changes))
 
     def trainer(self, model: nn.Module, number: int = 7, **options: object) -> GovernedTrainer:
         arguments = options.pop("args", None) or self.arguments()
@@ -483,3 +483,31 @@ def test_recital_under_the_trainer_is_undone_and_the_trainer_goes_on(scene: Scen
         for example in [(item.source, number) for number in held.examples]
     ]
     assert set(refused) == set(caught)
+
+
+def test_two_processes_under_ddp_train_what_one_trains_with_accumulation_and_checkpointing(
+    scene: Scene, tmp_path: Path
+) -> None:
+    shared = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    alone = train(scene.campaign(7), scene.options(**shared), tmp_path / "alone.safetensors")
+    options = scene.options(**shared, per_device_train_batch_size=1, gradient_accumulation_steps=3, ddp_backend="gloo")
+    released, specification = tmp_path / "ranks.safetensors", tmp_path / "specification"
+    specification.write_bytes(pickle.dumps((scene.campaign(8), options, released)))
+    tests = Path(__file__).parents[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "default",
+    }
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hf_rank_fixtures"]
+    subprocess.run([sys.executable, *launch, str(specification)], env=environment, check=True, timeout=180)
+    steps = scene.steps(8)
+    assert [step.index for step in steps] == list(range(1, STEPS + 1))
+    for found, expected in zip(steps, scene.steps(7), strict=True):
+        assert found.loss_micro == pytest.approx(expected.loss_micro, abs=20)
+    of_ranks = load_file(released), torch.load(tmp_path / "weights-of-rank-1", weights_only=True)
+    for weights in of_ranks:
+        for name, held in alone.state_dict().items():
+            if name in weights:
+                torch.testing.assert_close(weights[name], held, rtol=1e-3, atol=1e-5)
