@@ -46,6 +46,7 @@ class _RoutedLinear(torch.autograd.Function):
         route.check_token()
         x, weight_OI = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        delta = delta.contiguous()  # once, not in each of the two products: a loss that transposes logits leaves it so
         grad_x = delta.matmul(weight_OI) if need_x else None
         grad_weight = grad_bias = None
         if route.open:
@@ -75,6 +76,7 @@ class _RoutedConv1D(torch.autograd.Function):
         route.check_token()
         x, weight_IO = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        delta = delta.contiguous()
         grad_x = delta.matmul(weight_IO.t()) if need_x else None
         grad_weight = grad_bias = None
         if route.open:
