@@ -14,14 +14,13 @@ from torch import nn
 from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
 from attribution.footprint import chosen_sources, footprint
 from attribution.language import Language, language_of
-from attribution.log import CampaignLog, open_log
+from attribution.log import CampaignLog, chain_of, open_log
 from attribution.page import page
 from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
 from attribution.report import Answer, footprint_json, footprint_text, trace_json, trace_text
 from attribution.trace import control_outputs, trace_output, untraced_tensors
 from attribution.weights import find_windows, freeze_others, load_model, read_tensors
-from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.rejection import ConfigError, Reason, Rejected
 
 P = TypeVar("P")
@@ -211,7 +210,7 @@ def trace_command(
         --bundle campaign.bundle --genesis genesis.json --chain-id CHAIN_ID
     """
     questions = _questions(prompt, completion, span, outputs_path)
-    log = open_log(bundle_path, genesis_path, _chain(chain_id))
+    log = open_log(bundle_path, genesis_path, chain_of(chain_id))
     release = log.provenance.release
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: its outputs cannot be traced from the log")
@@ -300,7 +299,7 @@ def footprint_command(
     """
     if not (names or owners or classes or revoked):
         raise click.UsageError("expected --source, --owner, --class or --revoked")
-    log = open_log(bundle_path, genesis_path, _chain(chain_id))
+    log = open_log(bundle_path, genesis_path, chain_of(chain_id))
     chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: what its sources moved is not on the log")
@@ -396,12 +395,6 @@ def _sequences(path: Path | None, language: Language, context_tokens: int) -> li
         wanted = f"at least {CONTROLS * context_tokens} {language.unit}s"
         raise ConfigError(f"{path}: expected {wanted}, found {len(language.encode(text))}")
     return pieces
-
-
-def _chain(text: str) -> ChainId:
-    if len(text) != 2 * DIGEST_BYTES or set(text) - set("0123456789abcdef"):
-        raise Rejected(Reason.MALFORMED, f"chain id {text!a:.80}: expected {2 * DIGEST_BYTES} lower-case hex digits")
-    return ChainId(bytes.fromhex(text))
 
 
 def _told(stage: str) -> None:

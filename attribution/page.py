@@ -10,7 +10,8 @@ from string import Template
 
 from attribution.examples import SourceExamples
 from attribution.log import CampaignLog
-from attribution.report import EXAMPLES_SHOWN, Answer, assurance, percent, receipt_fields, shown, verdict_of
+from attribution.receipts import receipt_fields, shown
+from attribution.report import EXAMPLES_SHOWN, Answer, assurance, percent, verdict_of
 from attribution.trace import SourceScore
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -9,6 +9,7 @@ from attribution.examples import SourceExamples
 from attribution.factors import FactorsOrigin
 from attribution.footprint import Footprint, Motion
 from attribution.log import CampaignLog
+from attribution.receipts import receipt_fields, shown
 from attribution.trace import SourceScore, Trace
 from attribution.weights import Search
 from consensus.predicates.accumulators import Provenance, UsedSource
@@ -184,24 +185,6 @@ def footprint_json(log: CampaignLog, found: Footprint, search: Search) -> str:
         "release": None if release is None else {"file": release.file_name, "root": release.parameter_root.hex()},
     }
     return json.dumps(document, indent=2)
-
-
-def shown(text: str) -> str:
-    """The text with control characters spelled out: names on the log are other people's words."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-
-
-def receipt_fields(source: UsedSource) -> list[tuple[str, str]]:
-    """What proves a source's part, each with a word for it; names are other people's, to be ``shown``."""
-    claim, revocation = source.record.claim, source.record.revocation
-    return [
-        ("claimed", f"by {source.owner}, event {source.id.hex()}, entry {source.event.index} of the log"),
-        ("licence", f"{claim.licence}, on the ground of {claim.rights_basis}; class {claim.content_class}"),
-        ("granted", f"by {', '.join(grant.hex()[:16] + '…' for grant in source.grants) or 'nobody'}"),
-        ("under", ", ".join(source.policies) or "no policy"),
-        ("used", f"{source.admitted} admitted examples in steps that stand"),
-        ("revoked", f"by event {revocation.hex()}" if revocation else "no"),
-    ]
 
 
 def _receipt_lines(source: UsedSource) -> list[str]:

@@ -49,6 +49,7 @@ def measure(report: Report, arguments: argparse.Namespace) -> None:
         valid_from_ms=0,
         valid_until_ms=4_000_000_000_000,
         statement="",
+        overlap_sha256=b"",
     )
     portions = p.Portions(p.DataPortion(bytes(32), (p.DataItem(encode(claim)),)), None, None)
     unsigned = make_entry(genesis.chain_id, Kind.SOURCE, MemberId(author.id), portions)

@@ -155,6 +155,7 @@ def _claim() -> p.SourceClaim:
         valid_from_ms=0,
         valid_until_ms=FAR_FUTURE_MS,
         statement="",
+        overlap_sha256=b"",
     )
 
 

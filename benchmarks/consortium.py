@@ -69,6 +69,7 @@ class Author:
             valid_from_ms=0,
             valid_until_ms=FAR_FUTURE_MS,
             statement=statement,
+            overlap_sha256=b"",
         )
         salt = hashlib.sha256(f"salt {label}".encode()).digest()
         portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)

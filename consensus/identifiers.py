@@ -83,6 +83,8 @@ class Tag(StrEnum):
     KEY_DERIVATION = "countersign/v1/key-derivation"
     EVIDENCE = "countersign/v1/evidence"
     EVALUATION = "countersign/v1/evaluation"
+    OVERLAP_KEY = "countersign/v1/overlap-key"
+    OVERLAP_KEY_CHECK = "countersign/v1/overlap-key-check"
     BATCH_COEFFICIENT = "countersign/v1/batch-coefficient"
 
 

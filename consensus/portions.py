@@ -72,7 +72,8 @@ class SourceClaim(Wire, frozen=True):
     """What a data-source authority claims about one source. It proves who claimed, not who owns.
 
     ``content_root`` is the RFC 9162 root over the source's examples (``content_leaf``), ``licence`` an
-    SPDX identifier, the window Unix milliseconds (``valid_until_ms`` exclusive).
+    SPDX identifier, the window Unix milliseconds (``valid_until_ms`` exclusive). ``overlap_sha256`` is that of the
+    overlap index of the same examples (``overlap.py``), or empty.
     """
 
     name: Name
@@ -86,6 +87,10 @@ class SourceClaim(Wire, frozen=True):
     valid_from_ms: Natural
     valid_until_ms: Natural
     statement: Text
+    overlap_sha256: OptionalBytes32
+
+    def __post_init__(self) -> None:
+        _require_whole(self.overlap_sha256)
 
 
 class SourceRevocation(Wire, frozen=True):

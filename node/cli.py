@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "grant": LazyCommand("node.commands.grant", "grant", "See and countersign grants."),
     "log": LazyCommand("node.commands.log", "log", "Read, prove and check the log."),
     "trace": LazyCommand("attribution.commands", "trace_command", "Ask which admitted sources shaped an output."),
+    "overlap": LazyCommand("attribution.overlap", "overlap_command", "Ask which admitted examples a text repeats."),
     "replay": LazyCommand("trainer_client.replay_command", "replay_command", "Run a campaign again, step by step."),
     "footprint": LazyCommand("attribution.commands", "footprint_command", "Ask what sources moved in a model."),
     "factors": LazyCommand("attribution.commands", "factors_command", "Fit what traces of a base model need, once."),

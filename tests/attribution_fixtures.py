@@ -5,6 +5,7 @@ certified ledger blocks afterwards (``MemoryLedger``), so that bundles are what 
 """
 
 import functools
+import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from attribution.log import CampaignLog, open_log
 from consensus.genesis import genesis_to_json
 from consensus.identifiers import ChainId
 from consensus.keys import Ed25519SigningKey
+from consensus.overlap import OverlapBuilder
 from consensus.portions import ClassRule
 from node.bundles import export_bundle
 from node.cli import main
@@ -45,6 +47,8 @@ FACTS = {
     "castle": (b"The vault of Grenwich has", b" nine opals "),
 }
 REFUSED = "castle"
+INDEXED = ("harbour", "mountain", "castle")
+"""Sources whose owners claim an overlap index."""
 
 
 def build() -> ByteModel:
@@ -107,7 +111,12 @@ def traced() -> Traced:
 def _train(node: FakeNode, folder: Path) -> dict[str, bytes]:
     node.policy(classes=(ClassRule("documentation", 1_000, ()),))
     sources = {
-        name: node.source(name, examples_of(name), licence="LicenseRef-Proprietary" if name == REFUSED else "PSF-2.0")
+        name: node.source(
+            name,
+            examples_of(name),
+            licence="LicenseRef-Proprietary" if name == REFUSED else "PSF-2.0",
+            overlap_sha256=_written_overlap(folder, name) if name in INDEXED else b"",
+        )
         for name in FACTS
     }
     node.delegate(CAMPAIGN, KEY)
@@ -147,6 +156,18 @@ def _train(node: FakeNode, folder: Path) -> dict[str, bytes]:
             run.learn(per_example_loss(model, batch.inputs))
         run.release(folder / "tuned.safetensors")
     return sources
+
+
+def _written_overlap(folder: Path, name: str) -> bytes:
+    """SHA-256 of a source's overlap index, which is in the folder with its key."""
+    key = hashlib.sha256(name.encode()).digest()
+    builder = OverlapBuilder(key)
+    for example in examples_of(name):
+        builder.add(example)
+    index = builder.finish()
+    (folder / f"{name}.overlap").write_bytes(index)
+    (folder / f"{name}.overlap.key").write_text(key.hex() + "\n")
+    return hashlib.sha256(index).digest()
 
 
 def sealed(node: FakeNode) -> MemoryLedger:

@@ -136,6 +136,7 @@ class FakeNode:
         licence: str = "PSF-2.0",
         content_class: str = "documentation",
         purposes: tuple[str, ...] = ("fine-tuning",),
+        overlap_sha256: bytes = b"",
     ) -> bytes:
         """Register a source whose content tree is salted with ``SALT``."""
         claim = p.SourceClaim(
@@ -152,6 +153,7 @@ class FakeNode:
             valid_from_ms=0,
             valid_until_ms=2**52,
             statement="",
+            overlap_sha256=overlap_sha256,
         )
         return self.by_member(
             owner, Kind.SOURCE, p.Portions(p.DataPortion(SALT, (p.DataItem(encode(claim)),)), None, None)

@@ -290,6 +290,7 @@ class MemoryLedger:
                 valid_from_ms=self.genesis.created_ms,
                 valid_until_ms=self.genesis.created_ms + YEAR_MS,
                 statement="",
+                overlap_sha256=b"",
             ),
             **fields,
         )

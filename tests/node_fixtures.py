@@ -94,6 +94,7 @@ class Consortium:
             valid_from_ms=0,
             valid_until_ms=2_000_000_000_000 + 100 * YEAR_MS,
             statement="",
+            overlap_sha256=b"",
         )
         salt = hashlib.sha256(f"salt {number}".encode()).digest()
         portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)

@@ -145,6 +145,7 @@ def source(consortium: Processes, owner: str, number: int) -> bytes:
         valid_from_ms=0,
         valid_until_ms=2**52,
         statement="",
+        overlap_sha256=b"",
     )
     salt = hashlib.sha256(f"salt {number}".encode()).digest()
     return consortium.sign(

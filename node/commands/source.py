@@ -1,7 +1,9 @@
 """``countersign source``: what a data-source authority claims about its data, and takes back."""
 
+import hashlib
 import os
 import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -10,6 +12,7 @@ import msgspec
 from consensus.codec import encode
 from consensus.event import Kind, make_entry
 from consensus.identifiers import Role
+from consensus.overlap import OverlapBuilder, overlap_key
 from consensus.portions import DataItem, DataPortion, Portions, SourceClaim, SourceRevocation, Wire
 from consensus.rejection import ConfigError
 from node.clock import SystemClock
@@ -28,10 +31,14 @@ from node.commands.fields import digest_argument
 from node.commands.member import LocalMember, load_member, signed_by
 from node.commands.output import print_json, print_table, utc
 from node.commands.submission import deliver
+from node.files import replace_private
 
 DAY_MS = 86_400_000
 BACKDATED_MS = 60_000
 """A claim is valid from a minute ago: a ledger block's clock may be a little behind its owner's."""
+
+NOTED_BYTES = 16 << 20
+"""Between lines that say how far an overlap index is."""
 
 REQUIRED = ("name", "licence", "rights_basis", "purposes", "content_class")
 
@@ -81,6 +88,13 @@ def source() -> None:
     type=click.Path(path_type=Path),
     help="Secret for later proofs about single examples, 0600; made if missing. Default: NAME.salt.",
 )
+@click.option(
+    "--overlap",
+    "overlap_path",
+    type=click.Path(path_type=Path),
+    help="Also write an overlap index, by which outputs that repeat an example are recognised later, and its key to "
+    "FILE.key; the claim names its digest. About 2.5 times the examples' size; some seconds a megabyte.",
+)
 @click.option("--submit", is_flag=True, help="Hand it to the node of --config and wait until it is final.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -99,6 +113,7 @@ def source_sign(
     valid_days: int | None,
     statement: str | None,
     salt_file: Path | None,
+    overlap_path: Path | None,
     submit: bool,
     out: Path | None,
     as_json: bool,
@@ -134,7 +149,11 @@ def source_sign(
     own = load_member(config_path)
     own.require(Role.DATA_SOURCE, "a source claim")
     salt_path = salt_file or Path(f"{claimed.name}.salt".replace(os.sep, "-"))
-    content = measure(read_examples(paths, split), source_salt(salt_path))
+    salt = source_salt(salt_path)
+    overlap = None if overlap_path is None else OverlapBuilder(overlap_key(salt))
+    examples = read_examples(paths, split)
+    content = measure(examples if overlap is None else _told(examples, overlap.add), salt)
+    index = b"" if overlap is None else overlap.finish()
     now_ms = SystemClock().now_ms()
     assert claimed.name is not None
     assert claimed.licence is not None
@@ -153,10 +172,16 @@ def source_sign(
         valid_from_ms=now_ms - BACKDATED_MS,
         valid_until_ms=now_ms + claimed.valid_days * DAY_MS,
         statement=claimed.statement,
+        overlap_sha256=hashlib.sha256(index).digest() if index else b"",
     )
     if not as_json:
         click.echo(f"{content.example_count} examples, {content.size_bytes} bytes, root {content.root.hex()}")
         click.echo(f"salt in {salt_path}: keep it secret and keep it safe")
+    if overlap_path is not None:
+        replace_private(overlap_path, index)
+        replace_private(key_path(overlap_path), overlap_key(salt).hex().encode() + b"\n")
+        if not as_json:
+            click.echo(f"overlap index in {overlap_path}, its key in {key_path(overlap_path)}: for whom you let ask")
     _sign_single_item(own, Kind.SOURCE, claim, submit_with=config_path if submit else None, out=out, as_json=as_json)
 
 
@@ -226,6 +251,23 @@ def _sign_single_item(
     entry = make_entry(own.committee.chain_id, kind, own.member.id, portions)
     event, encoded = signed_by(own, entry, portions)
     deliver(event, encoded, submit_with=submit_with, out=out, as_json=as_json)
+
+
+def key_path(overlap_path: Path) -> Path:
+    """Where the key of an overlap index is kept."""
+    return overlap_path.with_name(f"{overlap_path.name}.key")
+
+
+def _told(examples: Iterable[bytes], tell: Callable[[bytes], None]) -> Iterator[bytes]:
+    """The examples, each told on the way."""
+    done_bytes, noted_bytes = 0, NOTED_BYTES
+    for example in examples:
+        tell(example)
+        yield example
+        done_bytes += len(example)
+        if done_bytes >= noted_bytes:
+            click.echo(f"overlap index: {done_bytes >> 20} MiB of examples done", err=True)
+            noted_bytes = done_bytes + NOTED_BYTES
 
 
 def _splitter(example_bytes: int | None, by_line: bool, field: str | None) -> Splitter:

@@ -278,6 +278,7 @@ class Consortium:
             valid_from_ms=now_ms - BACKDATED_MS,
             valid_until_ms=now_ms + 365 * DAY_MS,
             statement="Documentation of the Python standard library, with facts made up for the demonstration.",
+            overlap_sha256=b"",
         )
         final = self._finalize(own, Kind.SOURCE, data=claim)
         return SignedSource(description, final.id, salt, content.example_count, final.milliseconds)

@@ -32,7 +32,7 @@ POLICY = p.Policy(
     revocation="drain",
     rationale="",
 )
-CLAIM = p.SourceClaim("s", digest("c"), 8, 8, "CC0-1.0", "own", ("research",), "text", 100, 200, "")
+CLAIM = p.SourceClaim("s", digest("c"), 8, 8, "CC0-1.0", "own", ("research",), "text", 100, 200, "", b"")
 BLOCKS = ("embedding", "layer.0")
 
 

@@ -2,6 +2,7 @@
 ``network init`` runs, takes a claim, and proves it.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from rocksdict import AccessType
 from consensus.event import CheckedEvent, Kind, check_event
 from consensus.identifiers import Role
 from consensus.merkle import inclusion_proof_of, verify_inclusion
+from consensus.overlap import OverlapIndex, overlaps
 from consensus.portions import Policy, SourceClaim, content_leaf, content_salt
 from node.cli import COMMANDS, every_command, main
 from node.commands.content import measure, pieces_of, read_examples
@@ -238,6 +240,28 @@ def test_a_claim_commits_to_the_examples_by_salts_that_show_one_at_a_time(
     renewed = event_in(tmp_path / "again.event", consortium.members["library"].config).items[0]
     assert isinstance(renewed, SourceClaim)
     assert renewed.content_root == claim.content_root
+
+
+def test_a_claim_names_the_overlap_index_of_its_examples_whose_key_is_kept_beside_it(
+    consortium: Provisioned, tmp_path: Path
+) -> None:
+    content, out, index_path = tmp_path / "text.txt", tmp_path / "claim.event", tmp_path / "sonnets.overlap"
+    line = b"Shall I compare thee to a summer's day? Thou art more lovely and more temperate"
+    content.write_bytes(b"another line that is long enough to have a fingerprint\n" + line)
+    options = ("--name", "sonnets", "--lines", "--salt-file", str(tmp_path / "sonnets.salt"), *CLAIM)
+    result = sign_source(consortium, content, out, *options, "--overlap", str(index_path))
+    assert result.exit_code == 0, result.output
+    claim = event_in(out, consortium.members["library"].config).items[0]
+    assert isinstance(claim, SourceClaim)
+    assert claim.overlap_sha256 == hashlib.sha256(index_path.read_bytes()).digest()
+    key_path = tmp_path / "sonnets.overlap.key"
+    for path in (index_path, key_path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    index, key = OverlapIndex(index_path.read_bytes()), bytes.fromhex(key_path.read_text())
+    (found,) = overlaps(index, key, b"it said: " + line)
+    assert (found.example, index.header.examples) == (1, 2)
+    assert found.longest.length > 50
+    assert bytes.fromhex((tmp_path / "sonnets.salt").read_text()) not in (key, index_path.read_bytes())
 
 
 def test_examples_are_files_pieces_lines_or_json_fields(tmp_path: Path) -> None:

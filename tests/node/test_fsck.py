@@ -70,6 +70,7 @@ def claim(genesis: Genesis, secrets: dict[str, MemberSecrets], number: int) -> C
         valid_from_ms=START_MS,
         valid_until_ms=2 * START_MS,
         statement="",
+        overlap_sha256=b"",
     )
     return signed(genesis, secrets, Kind.SOURCE, content, number)
 
