@@ -127,9 +127,8 @@ class Scene:
             node=self.client(),
             job_key=self.key,
             run_directory=self.directory,
-            collate=collate,
             settings=self.settings,
-            **self.arguments,  # type: ignore[arg-type]
+            **{"collate": collate, **self.arguments},  # type: ignore[arg-type]
         )
 
     def train(self, at_step: Callable[[int], None] = lambda step: None) -> GovernedRun[bytes]:

@@ -68,6 +68,7 @@ from trainer_client.memorization_manifest import measured_by, recited_metric, wr
 from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch
 from trainer_client.opening import RunArguments, TakenUp, open_run, own_directory
 from trainer_client.outbox import Fate
+from trainer_client.packing import Packing, taken_apart
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
 from trainer_client.progress import Moment, OnProgress, Summary
 from trainer_client.ranks import Ranks
@@ -110,6 +111,8 @@ class Batch:
     inputs: Any
     examples: tuple[Example, ...]
     replayed: bool
+    packing: Packing | None = None
+    """Where ``collate`` packed the examples, whose positions are whose."""
 
 
 class GovernedRun(Generic[E]):
@@ -207,7 +210,7 @@ class GovernedRun(Generic[E]):
         Args:
             loss_B: one loss per example of the batch, each normalised by constants alone.
             predicted: for the memorization check, the logits ``[B, T, V]`` of this forward pass and the
-                targets ``[B, T]`` they were compared with, nothing masked or padded.
+                targets ``[B, T]`` they were compared with, nothing masked, padded or packed.
 
         Raises:
             TrainingFailed: no batch waits, or a loss is not finite. RoutingError: as ``routing.py``.
@@ -492,14 +495,14 @@ class GovernedRun(Generic[E]):
                 open_K = [any(weights_C) for weights_C in zip(*of_step, strict=True)]
             if not examples:
                 weights = [[0] * len(row_K) for row_K in weights]
-            inputs = self._arguments.collate(list(self._content(shown).values()))
+            inputs, packing = taken_apart(self._arguments.collate(list(self._content(shown).values())))
             groups = [source for source, _ in shown]
             last = step.learned + 1 == len(step.batches)
             self._micro_batch.enter_context(self._parallel.pass_of(last=last))
-            self._micro_batch.enter_context(self._routing.micro_batch(weights, groups, open_K))
+            self._micro_batch.enter_context(self._routing.micro_batch(weights, groups, open_K, packing))
         self._yielded = (Moment.now(), examples)
         attempt = self._ledger.place.attempt
-        return Batch(step.index, attempt, inputs, examples, step.replayed)
+        return Batch(step.index, attempt, inputs, examples, step.replayed, packing)
 
     def _finish_step(self, step: Step, learning_rate: float) -> None:
         self._step = None
@@ -666,7 +669,8 @@ def governed(
         node: URL of the operator's node, or a client of it.
         job_key: the key the operator delegated for this campaign.
         run_directory: outbox, checkpoints and record of this run; one that holds a campaign's checkpoint takes it up.
-        collate: examples to the batch's inputs; the default stacks tensors.
+        collate: examples to the batch's inputs; the default stacks tensors. ``Packed`` inputs hold several examples in
+            a row (``packing.py``).
         probe_loss: model and inputs to a loss per example, tried before anything is on the log (``probe.py``).
         memorization: see ``memorization_watch.DetectorCheck``; None checks nothing, and records no signal.
         scheduler: stepped after each optimizer step and restored with it; do not step it yourself.

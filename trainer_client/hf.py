@@ -42,6 +42,7 @@ from consensus.keys import Signer
 from consensus.rejection import CountersignError
 from trainer_client.governed import DEFAULT_SETTINGS, GovernedRun, governed
 from trainer_client.memorization_watch import MemorizationCheck
+from trainer_client.packing import Packed, Packing, losses_by_example, pack, taken_apart
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource
 from trainer_client.progress import OnProgress
 from trainer_client.record import Example
@@ -79,6 +80,14 @@ def causal_losses(outputs: Any, labels_BT: Tensor) -> Tensor:
     return loss_BT.sum(dim=1) / count_B
 
 
+def packed_causal_losses(outputs: Any, labels_RT: Tensor, packing: Packing) -> Tensor:
+    """As ``causal_losses``, of examples packed into rows."""
+    target_RT = labels_RT[:, 1:]
+    logits_RVT = outputs.logits[:, :-1].transpose(1, 2)
+    loss_RT = functional.cross_entropy(logits_RVT, target_RT, reduction="none", ignore_index=IGNORED_LABEL)
+    return losses_by_example(functional.pad(loss_RT, (1, 0)), packing, labels_RT != IGNORED_LABEL)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class FixedLengthCollator:
     """Examples, as token ids or as ``{"input_ids": …}``, cut or padded to ``length``.
@@ -99,6 +108,37 @@ class FixedLengthCollator:
             "attention_mask": mask_BT,
             "labels": padded_BT.masked_fill(mask_BT == 0, IGNORED_LABEL),
         }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackingCollator:
+    """Examples, as token ids or as ``{"input_ids": …}``, several to a row of ``length``; longer ones are cut.
+
+    Attention is kept inside each example by a mask, which models take with attention ``eager`` or ``sdpa``.
+    """
+
+    length: int
+    padding: int = 0
+
+    def __call__(self, examples: Sequence[Any]) -> Packed:
+        """``input_ids``, ``position_ids``, ``labels`` ``[R, length]``; ``attention_mask`` ``[R, 1, length, length]``.
+
+        An example's first token is predicted from nothing, so it has no label.
+        """
+        sequences = [each["input_ids"] if isinstance(each, Mapping) else each for each in examples]
+        rows = pack(sequences, self.length, self.padding)
+        labels = torch.full((rows.packing.positions,), IGNORED_LABEL)
+        tokens = rows.tokens_RT.flatten()
+        for first, end in rows.packing.spans_B:
+            labels[first + 1 : end] = tokens[first + 1 : end]
+        hidden = torch.zeros(rows.attention_R1TT.shape).masked_fill(~rows.attention_R1TT, torch.finfo(torch.float).min)
+        inputs = {
+            "input_ids": rows.tokens_RT,
+            "position_ids": rows.positions_RT,
+            "attention_mask": hidden,
+            "labels": labels.view_as(rows.tokens_RT),
+        }
+        return Packed(inputs, rows.packing)
 
 
 class GovernanceCallback(TrainerCallback):
@@ -210,7 +250,7 @@ class GovernedTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        data_collator: Callable[[Sequence[Any]], dict[str, Tensor]],
+        data_collator: Callable[[Sequence[Any]], dict[str, Tensor] | Packed],
         callbacks: list[TrainerCallback],
         compute_loss_func: LossOfOutputs | None = None,
         **options: Any,
@@ -224,7 +264,8 @@ class GovernedTrainer(Trainer):
             raise TrainerUnsupported("; ".join(problems))
         self._losses_of_outputs = compute_loss_func or causal_losses
         self._open = ExitStack()
-        super().__init__(model, args, data_collator=data_collator, callbacks=callbacks, **options)
+        collator = cast(Callable[[Sequence[Any]], dict[str, Tensor]], data_collator)
+        super().__init__(model, args, data_collator=collator, callbacks=callbacks, **options)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **named: Any) -> Any:
         """As the Trainer's; the campaign opens once optimizer and schedule are made, and closes whatever happens.
@@ -262,7 +303,7 @@ class GovernedTrainer(Trainer):
         batch = run.present(inputs.step, inputs.examples)
         inputs.update(batch.inputs)
         labels_BT = batch.inputs["labels"]
-        outputs, loss_B = self._forward(model, batch.inputs)
+        outputs, loss_B = self._forward(model, batch.inputs, batch.packing)
         predicted = None
         if self._losses_of_outputs is causal_losses and not (labels_BT == IGNORED_LABEL).any():
             predicted = outputs.logits[:, :-1], labels_BT[:, 1:]
@@ -275,29 +316,37 @@ class GovernedTrainer(Trainer):
         """Of a micro-batch without examples: none."""
         return super().floating_point_ops(inputs) if inputs else 0
 
-    def governed_inputs(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+    def governed_inputs(self, examples: Sequence[Any]) -> dict[str, Tensor] | Packed:
         """The collated examples, on the model's device.
 
         Raises:
-            TrainerUnsupported: they are packed, or not one row for each example.
+            TrainerUnsupported: they are packed by another collator than ``PackingCollator``, or not one row for each
+                example; packed, with a ``compute_loss_func`` of rows.
         """
-        inputs: dict[str, Tensor] = dict(self._prepare_inputs(self.data_collator(list(examples))))
+        collated, packing = taken_apart(self.data_collator(list(examples)))
+        inputs: dict[str, Tensor] = dict(self._prepare_inputs(collated))
+        if packing is not None:
+            if self._losses_of_outputs is not causal_losses:
+                raise TrainerUnsupported("compute_loss_func gives a loss per row, and rows hold several examples")
+            return Packed(inputs, packing)
         packed = sorted(inputs.keys() & set(PACKED))
         if packed or "labels" not in inputs or len(inputs["labels"]) != len(examples):
             raise TrainerUnsupported(
-                f"the collator must give labels and one row per example, nothing packed; found {sorted(inputs)} for"
-                f" {len(examples)} examples"
+                f"the collator must give labels and one row per example, or be PackingCollator; found {sorted(inputs)}"
+                f" for {len(examples)} examples"
             )
         return inputs
 
-    def losses_of_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def losses_of_inputs(self, model: nn.Module, inputs: dict[str, Tensor] | Packed) -> Tensor:
         """One loss per example, as in training."""
-        return self._forward(model, inputs)[1]
+        return self._forward(model, *taken_apart(inputs))[1]
 
-    def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], packing: Packing | None) -> tuple[Any, Tensor]:
         model.train()
         with self.compute_loss_context_manager():
             outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
+            if packing is not None:
+                return outputs, packed_causal_losses(outputs, inputs["labels"], packing)
             return outputs, self._losses_of_outputs(outputs, inputs["labels"])
 
 

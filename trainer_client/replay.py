@@ -28,6 +28,7 @@ from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.balance import Balance, BalanceSheet
 from trainer_client.calls import CampaignStatus
 from trainer_client.commitment import copied_tensors, optimizer_state_digest, parameter_root_of, step_commitment
+from trainer_client.packing import Packed, taken_apart
 from trainer_client.plan import RANKS, TrainingSource, check_content
 from trainer_client.record import Example
 from trainer_client.resumption import RecordedStep, past_since, read_opening
@@ -42,7 +43,8 @@ E = TypeVar("E")
 class ReplayJob(Generic[E]):
     """A job as it stood before its first step: ``model`` has the base weights, seeds are set.
 
-    ``loss`` gives one loss per example, as in training; the rest is as in ``governed``.
+    ``loss`` gives one loss per example, as in training, and is given what ``collate`` returns; the rest is as in
+    ``governed``.
     """
 
     model: nn.Module
@@ -207,10 +209,10 @@ class _Run(Generic[E]):
         if self.accumulators is not None:
             self.accumulators.expect(step.index, examples)
         contents = {source.id: source.examples for source in job.sources}
-        inputs = job.collate([contents[source][number] for source, number in examples])
+        inputs, packing = taken_apart(job.collate([contents[source][number] for source, number in examples]))
         weights_BK = [list(step.weights_permille(source)) for source, _ in examples]
-        with self.routing.micro_batch(weights_BK, [source for source, _ in examples]):
-            loss_B = job.loss(job.model, inputs)
+        with self.routing.micro_batch(weights_BK, [source for source, _ in examples], packing=packing):
+            loss_B = job.loss(job.model, inputs if packing is None else Packed(inputs, packing))
             self.routing.routed_loss(loss_B, self.terms.batch_size).backward()  # type: ignore[no-untyped-call]
 
 

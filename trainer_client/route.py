@@ -3,12 +3,15 @@
 Blocked rows are left out before any arithmetic, because 0 times infinity is not 0; which rows enter depends on weights
 alone. Where somebody observes, examples of one group are summed apart.
 
+Where examples are packed into common rows (``packing.py``), positions are what is left out or summed.
+
 Left to others: which modules have a route (``routed_modules.py``), which weights (``routing.py``).
 
-Shape suffixes: B examples, N rows (examples times positions), I inputs, O outputs; P and Q either of the last two.
+Shape suffixes: B examples, R rows of packed examples, N rows (examples times positions), I inputs, O outputs; P and Q
+either of the last two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,33 +64,60 @@ class Route:
     observe_product: ObserveProduct | None = None
     open_elsewhere: bool = False
     """An example of another rank may enter where none of these may: zeros stand for them."""
+    spans_B: tuple[tuple[int, int], ...] = ()
+    """Where examples are packed, each one's positions, counted over all rows: operands are ``[R, T, …]`` then."""
+    is_full: bool = True
+    """Whether every position is some example's."""
+
+    @property
+    def takes_everything(self) -> bool:
+        """Whether every row enters at full weight."""
+        return self.is_full and set(self.weights_B) == {FULL_PERMILLE}
 
     @property
     def open(self) -> bool:
         return any(self.weights_B)
 
+    def places(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        """The operands with what is told apart along dimension 0: examples, or positions where they are packed."""
+        return tuple(operand.flatten(0, 1) for operand in operands) if self.spans_B else operands
+
     def runs(self) -> list[tuple[int, int, int]]:
-        """Runs of neighbours of equal weight that is not zero: first, end, weight."""
+        """Runs of neighbouring places of equal weight that is not zero: first, end, weight."""
         runs: list[tuple[int, int, int]] = []
-        for example, weight in enumerate(self.weights_B):
-            if runs and runs[-1][1] == example and runs[-1][2] == weight:
-                runs[-1] = (runs[-1][0], example + 1, weight)
+        spans = self.spans_B or [(example, example + 1) for example in range(len(self.weights_B))]
+        for (first, end), weight in sorted(zip(spans, self.weights_B, strict=True)):
+            if runs and runs[-1][1] == first and runs[-1][2] == weight:
+                runs[-1] = (runs[-1][0], end, weight)
             elif weight:
-                runs.append((example, example + 1, weight))
+                runs.append((first, end, weight))
         return runs
 
     def admitted(self, *operands: Tensor) -> tuple[Tensor, ...]:
-        """The operands' rows of examples with weight; the first operand is scaled by the weights."""
-        kept = [example for example, weight in enumerate(self.weights_B) if weight]
-        if len(kept) < len(self.weights_B):
-            index_B = torch.tensor(kept, device=operands[0].device)
-            operands = tuple(operand.index_select(0, index_B) for operand in operands)
-        factors = [self.weights_B[example] / FULL_PERMILLE for example in kept]
-        if any(factor != 1.0 for factor in factors):
-            shape = (len(kept),) + (1,) * (operands[0].dim() - 1)
-            factor_B = torch.tensor(factors, dtype=operands[0].dtype, device=operands[0].device)
-            operands = (operands[0] * factor_B.view(shape), *operands[1:])
+        """The operands' places of examples with weight; the first operand is scaled by the weights."""
+        return self._kept(self.runs(), *self.places(*operands))
+
+    def _kept(self, runs: Sequence[tuple[int, int, int]], *operands: Tensor) -> tuple[Tensor, ...]:
+        kept = [place for first, end, _ in runs for place in range(first, end)]
+        if len(kept) < len(operands[0]):
+            index = torch.tensor(kept, device=operands[0].device)
+            operands = tuple(operand.index_select(0, index) for operand in operands)
+        if any(weight != FULL_PERMILLE for _, _, weight in runs):
+            factors = [weight / FULL_PERMILLE for first, end, weight in runs for _ in range(first, end)]
+            factor = torch.tensor(factors, dtype=operands[0].dtype, device=operands[0].device)
+            operands = (operands[0] * factor.view(-1, *(1,) * (operands[0].dim() - 1)), *operands[1:])
         return operands
+
+    def by_example(self, operand: Tensor) -> Tensor:
+        """``[B, T, …]`` of an operand, packed ones padded with zeros to the longest example."""
+        if not self.spans_B:
+            return operand
+        (places,) = self.places(operand)
+        longest = max(end - first for first, end in self.spans_B)
+        padded = places.new_zeros(len(self.spans_B), longest, *places.shape[1:])
+        for example, (first, end) in enumerate(self.spans_B):
+            padded[example, : end - first] = places[first:end]
+        return padded
 
     def by_group(self) -> list[tuple[bytes, "Route"]]:
         """For each group with weight, in order of its first example: the route of its examples alone."""
@@ -115,7 +145,8 @@ class Route:
             delta: ``[B, *, O]``, for the bias.
         """
         if self.observe_product is not None and product is not None:
-            self.observe_product("weight", *product, self.weights_B)
+            left, right = (self.by_example(operand) for operand in product)
+            self.observe_product("weight", left, right, self.weights_B)
         if self.observe is None:
             weight_PQ = None if product is None else self.weighted_products(*product)
             return weight_PQ, None if delta is None else self.weighted_rows(delta)
@@ -140,11 +171,12 @@ class Route:
     def weighted_products(self, left: Tensor, right: Tensor) -> Tensor:
         """Sum over examples of weight times leftᵀ right: ``[B, *, P]`` and ``[B, *, Q]`` to ``[P, Q]``."""
         runs = self.runs()
+        left, right = self.places(left, right)
         if len(runs) > MAX_RUNS:
             if left.shape[-1] <= right.shape[-1]:
-                left, right = self.admitted(left, right)
+                left, right = self._kept(runs, left, right)
             else:
-                right, left = self.admitted(right, left)
+                right, left = self._kept(runs, right, left)
             return _rows(left).t() @ _rows(right)
         product_PQ: Tensor | None = None
         for first, end, weight in runs:

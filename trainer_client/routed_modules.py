@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
-from trainer_client.route import FULL_PERMILLE, Route, RoutingUnsupported
+from trainer_client.route import Route, RoutingUnsupported
 from trainer_client.rowwise import is_rowwise
 
 
@@ -134,7 +134,7 @@ class _RoutedLayerNorm(torch.autograd.Function):
         backward = torch.ops.aten.native_layer_norm_backward
         grad_x = grad_weight = grad_bias = None
         mask = [need_x, False, False]
-        if route.open and set(route.weights_B) == {FULL_PERMILLE}:
+        if route.takes_everything:
             mask = [need_x, need_weight, need_bias]
         elif route.open_elsewhere and not route.open:
             grad_weight = torch.zeros_like(weight) if need_weight else None

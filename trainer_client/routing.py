@@ -23,6 +23,7 @@ and nothing else. What the policy blocks never enters the sum:
   called with the examples along dimension 0. Anything else is refused by name, before the first step:
   parameters held by other modules, shared batch statistics, forwards that somebody else replaced. What a census
   cannot see (``functional.linear(x, layer.weight)``, a loss that couples examples) ``probe.py`` finds on a real batch.
+* **Packed examples** (``packing.py``) are told apart by position instead of by row.
 * **An embedding called with one row of indexes** (position ids ``[1, T]``) looks them up for each example of the
   micro-batch: the same values, in a shape whose gradient is still told apart by example.
 * **A backward pass runs under the weights of its forward pass.** Each micro-batch is a token; a gradient that
@@ -50,6 +51,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer_client.packing import Packing
 from trainer_client.route import FULL_PERMILLE, Route, RoutingError, RoutingLeak, RoutingUnsupported, Weights
 from trainer_client.routed_modules import census, routed_forward
 from trainer_client.sharding import own_part, whole
@@ -77,6 +79,12 @@ class MicroBatch:
     example_count: int
     groups_B: tuple[bytes, ...]
     open_K: tuple[bool, ...]
+    packing: Packing | None = None
+
+    @property
+    def rows(self) -> int:
+        """What inputs have along dimension 0: examples, or rows that examples are packed into."""
+        return self.example_count if self.packing is None else self.packing.rows
 
 
 class GradientObserver(Protocol):
@@ -169,12 +177,14 @@ class Routing:
         weights_permille_BK: Sequence[Sequence[int]],
         groups_B: Sequence[bytes] = (),
         open_K: Sequence[bool] = (),
+        packing: Packing | None = None,
     ) -> Iterator[MicroBatch]:
         """Weights for the forward *and* backward pass of one micro-batch: a row per example.
 
         ``groups_B`` names each example's group, for the observer; neighbours of one group cost least. ``open_K`` says
         which parameter blocks an example of any rank may move in this step, where there are several ranks: a block
         that only others' may move gets zeros here, since every rank must bring the gradients that one brings.
+        ``packing``: examples are not rows, they have spans of positions (``packing.py``).
 
         Raises:
             RoutingError: outside ``with routing``, inside another micro-batch, not B rows of K
@@ -189,7 +199,9 @@ class Routing:
         for block, weights_B in enumerate(columns_KB):
             if any(weights_B) and not opened_K[block]:
                 raise RoutingError(f"parameter block {block} is said to be closed and an example has weight in it")
-        token = MicroBatch(columns_KB, len(weights_permille_BK), tuple(groups_B), opened_K)
+        if packing is not None and len(packing.spans_B) != len(weights_permille_BK):
+            raise RoutingError(f"{len(packing.spans_B)} packed examples, and weights of {len(weights_permille_BK)}")
+        token = MicroBatch(columns_KB, len(weights_permille_BK), tuple(groups_B), opened_K, packing)
         self._active = token
         try:
             yield token
@@ -279,13 +291,14 @@ class Routing:
             if token is None:
                 raise RoutingError(f"module {module_name!r} ran with gradients outside a micro-batch")
             if input.dim() >= 2 and input.shape[0] == 1 and isinstance(module, nn.Embedding):
-                input = input.expand(token.example_count, *input.shape[1:])
-            rows_first = input.dim() >= 2 and input.shape[0] == token.example_count
-            if not rows_first:
-                raise RoutingUnsupported(
-                    f"module {module_name!r} expects {token.example_count} examples along dimension 0 and at"
-                    f" least 2 dimensions, found shape {tuple(input.shape)}"
-                )
+                input = input.expand(token.rows, *input.shape[1:])
+            packing = token.packing
+            rows_first = input.dim() >= 2 and input.shape[0] == token.rows
+            if not rows_first or (packing is not None and input.shape[1] != packing.row_positions):
+                expected = f"{token.rows} examples along dimension 0 and at least 2 dimensions"
+                if packing is not None:
+                    expected = f"{packing.rows} rows of {packing.row_positions} positions first"
+                raise RoutingUnsupported(f"module {module_name!r} expects {expected}, found shape {tuple(input.shape)}")
             route = Route(
                 token.weights_KB[block],
                 partial(self.check_token, token),
@@ -293,6 +306,8 @@ class Routing:
                 None if observer is None else observe,
                 None if self._product_observer is None else observe_product,
                 token.open_K[block],
+                () if packing is None else packing.spans_B,
+                packing is None or packing.is_full,
             )
             return routed(module, input, route)
 

@@ -32,6 +32,7 @@ from trainer_client.hf import (
     FixedLengthCollator,
     GovernanceCallback,
     GovernedTrainer,
+    PackingCollator,
     TrainerUnsupported,
     causal_losses,
 )
@@ -511,3 +512,26 @@ def test_two_processes_under_ddp_train_what_one_trains_with_accumulation_and_che
         for name, held in alone.state_dict().items():
             if name in weights:
                 torch.testing.assert_close(weights[name], held, rtol=1e-3, atol=1e-5)
+
+
+def test_packed_rows_train_what_padded_ones_train(scene: Scene) -> None:
+    found = {}
+    for number, collator in ((7, COLLATOR), (8, PackingCollator(LENGTH))):
+        callback = GovernanceCallback(**scene.campaign(number), release=scene.directory / f"{number}.safetensors")
+        model = gpt2(dropout=0.0)
+        GovernedTrainer(model, scene.arguments(), data_collator=collator, callbacks=[callback]).train()
+        assert len(scene.steps(number)) == STEPS
+        found[number] = model.state_dict()
+    for name, held in found[7].items():
+        if "h.0.attn.c_attn.weight" in name or "wte" in name or "ln_f" in name:
+            torch.testing.assert_close(found[8][name], held, rtol=1e-2, atol=1e-4)
+
+
+def test_packed_rows_with_a_loss_of_rows_are_refused(scene: Scene) -> None:
+    options = {"compute_loss_func": lambda outputs, labels: outputs.logits.mean(dim=(1, 2))}
+    callback = GovernanceCallback(**scene.campaign(7))
+    trainer = GovernedTrainer(
+        gpt2(), scene.arguments(), data_collator=PackingCollator(LENGTH), callbacks=[callback], **options
+    )
+    with pytest.raises(TrainerUnsupported, match="rows hold several examples"):
+        trainer.train()
