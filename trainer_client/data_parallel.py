@@ -7,12 +7,15 @@ the sum over the global batch is what the policy's weights are about. What else 
 * **FSDP2** leaves names as they are and each rank with a part of every parameter (a ``DTensor``); gathering one is a
   call that every rank must make. Ranks must bring gradients for the same parameters, also one that its own
   examples may not move: it brings zeros where another rank's may.
+* **Compiled** models (``torch.compile``) are the module they were compiled from, too: routed forwards run uncompiled
+  between compiled pieces (``routing.py``).
 * **Accumulation** sends gradients with a step's last micro-batch alone.
 
 Refused, because the sums would not be what they must: a process group without either of them, a communication hook,
 parameters on a part of the ranks, trainable parameters that are not sharded beside some that are.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -35,15 +38,18 @@ class ParallelModel:
     """A model as the ranks of a job train it.
 
     Args:
-        model: a module, or one in ``DistributedDataParallel``, or sharded by ``fully_shard``.
+        model: a module, or one in ``DistributedDataParallel``, or sharded by ``fully_shard``; compiled or not.
 
     Raises:
         ConfigError: see the header.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self._wrapper = model if isinstance(model, DistributedDataParallel) else None
-        self.module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._wrapper: DistributedDataParallel | None = None
+        while (inner := _inside(model)) is not None:
+            self._wrapper = model if isinstance(model, DistributedDataParallel) else self._wrapper
+            model = inner
+        self.module = model
         self._ranks = ranks
         self.is_sharded = any(is_sharded(parameter) for parameter in self.module.parameters())
         self._sharded_modules = _fsdp_modules(self.module) if self.is_sharded else []
@@ -112,6 +118,16 @@ class ParallelModel:
                 raise ConfigError(
                     f"parameter {name!r} is sharded over a mesh of shape {found_mesh}: expected ({ranks.size},)"
                 )
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """What DDP or ``torch.compile`` put a wrapper around; None for a model without one."""
+    if isinstance(model, DistributedDataParallel):
+        return model.module  # type: ignore[no-any-return]
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # whoever compiled a model has imported it
+    if compiler is not None and isinstance(model, compiler.OptimizedModule):
+        return model._orig_mod  # type: ignore[no-any-return]
+    return None
 
 
 def _fsdp_modules(model: nn.Module) -> "list[FSDPModule]":

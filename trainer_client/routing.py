@@ -34,12 +34,13 @@ Forwards are replaced on module instances inside ``with Routing(...)`` and put b
 * **Several ranks** (``data_parallel.py``) each route their own examples; the sum over them is formed by DDP or FSDP2.
 
 Left to others: which weights a policy allows (``consensus/policy.py``), optimizer and event
-(``governed.py``). Not covered here: ``torch.compile``, double backward.
+(``governed.py``). Not covered here: double backward.
 
 Shape suffixes: B examples, K parameter blocks, N rows (examples times positions), I inputs, O outputs, V
 vocabulary. A ``*`` stands for any number of positions between B and the features.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -311,7 +312,8 @@ class Routing:
             )
             return routed(module, input, route)
 
-        return forward
+        # A compiled model calls it between compiled pieces: weights change with every micro-batch, code must not.
+        return torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward  # type: ignore[no-untyped-call]
 
 
 def clip_factor(norm: float, maximum_norm: float) -> float:
