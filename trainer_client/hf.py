@@ -366,7 +366,7 @@ def unsupported_options(args: TrainingArguments, plan: CampaignPlan, options: Ma
         "FSDP, DeepSpeed or a parallelism_config: several processes train by DDP here, or by fully_shard in a loop of"
         " your own": bool(args.fsdp) or args.deepspeed is not None or args.parallelism_config is not None,
         f"{args.n_gpu} devices (DataParallel): make one visible": args.n_gpu > 1,
-        "torch_compile: compiled forwards bypass the routing": args.torch_compile,
+        "torch_compile: not tried with this Trainer; a loop of your own may compile its model": args.torch_compile,
         "use_liger_kernel: it replaces forwards": args.use_liger_kernel,
         "neftune_noise_alpha: noise by the batch's shape": args.neftune_noise_alpha is not None,
         "label_smoothing_factor: give compute_loss_func": args.label_smoothing_factor != 0,
