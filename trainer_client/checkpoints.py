@@ -110,7 +110,7 @@ class CheckpointStore:
         problem: ConfigError | None = None
         for path in reversed(self._paths()):
             try:
-                found = _read(path, self._campaign)
+                found = read_checkpoint(path, self._campaign)
             except ConfigError as error:
                 _log.warning("%s", error)
                 problem = problem or error
@@ -151,7 +151,7 @@ class CheckpointStore:
         self._executor.shutdown(wait=True)
 
     def _paths(self) -> list[Path]:
-        return sorted(self._directory.glob("step-*.checkpoint"))
+        return checkpoint_files(self._directory)
 
     def _write_or_warn(self, checkpoint: Checkpoint) -> None:
         try:
@@ -160,26 +160,48 @@ class CheckpointStore:
             _log.warning("no checkpoint of step %d: %s", checkpoint.snapshot.step, error)
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        unfinished = self._directory / "checkpoint.unfinished"
-        try:
-            with unfinished.open("wb") as file:
-                torch.save(_plain(checkpoint, self._campaign), file)
-                file.flush()
-                os.fsync(file.fileno())
-            digest = _sha256(unfinished)
-            unfinished.replace(self._directory / f"step-{checkpoint.snapshot.step:09}-{digest}.checkpoint")
-        except (OSError, RuntimeError):
-            unfinished.unlink(missing_ok=True)
-            raise
-        folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_checkpoint(self._directory, checkpoint, self._campaign)
         self._written_step = checkpoint.snapshot.step
         for old in self._paths()[:-KEPT]:
             old.unlink()
+
+
+def checkpoint_files(directory: Path, step: int | None = None) -> list[Path]:
+    """The files of a folder that are called as checkpoints are, of one step or all, by step."""
+    return sorted(directory.glob("step-*.checkpoint" if step is None else f"step-{step:09}-*.checkpoint"))
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's file is called after; None for another file's name."""
+    _, _, step = path.name.partition("-")
+    number, _, _ = step.partition("-")
+    return int(number) if number.isascii() and number.isdigit() else None
+
+
+def write_checkpoint(directory: Path, checkpoint: Checkpoint, campaign: bytes) -> Path:
+    """Write a checkpoint's file and return it once it is on disk, whole.
+
+    Raises:
+        OSError, RuntimeError: it could not be written; nothing is left of it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = directory / "checkpoint.unfinished"
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(_plain(checkpoint, campaign), file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = _sha256(unfinished)
+        path = unfinished.replace(directory / f"step-{checkpoint.snapshot.step:09}-{digest}.checkpoint")
+    except (OSError, RuntimeError):
+        unfinished.unlink(missing_ok=True)
+        raise
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return path
 
 
 def _sha256(path: Path) -> str:
@@ -217,11 +239,11 @@ def _plain(checkpoint: Checkpoint, campaign: bytes) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, campaign: bytes) -> Checkpoint:
-    """A checkpoint's file.
+def read_checkpoint(path: Path, campaign: bytes) -> Checkpoint:
+    """A checkpoint's file. Whole is not true: that it is what the log says of its step is for its reader to check.
 
     Raises:
-        ConfigError: it is damaged, of another version or campaign, or holds more than data.
+        ConfigError: it is damaged, of another version or campaign, holds more than data, or is no checkpoint.
     """
     try:
         digest = _sha256(path)
@@ -233,6 +255,13 @@ def _read(path: Path, campaign: bytes) -> Checkpoint:
         plain = torch.load(path, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise ConfigError(f"{path}: the checkpoint cannot be read as plain data: {error}") from error
+    try:
+        return _checkpoint(plain, path, campaign)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: expected a checkpoint, found other data: {error!r:.200}") from error
+
+
+def _checkpoint(plain: dict[str, Any], path: Path, campaign: bytes) -> Checkpoint:
     if plain["version"] != VERSION:
         raise ConfigError(f"{path}: expected a checkpoint of version {VERSION}, found {plain['version']}")
     if plain["campaign"] != campaign:

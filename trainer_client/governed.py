@@ -59,6 +59,7 @@ from consensus.rejection import ConfigError, CountersignError, InvariantBroken, 
 from consensus.review import DataSlice, Metric, metric_text
 from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
+from trainer_client.audit_snapshots import AuditSnapshots
 from trainer_client.commitment import root_of_tensors
 from trainer_client.data_parallel import ParallelModel
 from trainer_client.evaluation import file_sha256
@@ -181,6 +182,12 @@ class GovernedRun(Generic[E]):
         self._record, self._ledger, self._book = opened.record, opened.ledger, opened.book
         self._ring, self._before = opened.ring, opened.parameters
         self._checkpoints = opened.checkpoints
+        self._snapshots = AuditSnapshots(
+            self._arguments.run_directory / "snapshots" / self._plan.campaign.hex(),
+            self._plan.campaign,
+            self._settings.audit_snapshot_every_steps,
+        )
+        self._stack.callback(self._snapshots.close)
         if opened.taken_up is not None:
             try:
                 self._take_up(opened.taken_up)
@@ -428,6 +435,8 @@ class GovernedRun(Generic[E]):
     def _begin_step(self) -> Step:
         index = self._done + 1
         self._watch.begin()
+        with self._record.costs.governance():
+            self._keep_for_audits()
         if self._replay_to is not None:
             earlier = self._history[index]
             self._step = dataclasses.replace(earlier, replayed=True, before=None, loss_sum=0.0, learned=0)
@@ -476,6 +485,12 @@ class GovernedRun(Generic[E]):
             self._candidate = self._last_step_event
             return snapshot
         return None
+
+    def _keep_for_audits(self) -> None:
+        """A snapshot of the job as the step that begins finds it, where one is due."""
+        if self._snapshots.due(self._done):
+            state = TrainingState(self._model, self._optimizer)
+            self._snapshots.keep(take_snapshot(state, self._done, self._parallel.root()), self._recited)
 
     def _content(self, examples: tuple[Example, ...]) -> dict[Example, E]:
         return {(source, example): self._sources[source].examples[example] for source, example in examples}

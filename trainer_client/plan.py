@@ -89,6 +89,8 @@ class RunSettings:
         check_memorization_every_steps: how often the memorization check runs.
         checkpoint_every_steps: least distance between checkpoints on disk, from which a run whose process died is taken
             up again (``checkpoints.py``); 0 keeps none.
+        audit_snapshot_every_steps: after how many steps each a snapshot is kept for good, for audits to start from
+            (``audit_snapshots.py``); 0 keeps none.
         pause_limit_seconds: how long to wait for a grant or for finality; None waits for ever.
         outbox_maximum_bytes: see ``outbox.py``.
     """
@@ -100,6 +102,7 @@ class RunSettings:
     snapshot_every_steps: int = 20
     check_memorization_every_steps: int = 1
     checkpoint_every_steps: int = 100
+    audit_snapshot_every_steps: int = 0
     pause_limit_seconds: float | None = None
     outbox_maximum_bytes: int = 1 << 30
 

@@ -11,8 +11,8 @@ campaign, in one run, and what a trace estimates.
 """
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -123,13 +123,42 @@ def replay(
             of several processes; as ``Balance``.
         RoutingError: as ``routing.py``.
     """
-    _check_job(logged, job, without)
+    check_job(logged, job, without)
+    balance = Balance(job.model, job.optimizer) if balanced else None
+    with bench(logged, job, accumulated=not (without or balanced), balance=balance) as run:
+        grouped = bool(logged.terms.accumulator_window_steps)
+        matched = 0
+        before = copied_tensors(job.model)
+        for number, step in enumerate(logged.steps, 1):
+            admitted = tuple(example for example in run.admitted(step) if example[0] not in without)
+            accumulator_root = run.take(step, admitted)
+            on_step(number, len(logged.steps))
+            if without or (balanced and not grouped):
+                continue
+            after = copied_tensors(job.model)
+            expected_root = b"" if balanced else step.operation.accumulator_root
+            what = differences(step, before, after, run.blocks, job.optimizer)
+            what += ("accumulators",) if accumulator_root != expected_root else ()
+            if what:
+                return Replayed(number, matched, Difference(step.index, what), parameter_root_of(job.model))
+            matched, before = number, after
+        sheet = None if balance is None else balance.sheet(run.blocks)
+    return Replayed(len(logged.steps), matched, None, parameter_root_of(job.model), sheet)
+
+
+@contextmanager
+def bench(
+    logged: LoggedCampaign, job: ReplayJob[E], *, accumulated: bool, balance: Balance | None = None
+) -> Iterator["Bench[E]"]:
+    """What steps are taken on, with the job's model under the campaign's routing; afterwards it is as it was.
+
+    ``accumulated``: form the campaign's accumulators, if it has any, in a folder that goes away.
+    """
     blocks = {block.name: tuple(tensor.name for tensor in block.tensors) for block in logged.terms.parameter_blocks}
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        balance = Balance(job.model, job.optimizer) if balanced else None
-        accumulators = None if without or balanced else _accumulators(logged, folder)
+        accumulators = _accumulators(logged, folder) if accumulated else None
         if accumulators is not None:
             accumulators.attach(job.model, block_of)
             stack.enter_context(accumulators)
@@ -137,26 +166,7 @@ def replay(
         observer = accumulators or balance or (_Unheard() if grouped else None)
         routing = Routing(job.model, block_of, observer, None if accumulators is None else accumulators.sketches)
         stack.enter_context(routing)
-        run = _Run(logged.terms, job, routing, block_of, _clip_norm(logged.terms), accumulators, balance)
-        matched = 0
-        before = copied_tensors(job.model)
-        for number, step in enumerate(logged.steps, 1):
-            terms = logged.terms
-            presented = presented_examples(logged.manifest, terms.sampler_seed, terms.batch_size, step.index)
-            admitted = tuple(example for example in step.in_order(presented) if example[0] not in without)
-            accumulator_root = run.take(step, admitted)
-            on_step(number, len(logged.steps))
-            if without or (balanced and not grouped):
-                continue
-            after = copied_tensors(job.model)
-            expected_root = b"" if balanced else step.operation.accumulator_root
-            what = _differences(step, before, after, blocks, job.optimizer)
-            what += ("accumulators",) if accumulator_root != expected_root else ()
-            if what:
-                return Replayed(number, matched, Difference(step.index, what), parameter_root_of(job.model))
-            matched, before = number, after
-        sheet = None if balance is None else balance.sheet(blocks)
-    return Replayed(len(logged.steps), matched, None, parameter_root_of(job.model), sheet)
+        yield Bench(logged, job, routing, blocks, block_of, _clip_norm(logged.terms), accumulators, balance)
 
 
 class _Unheard(GradientObserver):
@@ -167,22 +177,29 @@ class _Unheard(GradientObserver):
 
 
 @dataclass(slots=True)
-class _Run(Generic[E]):
+class Bench(Generic[E]):
     """Takes steps as ``governed.GovernedRun`` does, without recording any."""
 
-    terms: p.Campaign
+    logged: LoggedCampaign
     job: ReplayJob[E]
     routing: Routing
+    blocks: Mapping[str, tuple[str, ...]]
     block_of: Mapping[str, int]
     clip_norm: float
     accumulators: SourceAccumulators | None
     balance: Balance | None
 
+    def admitted(self, step: RecordedStep) -> tuple[Example, ...]:
+        """The examples that a step took, in its order."""
+        terms = self.logged.terms
+        presented = presented_examples(self.logged.manifest, terms.sampler_seed, terms.batch_size, step.index)
+        return step.in_order(presented)
+
     def take(self, step: RecordedStep, admitted: tuple[Example, ...]) -> bytes:
         """One step; the root of the accumulators' window that it ends, or nothing."""
         job = self.job
         job.optimizer.zero_grad(set_to_none=True)
-        size = job.micro_batch_size or self.terms.batch_size
+        size = job.micro_batch_size or self.logged.terms.batch_size
         for first in range(0, len(admitted), size):
             self._learn(step, admitted[first : first + size])
         if admitted:
@@ -204,7 +221,7 @@ class _Run(Generic[E]):
 
     def _learn(self, step: RecordedStep, examples: tuple[Example, ...]) -> None:
         job = self.job
-        if self.terms.accumulator_window_steps:
+        if self.logged.terms.accumulator_window_steps:
             examples = by_source(examples)
         if self.accumulators is not None:
             self.accumulators.expect(step.index, examples)
@@ -213,10 +230,15 @@ class _Run(Generic[E]):
         weights_BK = [list(step.weights_permille(source)) for source, _ in examples]
         with self.routing.micro_batch(weights_BK, [source for source, _ in examples], packing=packing):
             loss_B = job.loss(job.model, inputs if packing is None else Packed(inputs, packing))
-            self.routing.routed_loss(loss_B, self.terms.batch_size).backward()  # type: ignore[no-untyped-call]
+            self.routing.routed_loss(loss_B, self.logged.terms.batch_size).backward()  # type: ignore[no-untyped-call]
 
 
-def _check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[bytes]) -> None:
+def check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[bytes] = ()) -> None:
+    """The job has the campaign's base model and its sources' examples.
+
+    Raises:
+        Rejected: as ``replay``.
+    """
     root = parameter_root_of(job.model)
     if root != logged.terms.base_root:
         raise Rejected(
@@ -238,7 +260,7 @@ def _check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[by
             raise Rejected(Reason.UNKNOWN_SOURCE, f"source {source.hex()} is not in the campaign's manifest")
 
 
-def _differences(
+def differences(
     step: RecordedStep,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],

@@ -16,11 +16,14 @@ from safetensors.torch import save_file
 
 from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.rejection import ConfigError, Reason, Rejected
+from trainer_client.audit_snapshots import SnapshotFolder
 from trainer_client.balance import BalanceSheet
-from trainer_client.commitment import copied_tensors
+from trainer_client.commitment import copied_tensors, parameter_root_of
+from trainer_client.picked_replay import PickedReplay, replay_picked
 from trainer_client.replay import LoggedCampaign, Replayed, ReplayJob, read_logged_campaign, replay
 from trainer_client.submit import Client
 
+MAX_LISTED_STEPS = 1 << 20
 TOLD_EVERY = 10
 """Parts of a replay after which progress is told."""
 
@@ -39,6 +42,15 @@ TOLD_EVERY = 10
 @click.option("--chain-id", required=True, help="The pinned chain id, 64 hex digits.")
 @click.option("--campaign", required=True, help="The campaign's id, 64 hex digits.")
 @click.option("--without", "left_out", multiple=True, metavar="SOURCE", help="Leave out a source, by its event id.")
+@click.option(
+    "--snapshots",
+    "snapshot_folder",
+    type=click.Path(path_type=Path),
+    help="The run's snapshots for audits, to begin at instead of at the base model.",
+)
+@click.option(
+    "--steps", "step_list", metavar="LIST", help="Only these steps, such as 12,40-44, and what leads to them."
+)
 @click.option("--balance", "balanced", is_flag=True, help="Split the change of the weights by source (AdamW).")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the weights it ends with.")
 @click.option(
@@ -56,6 +68,8 @@ def replay_command(
     chain_id: str,
     campaign: str,
     left_out: tuple[str, ...],
+    snapshot_folder: Path | None,
+    step_list: str | None,
     balanced: bool,
     out: Path | None,
     report_path: Path | None,
@@ -65,15 +79,23 @@ def replay_command(
 
     Needs the base model and the sources' examples, which are checked against the log, and the build of torch and
     number of threads of the job, for the same bits. Exit code 0 when every step came out as recorded, 1 at the first
-    that did not. With --without nothing is compared: the weights are those of the same campaign without the source.
+    that did not. With --steps only those are taken again, each from the newest snapshot before it (--snapshots); with
+    a snapshot of the step that differs, its tensors are named as well.
+    With --without nothing is compared: the weights are those of the same campaign without the source.
     With --balance the change of every linear's parameters is split among sources and weight decay, exactly: an account
     of what was added to the weights, not of who mattered.
 
     \b
-    Example:
+    Examples:
       countersign replay --job my_job:replay_job --config job.json --node http://127.0.0.1:7001 \\
         --chain-id CHAIN_ID --campaign CAMPAIGN_ID
+      countersign replay --job my_job:replay_job --config job.json --node http://127.0.0.1:7001 \\
+        --chain-id CHAIN_ID --campaign CAMPAIGN_ID --snapshots snapshots --steps 12,40-44
     """
+    if step_list is not None and (left_out or balanced):
+        raise click.UsageError("--steps compares steps; --without and --balance need all of them")
+    if snapshot_folder is not None and step_list is None:
+        raise click.UsageError("give --steps with --snapshots: all steps are taken from the base model")
     chain, identifier = ChainId(_digest("--chain-id", chain_id)), _digest("--campaign", campaign)
     without = frozenset(_digest("--without", source) for source in left_out)
     job = load_job(factory, config)
@@ -81,15 +103,21 @@ def replay_command(
         client.genesis(chain)
         logged = read_logged_campaign(client, identifier)
     begun = time.perf_counter()
-    found = replay(logged, job, without, _told, balanced=balanced)
+    picked: PickedReplay | None = None
+    if step_list is not None:
+        folder = None if snapshot_folder is None else SnapshotFolder(snapshot_folder, identifier)
+        picked = replay_picked(logged, job, listed_steps(step_list), folder, _told)
+        found = Replayed(picked.executed, picked.matched, picked.difference, parameter_root_of(job.model))
+    else:
+        found = replay(logged, job, without, _told, balanced=balanced)
     seconds = time.perf_counter() - begun
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(copied_tensors(job.model), out)
-    document = _document(chain, logged, found, without, seconds)
+    document = _document(chain, logged, found, picked, without, seconds)
     if report_path is not None:
         report_path.write_text(document + "\n", encoding="utf-8")
-    click.echo(document if as_json else _text(logged, found, without, seconds))
+    click.echo(document if as_json else _text(logged, found, picked, without, seconds))
     click.get_current_context().exit(0 if found.difference is None else 1)
 
 
@@ -110,11 +138,38 @@ def load_job(factory: str, config: Path) -> ReplayJob[Any]:
     return job
 
 
-def _text(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], seconds: float) -> str:
+def listed_steps(text: str) -> tuple[int, ...]:
+    """The steps of a list such as ``12,40-44``, rising.
+
+    Raises:
+        ConfigError: it is no such list.
+    """
+    steps: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        ends = (first, last or first)
+        if not all(end.isascii() and end.isdigit() for end in ends) or part.endswith("-"):
+            raise ConfigError(f"--steps {text!a:.80}: expected steps and ranges, such as 12,40-44")
+        listed = range(int(ends[0]), int(ends[1]) + 1)
+        if not 0 < len(listed) <= MAX_LISTED_STEPS:
+            raise ConfigError(f"--steps {part!a:.80}: expected a rising range of {MAX_LISTED_STEPS} steps at most")
+        steps.update(listed)
+    return tuple(sorted(steps))
+
+
+def _text(
+    logged: LoggedCampaign,
+    found: Replayed,
+    picked: PickedReplay | None,
+    without: frozenset[bytes],
+    seconds: float,
+) -> str:
     lines = [f"campaign {logged.id.hex()}: {logged.terms.name!a:.100}"]
     if without:
         names = ", ".join(f"{logged.claims[source].name!a:.60}" for source in sorted(without))
         lines.append(f"replayed {found.steps} steps without {names}, in {seconds:.0f} s; nothing to compare with")
+    elif picked is not None:
+        lines += _picked_lines(picked, seconds)
     elif found.matched == 0 and found.difference is None:
         lines.append(
             f"replayed {found.steps} steps in {seconds:.0f} s; not compared: the run kept no accumulators, so its"
@@ -132,12 +187,34 @@ def _text(logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], se
     return "\n".join(lines)
 
 
+def _picked_lines(picked: PickedReplay, seconds: float) -> list[str]:
+    lines = [
+        f"replayed {picked.executed} steps in {seconds:.0f} s; {picked.matched} of the {len(picked.picked)} asked for "
+        "came out as recorded, bit for bit"
+    ]
+    if picked.windows or picked.windows_cut:
+        lines.append(
+            f"accumulators: {picked.windows} whole windows compared, {picked.windows_cut} began before and were not"
+        )
+    if picked.difference is not None:
+        what = ", ".join(f"{each!a:.80}" for each in picked.difference.what)
+        lines.append(f"step {picked.difference.step} did not come out as recorded: {what}")
+    return lines
+
+
 def _document(
-    chain_id: ChainId, logged: LoggedCampaign, found: Replayed, without: frozenset[bytes], seconds: float
+    chain_id: ChainId,
+    logged: LoggedCampaign,
+    found: Replayed,
+    picked: PickedReplay | None,
+    without: frozenset[bytes],
+    seconds: float,
 ) -> str:
     """``end_root`` is the parameter root after the last step that came out as recorded."""
     difference = found.difference
     end_root = found.root if difference is None else logged.steps[found.matched].operation.root_before
+    if picked is not None:
+        end_root = picked.end_root
     document = {
         "chain_id": chain_id.hex(),
         "campaign": logged.id.hex(),
@@ -152,6 +229,9 @@ def _document(
         "environment": environment(),
         "seconds": round(seconds, 3),
     }
+    if picked is not None:
+        document["picked"] = [{"step": each.step, "differing": list(each.differing)} for each in picked.picked]
+        document["windows"] = {"compared": picked.windows, "cut": picked.windows_cut}
     if found.balance is not None:
         document["balance"] = asdict(
             found.balance, dict_factory=lambda pairs: {str(name): _plain(value) for name, value in pairs}

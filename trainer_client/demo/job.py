@@ -113,6 +113,7 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calibrate_every_checks: int = 6
     snapshot_every_steps: int = 20
     checkpoint_every_steps: int = 40
+    audit_snapshot_every_steps: int = 0
     closing_margin_ms: int = 2_000
     base_file: str = ""
     accumulator_window_steps: int = 0
@@ -202,6 +203,7 @@ class Job:
                     check_memorization_every_steps=config.check_memorization_every_steps,
                     snapshot_every_steps=config.snapshot_every_steps,
                     checkpoint_every_steps=config.checkpoint_every_steps,
+                    audit_snapshot_every_steps=config.audit_snapshot_every_steps,
                     closing_margin_ms=config.closing_margin_ms,
                 ),
                 on_progress=_print_progress,

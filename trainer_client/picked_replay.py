@@ -1,0 +1,170 @@
+"""Replays of some steps only, each from the nearest snapshot before it instead of from the base model.
+
+For every picked step the job is put where the newest snapshot before it stands (``audit_snapshots.py``: checked against
+the log), and every step from there up to the picked one is taken again and held against the log as in ``replay.py``. So
+the first step that differs is found, between two snapshots, and said, also where it is none of the picked ones; picks
+behind it that no later snapshot leads to differ with it.
+
+* **Tensors, not only blocks.** The log has one digest for each parameter block's change. Where a snapshot of the
+  differing step itself is at hand, and has the log's parameter root, its tensors say which differ.
+* **Windows.** The accumulators of a window are compared if all its steps were taken again; the rest is counted.
+  Snapshots at the ends of windows make them whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from consensus.accumulators import ends_window, window_bounds
+from consensus.identifiers import ZERO_DIGEST, Digest
+from consensus.rejection import Reason, Rejected
+from trainer_client.audit_snapshots import Restoration, SnapshotFolder, tensors_of
+from trainer_client.commitment import copied_tensors, tensor_bytes
+from trainer_client.replay import Bench, Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job, differences
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True)
+class PickedStep:
+    """What came of a picked step; ``differing`` is empty where it, and all that led to it, came out as recorded."""
+
+    step: int
+    differing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PickedReplay:
+    """How the picked steps came out, rising; ``difference`` is the first step that did not come out as recorded.
+
+    ``executed`` steps were taken again and compared; ``windows`` of accumulators were whole among them and compared,
+    ``windows_cut`` ended there and began before. ``end_root`` is the root after the last picked step that came out.
+    """
+
+    picked: tuple[PickedStep, ...]
+    difference: Difference | None
+    executed: int
+    windows: int
+    windows_cut: int
+    end_root: Digest
+
+    @property
+    def matched(self) -> int:
+        """How many of the picked steps came out as recorded."""
+        return sum(not each.differing for each in self.picked)
+
+
+@dataclass(slots=True)
+class _Position:
+    """Where the job stands: after ``step``, begun without a break after ``begun``; ``broken`` at a difference."""
+
+    step: int = 0
+    begun: int = 0
+    broken: Difference | None = None
+
+
+def replay_picked(
+    logged: LoggedCampaign,
+    job: ReplayJob[E],
+    picked: Sequence[int],
+    snapshots: SnapshotFolder | None = None,
+    on_step: OnStep = lambda done, of: None,
+) -> PickedReplay:
+    """Take the picked steps of a campaign again, from snapshots where there are any.
+
+    Raises:
+        Rejected: ``STEP_CHAIN_BROKEN`` for steps that are not on the log, or not rising; ``DIGEST_MISMATCH`` for a
+            snapshot that is not the log's; as ``replay``.
+        ConfigError: a snapshot cannot be read.
+    """
+    if not picked or list(picked) != sorted(set(picked)) or not 1 <= picked[0] <= picked[-1] <= len(logged.steps):
+        raise Rejected(
+            Reason.STEP_CHAIN_BROKEN,
+            f"expected rising steps of 1 to {len(logged.steps)}, found {', '.join(map(str, picked[:20])) or 'none'}",
+        )
+    check_job(logged, job)
+    starts = (0, *(snapshots.steps if snapshots is not None else ()))
+    with bench(logged, job, accumulated=True) as run:
+        walk = _Walk(logged, run, snapshots, Restoration(job.model, job.optimizer, job.scheduler))
+        found = []
+        for number, step in enumerate(picked, 1):
+            found.append(PickedStep(step, walk.reach(step, max(start for start in starts if start < step))))
+            on_step(number, len(picked))
+    matching = [each.step for each in found if not each.differing]
+    end_root = logged.steps[matching[-1] - 1].operation.root_after if matching else ZERO_DIGEST
+    return PickedReplay(tuple(found), walk.first, walk.executed, walk.windows, walk.windows_cut, Digest(end_root))
+
+
+class _Walk:
+    """Leads a job from picked step to picked step."""
+
+    def __init__(
+        self, logged: LoggedCampaign, run: Bench[E], snapshots: SnapshotFolder | None, restoration: Restoration
+    ) -> None:
+        self._logged = logged
+        self._run = run
+        self._snapshots = snapshots
+        self._restoration = restoration
+        self._empty = None if run.accumulators is None else run.accumulators.state_dict()
+        self._at = _Position()
+        self._before = copied_tensors(run.job.model)
+        self.first: Difference | None = None
+        self.executed = self.windows = self.windows_cut = 0
+
+    def reach(self, step: int, start: int) -> tuple[str, ...]:
+        """Take the steps up to ``step``, from the snapshot after ``start`` if that is further on; what differs."""
+        if start > self._at.step or (self._at.broken is not None and start == self._at.step):
+            self._begin_at(start)
+        while self._at.broken is None and self._at.step < step:
+            self._take(self._at.step + 1)
+        broken = self._at.broken
+        if broken is None:
+            return ()
+        return broken.what if broken.step == step else (f"step {broken.step}", *broken.what)
+
+    def _begin_at(self, start: int) -> None:
+        assert self._snapshots is not None
+        self._restoration.restore(self._snapshots.read(start), self._logged.steps)
+        if self._run.accumulators is not None:
+            assert self._empty is not None
+            self._run.accumulators.load_state_dict(self._empty)
+        self._at = _Position(start, start)
+        self._before = copied_tensors(self._run.job.model)
+
+    def _take(self, index: int) -> None:
+        run, step = self._run, self._logged.steps[index - 1]
+        accumulator_root = run.take(step, run.admitted(step))
+        self._restoration.stepped(index)
+        self.executed += 1
+        after = copied_tensors(run.job.model)
+        what = differences(step, self._before, after, run.blocks, run.job.optimizer)
+        if what:
+            what += self._tensors(index, after)
+        if self._ends_whole_window(index) and accumulator_root != step.operation.accumulator_root:
+            what += ("accumulators",)
+        self._at.step, self._before = index, after
+        if what:
+            self._at.broken = Difference(index, what)
+            self.first = self.first or self._at.broken
+
+    def _ends_whole_window(self, index: int) -> bool:
+        terms = self._logged.terms
+        window_steps, planned_steps = terms.accumulator_window_steps, terms.planned_steps
+        if not window_steps or not ends_window(window_steps, planned_steps, index):
+            return False
+        first, _ = window_bounds(window_steps, planned_steps, index)
+        whole = first > self._at.begun
+        self.windows += whole
+        self.windows_cut += not whole
+        return whole
+
+    def _tensors(self, index: int, after: dict[str, Tensor]) -> tuple[str, ...]:
+        """The tensors that differ from those of a snapshot of that step, where there is one with the log's root."""
+        if self._snapshots is None or index not in self._snapshots.steps:
+            return ()
+        recorded = tensors_of(self._snapshots.read(index), after, self._logged.steps[index - 1].operation.root_after)
+        if recorded is None:
+            return ()
+        return tuple(f"tensor {name}" for name in after if tensor_bytes(after[name]) != tensor_bytes(recorded[name]))
