@@ -135,6 +135,7 @@ def _policy() -> p.Policy:
         author_schemes=AUTHOR_SCHEMES,
         required_metadata=(),
         least_sketch_rank=0,
+        auditors=(),
         maximum_grant_steps=1_000_000,
         maximum_grant_duration_ms=GRANT_MS,
         revocation="drain",

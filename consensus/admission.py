@@ -14,14 +14,14 @@ The rules, by kind (DESIGN of the protocol: ``docs/protocol.md``, section "Admis
 * *grant*: every named source admitted by the policy in force until the grant closes, with the
   signature of each one's authority; within the policy's bounds; for the campaign's current job key.
 * steps, refusals, rollbacks, abandon, release: ``campaign_rules.py``.
-* evaluations, decisions, audit results: ``review_rules.py``.
+* evaluations, decisions: ``review_rules.py``. Audit challenges, audit results: ``audit_rules.py``.
 """
 
 from collections.abc import Callable
 
 import msgspec
 
-from consensus import campaign_rules, review_rules
+from consensus import audit_rules, campaign_rules, review_rules
 from consensus import portions as p
 from consensus.campaign_rules import changed, check_job_key, check_sequence, open_campaign
 from consensus.event import CheckedEvent, Kind
@@ -90,6 +90,10 @@ def _admit_policy(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     assert isinstance(policy, p.Policy)
     check_policy(policy)
     _check_signer_schemes(policy, event, committee)
+    for auditor in policy.auditors:
+        member = committee.member(MemberId(auditor))
+        if member.role == Role.OPERATOR:
+            raise Rejected(Reason.WRONG_ROLE, f"{member.name} is an operator and audits nobody")
     assert event.portions.governance is not None
     if len(event.portions.governance.content) > MAX_POLICY_BYTES:
         raise Rejected(Reason.OVERSIZED, f"a policy has at most {MAX_POLICY_BYTES} bytes")
@@ -238,6 +242,7 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
             job_key=campaign.job_key,
             next_sequence=1,
             next_grant=1,
+            next_audit=1,
             attempt=0,
             steps=0,
             root=campaign.base_root,
@@ -404,5 +409,6 @@ _HANDLERS: dict[Kind, Callable[[StateView, CheckedEvent, int, Committee], None]]
     Kind.RELEASE: campaign_rules.admit_release,
     Kind.EVALUATION: review_rules.admit_evaluation,
     Kind.DECISION: review_rules.admit_decision,
-    Kind.AUDIT_RESULT: review_rules.admit_audit_result,
+    Kind.AUDIT_CHALLENGE: audit_rules.admit_audit_challenge,
+    Kind.AUDIT_RESULT: audit_rules.admit_audit_result,
 }

@@ -15,7 +15,7 @@ delegation                     the author, an operator
 grant                          the author (operator), ``t_r`` governance members, every
                                data-source authority whose source it names
 decision                       the author of a voting role; of governance, ``t_r`` members of it, the author among them
-audit-result                   the author, a member that is not an operator
+audit-challenge, audit-result  the author, a member that is not an operator
 campaign, step, refusal,       the operator's delegated job key (``job_key.py``)
 rollback, abandon, release,
 evaluation
@@ -41,7 +41,7 @@ from consensus.membership import Committee
 from consensus.membership_change import MembershipChange, check_change
 from consensus.merkle import leaf_hash
 from consensus.rejection import Reason, Rejected
-from consensus.review import AuditResult, Decision, Evaluation
+from consensus.review import AuditChallenge, AuditResult, Decision, Evaluation
 
 VERSION = 1
 MAX_ENTRY_BYTES = 65_535
@@ -67,6 +67,7 @@ class Kind(StrEnum):
     MEMBERSHIP = "membership"
     EVALUATION = "evaluation"
     DECISION = "decision"
+    AUDIT_CHALLENGE = "audit-challenge"
     AUDIT_RESULT = "audit-result"
 
 
@@ -101,6 +102,7 @@ SHAPES: Mapping[Kind, Shape] = {
     Kind.MEMBERSHIP: Shape(VOTING_ROLES, False, False, None, MembershipChange, None),
     Kind.EVALUATION: Shape((Role.OPERATOR,), True, True, None, None, Evaluation),
     Kind.DECISION: Shape(VOTING_ROLES, False, True, None, Decision, None),
+    Kind.AUDIT_CHALLENGE: Shape(AUDITING_ROLES, False, True, None, AuditChallenge, None),
     Kind.AUDIT_RESULT: Shape(AUDITING_ROLES, False, True, None, AuditResult, None),
 }
 

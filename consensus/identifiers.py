@@ -85,6 +85,8 @@ class Tag(StrEnum):
     EVALUATION = "countersign/v1/evaluation"
     OVERLAP_KEY = "countersign/v1/overlap-key"
     OVERLAP_KEY_CHECK = "countersign/v1/overlap-key-check"
+    BEACON = "countersign/v1/beacon"
+    PICKED_STEPS = "countersign/v1/picked-steps"
     BATCH_COEFFICIENT = "countersign/v1/batch-coefficient"
 
 

@@ -43,6 +43,7 @@ def check_policy(policy: Policy) -> None:
         ("event granularity", policy.event_granularities),
         ("author scheme", policy.author_schemes),
         ("required fact", policy.required_metadata),
+        ("auditor", tuple(auditor.hex() for auditor in policy.auditors)),
         *((f"block of class {rule.content_class}", tuple(b.block for b in rule.blocks)) for rule in policy.classes),
     ):
         if len(set(names)) != len(names):

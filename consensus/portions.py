@@ -161,7 +161,8 @@ class Policy(Wire, frozen=True):
     ``required_metadata`` names facts that a campaign should record (hyperparameters, captured environment);
     ``least_sketch_rank`` is how finely a campaign must sketch its gradients example by example, 0 where it need not;
     ``author_schemes`` are the signature schemes (``SignatureScheme.label``) that may sign a policy and what runs under
-    it; ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once).
+    it; ``auditors`` are the members, none of them an operator, that alone may audit by lot, where there are any;
+    ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once).
     """
 
     name: Name
@@ -174,6 +175,7 @@ class Policy(Wire, frozen=True):
     author_schemes: Annotated[tuple[Name, ...], Meta(max_length=8)]
     required_metadata: Annotated[tuple[Name, ...], Meta(max_length=256)]
     least_sketch_rank: SketchRank
+    auditors: Annotated[tuple[Bytes32, ...], Meta(max_length=64)]
     maximum_grant_steps: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     maximum_grant_duration_ms: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     revocation: Name

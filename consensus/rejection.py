@@ -77,6 +77,10 @@ class Reason(StrEnum):
     NOTHING_TO_ROLL_BACK = "nothing-to-roll-back"
     ROOT_NOT_FINAL = "root-not-final"
     FINDING_OPEN = "finding-open"
+    # Audits
+    NO_BEACON = "no-beacon"
+    AUDIT_LATE = "audit-late"
+    NOT_PICKED = "not-picked"
     # Ledger blocks, votes, certificates
     BAD_BLOCK = "bad-block"
     BAD_TIMESTAMP = "bad-timestamp"

@@ -1,9 +1,10 @@
 """Reviews of a campaign: what was measured on its weights, what was decided, what a replay found.
 
-Three kinds of event hold a model to account after its steps: an *evaluation* binds metrics to the parameter root they
+Four kinds of event hold a model to account after its steps: an *evaluation* binds metrics to the parameter root they
 were measured on, with their confidence intervals, the data, the script and the thresholds set beforehand; a *decision*
-gives a member's reasons, and with enough governance members lifts or sets a bar to release; an *audit result* is what a
-member other than the operator found when it took the steps again (``trainer_client/replay.py``).
+gives a member's reasons, and with enough governance members lifts or sets a bar to release; an *audit challenge* has
+some steps picked by lot (``beacon.py``), to be taken again; an *audit result* is what a member other than the operator
+found when it took steps again (``trainer_client/replay.py``).
 
 A threshold is met by the whole confidence interval, not by the value alone.
 """
@@ -21,6 +22,7 @@ Integer = Annotated[int, Meta(ge=-(2**53 - 1), le=2**53 - 1)]
 StepNumber = Annotated[int, Meta(ge=1, le=2**53 - 1)]
 
 MICRO = 1_000_000
+MAX_PICKS = 256
 
 AT_LEAST = "at-least"
 AT_MOST = "at-most"
@@ -86,12 +88,51 @@ class Decision(Wire, frozen=True):
     rationale: Annotated[str, Meta(min_length=1, max_length=8_192)]
 
 
+class AuditChallenge(Wire, frozen=True):
+    """``picks`` of the steps ``first_step`` to ``last_step``, by lot, are to be taken again by ``answer_by_ms``."""
+
+    number: StepNumber
+    first_step: StepNumber
+    last_step: StepNumber
+    picks: Annotated[int, Meta(ge=1, le=MAX_PICKS)]
+    answer_by_ms: Natural
+    statement: Text
+
+
+class PickedStep(Wire, frozen=True):
+    """What came of a picked step; ``differing`` is empty if it, and all that led to it, came out as recorded."""
+
+    step: StepNumber
+    differing: Annotated[tuple[Name, ...], Meta(max_length=16)]
+
+
+class AuditAnswer(Wire, frozen=True):
+    """Answers ``challenge``, by event id, for the steps that ``beacon`` picks, rising."""
+
+    challenge: Bytes32
+    beacon: Annotated[bytes, Meta(min_length=96, max_length=96)]
+    picked: Annotated[tuple[PickedStep, ...], Meta(min_length=1, max_length=MAX_PICKS)]
+
+    @property
+    def matching(self) -> tuple[int, ...]:
+        """The picked steps that came out as recorded."""
+        return tuple(each.step for each in self.picked if not each.differing)
+
+    @property
+    def differing(self) -> tuple[int, ...]:
+        """Those that did not."""
+        return tuple(each.step for each in self.picked if each.differing)
+
+
 class AuditResult(Wire, frozen=True):
     """Steps ``first_step`` to ``last_step``, taken again: the first ``matched`` came out as recorded.
 
     If not all did, step ``first_step + matched`` is the first that did not, in what ``differing`` names. ``end_root``
     is the parameter root after the last matching step. ``tolerance`` is empty where bits were compared, else how far
     numbers may have differed; ``environment`` the build it ran on.
+
+    With an ``answer`` only the steps picked of that range were asked for: ``matched`` counts those that came out as
+    recorded, ``differing`` is of the first that did not, and ``end_root`` zero where none did.
     """
 
     first_step: StepNumber
@@ -102,10 +143,13 @@ class AuditResult(Wire, frozen=True):
     tolerance: Annotated[str, Meta(max_length=128)]
     environment: Settings
     statement: Text
+    answer: AuditAnswer | None
 
     @property
     def differs(self) -> bool:
         """Whether some step did not come out as recorded."""
+        if self.answer is not None:
+            return bool(self.answer.differing)
         return self.matched < self.last_step - self.first_step + 1
 
 
@@ -195,6 +239,10 @@ def check_audit(result: AuditResult) -> None:
         Rejected: ``BAD_FIELD``.
     """
     steps = result.last_step - result.first_step + 1
+    if result.answer is not None and result.matched != len(result.answer.matching):
+        raise Rejected(
+            Reason.BAD_FIELD, f"counts {result.matched} picked steps as matching, names {len(result.answer.matching)}"
+        )
     if steps < 1 or result.matched > steps:
         raise Rejected(
             Reason.BAD_FIELD,

@@ -1,9 +1,9 @@
-"""Admission of reviews: evaluations, decisions, audit results (``review.py``).
+"""Admission of evaluations and decisions (``review.py``).
 
 * *evaluation*: by the campaign's job key, on the root where the campaign stands. One that misses a threshold is an
   *open finding*: the campaign cannot be released until the same test is met on later weights, or governance accepts it.
-* *decision*: about something of the campaign, also after its end. To accept or reject an evaluation is governance's.
-* *audit result*: by a member that is not an operator, of steps on the log.
+* *decision*: about something of the campaign, also after its end. To accept or reject an evaluation, or an audit by
+  lot, is governance's.
 
 Each has a record of its own under the campaign's prefix of its table, so that all of a campaign's are provable at once.
 """
@@ -19,10 +19,8 @@ from consensus.review import (
     ACCEPT,
     NOTE,
     OUTCOMES,
-    AuditResult,
     Decision,
     Evaluation,
-    check_audit,
     check_evaluation,
     examination_digest,
     unmet,
@@ -31,11 +29,14 @@ from consensus.state import (
     AUDIT_TABLE,
     CAMPAIGN_HEAD_TABLE,
     CAMPAIGN_TABLE,
+    CHALLENGE_TABLE,
     DECISION_TABLE,
     EVALUATION_TABLE,
     AuditRecord,
     CampaignHead,
     CampaignRecord,
+    ChallengeRecord,
+    ChallengeStanding,
     DecisionRecord,
     EvaluationRecord,
     Standing,
@@ -70,8 +71,8 @@ def admit_evaluation(view: StateView, event: CheckedEvent, timestamp_ms: int, co
     findings = []
     for finding in head.open_findings:
         key = review_key(EVALUATION_TABLE, campaign, finding)
-        held = view.get(key, EvaluationRecord, Reason.NOT_FOUND, "evaluation")
-        if held.test == test and held.standing == Standing.UNMET:
+        held = view.find(key, EvaluationRecord)
+        if held is not None and held.test == test and held.standing == Standing.UNMET:
             view.put(key, _standing(held, Standing.SUPERSEDED))
         else:
             findings.append(finding)
@@ -99,67 +100,50 @@ def admit_decision(view: StateView, event: CheckedEvent, timestamp_ms: int, comm
     decision = event.governance
     assert isinstance(decision, Decision)
     campaign = event.entry.campaign
-    record, head, key = _campaign(view, event, DECISION_TABLE, DecisionRecord)
+    record, head, key = reviewed_campaign(view, event, DECISION_TABLE, DecisionRecord)
     if decision.outcome not in OUTCOMES:
         raise Rejected(Reason.BAD_FIELD, f"outcome {decision.outcome!a:.60}, expected {', '.join(sorted(OUTCOMES))}")
     evaluated = review_key(EVALUATION_TABLE, campaign, decision.subject)
     evaluation = view.find(evaluated, EvaluationRecord)
     audit = view.find(review_key(AUDIT_TABLE, campaign, decision.subject), AuditRecord)
-    known = {campaign, record.event, head.release, *(held.event for held in (evaluation, audit) if held is not None)}
+    challenged = review_key(CHALLENGE_TABLE, campaign, decision.subject)
+    challenge = view.find(challenged, ChallengeRecord)
+    held = (evaluation, audit, challenge)
+    known = {campaign, record.event, head.release, *(each.event for each in held if each is not None)}
     if decision.subject not in known:
         raise Rejected(
             Reason.NOT_FOUND,
-            f"{decision.subject.hex()} is neither the campaign nor an evaluation, audit result or release of it",
+            f"{decision.subject.hex()} is neither the campaign nor an evaluation, audit or release of it",
         )
     if decision.outcome != NOTE:
         if committee.member(MemberId(event.entry.author)).role != Role.GOVERNANCE:
-            raise Rejected(Reason.WRONG_ROLE, f"to {decision.outcome} an evaluation is governance's")
-        if evaluation is None:
-            raise Rejected(Reason.BAD_FIELD, f"only an evaluation is {decision.outcome}ed; other subjects are noted")
+            raise Rejected(Reason.WRONG_ROLE, f"to {decision.outcome} an evaluation or audit is governance's")
         accepted = decision.outcome == ACCEPT
-        view.put(evaluated, _standing(evaluation, Standing.ACCEPTED if accepted else Standing.REJECTED))
-        findings = [finding for finding in head.open_findings if finding != decision.subject]
-        if not accepted:
-            findings.append(decision.subject)
-        if len(findings) > MAX_OPEN_FINDINGS:
-            raise Rejected(Reason.OVERSIZED, f"more than {MAX_OPEN_FINDINGS} open findings: accept some first")
-        view.put(CAMPAIGN_HEAD_TABLE + campaign, changed(head, open_findings=tuple(findings)))
+        if evaluation is not None:
+            view.put(evaluated, _standing(evaluation, Standing.ACCEPTED if accepted else Standing.REJECTED))
+        elif challenge is not None:
+            standing = ChallengeStanding.ACCEPTED if accepted else ChallengeStanding.REJECTED
+            view.put(challenged, msgspec.structs.replace(challenge, standing=standing.value))
+        else:
+            raise Rejected(
+                Reason.BAD_FIELD,
+                f"only an evaluation or audit challenge is {decision.outcome}ed; other subjects are noted",
+            )
+        view.put(CAMPAIGN_HEAD_TABLE + campaign, with_finding(head, decision.subject, stands_open=not accepted))
     view.put(
         key,
         DecisionRecord(campaign, event.id, event.entry.author, decision.subject, decision.outcome, timestamp_ms),
     )
 
 
-def admit_audit_result(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
-    """Check that an audit result is about steps on the log.
+def reviewed_campaign(
+    view: StateView, event: CheckedEvent, table: bytes, kept_as: type[DecisionRecord | AuditRecord | ChallengeRecord]
+) -> tuple[CampaignRecord, CampaignHead, bytes]:
+    """Record and head of a member's review's campaign, open or closed, and the key to keep the review under.
 
     Raises:
-        Rejected: with the rule it breaks.
+        Rejected: ``BAD_FIELD``, ``UNKNOWN_CAMPAIGN``, ``DUPLICATE``.
     """
-    result = event.governance
-    assert isinstance(result, AuditResult)
-    campaign = event.entry.campaign
-    _, head, key = _campaign(view, event, AUDIT_TABLE, AuditRecord)
-    check_audit(result)
-    if result.last_step > head.steps:
-        raise Rejected(
-            Reason.STEP_CHAIN_BROKEN, f"audits steps to {result.last_step}, the campaign stands at {head.steps}"
-        )
-    if result.last_step == head.steps and not result.differs and result.end_root != head.root:
-        raise Rejected(
-            Reason.PARAMETER_ROOT_BROKEN,
-            f"all steps came out as recorded and ended at {result.end_root.hex()}, the log stands at {head.root.hex()}",
-        )
-    record = AuditRecord(
-        campaign, event.id, event.entry.author, result.first_step, result.last_step, result.matched, timestamp_ms
-    )
-    view.put(key, record)
-
-
-def _campaign(
-    view: StateView, event: CheckedEvent, table: bytes, kept_as: type[DecisionRecord | AuditRecord]
-) -> tuple[CampaignRecord, CampaignHead, bytes]:
-    """Record and head of a member's review's campaign, open or closed, and the key to keep the review under."""
     identifier = event.entry.campaign
     if event.entry.sequence or event.entry.attempt:
         raise Rejected(Reason.BAD_FIELD, f"a {event.entry.kind.value} event has sequence and attempt 0")
@@ -169,6 +153,20 @@ def _campaign(
     if view.find(key, kept_as) is not None:
         raise Rejected(Reason.DUPLICATE, f"{event.entry.kind.value} {event.id.hex()} is on the log")
     return record, head, key
+
+
+def with_finding(head: CampaignHead, subject: bytes, *, stands_open: bool) -> CampaignHead:
+    """The head with ``subject`` as its last open finding, or as none.
+
+    Raises:
+        Rejected: ``OVERSIZED`` for more than ``MAX_OPEN_FINDINGS``.
+    """
+    findings = [finding for finding in head.open_findings if finding != subject]
+    if stands_open:
+        findings.append(subject)
+    if len(findings) > MAX_OPEN_FINDINGS:
+        raise Rejected(Reason.OVERSIZED, f"more than {MAX_OPEN_FINDINGS} open findings: accept some first")
+    return changed(head, open_findings=tuple(findings))
 
 
 def _standing(record: EvaluationRecord, standing: Standing) -> EvaluationRecord:

@@ -20,6 +20,7 @@ table     key                 record
 12        campaign ‖ event    ``EvaluationRecord``: what was measured on which weights, and how it stands
 13        campaign ‖ event    ``DecisionRecord``
 14        campaign ‖ event    ``AuditRecord``: steps that a member other than the operator took again
+15        campaign ‖ event    ``ChallengeRecord``: an audit by lot, and how it stands
 ========  ==================  ==================================================
 """
 
@@ -62,8 +63,11 @@ RETIRED_TABLE = b"\x0b"
 EVALUATION_TABLE = b"\x0c"
 DECISION_TABLE = b"\x0d"
 AUDIT_TABLE = b"\x0e"
+CHALLENGE_TABLE = b"\x0f"
 
 R = TypeVar("R", bound=Wire)
+
+Bytes48 = Annotated[bytes, Meta(min_length=48, max_length=48)]
 
 
 class PolicyHead(Wire, frozen=True):
@@ -141,12 +145,14 @@ class CampaignHead(Wire, frozen=True):
     """Where a campaign stands. ``closed`` is empty, ``released`` or ``abandoned``.
 
     ``last_event`` is the last step, rollback or opening event; ``undo_root`` the parameter root before
-    the last step, empty where there is none to undo. ``open_findings`` are the evaluations that bar a release.
+    the last step, empty where there is none to undo. ``open_findings`` are the evaluations and audit challenges that
+    bar a release.
     """
 
     job_key: Bytes32
     next_sequence: Natural
     next_grant: Natural
+    next_audit: Natural
     attempt: Natural
     steps: Natural
     root: Bytes32
@@ -253,7 +259,10 @@ class DecisionRecord(Wire, frozen=True):
 
 
 class AuditRecord(Wire, frozen=True):
-    """An audit result: of the steps from ``first_step`` to ``last_step`` the first ``matched`` came out as recorded."""
+    """An audit result: of the steps from ``first_step`` to ``last_step`` the first ``matched`` came out as recorded.
+
+    One that answers a ``challenge`` is about the steps picked of these: those ``matching`` and those ``differing``.
+    """
 
     campaign: Bytes32
     event: Bytes32
@@ -261,12 +270,60 @@ class AuditRecord(Wire, frozen=True):
     first_step: Natural
     last_step: Natural
     matched: Natural
+    challenge: OptionalBytes32
+    matching: tuple[Natural, ...]
+    differing: tuple[Natural, ...]
     recorded_at_ms: Natural
 
     @property
-    def differs(self) -> bool:
-        """Whether some step did not come out as recorded."""
-        return self.matched < self.last_step - self.first_step + 1
+    def differing_step(self) -> int | None:
+        """The first step that did not come out as recorded, if any."""
+        if self.challenge:
+            return self.differing[0] if self.differing else None
+        return self.first_step + self.matched if self.matched < self.last_step - self.first_step + 1 else None
+
+
+class ChallengeStanding(StrEnum):
+    """How an audit by lot stands. Still ``open`` after its time it has failed: nobody answered."""
+
+    OPEN = "open"
+    PASSED = "passed"
+    DIFFERED = "differed"
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+
+
+class ChallengeRecord(Wire, frozen=True):
+    """An audit by lot; ``beacon_key`` is that of ``epoch``, in which the challenge became final.
+
+    ``barring``: an auditor that the policy names asked for it, so it is an open finding until it passed. ``answer`` is
+    the audit result, empty until there is one.
+    """
+
+    campaign: Bytes32
+    event: Bytes32
+    auditor: Bytes32
+    number: Natural
+    first_step: Natural
+    last_step: Natural
+    picks: Natural
+    answer_by_ms: Natural
+    epoch: Natural
+    beacon_key: Bytes48
+    barring: bool
+    answer: OptionalBytes32
+    standing: Name
+    recorded_at_ms: Natural
+
+    def failed(self, at_ms: int) -> bool:
+        """Whether nobody has answered in time, as of then."""
+        return not self.answer and at_ms > self.answer_by_ms
+
+    @property
+    def stands_open(self) -> bool:
+        """Whether it is one of the campaign's open findings."""
+        unsettled = self.standing in (ChallengeStanding.OPEN, ChallengeStanding.DIFFERED)
+        return self.standing == ChallengeStanding.REJECTED or (self.barring and unsettled)
 
 
 def review_prefix(table: bytes, campaign: bytes) -> bytes:

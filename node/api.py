@@ -17,6 +17,7 @@ import trio
 from consensus.codec import decode
 from consensus.event import MAX_ENTRY_BYTES, MAX_EVENT_BYTES, Entry, event_id, unpack
 from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.state import ChallengeRecord
 from node import request_fields as fields
 from node.api_log import LogApi, status_fields
 from node.auth import Gate
@@ -113,6 +114,20 @@ class Api:
                 self._sign_grant,
                 refusals=(404, 409, 503),
             ),
+            Endpoint(
+                "GET",
+                "/v1/audits/{campaign}/{challenge}/share",
+                "This member's share of the beacon of a final audit challenge.",
+                self._beacon_share,
+                refusals=(404, 503),
+            ),
+            Endpoint(
+                "GET",
+                "/v1/audits/{campaign}/{challenge}/beacon",
+                "The beacon of a final audit challenge, of the shares of this member and its peers.",
+                self._beacon,
+                refusals=(404, 503),
+            ),
             Endpoint("GET", "/v1/status", "This node now.", self._status),
             Endpoint("GET", "/v1/health", "200 while the node serves.", self._health, refusals=(503,)),
             Endpoint("GET", "/metrics", "Prometheus metrics.", self._prometheus, content_type=CONTENT_TYPE),
@@ -176,6 +191,23 @@ class Api:
 
     async def _sign_grant(self, call: Call) -> HttpReply:
         return json_reply(_grant_fields(await self._service.grants.sign(fields.digest("grant id", call.path["id"]))))
+
+    # Audits
+
+    async def _beacon_share(self, call: Call) -> HttpReply:
+        beacons = self._service.beacons
+        record = self._challenge(call)
+        found = beacons.share(record)
+        return json_reply({"voter": found.voter.hex(), "epoch": record.epoch, "share": found.share.hex()})
+
+    async def _beacon(self, call: Call) -> HttpReply:
+        record = self._challenge(call)
+        beacon = await self._service.beacons.beacon(record)
+        return json_reply({"number": record.number, "epoch": record.epoch, "beacon": beacon.hex()})
+
+    def _challenge(self, call: Call) -> ChallengeRecord:
+        campaign = fields.digest("campaign", call.path["campaign"])
+        return self._service.beacons.record(campaign, fields.digest("audit challenge", call.path["challenge"]))
 
     # The node
 

@@ -49,6 +49,7 @@ from consensus.state import (
     AUDIT_TABLE,
     CAMPAIGN_HEAD_TABLE,
     CAMPAIGN_TABLE,
+    CHALLENGE_TABLE,
     DECISION_TABLE,
     DELEGATION_TABLE,
     EVALUATION_TABLE,
@@ -314,7 +315,7 @@ def _delta_exact(export: _Export) -> None:
         )
     )
     export.keys.add(CAMPAIGN_HEAD_TABLE + export.campaign)
-    export.prefixes.add(review_prefix(AUDIT_TABLE, export.campaign))
+    export.prefixes |= {review_prefix(table, export.campaign) for table in (AUDIT_TABLE, CHALLENGE_TABLE)}
 
 
 def _refusals_complete(export: _Export) -> None:
@@ -384,13 +385,13 @@ def _metadata_complete(export: _Export) -> None:
 
 def _evaluated(export: _Export) -> None:
     for index, entry in export.campaign_events():
-        if entry.kind in (Kind.EVALUATION, Kind.DECISION, Kind.AUDIT_RESULT):
+        if entry.kind in (Kind.EVALUATION, Kind.DECISION, Kind.AUDIT_CHALLENGE, Kind.AUDIT_RESULT):
             portions = export.portions(index)
             export.add(index, governance=portions.governance, operation=portions.operation)
         if entry.kind is Kind.EVALUATION:
             export.keys.add(DELEGATION_TABLE + entry.signatures[0].signer)
     export.keys |= {CAMPAIGN_TABLE + export.campaign, CAMPAIGN_HEAD_TABLE + export.campaign}
-    tables = (EVALUATION_TABLE, DECISION_TABLE, AUDIT_TABLE)
+    tables = (EVALUATION_TABLE, DECISION_TABLE, AUDIT_TABLE, CHALLENGE_TABLE)
     export.prefixes |= {review_prefix(table, export.campaign) for table in tables}
 
 

@@ -123,6 +123,15 @@ class CampaignAnswer(Struct, frozen=True):
     job_key: str
     steps: int = 0
     closed: str = ""
+    next_audit: int = 1
+
+
+class BeaconAnswer(Struct, frozen=True):
+    """The beacon of an audit challenge, in hexadecimal."""
+
+    number: int
+    epoch: int
+    beacon: str
 
 
 class NodeClient:
@@ -199,6 +208,14 @@ class NodeClient:
     def campaign(self, campaign: str) -> CampaignAnswer:
         """Where a campaign stands."""
         return _decoded(self._request("GET", f"/v1/campaigns/{campaign}"), CampaignAnswer)
+
+    def beacon(self, campaign: str, challenge: str) -> BeaconAnswer:
+        """The beacon of a final audit challenge, not yet verified.
+
+        Raises:
+            Rejected: ``NOT_FOUND``: it is not final. Unavailable: too few members gave their shares.
+        """
+        return _decoded(self._request("GET", f"/v1/audits/{campaign}/{challenge}/beacon"), BeaconAnswer)
 
     # Grants
 

@@ -22,7 +22,9 @@ from consensus.rejection import Reason, Rejected
 
 REJECTED_KEPT = 10_000
 MAX_WAIT_MS = 10 * 60 * 1_000
-URGENT_KINDS = frozenset({Kind.REVOCATION, Kind.POLICY, Kind.EVIDENCE, Kind.DECISION})
+URGENT_KINDS = frozenset(
+    {Kind.REVOCATION, Kind.POLICY, Kind.EVIDENCE, Kind.DECISION, Kind.AUDIT_CHALLENGE, Kind.AUDIT_RESULT}
+)
 """Kinds a branch may not omit for long (the censorship rule)."""
 
 

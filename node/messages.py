@@ -150,11 +150,35 @@ class DeliverSignature(Wire, frozen=True, tag="deliver-signature"):
     signature: EventSignature
 
 
+class GetBeaconShare(Wire, frozen=True, tag="get-beacon-share"):
+    """The receiver's share of the beacon of a campaign's audit challenge, which must be final."""
+
+    campaign: Bytes32
+    challenge: Bytes32
+
+
+class BeaconShare(Wire, frozen=True, tag="beacon-share"):
+    """That share; ``voter`` is the id that the member had in the epoch in which the challenge became final."""
+
+    voter: Bytes32
+    share: Annotated[bytes, Meta(min_length=96, max_length=96)]
+
+
 class Done(Wire, frozen=True, tag="done"):
     """Taken."""
 
 
-Request = GetBlocks | GetSnapshot | GetState | GetEvents | GetProposal | GetLastVote | AskCountersign | DeliverSignature
+Request = (
+    GetBlocks
+    | GetSnapshot
+    | GetState
+    | GetEvents
+    | GetProposal
+    | GetLastVote
+    | AskCountersign
+    | DeliverSignature
+    | GetBeaconShare
+)
 
 
 def decode_request(encoded: bytes) -> Request:

@@ -20,6 +20,7 @@ _MEANINGS = {
 _PARAMETERS: dict[str, tuple[str, dict[str, object]]] = {
     "wait": ("Seconds to wait for finality, at most 60.", {"type": "number", "minimum": 0, "maximum": 60}),
     "kind": ("Only events of this kind.", {"type": "string"}),
+    "challenge": ("Event id of an audit challenge.", {"type": "string", "pattern": "^[0-9a-f]{64}$"}),
     "campaign": ("A campaign id.", {"type": "string", "pattern": "^[0-9a-f]{64}$"}),
     "source": ("A source id.", {"type": "string", "pattern": "^[0-9a-f]{64}$"}),
     "event": ("An event id.", {"type": "string", "pattern": "^[0-9a-f]{64}$"}),

@@ -23,6 +23,7 @@ from consensus.membership import GENESIS_EPOCH, Committee, Genesis
 from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state import EVIDENCE_TABLE, RETIRED_TABLE
 from node.api import serve
+from node.beacons import BeaconDesk
 from node.clock import Clock, SystemClock
 from node.config import NodeConfig
 from node.countersign import CountersignDesk
@@ -39,7 +40,7 @@ from node.identity import (
 from node.intake import Intake
 from node.ledger import Ledger
 from node.mempool import Mempool
-from node.messages import AskCountersign, DeliverSignature, decode_request
+from node.messages import AskCountersign, DeliverSignature, GetBeaconShare, decode_request
 from node.metrics import Metrics
 from node.network import Network, Peer
 from node.proposals import MAX_BLOCK_BYTES
@@ -58,6 +59,7 @@ KEPT_FREE_BYTES = 4 << 20
 """How much freed memory is kept for the next small ones."""
 
 EVIDENCE_DIRECTORY = "evidence"
+BEACON_SHARES_DIRECTORY = "beacon-shares"
 LATER_KEYS_TRIED_SECONDS = 5.0
 """How long a node without any connection waits before it tries the keys it will have."""
 LEAVING_SECONDS = 0.5
@@ -128,6 +130,8 @@ class Node:
         )
         if not self._is_genesis_member:
             self._desk_begins_epoch()
+        self.beacons = BeaconDesk(self._ledger, config.node.data_directory / BEACON_SHARES_DIRECTORY, self.network)
+        self._beacons_begin_epoch()
         self._note: tuple[int, bytes] | None = None
 
     def _new_replica(self, counters: ReplicaCounters) -> Replica:
@@ -195,9 +199,13 @@ class Node:
             self._identity.member if is_member else None, self._identity.signer if is_member else None
         )
 
+    def _beacons_begin_epoch(self) -> None:
+        self.beacons.begin_epoch(self._voter.keys if self._voter is not None else None, self._why_not_voting)
+
     async def _begin_epoch(self) -> None:
         """Go on in the epoch that the log has gone on to; what ended the one before is durable."""
         epoch = self._ledger.committee.epoch
+        await trio.to_thread.run_sync(self.beacons.end_epoch)  # before the secret that makes shares is erased
         await trio.to_thread.run_sync(self._settle_identity)
         if self._voter is not None:
             self._voter.close()
@@ -209,6 +217,7 @@ class Node:
         await trio.sleep(LEAVING_SECONDS)
         self._intake.begin_epoch()
         self._desk_begins_epoch()
+        self._beacons_begin_epoch()
         self.network.change_roster(self._identity.secrets.transport_seed, self._peers())
         self.replica = self._new_replica(self.replica.counters)
         log.info("epoch %d begins at ledger block %d", epoch, self._ledger.final.header.height)
@@ -362,6 +371,8 @@ class Node:
         request = decode_request(payload)
         if isinstance(request, AskCountersign | DeliverSignature):
             return await self.desk.answer(member, request)
+        if isinstance(request, GetBeaconShare):
+            return await self.beacons.answer(request)
         return await self.replica.answer(member, request)
 
     async def run(self) -> None:

@@ -12,8 +12,10 @@ from typing import Protocol
 from consensus.event import CheckedEvent
 from consensus.identifiers import Digest
 from consensus.rejection import Reason
+from consensus.state import ChallengeRecord
 from node.ledger import Ledger
 from node.mempool import Mempool
+from node.messages import BeaconShare
 
 
 class EventState(StrEnum):
@@ -135,6 +137,31 @@ class GrantDesk(Protocol):
         """
 
 
+class Beacons(Protocol):
+    """Where shares of audits' beacons are given and beacons made."""
+
+    def record(self, campaign: bytes, challenge: bytes) -> ChallengeRecord:
+        """A final audit challenge.
+
+        Raises:
+            Rejected: ``NOT_FOUND``.
+        """
+
+    def share(self, record: ChallengeRecord) -> BeaconShare:
+        """This member's share of its beacon.
+
+        Raises:
+            Unavailable: there is none.
+        """
+
+    async def beacon(self, record: ChallengeRecord) -> bytes:
+        """Its beacon.
+
+        Raises:
+            Unavailable: too few members give their shares.
+        """
+
+
 class Service(Protocol):
     """A running node, as its HTTP interface sees it."""
 
@@ -157,6 +184,10 @@ class Service(Protocol):
     @property
     def grants(self) -> GrantDesk:
         """The grant desk."""
+
+    @property
+    def beacons(self) -> Beacons:
+        """Shares and beacons of audits."""
 
     def submit(self, encoded: bytes) -> CheckedEvent:
         """Check a signed event, keep it for the next ledger block and pass it on. An event already pending or

@@ -6,7 +6,7 @@ members of the fixture. What waits for finality elsewhere is final here before t
 
 import copy
 import functools
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -25,14 +25,17 @@ from consensus.keys import Ed25519SigningKey
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.transition import is_final
 from node.api import Api
+from node.beacons import BeaconDesk
 from node.config import Address, ApiSection
 from node.errors_http import HttpReply
 from node.http_server import HttpLimits, HttpRequest, serve_http
 from node.ledger import Ledger
 from node.mempool import Mempool
+from node.messages import GetBeaconShare, decode_request
 from node.metrics import Metrics
 from node.service import EventState, EventStatus, GrantState, GrantStatus, NodeStatus
 from node.store import Store
+from node.voter import VotingKeys
 
 TOKEN = "a-token-of-enough-letters"
 ZEROS = "00" * 32
@@ -95,6 +98,48 @@ class Desk:
         return self.status(event_id)
 
 
+class OtherMembers:
+    """The other voters, each with a desk of its own over the same log; ``silent`` ones do not answer."""
+
+    def __init__(self, memory: MemoryLedger, ledger: Ledger, own: str, directory: Path) -> None:
+        self.silent: set[str] = set()
+        self.spoil: Callable[[str, bytes], bytes] = lambda name, answer: answer
+        self._desks: dict[MemberId, tuple[str, BeaconDesk]] = {}
+        for voter in memory.committee.voters:
+            if voter.name != own:
+                desk = BeaconDesk(ledger, directory / voter.name, self)
+                desk.begin_epoch(voting_keys(memory, voter.name), "")
+                self._desks[voter.id] = (voter.name, desk)
+
+    @property
+    def connected(self) -> frozenset[MemberId]:
+        return frozenset(self._desks)
+
+    async def request(self, member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
+        name, desk = self._desks[member]
+        request = decode_request(payload)
+        assert isinstance(request, GetBeaconShare)
+        if name in self.silent:
+            raise Unavailable("not connected")
+        try:
+            return self.spoil(name, await desk.answer(request))
+        except Rejected as refusal:
+            raise Unavailable(str(refusal)) from refusal
+
+
+def voting_keys(memory: MemoryLedger, name: str) -> VotingKeys:
+    """What a voter of the ledger signs with."""
+    held = memory.secrets[name]
+    return VotingKeys(memory.ids[name], held.identity, held.key_share or held.identity)
+
+
+def beacon_desk(memory: MemoryLedger, ledger: Ledger, name: str, directory: Path) -> BeaconDesk:
+    """The desk of a voter, with all others at hand."""
+    desk = BeaconDesk(ledger, directory, OtherMembers(memory, ledger, name, directory))
+    desk.begin_epoch(voting_keys(memory, name), "")
+    return desk
+
+
 class InstantNode:
     """A ``Service`` of one process that finalizes at once. ``held`` keeps events pending instead."""
 
@@ -103,6 +148,7 @@ class InstantNode:
         self.ledger = Ledger(store, memory.genesis)
         self.mempool = Mempool(max_events, 1 << 24)
         self.grants = Desk(self)
+        self.beacons = beacon_desk(memory, self.ledger, "operator-1", store._directory / "beacon-shares")
         self.name, self.role = "operator-1", Role.OPERATOR.value
         self.halted = ""
         self.held = False

@@ -117,6 +117,7 @@ class FakeNode:
             "author_schemes": ("ed25519", "ml-dsa-65"),
             "required_metadata": (),
             "least_sketch_rank": 0,
+            "auditors": (),
             "maximum_grant_steps": 100,
             "maximum_grant_duration_ms": 3_600_000,
             "revocation": "drain",

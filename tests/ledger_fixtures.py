@@ -16,6 +16,7 @@ from consensus_fixtures import SMALLEST, make_genesis
 
 from consensus import portions as p
 from consensus.admission import admit
+from consensus.beacon import beacon_message, make_beacon, picked_steps
 from consensus.block import Body, Header, decode_header
 from consensus.certificate import Certificate, certificate_message
 from consensus.certificate_schemes import scheme_for
@@ -32,7 +33,19 @@ from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.participant import MemberSecrets
 from consensus.policy import maximum_profile, why_refused
 from consensus.rejection import Reason
-from consensus.review import ACCEPT, AT_MOST, AuditResult, DataSlice, Decision, Evaluation, Metric, Threshold
+from consensus.review import (
+    ACCEPT,
+    AT_MOST,
+    AuditAnswer,
+    AuditChallenge,
+    AuditResult,
+    DataSlice,
+    Decision,
+    Evaluation,
+    Metric,
+    PickedStep,
+    Threshold,
+)
 from consensus.sampler import presented_examples
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
@@ -227,12 +240,7 @@ class MemoryLedger:
     def certify(self, header: Header) -> bytes:
         """The certificate of a header, by all voters."""
         message = certificate_message(self.chain_id, header.epoch, View(header.view), header.digest)
-        shares: dict[MemberId, bytes] = {}
-        for voter in self.committee.voters:
-            secret = self.secrets[voter.name]
-            own = secret.key_share if secret.key_share is not None else secret.identity
-            shares[voter.id] = self.scheme.share(own, message)
-        payload = self.scheme.combine(message, shares)
+        payload = self.scheme.combine(message, self._shares(message))
         return encode(Certificate(self.scheme.name, header.view, header.digest, header.epoch, payload))
 
     def _append(self, after: LedgerState, events: Sequence[CheckedEvent]) -> None:
@@ -264,6 +272,7 @@ class MemoryLedger:
                 author_schemes=("ed25519", "ml-dsa-65"),
                 required_metadata=("optimizer",),
                 least_sketch_rank=0,
+                auditors=(),
                 event_granularities=("batch",),
                 maximum_grant_steps=100,
                 maximum_grant_duration_ms=86_400_000,
@@ -331,9 +340,58 @@ class MemoryLedger:
 
     def audit_result(self, auditor: str, campaign: bytes, **fields: object) -> CheckedEvent:
         """An audit result: the first step came out as recorded."""
-        result = AuditResult(1, 1, 1, (), bytes(32), "", (p.Setting("torch", "2.13.0"),), "")
+        result = AuditResult(1, 1, 1, (), bytes(32), "", (p.Setting("torch", "2.13.0"),), "", None)
         result = msgspec.structs.replace(result, **fields)
         return self.signed(Kind.AUDIT_RESULT, [auditor], p.Portions(None, self.salted(result), None), campaign=campaign)
+
+    def audit_challenge(self, auditor: str, campaign: bytes, number: int = 1, **fields: object) -> CheckedEvent:
+        """An audit by lot of two of the first four steps, to be answered within an hour."""
+        challenge = AuditChallenge(number, 1, 4, 2, self.now_ms + 3_600_000, "")
+        challenge = msgspec.structs.replace(challenge, **fields)
+        portions = p.Portions(None, self.salted(challenge), None)
+        return self.signed(Kind.AUDIT_CHALLENGE, [auditor], portions, campaign=campaign)
+
+    def beacon(self, campaign: bytes, number: int = 1) -> bytes:
+        """The beacon of an audit in this epoch, by the shares of every voter."""
+        message = beacon_message(self.chain_id, self.committee.epoch, campaign, number)
+        return make_beacon(self.scheme, message, self._shares(message))
+
+    def _shares(self, message: bytes) -> dict[MemberId, bytes]:
+        shares = {}
+        for voter in self.committee.voters:
+            secret = self.secrets[voter.name]
+            own = secret.key_share if secret.key_share is not None else secret.identity
+            shares[voter.id] = self.scheme.share(own, message)
+        return shares
+
+    def audit_answer(
+        self,
+        challenge: CheckedEvent,
+        *,
+        differing_at: Mapping[int, tuple[str, ...]] | None = None,
+        beacon: bytes = b"",
+        auditor: str = "",
+        **fields: object,
+    ) -> CheckedEvent:
+        """The answer to a challenge by its author: every picked step came out but those of ``differing_at``."""
+        asked = challenge.governance
+        assert isinstance(asked, AuditChallenge)
+        campaign, differing_at = challenge.entry.campaign, differing_at or {}
+        beacon = beacon or self.beacon(campaign, asked.number)
+        steps = picked_steps(beacon, asked.first_step, asked.last_step, asked.picks)
+        picked = tuple(PickedStep(step, differing_at.get(step, ())) for step in steps)
+        answer = AuditAnswer(challenge.id, beacon, picked)
+        first = next((each.differing for each in picked if each.differing), ())
+        said: dict[str, object] = {
+            "first_step": asked.first_step,
+            "last_step": asked.last_step,
+            "matched": len(answer.matching),
+            "differing": first,
+            "answer": answer,
+        }
+        said |= fields
+        auditor = auditor or self.committee.member(MemberId(challenge.entry.author)).name
+        return self.audit_result(auditor, campaign, **said)
 
     def _one_item(self, content: p.Wire) -> p.Portions:
         return p.Portions(p.DataPortion(self.salt(), (p.DataItem(encode(content)),)), None, None)

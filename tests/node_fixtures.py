@@ -12,21 +12,26 @@ from typing import Literal
 
 import trio
 from consensus_fixtures import SMALLEST, make_genesis
+from epoch_fixtures import next_membership
 
 from consensus import portions as p
 from consensus.codec import encode
 from consensus.event import Kind, make_entry, pack, sign_entry
 from consensus.identifiers import MemberId
-from consensus.membership import BLS_THRESHOLD, Parameters
-from node.clock import SystemClock
+from consensus.membership import BLS_THRESHOLD, Membership, Parameters, committee
+from consensus.membership_change import MembershipChange
+from consensus.participant import MemberSecrets
+from node.clock import Clock, SystemClock
 from node.config import Address, ApiSection, CountersignSection, NetworkSection, NodeConfig, NodeSection
-from node.identity import load_identity
-from node.keystore import Secrets
+from node.identity import epoch_keystore, load_identity
+from node.keystore import KeyCost, Keystore, Secrets
 from node.provision import free_ports
 from node.runner import Identity, Node
 
 YEAR_MS = 365 * 86_400_000
 FAST = Parameters(heartbeat_ms=2_000)
+PASSPHRASE = b"a passphrase for a test"
+CHEAP = KeyCost(operations=1, memory_bytes=8_192)
 
 
 class Consortium:
@@ -40,8 +45,10 @@ class Consortium:
         thresholds: Mapping[str, int] | None = None,
         certificate_scheme: str = BLS_THRESHOLD,
         joining: Sequence[str] = (),
+        clock: Clock | None = None,
     ) -> None:
         """``joining`` are names of members to come: they have addresses too."""
+        self.clock = clock or SystemClock()
         self.folder = folder
         self.genesis, self.secrets = make_genesis(
             counts, certificate_scheme=certificate_scheme, thresholds=thresholds, parameters=parameters
@@ -69,7 +76,7 @@ class Consortium:
             countersign=CountersignSection(auto=True, purposes=("*",), sources=("*",), operators=("*",)),
         )
         if member is None:
-            return Node(config, self.genesis, load_identity(config, self.genesis), SystemClock())
+            return Node(config, self.genesis, load_identity(config, self.genesis), self.clock)
         held = self.secrets[name]
         secrets = Secrets(
             identity_seed=held.identity_seed,
@@ -77,7 +84,7 @@ class Consortium:
             log_seed=held.log_seed or bytes(32),
             bls_share=held.key_share.to_bytes() if held.key_share else None,
         )
-        return Node(config, self.genesis, Identity(member, held.identity, secrets), SystemClock())
+        return Node(config, self.genesis, Identity(member, held.identity, secrets), self.clock)
 
     def source_event(self, owner: str, number: int) -> bytes:
         """A signed source of ``owner``; ``number`` makes it different."""
@@ -100,6 +107,43 @@ class Consortium:
         portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)
         entry = make_entry(self.genesis.chain_id, Kind.SOURCE, MemberId(member.id), portions)
         return pack(sign_entry(entry, member.id, member.role, self.secrets[owner].identity), portions)
+
+
+def change(consortium: Consortium, membership: Membership, statement: str = "") -> bytes:
+    """A membership event signed by every voter of epoch 0."""
+    portions = p.Portions(None, p.SaltedPortion(bytes(32), encode(MembershipChange(membership, statement))), None)
+    voters = committee(consortium.genesis).voters
+    entry = make_entry(consortium.genesis.chain_id, Kind.MEMBERSHIP, MemberId(voters[0].id), portions)
+    for member in voters:
+        entry = sign_entry(entry, member.id, member.role, consortium.secrets[member.name].identity)
+    return pack(entry, portions)
+
+
+def next_epoch(
+    consortium: Consortium,
+    remove: tuple[str, ...] = (),
+    rotate: tuple[str, ...] = (),
+    add: Mapping[str, str] | None = None,
+    without_keys: tuple[str, ...] = (),
+) -> tuple[Membership, dict[str, MemberSecrets]]:
+    """The members of epoch 1, their keystores beside the first ones."""
+    membership, secrets = next_membership(
+        consortium.genesis, committee(consortium.genesis), consortium.secrets, remove=remove, rotate=rotate, add=add
+    )
+    for name, held in secrets.items():
+        if name not in without_keys:
+            Keystore.create(
+                epoch_keystore(consortium.folder / f"{name}.keystore", 1),
+                Secrets(
+                    identity_seed=held.identity_seed,
+                    transport_seed=held.transport_seed,
+                    log_seed=held.log_seed or bytes(32),
+                    bls_share=held.key_share.to_bytes() if held.key_share else None,
+                ),
+                PASSPHRASE,
+                CHEAP,
+            )
+    return membership, secrets
 
 
 @asynccontextmanager

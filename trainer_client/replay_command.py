@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import torch
 from safetensors.torch import save_file
 
@@ -24,8 +25,21 @@ from trainer_client.replay import LoggedCampaign, Replayed, ReplayJob, read_logg
 from trainer_client.submit import Client
 
 MAX_LISTED_STEPS = 1 << 20
+MAX_AUDIT_BYTES = 1 << 20
 TOLD_EVERY = 10
 """Parts of a replay after which progress is told."""
+
+
+class AuditFile(msgspec.Struct, frozen=True):
+    """What ``countersign audit beacon`` writes, as far as it is needed."""
+
+    chain_id: str
+    campaign: str
+    challenge: str
+    beacon: str
+    first_step: int
+    last_step: int
+    steps: tuple[int, ...]
 
 
 @click.command("replay")
@@ -51,6 +65,12 @@ TOLD_EVERY = 10
 @click.option(
     "--steps", "step_list", metavar="LIST", help="Only these steps, such as 12,40-44, and what leads to them."
 )
+@click.option(
+    "--audit",
+    "audit_path",
+    type=click.Path(path_type=Path),
+    help="Only the steps that an audit picked: what countersign audit beacon --out wrote.",
+)
 @click.option("--balance", "balanced", is_flag=True, help="Split the change of the weights by source (AdamW).")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the weights it ends with.")
 @click.option(
@@ -70,6 +90,7 @@ def replay_command(
     left_out: tuple[str, ...],
     snapshot_folder: Path | None,
     step_list: str | None,
+    audit_path: Path | None,
     balanced: bool,
     out: Path | None,
     report_path: Path | None,
@@ -79,8 +100,8 @@ def replay_command(
 
     Needs the base model and the sources' examples, which are checked against the log, and the build of torch and
     number of threads of the job, for the same bits. Exit code 0 when every step came out as recorded, 1 at the first
-    that did not. With --steps only those are taken again, each from the newest snapshot before it (--snapshots); with
-    a snapshot of the step that differs, its tensors are named as well.
+    that did not. With --steps or --audit only those are taken again, each from the newest snapshot before it
+    (--snapshots); with a snapshot of the step that differs, its tensors are named as well.
     With --without nothing is compared: the weights are those of the same campaign without the source.
     With --balance the change of every linear's parameters is split among sources and weight decay, exactly: an account
     of what was added to the weights, not of who mattered.
@@ -92,21 +113,27 @@ def replay_command(
       countersign replay --job my_job:replay_job --config job.json --node http://127.0.0.1:7001 \\
         --chain-id CHAIN_ID --campaign CAMPAIGN_ID --snapshots snapshots --steps 12,40-44
     """
-    if step_list is not None and (left_out or balanced):
-        raise click.UsageError("--steps compares steps; --without and --balance need all of them")
-    if snapshot_folder is not None and step_list is None:
-        raise click.UsageError("give --steps with --snapshots: all steps are taken from the base model")
+    if step_list is not None and audit_path is not None:
+        raise click.UsageError("give either --steps or --audit")
+    some_steps = step_list is not None or audit_path is not None
+    if some_steps and (left_out or balanced):
+        raise click.UsageError("--steps and --audit compare steps; --without and --balance need all of them")
+    if snapshot_folder is not None and not some_steps:
+        raise click.UsageError("give --steps or --audit with --snapshots: all steps are taken from the base model")
     chain, identifier = ChainId(_digest("--chain-id", chain_id)), _digest("--campaign", campaign)
     without = frozenset(_digest("--without", source) for source in left_out)
+    audited = None if audit_path is None else read_audit(audit_path, chain, identifier)
+    asked = listed_steps(step_list) if step_list is not None else ()
+    asked = asked if audited is None else audited.steps
     job = load_job(factory, config)
     with Client(node_url, token) as client:
         client.genesis(chain)
         logged = read_logged_campaign(client, identifier)
     begun = time.perf_counter()
     picked: PickedReplay | None = None
-    if step_list is not None:
+    if some_steps:
         folder = None if snapshot_folder is None else SnapshotFolder(snapshot_folder, identifier)
-        picked = replay_picked(logged, job, listed_steps(step_list), folder, _told)
+        picked = replay_picked(logged, job, asked, folder, _told)
         found = Replayed(picked.executed, picked.matched, picked.difference, parameter_root_of(job.model))
     else:
         found = replay(logged, job, without, _told, balanced=balanced)
@@ -114,7 +141,7 @@ def replay_command(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(copied_tensors(job.model), out)
-    document = _document(chain, logged, found, picked, without, seconds)
+    document = _document(chain, logged, found, picked, audited, without, seconds)
     if report_path is not None:
         report_path.write_text(document + "\n", encoding="utf-8")
     click.echo(document if as_json else _text(logged, found, picked, without, seconds))
@@ -155,6 +182,24 @@ def listed_steps(text: str) -> tuple[int, ...]:
             raise ConfigError(f"--steps {part!a:.80}: expected a rising range of {MAX_LISTED_STEPS} steps at most")
         steps.update(listed)
     return tuple(sorted(steps))
+
+
+def read_audit(path: Path, chain_id: ChainId, campaign: bytes) -> AuditFile:
+    """The audit in a file of ``countersign audit beacon``. That its beacon is one the log's members check.
+
+    Raises:
+        ConfigError: it is none, or another campaign's or chain's.
+    """
+    try:
+        with path.open("rb") as file:
+            found = msgspec.json.decode(file.read(MAX_AUDIT_BYTES), type=AuditFile)
+    except OSError as error:
+        raise ConfigError(f"--audit {path}: expected an audit's JSON document, found: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--audit {path}: expected an audit's JSON document, found: {error}") from error
+    if (found.chain_id, found.campaign) != (chain_id.hex(), campaign.hex()):
+        raise ConfigError(f"--audit {path}: an audit of campaign {found.campaign:.80} on chain {found.chain_id:.80}")
+    return found
 
 
 def _text(
@@ -207,6 +252,7 @@ def _document(
     logged: LoggedCampaign,
     found: Replayed,
     picked: PickedReplay | None,
+    audited: AuditFile | None,
     without: frozenset[bytes],
     seconds: float,
 ) -> str:
@@ -231,6 +277,7 @@ def _document(
     }
     if picked is not None:
         document["picked"] = [{"step": each.step, "differing": list(each.differing)} for each in picked.picked]
+        document["audit"] = None if audited is None else msgspec.to_builtins(audited)
         document["windows"] = {"compared": picked.windows, "cut": picked.windows_cut}
     if found.balance is not None:
         document["balance"] = asdict(

@@ -14,7 +14,7 @@ from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import Kind
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.predicates.history import complete_job_events, member_name
-from consensus.predicates.reviews import audits_of, tell_replays
+from consensus.predicates.reviews import audits_of, challenges_of, tell_replays
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Rejected
 
@@ -71,7 +71,7 @@ def delta_exact(bundle: OpenBundle, steps: Steps, files: Sequence[ReleasedFile])
         _check_file(steps, campaign, release, files)
     steps.attested(f"that each step's change of the parameters follows from its examples: {operator}")
     steps.attested(f"that the base model has the parameter root the campaign names: {operator}")
-    tell_replays(steps, audits_of(bundle), walk.steps)
+    tell_replays(steps, audits_of(bundle), walk.steps, challenges_of(bundle))
 
 
 def _follow(walk: _Walk, event: OpenEvent, problems: list[str]) -> None:

@@ -10,21 +10,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from consensus import bls
+from consensus.beacon import beacon_key, beacon_message, picked_steps
 from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import Kind
 from consensus.predicates.history import check_delegated, member_name
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
-from consensus.review import ACCEPT, NOTE, AuditResult, Decision, Evaluation, metric_text, unmet
+from consensus.review import ACCEPT, NOTE, AuditChallenge, AuditResult, Decision, Evaluation, metric_text, unmet
 from consensus.state import (
     AUDIT_TABLE,
     CAMPAIGN_HEAD_TABLE,
     CAMPAIGN_TABLE,
+    CHALLENGE_TABLE,
     DECISION_TABLE,
     EVALUATION_TABLE,
     AuditRecord,
     CampaignHead,
     CampaignRecord,
+    ChallengeRecord,
+    ChallengeStanding,
     DecisionRecord,
     EvaluationRecord,
     Standing,
@@ -49,7 +54,16 @@ class Audit:
     @property
     def differing_step(self) -> int | None:
         """The first step that did not come out as recorded, if any."""
-        return self.record.first_step + self.record.matched if self.record.differs else None
+        return self.record.differing_step
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """An audit by lot on the log, its auditor's name, and whether nobody answered in time."""
+
+    record: ChallengeRecord
+    auditor: str
+    failed: bool
 
 
 def audits_of(bundle: OpenBundle) -> tuple[Audit, ...]:
@@ -64,18 +78,44 @@ def audits_of(bundle: OpenBundle) -> tuple[Audit, ...]:
     return tuple(Audit(record, member_name(bundle, record.auditor)) for record in ordered)
 
 
+def challenges_of(bundle: OpenBundle) -> tuple[Challenge, ...]:
+    """All audits by lot of the bundle's campaign, by number; as of the bundle's header.
+
+    Raises:
+        Rejected: ``BUNDLE_INCOMPLETE`` without the range that holds them.
+    """
+    records = bundle.range(review_prefix(CHALLENGE_TABLE, bundle.campaign), ChallengeRecord).values()
+    own = sorted((record for record in records if record.campaign == bundle.campaign), key=lambda each: each.number)
+    now_ms = bundle.header.timestamp_ms
+    return tuple(Challenge(record, member_name(bundle, record.auditor), record.failed(now_ms)) for record in own)
+
+
 def replayed_steps(audits: Iterable[Audit]) -> int:
     """How many different steps came out as recorded in some audit."""
+    ranges: list[tuple[int, int]] = []
+    for audit in audits:
+        record = audit.record
+        if record.challenge:
+            ranges.extend((step, step) for step in record.matching)
+        else:
+            ranges.append((record.first_step, record.first_step + record.matched - 1))
     total = counted_to = 0
-    for first, matched in sorted((audit.record.first_step, audit.record.matched) for audit in audits):
-        last = first + matched - 1
+    for first, last in sorted(ranges):
         total += max(0, last - max(first - 1, counted_to))
         counted_to = max(counted_to, last)
     return total
 
 
-def tell_replays(steps: Steps, audits: Sequence[Audit], of: int) -> None:
-    """Say how many of a campaign's steps others took again, and with what result."""
+def tell_replays(steps: Steps, audits: Sequence[Audit], of: int, challenges: Sequence[Challenge] = ()) -> None:
+    """Say how many of a campaign's steps others took again, with what result, and which audits nobody answered."""
+    for challenge in challenges:
+        record = challenge.record
+        asked = f"audit {record.number} by {challenge.auditor}: {record.picks} of the steps {record.first_step} to "
+        asked += f"{record.last_step}, by lot"
+        if challenge.failed:
+            steps.checked(f"{asked}, has FAILED: no answer came by {record.answer_by_ms} ms (log time)")
+        elif not record.answer:
+            steps.not_covered(f"{asked}, to be answered by {record.answer_by_ms} ms (log time)")
     if not audits:
         steps.not_covered(f"replay: 0 of {of} steps were re-executed by another party")
         return
@@ -117,8 +157,11 @@ def evaluated(bundle: OpenBundle, steps: Steps) -> None:
     for decision in decisions:
         _tell_decision(bundle, steps, decision)
     open_ones = [finding.hex() for finding in head.open_findings]
-    steps.check("no finding is open", [f"evaluation {finding} stands against a release" for finding in open_ones])
-    tell_replays(steps, audits_of(bundle), head.steps)
+    steps.check("no finding is open", [f"finding {finding} stands against a release" for finding in open_ones])
+    challenges = challenges_of(bundle)
+    for challenge in challenges:
+        _tell_challenge(bundle, steps, challenge, accepted, head.open_findings)
+    tell_replays(steps, audits_of(bundle), head.steps, challenges)
     for audit in audits_of(bundle):
         _tell_audit(bundle, steps, audit)
     steps.attested(f"that values were measured as said, on the data named: {operator}")
@@ -185,11 +228,79 @@ def _tell_audit(bundle: OpenBundle, steps: Steps, audit: Audit) -> None:
         return
     assert isinstance(result, AuditResult)
     record = audit.record
-    same = (result.first_step, result.last_step, result.matched)
-    problems = [] if same == (record.first_step, record.last_step, record.matched) else ["its record differs"]
+    same = (result.first_step, result.last_step, result.matched, _answered(result))
+    picks = (record.challenge, record.matching, record.differing)
+    kept = (record.first_step, record.last_step, record.matched, picks)
+    problems = [] if same == kept else ["its record differs"]
     compared = "bit for bit" if not result.tolerance else f"within {result.tolerance!a}"
     differing = f"; then {', '.join(f'{each!a}' for each in result.differing)} differed" if result.differing else ""
-    steps.check(f"{where}: {result.matched} came out as recorded, {compared}{differing}", problems)
+    picked = f"{len(result.answer.picked)} picked by lot, " if result.answer is not None else ""
+    steps.check(f"{where}: {picked}{result.matched} came out as recorded, {compared}{differing}", problems)
+
+
+def _answered(result: AuditResult) -> tuple[bytes, tuple[int, ...], tuple[int, ...]]:
+    answer = result.answer
+    return (b"", (), ()) if answer is None else (answer.challenge, answer.matching, answer.differing)
+
+
+def _tell_challenge(
+    bundle: OpenBundle,
+    steps: Steps,
+    challenge: Challenge,
+    accepted: frozenset[bytes],
+    open_findings: Sequence[bytes],
+) -> None:
+    """What was asked, that the beacon picked the steps that the answer is about, and how it stands."""
+    record = challenge.record
+    event = bundle.event_of(record.event, "audit challenge")
+    if event.kind is not Kind.AUDIT_CHALLENGE or event.entry.author != record.auditor:
+        raise Rejected(Reason.BAD_FIELD, f"event {event.id.hex()} is no audit challenge of {challenge.auditor}")
+    where = f"audit {record.number} by {challenge.auditor}, entry {event.index}, stands: {record.standing}"
+    problems = []
+    asked = event.governance
+    if isinstance(asked, AuditChallenge):
+        said = (asked.number, asked.first_step, asked.last_step, asked.picks, asked.answer_by_ms)
+        kept = (record.number, record.first_step, record.last_step, record.picks, record.answer_by_ms)
+        problems += [] if said == kept else ["its record differs"]
+    if record.stands_open != (record.event in open_findings):
+        problems.append("the campaign's open findings say otherwise")
+    if record.standing == ChallengeStanding.ACCEPTED and record.event not in accepted:
+        problems.append("no decision of governance accepts it")
+    answered_as = (ChallengeStanding.PASSED, ChallengeStanding.DIFFERED)
+    if record.standing in answered_as and not record.answer:
+        problems.append("there is no answer")
+    steps.check(where, problems, asked is None)
+    if record.answer:
+        _tell_beacon(bundle, steps, record)
+
+
+def _tell_beacon(bundle: OpenBundle, steps: Steps, record: ChallengeRecord) -> None:
+    event = bundle.event_of(record.answer, "audit result")
+    result = event.governance
+    if not isinstance(result, AuditResult) or result.answer is None:
+        steps.unknown(f"audit {record.number}: which steps the answer, entry {event.index}, is about is not disclosed")
+        return
+    beacon = result.answer.beacon
+    keys = bundle.trusted.of(record.epoch)
+    message = beacon_message(bundle.trusted.chain_id, record.epoch, record.campaign, record.number)
+    problems = []
+    try:
+        bls.verify(beacon_key(keys.committee), message, beacon)
+    except Rejected as error:
+        problems.append(error.detail)
+    picked = picked_steps(beacon, record.first_step, record.last_step, record.picks)
+    if tuple(each.step for each in result.answer.picked) != picked:
+        problems.append("the answer is about other steps")
+    if event.kind is not Kind.AUDIT_RESULT or result.answer.challenge != record.event:
+        problems.append("the answer is another audit's")
+    expected = ChallengeStanding.DIFFERED if result.differs else ChallengeStanding.PASSED
+    if record.standing in (ChallengeStanding.PASSED, ChallengeStanding.DIFFERED) and record.standing != expected:
+        problems.append(f"by its answer it {expected}")
+    steps.check(
+        f"audit {record.number}: the unique signature of every role in epoch {record.epoch} picks steps "
+        f"{', '.join(map(str, picked))}, and the answer is about them",
+        problems,
+    )
 
 
 def _accepted(bundle: OpenBundle, decisions: Iterable[DecisionRecord]) -> frozenset[bytes]:

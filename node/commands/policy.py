@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ import msgspec
 from consensus.codec import encode
 from consensus.event import CheckedEvent, Kind, check_event, make_entry
 from consensus.identifiers import MemberId, Role
+from consensus.membership import Member
 from consensus.policy import AUTHOR_SCHEMES, check_policy
 from consensus.portions import BlockWeight, ClassRule, Policy, Portions, SaltedPortion
 from consensus.rejection import ConfigError
@@ -43,6 +45,7 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     author_schemes: tuple[str, ...] = AUTHOR_SCHEMES
     required_metadata: tuple[str, ...] = ()
     least_sketch_rank: int = 0
+    auditors: tuple[str, ...] = ()
     rationale: str = ""
 
 
@@ -86,7 +89,7 @@ def policy_sign(
     own = load_member(config_path)
     own.require(Role.GOVERNANCE, "a policy")
     if policy_path is not None:
-        event, encoded = _new_event(own, read_policy(policy_path))
+        event, encoded = _new_event(own, read_policy(policy_path, own.committee.members))
     else:
         assert event_path is not None
         event, encoded = _with_own_signature(own, read_event(event_path, own.committee), event_path)
@@ -122,11 +125,11 @@ def policy_show(config_path: Path | None, url: str | None, token_file: Path | No
     print_json(content)
 
 
-def read_policy(path: Path) -> Policy:
-    """The policy of a ``policy.toml``.
+def read_policy(path: Path, members: Sequence[Member] = ()) -> Policy:
+    """The policy of a ``policy.toml``; auditors it names are of ``members``.
 
     Raises:
-        ConfigError: missing, not TOML, or an unknown or missing key.
+        ConfigError: missing, not TOML, an unknown or missing key, or an auditor that is no member.
         Rejected: ``BAD_FIELD`` where its values make no policy.
     """
     try:
@@ -153,6 +156,7 @@ def read_policy(path: Path) -> Policy:
         author_schemes=file.author_schemes,
         required_metadata=file.required_metadata,
         least_sketch_rank=file.least_sketch_rank,
+        auditors=tuple(_auditor(path, name, members) for name in file.auditors),
         maximum_grant_steps=file.maximum_grant_steps,
         maximum_grant_duration_ms=1_000 * file.maximum_grant_duration_seconds,
         revocation=file.revocation,
@@ -160,6 +164,14 @@ def read_policy(path: Path) -> Policy:
     )
     check_policy(made)
     return made
+
+
+def _auditor(path: Path, name: str, members: Sequence[Member]) -> MemberId:
+    for member in members:
+        if member.name == name:
+            return member.id
+    known = ", ".join(member.name for member in members)
+    raise ConfigError(f"{path}: auditors: expected members of the network ({known}), found {name!a:.80}")
 
 
 def _new_event(own: LocalMember, content: Policy) -> tuple[CheckedEvent, bytes]:

@@ -151,7 +151,7 @@ def test_text_names_source_owner_grant_and_what_is_only_claimed() -> None:
 
 def test_replays_on_the_log_are_told_with_who_ran_them_and_what_differed() -> None:
     found = opened_log().provenance
-    record = AuditRecord(CAMPAIGN, bytes(32), bytes(32), 1, 20, 20, 0)
+    record = AuditRecord(CAMPAIGN, bytes(32), bytes(32), 1, 20, 20, b"", (), (), 0)
     differing = replace(record, last_step=30, matched=24)
     audits = (Audit(record, "hospital"), Audit(differing, "guild"))
     assert replays(found) == ["  replayed  0 of 36 steps by anybody else"]

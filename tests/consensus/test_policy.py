@@ -27,6 +27,7 @@ POLICY = p.Policy(
     author_schemes=("ed25519", "ml-dsa-65"),
     required_metadata=("code.commit",),
     least_sketch_rank=0,
+    auditors=(),
     maximum_grant_steps=10,
     maximum_grant_duration_ms=1_000,
     revocation="drain",

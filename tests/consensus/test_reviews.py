@@ -241,11 +241,11 @@ def test_audit_result_is_kept_with_its_auditor() -> None:
     value = told.ledger.state.get(review_key(AUDIT_TABLE, told.run.id, event.id))
     assert value is not None
     record = read_record(value, AuditRecord)
-    assert (record.auditor, record.first_step, record.last_step, record.differs) == (
+    assert (record.auditor, record.first_step, record.last_step, record.differing_step) == (
         told.ledger.ids[HOSPITAL],
         1,
         1,
-        False,
+        None,
     )
     assert_refused(told.ledger, event, Reason.DUPLICATE)
 
@@ -280,7 +280,7 @@ def test_verifier_audits() -> None:
 
 def test_replayed_steps_are_counted_once() -> None:
     def audit(first: int, last: int, matched: int) -> Audit:
-        return Audit(AuditRecord(bytes(32), bytes(32), bytes(32), first, last, matched, 0), "somebody")
+        return Audit(AuditRecord(bytes(32), bytes(32), bytes(32), first, last, matched, b"", (), (), 0), "somebody")
 
     assert replayed_steps([]) == 0
     assert replayed_steps([audit(1, 5, 5), audit(3, 8, 6)]) == 8
@@ -393,7 +393,7 @@ def test_hidden_review_makes_the_bundle_incomplete_and_its_portion_the_answer_un
     assert judged(told, encode_bundle(closed)).answer is (Answer.NO if kind is Kind.DECISION else Answer.UNKNOWN)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_hidden_range_makes_the_bundle_incomplete(which: int) -> None:
     told = story()
     bundle = bundle_of(told)

@@ -13,6 +13,7 @@ VECTORS = Path(__file__).parents[1] / "vectors"
 ROOT = VECTORS.parents[1]
 FILES = (
     "accumulators",
+    "audits",
     "blocks",
     "epochs",
     "events",

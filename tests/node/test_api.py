@@ -287,6 +287,8 @@ async def test_openapi_document_lists_exactly_what_is_served(tmp_path: Path) -> 
             "/v1/grants",
             "/v1/grants/{id}",
             "/v1/grants/{id}/sign",
+            "/v1/audits/{campaign}/{challenge}/share",
+            "/v1/audits/{campaign}/{challenge}/beacon",
             "/v1/bundles/{predicate}",
             "/v1/checkpoint",
             "/checkpoint",

@@ -1,25 +1,18 @@
 """Nodes that go on into the next epoch without a restart, and what a node is that left, joins late or lacks keys."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from epoch_fixtures import next_membership
-from node_fixtures import Consortium, running, until
+from node_fixtures import CHEAP, PASSPHRASE, Consortium, change, next_epoch, running, until
 
-from consensus import portions as p
 from consensus.codec import encode
-from consensus.event import Kind, make_entry, pack, sign_entry
 from consensus.identifiers import MemberId
-from consensus.membership import Membership, committee
-from consensus.membership_change import MembershipChange
-from consensus.participant import MemberSecrets
 from consensus.rejection import ConfigError, Reason, Rejected
 from consensus.vote import check_vote
 from node import runner, snapshot
 from node.fsck import check_data_directory
 from node.identity import epoch_keystore
-from node.keystore import KeyCost, Keystore, Secrets
+from node.keystore import Keystore, Secrets
 from node.network import Lane
 from node.runner import Node
 from node.service import EventState
@@ -28,45 +21,6 @@ pytestmark = pytest.mark.trio
 
 COUNTS = {"data-source": 3, "governance": 1, "operator": 1}
 NAMES = ("data-source-1", "data-source-2", "data-source-3", "governance-1", "operator-1")
-PASSPHRASE = b"a passphrase for a test"
-CHEAP = KeyCost(operations=1, memory_bytes=8_192)
-
-
-def change(consortium: Consortium, membership: Membership, statement: str = "") -> bytes:
-    """A membership event signed by every voter of epoch 0."""
-    portions = p.Portions(None, p.SaltedPortion(bytes(32), encode(MembershipChange(membership, statement))), None)
-    voters = committee(consortium.genesis).voters
-    entry = make_entry(consortium.genesis.chain_id, Kind.MEMBERSHIP, MemberId(voters[0].id), portions)
-    for member in voters:
-        entry = sign_entry(entry, member.id, member.role, consortium.secrets[member.name].identity)
-    return pack(entry, portions)
-
-
-def next_epoch(
-    consortium: Consortium,
-    remove: tuple[str, ...] = (),
-    rotate: tuple[str, ...] = (),
-    add: Mapping[str, str] | None = None,
-    without_keys: tuple[str, ...] = (),
-) -> tuple[Membership, dict[str, MemberSecrets]]:
-    """The members of epoch 1, their keystores beside the first ones."""
-    membership, secrets = next_membership(
-        consortium.genesis, committee(consortium.genesis), consortium.secrets, remove=remove, rotate=rotate, add=add
-    )
-    for name, held in secrets.items():
-        if name not in without_keys:
-            Keystore.create(
-                epoch_keystore(consortium.folder / f"{name}.keystore", 1),
-                Secrets(
-                    identity_seed=held.identity_seed,
-                    transport_seed=held.transport_seed,
-                    log_seed=held.log_seed or bytes(32),
-                    bls_share=held.key_share.to_bytes() if held.key_share else None,
-                ),
-                PASSPHRASE,
-                CHEAP,
-            )
-    return membership, secrets
 
 
 @pytest.fixture

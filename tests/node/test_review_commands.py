@@ -9,9 +9,12 @@ from click.testing import CliRunner, Result
 from consensus.event import CheckedEvent, Kind, check_event
 from consensus.identifiers import MemberId, Role
 from consensus.portions import Setting
-from consensus.review import AuditResult, Decision
+from consensus.rejection import ConfigError
+from consensus.review import AuditAnswer, AuditChallenge, AuditResult, Decision, PickedStep
 from node.cli import main
+from node.clock import SystemClock
 from node.commands.member import load_member
+from node.commands.policy import read_policy
 from node.provision import MemberRequest, Provisioned, provision
 
 CAMPAIGN, EVALUATION, ROOT = "ab" * 32, "cd" * 32, "ef" * 32
@@ -148,7 +151,7 @@ def test_replay_becomes_an_audit_result_in_its_runners_name(consortium: Provisio
     assert event.entry.kind is Kind.AUDIT_RESULT
     assert load_member(config(consortium, name)).committee.member(MemberId(event.entry.author)).name == name
     environment = (Setting("cpu", "AVX2"), Setting("torch", "2.13.0"))
-    assert event.governance == AuditResult(1, 12, 12, (), bytes.fromhex(ROOT), "", environment, "")
+    assert event.governance == AuditResult(1, 12, 12, (), bytes.fromhex(ROOT), "", environment, "", None)
 
 
 def test_difference_is_recorded_as_found(consortium: Provisioned, tmp_path: Path) -> None:
@@ -180,6 +183,90 @@ def test_what_is_no_audit_is_refused(
     result = record(consortium, "library", replay_file(tmp_path, **changes), tmp_path / "audit.event")
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "audit.event").exists()
+
+
+# audits by lot
+
+
+BEACON = "cd" * 96
+AUDIT = {"challenge": EVALUATION, "beacon": BEACON, "first_step": 3, "last_step": 90}
+
+
+def picks(*differing: int) -> list[dict[str, object]]:
+    return [{"step": step, "differing": ["tensor head.bias"] if step in differing else []} for step in (4, 8, 70)]
+
+
+def test_challenge_is_signed_with_its_range_and_time(consortium: Provisioned, tmp_path: Path) -> None:
+    out = tmp_path / "challenge.event"
+    before = SystemClock().now_ms()
+    result = run(
+        *("audit", "challenge", "--config", config(consortium, "guild"), "--campaign", CAMPAIGN, "--number", "3"),
+        *("--first-step", "5", "--last-step", "500", "--picks", "8", "--hours", "2", "--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    assert "audit 3 of campaign" in result.output
+    asked = event_in(out, consortium).governance
+    assert isinstance(asked, AuditChallenge)
+    assert (asked.number, asked.first_step, asked.last_step, asked.picks) == (3, 5, 500, 8)
+    assert 0 <= asked.answer_by_ms - before - 2 * 3_600_000 < 60_000
+    laboratory = ("audit", "challenge", "--config", config(consortium, "laboratory"), "--campaign", CAMPAIGN)
+    refused(2, "audited by others", *laboratory, "--last-step", "5", "--picks", "1", "--out", out)
+
+
+def test_replay_of_an_audits_steps_becomes_its_answer(consortium: Provisioned, tmp_path: Path) -> None:
+    out = tmp_path / "audit.event"
+    replay = replay_file(tmp_path, matched=3, replayed=9, picked=picks(), audit=AUDIT)
+    result = record(consortium, "library", replay, out)
+    assert "3 steps picked by lot: all came out as recorded" in result.output
+    found = event_in(out, consortium).governance
+    assert isinstance(found, AuditResult)
+    assert (found.first_step, found.last_step, found.matched, found.differing) == (3, 90, 3, ())
+    answer = AuditAnswer(
+        bytes.fromhex(EVALUATION), bytes.fromhex(BEACON), tuple(PickedStep(step, ()) for step in (4, 8, 70))
+    )
+    assert found.answer == answer
+
+
+def test_difference_in_a_picked_step_is_recorded_as_found(consortium: Provisioned, tmp_path: Path) -> None:
+    out = tmp_path / "audit.event"
+    difference = {"step": 6, "what": ["parameter block head"]}
+    replay = replay_file(tmp_path, matched=2, picked=picks(8), audit=AUDIT, difference=difference)
+    result = record(consortium, "library", replay, out)
+    assert "step 6 did not; 2 came out as recorded" in result.output
+    found = event_in(out, consortium).governance
+    assert isinstance(found, AuditResult)
+    assert found.answer is not None
+    assert found.differing == ("parameter block head",)
+    assert (found.answer.differing, found.answer.matching) == ((8,), (4, 70))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"picked": picks()}, "steps that its runner chose"),
+        ({"audit": AUDIT}, "steps that its runner chose"),
+        ({"picked": picks(8), "audit": AUDIT}, "12 picked steps came out as recorded, 2 are named"),
+        ({"picked": picks(8), "audit": AUDIT, "matched": 2}, "2 picked steps came out as recorded"),
+        ({"picked": picks(), "audit": {**AUDIT, "beacon": "cd"}}, "expected a replay's JSON document"),
+    ],
+)
+def test_what_is_no_answer_is_refused(
+    consortium: Provisioned, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    result = record(consortium, "library", replay_file(tmp_path, **changes), tmp_path / "audit.event")
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_auditors_of_a_policy_file_are_members_by_name(consortium: Provisioned, tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    template = (Path(__file__).parents[2] / "configs" / "policy.toml").read_text(encoding="utf-8")
+    members = load_member(config(consortium, "council")).committee.members
+    path.write_text(template.replace("# auditors = []", 'auditors = ["guild", "library"]'), encoding="utf-8")
+    ids = {member.name: member.id for member in members}
+    assert read_policy(path, members).auditors == (ids["guild"], ids["library"])
+    path.write_text(template.replace("# auditors = []", 'auditors = ["nobody"]'), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"auditors: expected members of the network \(.*guild.*\), found 'nobody'"):
+        read_policy(path, members)
 
 
 def test_operator_and_broken_files_are_refused(consortium: Provisioned, tmp_path: Path) -> None:

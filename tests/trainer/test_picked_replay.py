@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from demo_job_fixtures import CAMPAIGN as DEMO_CAMPAIGN
 from demo_job_fixtures import written_config
-from fake_node import running_node
+from fake_node import SALT, FakeNode, running_node
 from governed_fixtures import (
     BATCH_SIZE,
     CAMPAIGN,
@@ -28,7 +28,13 @@ from governed_fixtures import (
 )
 from torch import Tensor, nn
 
+from consensus.beacon import beacon_message, make_beacon, picked_steps
+from consensus.certificate_schemes import scheme_for
+from consensus.codec import encode
+from consensus.event import Kind
+from consensus.portions import Portions, SaltedPortion, Wire
 from consensus.rejection import ConfigError, Reason, Rejected
+from consensus.review import AuditAnswer, AuditChallenge, AuditResult, PickedStep
 from node.cli import main
 from trainer_client.audit_snapshots import SnapshotFolder
 from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkpoint, write_checkpoint
@@ -428,8 +434,79 @@ def test_command_takes_picked_steps_again_from_the_demonstrations_snapshots(
         config.write_text(json.dumps(changed))
         code, printed = ask("--steps", "2")
         assert (code, "step 1 did not come out as recorded" in printed) == (1, True), printed
-        assert "give --steps with --snapshots" in ask("--snapshots", snapshots)[1]
-        assert "--steps compares steps" in ask("--steps", "2", "--balance")[1]
+        assert "give --steps or --audit with --snapshots" in ask("--snapshots", snapshots)[1]
+        assert "--steps and --audit compare steps" in ask("--steps", "2", "--balance")[1]
+
+
+def beacon_of(node: FakeNode, number: int) -> bytes:
+    """Made of the shares of every member of the fake node's genesis."""
+    scheme = scheme_for(node.genesis)
+    message = beacon_message(node.chain_id, 0, DEMO_CAMPAIGN, number)
+    shares = {}
+    for voter in node.committee.voters:
+        secret = node.secrets[voter.name].key_share
+        assert secret is not None
+        shares[voter.id] = scheme.share(secret, message)
+    return make_beacon(scheme, message, shares)
+
+
+def test_audit_by_lot_is_answered_by_a_replay_from_snapshots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the challenge to the answer that the log admits; only replaying and finality are between."""
+    auditor = "data-source-2"
+    with running_node() as node:
+        node.policy(auditors=(node.member_id(auditor),))
+        config = written_config(node, tmp_path, threads=1, accumulator_window_steps=3, audit_snapshot_every_steps=2)
+        assert demo_job(["--config", str(config)]) == 0
+        capsys.readouterr()
+        run_directory = Path(json.loads(config.read_text())["run_directory"])
+        snapshots = config.parent / run_directory / "snapshots" / DEMO_CAMPAIGN.hex()
+
+        def say(kind: Kind, content: Wire) -> bytes:
+            portions = Portions(None, SaltedPortion(SALT, encode(content)), None)
+            return node.by_member(auditor, kind, portions, DEMO_CAMPAIGN)
+
+        asked = AuditChallenge(1, 1, 6, 3, node.now_ms + 3_600_000, "")
+        challenge = say(Kind.AUDIT_CHALLENGE, asked)
+        assert node.head(DEMO_CAMPAIGN).open_findings == (challenge,)
+        beacon = beacon_of(node, 1)
+        steps = picked_steps(beacon, 1, 6, 3)
+        audit = tmp_path / "audit.json"
+        audit.write_text(
+            json.dumps(
+                {
+                    "chain_id": node.chain_id.hex(),
+                    "campaign": DEMO_CAMPAIGN.hex(),
+                    "challenge": challenge.hex(),
+                    "beacon": beacon.hex(),
+                    "first_step": 1,
+                    "last_step": 6,
+                    "steps": steps,
+                }
+            )
+        )
+        report = tmp_path / "replay.json"
+        arguments = [
+            "replay", "--job", "trainer_client.demo.job:replay_job", "--config", config, "--node", node.url,
+            "--chain-id", node.chain_id.hex(), "--campaign", DEMO_CAMPAIGN.hex(), "--snapshots", snapshots,
+            "--audit", audit, "--report", report,
+        ]  # fmt: skip
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        assert "3 of the 3 asked for came out as recorded, bit for bit" in result.output
+        document = json.loads(report.read_text())
+        assert document["audit"]["challenge"] == challenge.hex()
+        picked = tuple(PickedStep(each["step"], tuple(each["differing"])) for each in document["picked"])
+        assert tuple(each.step for each in picked) == steps
+        end_root = bytes.fromhex(document["end_root"])
+        answer = AuditAnswer(challenge, beacon, picked)
+        say(Kind.AUDIT_RESULT, AuditResult(1, 6, document["matched"], (), end_root, "", (), "", answer))
+        assert node.head(DEMO_CAMPAIGN).open_findings == ()
+        for spoil in ({"campaign": "ab" * 32}, {"steps": "all"}):
+            audit.write_text(json.dumps(json.loads(audit.read_text()) | spoil))
+            result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+            assert (result.exit_code, "--audit" in result.stderr) == (2, True), result.stderr
 
 
 def test_lists_of_steps_are_read_strictly() -> None:

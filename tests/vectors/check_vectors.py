@@ -314,6 +314,17 @@ def check_epoch(case: dict) -> None:
     check(followed, [0, tagged(name("member"), bytes([new[2][2]]), new[2][3])], "who follows the retired key")
 
 
+def check_audit(case: dict) -> None:
+    chain, campaign, beacon = (bytes.fromhex(case[field]) for field in ("chain_id", "campaign", "beacon"))
+    epoch, number = struct.pack(">Q", case["epoch"]), struct.pack(">Q", case["number"])
+    check(message(name("beacon"), chain, epoch, campaign, number).hex(), case["message"], "message of a beacon")
+    count, chosen = case["last_step"] - case["first_step"] + 1, []
+    for place in range(count - case["picks"], count):
+        drawn = int.from_bytes(tagged(name("picked-steps"), beacon, struct.pack(">Q", place)), "big") % (place + 1)
+        chosen.append(drawn if drawn not in chosen else place)
+    check(sorted(case["first_step"] + step for step in chosen), case["picked"], "picked steps")
+
+
 CHECKS = {
     "tagged_hash": check_hash,
     "portions": check_portions,
@@ -325,6 +336,7 @@ CHECKS = {
     "sampler": check_sample,
     "accumulators": check_window,
     "epochs": check_epoch,
+    "audits": check_audit,
 }
 
 

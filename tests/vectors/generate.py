@@ -15,6 +15,7 @@ import msgspec
 
 from consensus import portions as p
 from consensus.accumulators import AccumulatorWindow, WindowEntry, WindowTerms, window_root
+from consensus.beacon import beacon_message, picked_steps
 from consensus.block import Header
 from consensus.certificate import Certificate, certificate_message
 from consensus.certificate_schemes import scheme_for
@@ -33,7 +34,7 @@ from consensus.event import (
     signature_message,
 )
 from consensus.genesis import MemberPlan, generate_genesis
-from consensus.identifiers import Role, Tag, View, tagged_hash, tagged_message
+from consensus.identifiers import ChainId, Role, Tag, View, tagged_hash, tagged_message
 from consensus.job_key import job_key_id
 from consensus.keys import Ed25519SigningKey, SignatureScheme, signer_for
 from consensus.membership import ED25519_LIST, Membership, committee
@@ -307,6 +308,31 @@ def epochs() -> list[Case]:
     ]
 
 
+def audits() -> list[Case]:
+    """The message of a beacon, and the steps that 96 bytes pick."""
+    chain, campaign = ChainId(octets("chain")), octets("campaign")
+    cases: list[Case] = []
+    for number, (epoch, first, last, picks) in enumerate(
+        ((0, 1, 1, 1), (0, 1, 10, 3), (1, 5, 1_000, 16), (7, 1, 2**53 - 1, 5), (7, 3, 9, 7)), start=1
+    ):
+        beacon = octets("beacon", number) * 3
+        cases.append(
+            {
+                "chain_id": chain.hex(),
+                "epoch": epoch,
+                "campaign": campaign.hex(),
+                "number": number,
+                "message": beacon_message(chain, epoch, campaign, number).hex(),
+                "beacon": beacon.hex(),
+                "first_step": first,
+                "last_step": last,
+                "picks": picks,
+                "picked": list(picked_steps(beacon, first, last, picks)),
+            }
+        )
+    return cases
+
+
 FILES = {
     "tagged_hash": hashes,
     "portions": portions,
@@ -318,6 +344,7 @@ FILES = {
     "sampler": samples,
     "accumulators": windows,
     "epochs": epochs,
+    "audits": audits,
 }
 
 
