@@ -1,7 +1,8 @@
 """Snapshots kept for audits: where a replay of some steps can begin instead of at the base model.
 
-A run keeps one after every ``audit_snapshot_every_steps`` steps, for good: parameters, optimizer state and random
-states as the next step found them. They are checkpoints' files (``checkpoints.py``), in a folder of their own.
+A run keeps one after every ``audit_snapshot_every_steps`` steps, and at its end, for good: parameters, optimizer state
+and random states as the next step found them. They are checkpoints' files (``checkpoints.py``), in a folder of their
+own.
 
 Who replays has them from the operator and believes none of it. **Nothing of a snapshot is used that the log does not
 bind** ◆: parameters and persistent buffers by the parameter root of its step, the optimizer's state and settings by
@@ -44,9 +45,9 @@ class AuditSnapshots:
         self._writing: Future[None] | None = None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="audit-snapshots")
 
-    def due(self, step: int) -> bool:
-        """Whether one is to be kept after ``step`` steps. The base model serves for the beginning."""
-        return bool(self._every_steps) and step > 0 and step % self._every_steps == 0
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether one is to be kept after ``step`` steps; after the ``last`` at any rate, of the base model never."""
+        return bool(self._every_steps) and step > 0 and (last or step % self._every_steps == 0)
 
     def keep(self, snapshot: Snapshot, recited: Iterable[Example]) -> None:
         """Write it beside training, once the one before is written. It takes the place of an undone attempt's."""
@@ -122,10 +123,10 @@ class Restoration:
 
         Raises:
             Rejected: ``DIGEST_MISMATCH`` naming what is not as logged, with both digests; ``STEP_CHAIN_BROKEN`` for a
-                snapshot after which the log has no step, or of before where the job's schedule stands.
+                snapshot of a step that the log has not, or of before where the job's schedule stands.
         """
         after = snapshot.step
-        if not self._scheduled_to <= after < len(steps) or after < 1:
+        if not self._scheduled_to <= after <= len(steps) or after < 1:
             raise Rejected(
                 Reason.STEP_CHAIN_BROKEN,
                 f"a snapshot of step {after}, the job stands at {self._scheduled_to}, the log at {len(steps)}",
@@ -141,8 +142,9 @@ class Restoration:
                     optimizer_state_digest(self._state.optimizer),
                     steps[after - 1].operation.optimizer_digest,
                 ),
-                "random states' digest": (random_digest(random_state()), steps[after].operation.rng_digest),
             }
+            if after < len(steps):  # nothing follows the last step: no random number is drawn from what stands there
+                found["random states' digest"] = (random_digest(random_state()), steps[after].operation.rng_digest)
         except (InvariantBroken, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             # What a stranger's file makes of a live job: each is a snapshot that does not fit.
             raise Rejected(

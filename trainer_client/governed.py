@@ -381,6 +381,7 @@ class GovernedRun(Generic[E]):
                 f"the weights have root {root.hex()}, recorded is {self._ledger.place.root.hex()}: they were"
                 " changed outside run.learn"
             )
+        self._keep_for_audits(last=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
         save_file(tensors, unfinished)
@@ -486,9 +487,9 @@ class GovernedRun(Generic[E]):
             return snapshot
         return None
 
-    def _keep_for_audits(self) -> None:
+    def _keep_for_audits(self, *, last: bool = False) -> None:
         """A snapshot of the job as the step that begins finds it, where one is due."""
-        if self._snapshots.due(self._done):
+        if self._snapshots.due(self._done, last=last):
             state = TrainingState(self._model, self._optimizer)
             self._snapshots.keep(take_snapshot(state, self._done, self._parallel.root()), self._recited)
 

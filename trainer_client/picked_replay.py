@@ -41,6 +41,7 @@ class PickedReplay:
 
     ``executed`` steps were taken again and compared; ``windows`` of accumulators were whole among them and compared,
     ``windows_cut`` ended there and began before. ``end_root`` is the root after the last picked step that came out.
+    ``tolerance`` is empty where bits were compared.
     """
 
     picked: tuple[PickedStep, ...]
@@ -49,6 +50,7 @@ class PickedReplay:
     windows: int
     windows_cut: int
     end_root: Digest
+    tolerance: str = ""
 
     @property
     def matched(self) -> int:
@@ -79,11 +81,7 @@ def replay_picked(
             snapshot that is not the log's; as ``replay``.
         ConfigError: a snapshot cannot be read.
     """
-    if not picked or list(picked) != sorted(set(picked)) or not 1 <= picked[0] <= picked[-1] <= len(logged.steps):
-        raise Rejected(
-            Reason.STEP_CHAIN_BROKEN,
-            f"expected rising steps of 1 to {len(logged.steps)}, found {', '.join(map(str, picked[:20])) or 'none'}",
-        )
+    check_picked(logged, picked)
     check_job(logged, job)
     starts = (0, *(snapshots.steps if snapshots is not None else ()))
     with bench(logged, job, accumulated=True) as run:
@@ -95,6 +93,19 @@ def replay_picked(
     matching = [each.step for each in found if not each.differing]
     end_root = logged.steps[matching[-1] - 1].operation.root_after if matching else ZERO_DIGEST
     return PickedReplay(tuple(found), walk.first, walk.executed, walk.windows, walk.windows_cut, Digest(end_root))
+
+
+def check_picked(logged: LoggedCampaign, picked: Sequence[int]) -> None:
+    """The picked steps rise and are on the log.
+
+    Raises:
+        Rejected: ``STEP_CHAIN_BROKEN``.
+    """
+    if not picked or list(picked) != sorted(set(picked)) or not 1 <= picked[0] <= picked[-1] <= len(logged.steps):
+        raise Rejected(
+            Reason.STEP_CHAIN_BROKEN,
+            f"expected rising steps of 1 to {len(logged.steps)}, found {', '.join(map(str, picked[:20])) or 'none'}",
+        )
 
 
 class _Walk:

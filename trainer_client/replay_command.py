@@ -23,6 +23,7 @@ from trainer_client.commitment import copied_tensors, parameter_root_of
 from trainer_client.picked_replay import PickedReplay, replay_picked
 from trainer_client.replay import LoggedCampaign, Replayed, ReplayJob, read_logged_campaign, replay
 from trainer_client.submit import Client
+from trainer_client.tolerant_replay import replay_within
 
 MAX_LISTED_STEPS = 1 << 20
 MAX_AUDIT_BYTES = 1 << 20
@@ -71,6 +72,11 @@ class AuditFile(msgspec.Struct, frozen=True):
     type=click.Path(path_type=Path),
     help="Only the steps that an audit picked: what countersign audit beacon --out wrote.",
 )
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="On another build: how far numbers may be apart, relative to the change between two snapshots, such as 0.01.",
+)
 @click.option("--balance", "balanced", is_flag=True, help="Split the change of the weights by source (AdamW).")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the weights it ends with.")
 @click.option(
@@ -91,6 +97,7 @@ def replay_command(
     snapshot_folder: Path | None,
     step_list: str | None,
     audit_path: Path | None,
+    tolerance: float | None,
     balanced: bool,
     out: Path | None,
     report_path: Path | None,
@@ -101,7 +108,8 @@ def replay_command(
     Needs the base model and the sources' examples, which are checked against the log, and the build of torch and
     number of threads of the job, for the same bits. Exit code 0 when every step came out as recorded, 1 at the first
     that did not. With --steps or --audit only those are taken again, each from the newest snapshot before it
-    (--snapshots); with a snapshot of the step that differs, its tensors are named as well.
+    (--snapshots); with a snapshot of the step that differs, its tensors are named as well. On another build than the
+    job's, --tolerance compares the numbers in snapshots instead of bits, from each to the next.
     With --without nothing is compared: the weights are those of the same campaign without the source.
     With --balance the change of every linear's parameters is split among sources and weight decay, exactly: an account
     of what was added to the weights, not of who mattered.
@@ -118,6 +126,8 @@ def replay_command(
     some_steps = step_list is not None or audit_path is not None
     if some_steps and (left_out or balanced):
         raise click.UsageError("--steps and --audit compare steps; --without and --balance need all of them")
+    if tolerance is not None and (snapshot_folder is None or not some_steps):
+        raise click.UsageError("--tolerance compares with snapshots: give --snapshots, and --steps or --audit")
     if snapshot_folder is not None and not some_steps:
         raise click.UsageError("give --steps or --audit with --snapshots: all steps are taken from the base model")
     chain, identifier = ChainId(_digest("--chain-id", chain_id)), _digest("--campaign", campaign)
@@ -133,7 +143,10 @@ def replay_command(
     picked: PickedReplay | None = None
     if some_steps:
         folder = None if snapshot_folder is None else SnapshotFolder(snapshot_folder, identifier)
-        picked = replay_picked(logged, job, asked, folder, _told)
+        if folder is not None and tolerance is not None:
+            picked = replay_within(logged, job, asked, folder, tolerance, _told)
+        else:
+            picked = replay_picked(logged, job, asked, folder, _told)
         found = Replayed(picked.executed, picked.matched, picked.difference, parameter_root_of(job.model))
     else:
         found = replay(logged, job, without, _told, balanced=balanced)
@@ -235,7 +248,7 @@ def _text(
 def _picked_lines(picked: PickedReplay, seconds: float) -> list[str]:
     lines = [
         f"replayed {picked.executed} steps in {seconds:.0f} s; {picked.matched} of the {len(picked.picked)} asked for "
-        "came out as recorded, bit for bit"
+        f"came out as recorded, {f'within {picked.tolerance}' if picked.tolerance else 'bit for bit'}"
     ]
     if picked.windows or picked.windows_cut:
         lines.append(
@@ -277,6 +290,7 @@ def _document(
     }
     if picked is not None:
         document["picked"] = [{"step": each.step, "differing": list(each.differing)} for each in picked.picked]
+        document["tolerance"] = picked.tolerance
         document["audit"] = None if audited is None else msgspec.to_builtins(audited)
         document["windows"] = {"compared": picked.windows, "cut": picked.windows_cut}
     if found.balance is not None:

@@ -66,6 +66,7 @@ class _Replay(msgspec.Struct, frozen=True):
     environment: dict[str, str]
     picked: tuple[_Picked, ...] = ()
     audit: _Audit | None = None
+    tolerance: Annotated[str, Meta(max_length=128)] = ""
 
 
 @click.group()
@@ -215,7 +216,7 @@ def audit_record(config_path: Path, replay_path: Path, statement: str, out: Path
         matched=replayed.matched,
         differing=() if replayed.difference is None else _shortened(replayed.difference.what, 64),
         end_root=bytes.fromhex(replayed.end_root),
-        tolerance="",
+        tolerance=replayed.tolerance,
         environment=tuple(Setting(name, value) for name, value in sorted(replayed.environment.items())),
         statement=statement,
         answer=answer,

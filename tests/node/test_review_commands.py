@@ -215,12 +215,13 @@ def test_challenge_is_signed_with_its_range_and_time(consortium: Provisioned, tm
 
 def test_replay_of_an_audits_steps_becomes_its_answer(consortium: Provisioned, tmp_path: Path) -> None:
     out = tmp_path / "audit.event"
-    replay = replay_file(tmp_path, matched=3, replayed=9, picked=picks(), audit=AUDIT)
+    replay = replay_file(tmp_path, matched=3, replayed=9, picked=picks(), audit=AUDIT, tolerance="0.01 of the change")
     result = record(consortium, "library", replay, out)
     assert "3 steps picked by lot: all came out as recorded" in result.output
     found = event_in(out, consortium).governance
     assert isinstance(found, AuditResult)
     assert (found.first_step, found.last_step, found.matched, found.differing) == (3, 90, 3, ())
+    assert found.tolerance == "0.01 of the change"
     answer = AuditAnswer(
         bytes.fromhex(EVALUATION), bytes.fromhex(BEACON), tuple(PickedStep(step, ()) for step in (4, 8, 70))
     )

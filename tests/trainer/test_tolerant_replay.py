@@ -1,0 +1,195 @@
+"""Picked steps taken again where last bits differ: what is told apart from rounding, and what passes for it.
+
+Micro-batches stand for another build: gradients are summed in another order, and no digest comes out.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from governed_fixtures import CAMPAIGN, EVERYTHING, STEPS, Scene, TinyModel, collate, losses
+from torch import Tensor, nn
+
+from consensus.portions import BlockWeight, ClassRule
+from consensus.rejection import Reason, Rejected
+from node.cli import main
+from trainer_client.audit_snapshots import SnapshotFolder
+from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkpoint, write_checkpoint
+from trainer_client.governed import GovernedRun
+from trainer_client.picked_replay import PickedReplay, replay_picked
+from trainer_client.replay import ReplayJob, read_logged_campaign
+from trainer_client.tolerant_replay import replay_within, tolerance_text
+
+TOLERANCE = 1e-3
+
+
+def kept_by(scene: Scene) -> Path:
+    return scene.directory / "snapshots" / CAMPAIGN.hex()
+
+
+def elsewhere(scene: Scene, **changes: object) -> ReplayJob[bytes]:
+    """The job on another build."""
+    torch.manual_seed(1)
+    model = TinyModel()
+    return ReplayJob(
+        **{  # type: ignore[arg-type]
+            "model": model,
+            "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+            "sources": scene.training_sources,
+            "loss": losses,
+            "collate": collate,
+            "micro_batch_size": 2,
+            **changes,
+        }
+    )
+
+
+def within(scene: Scene, made: ReplayJob[bytes], *steps: int, tolerance: float = TOLERANCE) -> PickedReplay:
+    folder = SnapshotFolder(kept_by(scene), CAMPAIGN)
+    return replay_within(read_logged_campaign(scene.client(), CAMPAIGN), made, steps, folder, tolerance)
+
+
+@pytest.fixture
+def kept(scene: Scene) -> Scene:
+    """A released run with a snapshot after every four steps."""
+    scene.register(classes=EVERYTHING)
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
+    scene.train()
+    return scene
+
+
+def test_steps_of_another_build_come_out_within_the_tolerance_and_not_bit_for_bit(kept: Scene) -> None:
+    logged = read_logged_campaign(kept.client(), CAMPAIGN)
+    exact = replay_picked(logged, elsewhere(kept), (2, 6, 12), SnapshotFolder(kept_by(kept), CAMPAIGN))
+    assert exact.matched == 0
+    found = within(kept, elsewhere(kept), 2, 6, 12)
+    assert [(each.step, each.differing) for each in found.picked] == [(2, ()), (6, ()), (12, ())]
+    assert (found.matched, found.difference, found.executed) == (3, None, STEPS)
+    assert found.end_root == kept.node.head(CAMPAIGN).root
+    assert found.tolerance == tolerance_text(TOLERANCE)
+    assert found.tolerance.startswith("0.001 of each tensor's change")
+
+
+def test_only_the_stretches_with_picked_steps_are_taken_again(kept: Scene) -> None:
+    found = within(kept, elsewhere(kept), 10, 11)
+    assert (found.matched, found.executed) == (2, 4)
+
+
+def skips_training(scene: Scene, run: GovernedRun[bytes], inputs: Tensor) -> None:
+    assert run.backward(losses(scene.model, inputs))
+    before = [parameter.detach().clone() for parameter in scene.model.parameters()]
+    run._optimizer.step()
+    with torch.no_grad():
+        for parameter, held in zip(scene.model.parameters(), before, strict=True):
+            parameter.copy_(held)
+    run.optimizer_stepped()
+
+
+def moves_one_tensor(scene: Scene, run: GovernedRun[bytes], inputs: Tensor) -> None:
+    assert run.backward(losses(scene.model, inputs))
+    run._optimizer.step()
+    with torch.no_grad():
+        scene.model.head.bias += 1e-3
+    run.optimizer_stepped()
+
+
+def learns_something_else(scene: Scene, run: GovernedRun[bytes], inputs: Tensor) -> None:
+    assert run.backward(losses(scene.model, inputs.flip(1)))
+    run._optimizer.step()
+    run.optimizer_stepped()
+
+
+Lie = Callable[[Scene, GovernedRun[bytes], Tensor], None]
+
+
+@pytest.mark.parametrize(
+    ("lie", "what"),
+    [
+        (skips_training, "tensor head.weight"),
+        (moves_one_tensor, "tensor head.bias"),
+        (learns_something_else, "tensor embedding.weight"),
+    ],
+)
+def test_operator_that_did_something_else_in_one_step_is_outside_the_tolerance(
+    scene: Scene, lie: Lie, what: str
+) -> None:
+    def body(run: GovernedRun[bytes], inputs: Tensor, step: int) -> None:
+        if step == 6:
+            lie(scene, run, inputs)
+        else:
+            run.learn(losses(scene.model, inputs))
+
+    scene.register(classes=EVERYTHING)
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
+    scene.loop(body)
+    found = within(scene, elsewhere(scene), 2, 5, 6)
+    first, second, third = found.picked
+    assert first.differing == ()
+    assert second.differing == third.differing
+    assert second.differing[0] == "steps 5 to 8"
+    assert what in second.differing
+    assert found.difference is not None
+    assert (found.difference.step, found.difference.what[0]) == (5, "by step 8")
+    assert found.matched == 1
+
+
+def test_tensor_that_the_record_never_changed_must_not_change_at_all(scene: Scene) -> None:
+    frozen = (BlockWeight("head", 0),)
+    scene.register(classes=(ClassRule("documentation", 1_000, frozen), ClassRule("news", 1_000, frozen)))
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
+    scene.train()
+    assert within(scene, elsewhere(scene), 2).matched == 1
+
+    def nudged(model: nn.Module, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            model.head.bias[0] += 1e-6  # type: ignore[union-attr,index]
+        return losses(model, inputs)
+
+    found = within(scene, elsewhere(scene, loss=nudged), 2)
+    assert "tensor head.bias" in found.picked[0].differing
+
+
+def test_optimizer_that_differs_though_the_weights_do_not_is_seen(kept: Scene) -> None:
+    """The last step's moments are wrong in the record: the next stretch would begin with them."""
+    made = elsewhere(kept)
+    stepped = made.optimizer.step
+    count: list[int] = []
+
+    def step() -> None:
+        stepped()
+        count.append(1)
+        if len(count) == 4:
+            made.optimizer.state[made.optimizer.param_groups[0]["params"][0]]["exp_avg"].mul_(1.5)
+
+    made.optimizer.step = step  # type: ignore[method-assign,assignment]
+    found = within(kept, made, 3)
+    assert found.picked[0].differing == ("steps 1 to 4", "optimizer state 0 exp_avg")
+
+
+def test_steps_behind_the_last_snapshot_are_refused(kept: Scene) -> None:
+    for path in checkpoint_files(kept_by(kept), STEPS):
+        path.unlink()
+    with pytest.raises(Rejected, match="no snapshot at or after step 9") as refusal:
+        within(kept, elsewhere(kept), 2, 9)
+    assert refusal.value.reason is Reason.NOT_FOUND
+
+
+def test_tampered_snapshot_at_the_end_of_a_stretch_is_refused_too(kept: Scene) -> None:
+    (path,) = checkpoint_files(kept_by(kept), 8)
+    snapshot = read_checkpoint(path, CAMPAIGN).snapshot
+    path.unlink()
+    tensors = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
+    tensors["head.bias"][0] += 1e-6
+    write_checkpoint(kept_by(kept), Checkpoint(replace(snapshot, tensors=tensors), frozenset()), CAMPAIGN)
+    with pytest.raises(Rejected, match="the snapshot of step 8 is not the log's: its parameter root") as refusal:
+        within(kept, elsewhere(kept), 6)
+    assert refusal.value.reason is Reason.DIGEST_MISMATCH
+
+
+def test_command_wants_snapshots_and_a_sensible_tolerance() -> None:
+    needed = ("replay", "--job", "m:f", "--config", "c", "--node", "u", "--chain-id", "ab", "--campaign", "cd")
+    for more in (("--tolerance", "0.01"), ("--tolerance", "0.01", "--steps", "3"), ("--tolerance", "2")):
+        assert CliRunner().invoke(main, [*needed, *more]).exit_code == 2

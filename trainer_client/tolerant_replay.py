@@ -1,0 +1,122 @@
+"""Replays of some steps on another build than the job's, where last bits differ: numbers within a tolerance.
+
+The log has digests, which say nothing of numbers that are almost the same. Numbers are in the snapshots, and which ones
+is bound by the log (``audit_snapshots.py``). So for a picked step the job is put at the newest snapshot before it,
+takes the steps up to the first snapshot at or after it, and each tensor is held against that one's:
+
+    ‖mine − recorded‖ <= tolerance · ‖recorded − as it was at the snapshot before‖        (2-norms)
+
+**Relative to the change, not to the weights** ◆: a few steps move weights by less than any useful tolerance of theirs,
+and who trained nothing would pass. A tensor that the record did not change must not have changed at all. The
+optimizer's state is compared in the same way. At the snapshot the job goes on from the recorded numbers, so differences
+do not pile up.
+
+What is told is the stretch between two snapshots, not a step: within it nothing is compared. Random numbers must be the
+same ones, so dropout on a GPU is compared with dropout on a GPU. Accumulators are digests, and not compared.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from consensus.identifiers import ZERO_DIGEST, Digest
+from consensus.rejection import Reason, Rejected
+from trainer_client.audit_snapshots import Restoration, SnapshotFolder
+from trainer_client.commitment import copied_tensors
+from trainer_client.picked_replay import PickedReplay, PickedStep, check_picked
+from trainer_client.replay import Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job
+
+E = TypeVar("E")
+
+Numbers = Mapping[str, Tensor]
+"""Tensors of a job by what they are called: parameters, buffers, optimizer state."""
+
+
+def replay_within(
+    logged: LoggedCampaign,
+    job: ReplayJob[E],
+    picked: Sequence[int],
+    snapshots: SnapshotFolder,
+    tolerance: float,
+    on_step: OnStep = lambda done, of: None,
+) -> PickedReplay:
+    """Take the stretches with the picked steps again and compare their ends within ``tolerance``, above 0 and below 1.
+
+    Raises:
+        Rejected: ``NOT_FOUND`` for a picked step with no snapshot at or after it; as ``replay_picked``.
+        ConfigError: a snapshot cannot be read.
+    """
+    check_picked(logged, picked)
+    check_job(logged, job)
+    stretches = sorted({_stretch(step, snapshots.steps) for step in picked})
+    restoration = Restoration(job.model, job.optimizer, job.scheduler)
+    differing: dict[tuple[int, int], tuple[str, ...]] = {}
+    executed = at = 0
+    with bench(logged, job, accumulated=False) as run:
+        for number, (start, end) in enumerate(stretches, 1):
+            if start > at:
+                restoration.restore(snapshots.read(start), logged.steps)
+            before = _numbers(job)
+            for recorded in logged.steps[start:end]:
+                run.take(recorded, run.admitted(recorded))
+                restoration.stepped(recorded.index)
+                executed += 1
+            mine = _numbers(job)
+            restoration.restore(snapshots.read(end), logged.steps)
+            differing[start, end] = _apart(before, mine, _numbers(job), tolerance)
+            at = end
+            on_step(number, len(stretches))
+    found = []
+    for step in picked:
+        start, end = _stretch(step, snapshots.steps)
+        what = differing[start, end]
+        found.append(PickedStep(step, (f"steps {start + 1} to {end}", *what) if what else ()))
+    first = next(((stretch, what) for stretch, what in sorted(differing.items()) if what), None)
+    difference = None if first is None else Difference(first[0][0] + 1, (f"by step {first[0][1]}", *first[1]))
+    matching = [each.step for each in found if not each.differing]
+    end_root = logged.steps[matching[-1] - 1].operation.root_after if matching else ZERO_DIGEST
+    return PickedReplay(tuple(found), difference, executed, 0, 0, Digest(end_root), tolerance_text(tolerance))
+
+
+def tolerance_text(tolerance: float) -> str:
+    """What an audit result says of how it compared."""
+    return f"{tolerance:g} of each tensor's change, parameters and optimizer state, at the next snapshot"
+
+
+def _stretch(step: int, snapshots: Sequence[int]) -> tuple[int, int]:
+    """The snapshots, or the base model, between which a step lies."""
+    ends = [held for held in snapshots if held >= step]
+    if not ends:
+        raise Rejected(
+            Reason.NOT_FOUND, f"no snapshot at or after step {step}: nothing to compare with, within a tolerance"
+        )
+    return max((held for held in snapshots if held < step), default=0), ends[0]
+
+
+def _numbers(job: ReplayJob[E]) -> dict[str, Tensor]:
+    numbers = {f"tensor {name}": tensor for name, tensor in copied_tensors(job.model).items()}
+    parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        for name, value in job.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                numbers[f"optimizer state {index} {name}"] = value.detach().to("cpu", copy=True)
+    return numbers
+
+
+def _apart(before: Numbers, mine: Numbers, recorded: Numbers, tolerance: float) -> tuple[str, ...]:
+    """What is not within the tolerance of the recorded change."""
+    what = []
+    for name in sorted(mine.keys() | recorded.keys()):
+        here, there = mine.get(name), recorded.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            what.append(name)
+            continue
+        was = before.get(name)
+        there_wide = there.to(torch.float64)
+        change = there_wide if was is None else there_wide - was.to(torch.float64)
+        apart = torch.linalg.vector_norm(here.to(torch.float64) - there_wide)
+        if not bool(apart <= tolerance * torch.linalg.vector_norm(change)):
+            what.append(name)
+    return tuple(what)
