@@ -15,23 +15,28 @@ Whether the steps that start from one come out as recorded is for ``picked_repla
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
 from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkpoint, step_of, write_checkpoint
-from trainer_client.commitment import committed_tensors, optimizer_state_digest, parameter_root_of, root_of_tensors
+from trainer_client.commitment import committed_tensors, optimizer_state_digest, parameter_root_of
 from trainer_client.record import Example
 from trainer_client.resumption import RecordedStep
 from trainer_client.rollback import Snapshot, Stateful, TrainingState, random_state, restore_snapshot
 from trainer_client.step_book import random_digest
 
 _log = logging.getLogger(__name__)
+
+
+def snapshot_directory(run_directory: Path, campaign: bytes) -> Path:
+    """Where a run keeps what it hands out for audits of a campaign."""
+    return run_directory / "snapshots" / campaign.hex()
 
 
 class AuditSnapshots:
@@ -76,6 +81,7 @@ class SnapshotFolder:
 
     def __init__(self, directory: Path, campaign: bytes) -> None:
         """Raises ``ConfigError`` where there is no snapshot at all."""
+        self.directory = directory
         self._campaign = campaign
         self._files: dict[int, Path] = {}
         for path in checkpoint_files(directory):
@@ -167,9 +173,3 @@ class Restoration:
             for step in passed:
                 if step.admitted:
                     self._scheduler.step()  # type: ignore[attr-defined]
-
-
-def tensors_of(snapshot: Snapshot, names: Iterable[str], root: bytes) -> Mapping[str, Tensor] | None:
-    """The tensors of those names, if they have that parameter root: who differs from them differs from the log."""
-    tensors = {name: snapshot.tensors[name] for name in names if name in snapshot.tensors}
-    return tensors if root_of_tensors(tensors) == root else None

@@ -128,11 +128,11 @@ class CheckpointStore:
         """
         if self._ranks.size == 1:
             return self.newest()
-        own = {_step_of(path): path for path in self._paths() if _sha256(path) == _digest_of(path)}
+        own = {step_of(path) or 0: path for path in self._paths() if _sha256(path) == _digest_of(path)}
         steps = self._ranks.gathered(sorted(own))
         common = set(steps[0]).intersection(*steps[1:])
         if common:
-            return self._taken(self._ranks.together(lambda: _read(own[max(common)], self._campaign)))
+            return self._taken(self._ranks.together(lambda: read_checkpoint(own[max(common)], self._campaign)))
         if any(self._ranks.gathered(bool(self._paths()))):
             raise ConfigError(f"{self._directory}: no checkpoint of a step that all ranks have whole: {steps}")
         return None
@@ -212,10 +212,6 @@ def _sha256(path: Path) -> str:
 def _digest_of(path: Path) -> str:
     """The SHA-256 that a checkpoint's name holds."""
     return path.stem.rpartition("-")[2]
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem.split("-")[1])
 
 
 def _plain(checkpoint: Checkpoint, campaign: bytes) -> dict[str, Any]:

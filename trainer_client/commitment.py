@@ -54,11 +54,15 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StepCommitment:
-    """What a step did to the parameters: roots before and after, and each block's delta in table order."""
+    """What a step did to the parameters: roots before and after, and each block's delta in table order.
+
+    ``tensors_after`` are what ``root_after`` is the root of.
+    """
 
     root_before: Digest
     root_after: Digest
     deltas: tuple[BlockDelta, ...]
+    tensors_after: tuple[TensorDescriptor, ...]
 
 
 def committed_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +93,16 @@ def root_of_tensors(tensors: Mapping[str, Tensor]) -> Digest:
         Rejected: as ``consensus.parameters.parameter_root``.
         InvariantBroken: a dtype that has no safetensors name.
     """
-    return parameter_root(_descriptor(name, tensor) for name, tensor in tensors.items())
+    return parameter_root(tensor_descriptors(tensors))
+
+
+def tensor_descriptors(tensors: Mapping[str, Tensor]) -> tuple[TensorDescriptor, ...]:
+    """What the parameter root of named tensors is made of.
+
+    Raises:
+        InvariantBroken: a dtype that has no safetensors name.
+    """
+    return tuple(_descriptor(name, tensor) for name, tensor in tensors.items())
 
 
 def step_commitment(
@@ -111,7 +124,8 @@ def step_commitment(
     deltas = tuple(
         _block_delta(block, {name: (before[name], after[name]) for name in names}) for block, names in blocks.items()
     )
-    return StepCommitment(root_before or root_of_tensors(before), root_of_tensors(after), deltas)
+    tensors_after = tensor_descriptors(after)
+    return StepCommitment(root_before or root_of_tensors(before), parameter_root(tensors_after), deltas, tensors_after)
 
 
 def optimizer_state_digest(optimizer: torch.optim.Optimizer) -> Digest:

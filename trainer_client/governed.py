@@ -59,7 +59,7 @@ from consensus.rejection import ConfigError, CountersignError, InvariantBroken, 
 from consensus.review import DataSlice, Metric, metric_text
 from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
-from trainer_client.audit_snapshots import AuditSnapshots
+from trainer_client.audit_snapshots import AuditSnapshots, snapshot_directory
 from trainer_client.commitment import root_of_tensors
 from trainer_client.data_parallel import ParallelModel
 from trainer_client.evaluation import file_sha256
@@ -183,7 +183,7 @@ class GovernedRun(Generic[E]):
         self._ring, self._before = opened.ring, opened.parameters
         self._checkpoints = opened.checkpoints
         self._snapshots = AuditSnapshots(
-            self._arguments.run_directory / "snapshots" / self._plan.campaign.hex(),
+            snapshot_directory(self._arguments.run_directory, self._plan.campaign),
             self._plan.campaign,
             self._settings.audit_snapshot_every_steps,
         )

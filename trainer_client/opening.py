@@ -29,6 +29,7 @@ from consensus.keys import Signer
 from consensus.policy import why_refused
 from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.accumulators import SourceAccumulators
+from trainer_client.audit_snapshots import snapshot_directory
 from trainer_client.calls import CampaignStatus, PolicyInForce
 from trainer_client.capture import capture_environment
 from trainer_client.checkpoints import CheckpointStore
@@ -56,6 +57,7 @@ from trainer_client.routing import Routing
 from trainer_client.shared_ledger import SharedLedger
 from trainer_client.step_book import FollowingBook, OptimizerDigests, StepBook
 from trainer_client.submit import Client
+from trainer_client.tensor_digests import TensorDigests
 
 E = TypeVar("E")
 
@@ -170,7 +172,9 @@ def open_run(
     digests = OptimizerDigests(ranks, is_sharded=model.is_sharded)
     book: StepBook | FollowingBook = FollowingBook(digests)
     if own is not None:
-        book = StepBook(own, record, blocks, plan.planned_steps, digests)
+        for_audits = arguments.settings.audit_snapshot_every_steps
+        tensor_digests = TensorDigests(snapshot_directory(directory, plan.campaign) if for_audits else None)
+        book = StepBook(own, record, blocks, plan.planned_steps, digests, tensor_digests)
     stack.enter_context(book)
     terms = campaign_terms(
         plan,
@@ -232,7 +236,7 @@ def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks)
     """The plan, with how the ranks divide a step among its hyperparameters.
 
     Raises:
-        ConfigError: a rank was started with another plan, or other sources.
+        ConfigError: a rank was started with another plan, or other sources; snapshots for audits are asked for.
     """
     plan, micro_batch_size = arguments.plan, arguments.micro_batch_size
     if ranks.size == 1:
@@ -242,6 +246,10 @@ def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks)
         for what, own, other in zip(("plan", "sources", "micro_batch_size"), asked, others, strict=True):
             if own != other:
                 raise ConfigError(f"rank {rank} was started with another {what}: {other!r:.400}, not {own!r:.400}")
+    if arguments.settings.audit_snapshot_every_steps:
+        raise ConfigError(
+            f"audit_snapshot_every_steps with {ranks.size} processes: an audit's one adds up in another order"
+        )
     layout = {RANKS: str(ranks.size), "data_parallel": model.kind}
     if micro_batch_size is not None:
         layout["micro_batch_size"] = str(micro_batch_size)

@@ -5,8 +5,8 @@ the log), and every step from there up to the picked one is taken again and held
 the first step that differs is found, between two snapshots, and said, also where it is none of the picked ones; picks
 behind it that no later snapshot leads to differ with it.
 
-* **Tensors, not only blocks.** The log has one digest for each parameter block's change. Where a snapshot of the
-  differing step itself is at hand, and has the log's parameter root, its tensors say which differ.
+* **Tensors, not only blocks.** The log has one digest for each parameter block's change. Which tensors differ is told
+  by those the operator kept of each tensor, if they give the step's parameter root (``tensor_digests.py``).
 * **Windows.** The accumulators of a window are compared if all its steps were taken again; the rest is counted.
   Snapshots at the ends of windows make them whole.
 """
@@ -20,9 +20,10 @@ from torch import Tensor
 from consensus.accumulators import ends_window, window_bounds
 from consensus.identifiers import ZERO_DIGEST, Digest
 from consensus.rejection import Reason, Rejected
-from trainer_client.audit_snapshots import Restoration, SnapshotFolder, tensors_of
-from trainer_client.commitment import copied_tensors, tensor_bytes
+from trainer_client.audit_snapshots import Restoration, SnapshotFolder
+from trainer_client.commitment import copied_tensors
 from trainer_client.replay import Bench, Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job, differences
+from trainer_client.tensor_digests import differing_tensors
 
 E = TypeVar("E")
 
@@ -172,10 +173,7 @@ class _Walk:
         return whole
 
     def _tensors(self, index: int, after: dict[str, Tensor]) -> tuple[str, ...]:
-        """The tensors that differ from those of a snapshot of that step, where there is one with the log's root."""
-        if self._snapshots is None or index not in self._snapshots.steps:
+        if self._snapshots is None:
             return ()
-        recorded = tensors_of(self._snapshots.read(index), after, self._logged.steps[index - 1].operation.root_after)
-        if recorded is None:
-            return ()
-        return tuple(f"tensor {name}" for name in after if tensor_bytes(after[name]) != tensor_bytes(recorded[name]))
+        root = self._logged.steps[index - 1].operation.root_after
+        return tuple(f"tensor {name}" for name in differing_tensors(self._snapshots.directory, index, root, after))

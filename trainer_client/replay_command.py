@@ -108,7 +108,7 @@ def replay_command(
     Needs the base model and the sources' examples, which are checked against the log, and the build of torch and
     number of threads of the job, for the same bits. Exit code 0 when every step came out as recorded, 1 at the first
     that did not. With --steps or --audit only those are taken again, each from the newest snapshot before it
-    (--snapshots); with a snapshot of the step that differs, its tensors are named as well. On another build than the
+    (--snapshots), and the tensors of the one that differs are named as well. On another build than the
     job's, --tolerance compares the numbers in snapshots instead of bits, from each to the next.
     With --without nothing is compared: the weights are those of the same campaign without the source.
     With --balance the change of every linear's parameters is split among sources and weight decay, exactly: an account

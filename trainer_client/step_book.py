@@ -28,6 +28,7 @@ from trainer_client.progress import Progress, RunRecord
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example, RecordedEvent, StepOutcome, StepUse
 from trainer_client.rollback import RandomState, Snapshot, StepBeginning
+from trainer_client.tensor_digests import TensorDigests
 
 MICRO = 1_000_000
 NANO = 1_000_000_000
@@ -77,7 +78,9 @@ class StepBook:
         blocks: Mapping[str, tuple[str, ...]],
         planned_steps: int,
         digests: "OptimizerDigests",
+        tensor_digests: TensorDigests,
     ) -> None:
+        self._tensor_digests = tensor_digests
         self._ledger = ledger
         self._record = record
         self._planned_steps = planned_steps
@@ -147,6 +150,7 @@ class StepBook:
             return None
         step = taken.step
         commitment = taken.commitment.result()
+        self._tensor_digests.append(step.index, commitment.tensors_after)
         loss = step.loss_sum / len(step.admitted) if step.admitted else None
         outcome = StepOutcome(
             root_before=commitment.root_before,

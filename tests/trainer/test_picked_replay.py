@@ -38,6 +38,7 @@ from consensus.review import AuditAnswer, AuditChallenge, AuditResult, PickedSte
 from node.cli import main
 from trainer_client.audit_snapshots import SnapshotFolder
 from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkpoint, write_checkpoint
+from trainer_client.commitment import root_of_tensors, tensor_descriptors
 from trainer_client.demo.job import main as demo_job
 from trainer_client.governed import GovernedRun, governed
 from trainer_client.picked_replay import PickedReplay, replay_picked
@@ -45,6 +46,7 @@ from trainer_client.plan import CampaignPlan
 from trainer_client.replay import ReplayJob, read_logged_campaign
 from trainer_client.replay_command import listed_steps
 from trainer_client.rollback import Snapshot
+from trainer_client.tensor_digests import FILE_NAME, TensorDigests, differing_tensors
 
 EVERY = 5
 
@@ -159,17 +161,67 @@ def moved_bias(scene: Scene, at: int) -> None:
     scene.loop(body)
 
 
-def test_tensor_that_was_moved_beside_training_is_named(scene: Scene) -> None:
+def with_moved_bias(scene: Scene) -> Path:
+    """A run with snapshots after steps 4 and 8 whose operator moved a bias in step 7; its file of digests."""
     scene.register(classes=EVERYTHING)
-    scene.settings = replace(scene.settings, audit_snapshot_every_steps=1)
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
     scene.plan_changes.update(model={"dropout": 0.5})
     moved_bias(scene, 7)
-    found = picked(scene, job(scene), 6, 7, 8)
-    assert [(each.step, each.differing) for each in found.picked] == [
-        (6, ()),
-        (7, ("parameter block head", "tensor head.bias")),
-        (8, ()),
-    ]
+    return kept_by(scene) / FILE_NAME
+
+
+def test_tensor_that_was_moved_beside_training_is_named(scene: Scene) -> None:
+    with_moved_bias(scene)
+    found = picked(scene, job(scene), 6, 8, 9)
+    first, second, third = found.picked
+    assert (first.differing, third.differing) == ((), ())
+    assert second.differing == ("step 7", "parameter block head", "tensor head.bias")
+
+
+def other_digests(content: bytes) -> bytes:
+    record = 8 + 32 * len(TinyModel().state_dict())
+    return bytes(byte ^ (number % record >= 8) for number, byte in enumerate(content))
+
+
+def none(content: bytes) -> bytes:
+    return b""
+
+
+def torn(content: bytes) -> bytes:
+    return content[: 6 * (len(content) // STEPS) + 11]
+
+
+@pytest.mark.parametrize("spoil", [other_digests, none, torn])
+def test_tensors_digests_that_do_not_give_the_logs_root_name_no_tensor(
+    scene: Scene, spoil: Callable[[bytes], bytes]
+) -> None:
+    path = with_moved_bias(scene)
+    path.write_bytes(spoil(path.read_bytes()))
+    assert picked(scene, job(scene), 7).picked[0].differing == ("parameter block head",)
+
+
+def test_record_that_a_crash_tore_puts_no_other_out_of_place(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(2), "b": torch.ones(3)}
+    digests = TensorDigests(tmp_path)
+    digests.append(1, tensor_descriptors(tensors))
+    with (tmp_path / FILE_NAME).open("ab") as file:
+        file.write(b"torn")
+    later = {**tensors, "b": torch.zeros(3)}
+    digests.append(2, tensor_descriptors(later))
+    digests.append(2, tensor_descriptors(tensors))
+    for step, root, mine, found in (
+        (1, root_of_tensors(tensors), later, ("b",)),
+        (2, root_of_tensors(later), tensors, ("b",)),
+        (2, root_of_tensors(tensors), tensors, ()),
+        (3, root_of_tensors(tensors), later, ()),
+    ):
+        assert differing_tensors(tmp_path, step, root, mine) == found
+
+
+def test_run_without_snapshots_keeps_no_digests(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    scene.train()
+    assert not (scene.directory / "snapshots").exists()
 
 
 def with_parameters(snapshot: Snapshot) -> Snapshot:
@@ -390,7 +442,7 @@ def test_full_disk_costs_a_snapshot_and_not_the_run(
     monkeypatch.setattr("trainer_client.checkpoints.os.fsync", failing)
     scene.train()
     assert "no snapshot of step 5 for audits" in caplog.text
-    assert list(kept_by(scene).iterdir()) == []
+    assert checkpoint_files(kept_by(scene)) == []
     assert scene.node.head(CAMPAIGN).closed == "released"
 
 
