@@ -1,7 +1,6 @@
 """``countersign trace``, ``countersign footprint`` and ``countersign factors``."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -11,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from attribution.examples import OPEN_AT_MOST, Allowance
 from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
 from attribution.footprint import chosen_sources, footprint
 from attribution.language import Language, language_of
-from attribution.log import CampaignLog, chain_of, open_log
+from attribution.log import CampaignLog, open_log
+from attribution.options import ACCUMULATORS, BUNDLE, CHAIN_ID, GENESIS, pinned_chain, told
 from attribution.page import page
 from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
@@ -65,22 +66,6 @@ _CONTEXT = click.option(
     show_default=True,
     help="Tokens of public text that the model reads at once; at most what it can.",
 )
-
-
-_ACCUMULATORS = click.option(
-    "--accumulators",
-    "directory",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the run's accumulator files.",
-)
-_BUNDLE = click.option(
-    "--bundle", "bundle_path", type=click.Path(path_type=Path), required=True, help="The bundle file."
-)
-_GENESIS = click.option(
-    "--genesis", "genesis_path", type=click.Path(path_type=Path), required=True, help="genesis.json."
-)
-_CHAIN_ID = click.option("--chain-id", required=True, help="The pinned chain id, 64 hex digits: what you trust.")
 
 
 @click.command("factors")
@@ -153,10 +138,17 @@ def factors_command(
     type=click.Path(path_type=Path),
     help='Instead of --prompt: a file with a question a line, {"prompt": …, "completion": …, "tokens": …}.',
 )
-@_ACCUMULATORS
-@_BUNDLE
-@_GENESIS
-@_CHAIN_ID
+@ACCUMULATORS
+@click.option(
+    "--open-at-most",
+    type=click.IntRange(min=0),
+    default=OPEN_AT_MOST,
+    show_default=True,
+    help="Example-visits whose sketches one answer may open.",
+)
+@BUNDLE
+@GENESIS
+@CHAIN_ID
 @click.option(
     "--factors",
     "factors_path",
@@ -185,6 +177,7 @@ def trace_command(
     span: str | None,
     outputs_path: Path | None,
     directory: Path,
+    open_at_most: int,
     bundle_path: Path,
     genesis_path: Path,
     chain_id: str,
@@ -210,7 +203,7 @@ def trace_command(
         --bundle campaign.bundle --genesis genesis.json --chain-id CHAIN_ID
     """
     questions = _questions(prompt, completion, span, outputs_path)
-    log = open_log(bundle_path, genesis_path, chain_of(chain_id))
+    log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
     release = log.provenance.release
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: its outputs cannot be traced from the log")
@@ -230,7 +223,10 @@ def trace_command(
     for number, question in enumerate(questions):
         output, asked, count = question.output(tuned, language, length)
         controls = spread(control_outputs([list(sequence) for sequence in sequences], output), CONTROLS)
-        trace = trace_output(base, tuned, factors, log.provenance, search.found, output, controls, _told)
+        allowance = Allowance(open_at_most)
+        trace = trace_output(
+            base, tuned, factors, log.provenance, search.found, output, controls, told, allowance=allowance
+        )
         models = {"base": base, "tuned": tuned, **others}
         answer = Answer(
             asked=asked,
@@ -271,10 +267,10 @@ def _write_page(path: Path, content: str) -> None:
 @click.option("--owner", "owners", multiple=True, help="All sources of a member.")
 @click.option("--class", "classes", multiple=True, help="All sources of a content class.")
 @click.option("--revoked", is_flag=True, help="All sources that are revoked by now.")
-@_ACCUMULATORS
-@_BUNDLE
-@_GENESIS
-@_CHAIN_ID
+@ACCUMULATORS
+@BUNDLE
+@GENESIS
+@CHAIN_ID
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def footprint_command(
     names: tuple[str, ...],
@@ -299,7 +295,7 @@ def footprint_command(
     """
     if not (names or owners or classes or revoked):
         raise click.UsageError("expected --source, --owner, --class or --revoked")
-    log = open_log(bundle_path, genesis_path, chain_of(chain_id))
+    log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
     chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: what its sources moved is not on the log")
@@ -362,11 +358,11 @@ def fit_on_text(model: nn.Module, sequences: Sequence[Sequence[int]], count: int
         for start in range(0, len(chosen), BATCH_SEQUENCES)
     ]
 
-    def told(done: int, of: int) -> None:
+    def fitted(done: int, of: int) -> None:
         if done % 8 == 0 or done == of:
-            _told(f"factors: {done} of {of} batches")
+            told(f"factors: {done} of {of} batches")
 
-    return fit_factors(model, batches, progress=told)
+    return fit_factors(model, batches, progress=fitted)
 
 
 def public_text() -> str:
@@ -395,8 +391,3 @@ def _sequences(path: Path | None, language: Language, context_tokens: int) -> li
         wanted = f"at least {CONTROLS * context_tokens} {language.unit}s"
         raise ConfigError(f"{path}: expected {wanted}, found {len(language.encode(text))}")
     return pieces
-
-
-def _told(stage: str) -> None:
-    if sys.stderr.isatty():
-        click.echo(stage, err=True)

@@ -1,47 +1,42 @@
 """From a source to its examples: sketches of the leading sources, opened and dotted with the query.
 
-A sketch is the low-rank part of what one example added to the gradients of a window (``trainer_client/sketches.py``
-writes them, the window's list binds them to the log). Only the files of sources that stand out are opened. What the
-sketches leave out is known: their sum is held against the source's exact score, from its accumulators.
+A sketch is the low-rank part of what one example added to the gradients of a window (``sketches.py`` reads them and
+holds them to the log). Only those of sources that stand out are opened, and of these no more than an allowance: then
+the windows in which a source's exact score is highest come first. What is left out is known: the sum over the opened
+sketches is held against the source's exact score, from its accumulators.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from attribution.weights import WindowFile, read_blob
+from attribution.sketches import Sketches, SketchQuery, SketchStore, open_sketches
+from attribution.weights import WindowFile
 from consensus.accumulators import WindowEntry
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import Rejected
 
-NIBBLE_ZERO = 8
-ROWS_AT_ONCE = 4_096
-"""Sketches turned into numbers at a time: what bounds memory."""
+OPEN_AT_MOST = 100_000
+"""Example-visits whose sketches are opened for one answer, unless more are asked for."""
+RANKED_EXAMPLES = 1_000
+"""At most so many of a source's examples are told one by one."""
+
+
+@dataclass(slots=True)
+class Allowance:
+    """How many example-visits may be opened for the rest of an answer."""
+
+    visits: int = OPEN_AT_MOST
 
 
 @dataclass(frozen=True, slots=True)
-class Sketches:
-    """One source's sketches of a window: of ``examples`` ``[N]``, summed over ``visits`` ``[M, 2]`` (step, example)."""
+class Asked:
+    """A source, its exact score, and the part of it that each window has, by its last step."""
 
-    examples: Tensor
-    visits: Tensor
-    factors: Mapping[str, tuple[Tensor, Tensor, Tensor]]
-
-    def scores(self, query: Mapping[str, Tensor]) -> Tensor:
-        """What each example did for the query, ``[N]``; as ``trace.window_scores``, positive where it raised it."""
-        total_N = torch.zeros(len(self.examples), dtype=torch.float64)
-        for name, (left_NrP, right_NrQ, scale_Nr) in self.factors.items():
-            if name not in query:
-                continue
-            for first in range(0, len(total_N), ROWS_AT_ONCE):
-                rows = slice(first, first + ROWS_AT_ONCE)
-                size_P, size_Q = query[name].shape
-                turned_NrP = unpacked(right_NrQ[rows], size_Q) @ query[name].T
-                parts_Nr = (turned_NrP * unpacked(left_NrP[rows], size_P)).sum(dim=2) * scale_Nr[rows]
-                total_N[rows] -= parts_Nr.sum(dim=1).double()
-        return total_N
+    source: bytes
+    exact: float
+    by_window: Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,81 +51,125 @@ class ExampleScore:
 
 @dataclass(frozen=True, slots=True)
 class SourceExamples:
-    """A source's examples, the highest score first.
+    """A source's examples, the highest score first, the first 1,000 of them told one by one.
 
-    ``covered`` is the sum of all of their scores over the exact one; ``left_out`` says which windows' sketches are
-    missing or not those committed to, and why.
+    ``opened`` sketches of ``visits`` visits are of ``examples`` examples; ``covered`` is the sum of all of their scores
+    over the exact one. ``left_out`` says which windows' sketches are missing or not those committed to, and why.
+    ``unopened`` are the first and last steps of those that the allowance did not reach, ``unopened_visits`` their
+    visits.
     """
 
     source: bytes
     rank: int
     opened: int
+    visits: int
+    examples: int
     covered: float
     ranked: tuple[ExampleScore, ...]
     left_out: tuple[str, ...]
+    unopened: tuple[tuple[int, int], ...]
+    unopened_visits: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The windows of a source that can be opened, and why the others cannot."""
+
+    held: list[tuple[WindowFile, WindowEntry, Sketches]]
+    left_out: list[str]
 
 
 def source_examples(
-    query: Mapping[str, Tensor], files: Sequence[WindowFile], source: bytes, exact: float
+    query: SketchQuery, files: Sequence[WindowFile], asked: Asked, store: SketchStore, allowance: Allowance
 ) -> SourceExamples | None:
     """What each example of a source did for the query; None where no window lists sketches of it."""
-    by_example: dict[int, dict[int, float]] = {}
-    steps: dict[int, list[int]] = {}
-    left_out: list[str] = []
-    opened = rank = 0
+    if not any(entry.sketches_sha256 for _, entry in _entries(files, asked.source)):
+        return None
+    found = _find(store, files, asked.source)
+    chosen = _within(allowance, asked, found.held)
+    rows: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]]] = []
+    visits: list[npt.NDArray[np.int64]] = []
+    unopened: list[tuple[int, int]] = []
+    rank = unopened_visits = 0
+    for number, (file, entry, sketches) in enumerate(found.held):
+        if number not in chosen:
+            unopened.append((file.window.first, file.window.last))
+            unopened_visits += sketches.claimed_visits
+            continue
+        try:
+            scores_N = sketches.check(file, entry, query.shapes).scores(query)
+        except Rejected as error:
+            found.left_out.append(_why(file, error))
+            continue
+        rank = max(rank, sketches.rank)
+        rows.append((file.window.last, sketches.examples.numpy(), scores_N.numpy()))
+        visits.append(sketches.visits.numpy())
+    examples, ranked, total = _ranked(rows, visits)
+    return SourceExamples(
+        asked.source,
+        rank,
+        opened=sum(len(numbers) for _, numbers, _ in rows),
+        visits=sum(len(held) for held in visits),
+        examples=examples,
+        covered=total / asked.exact if asked.exact else 0.0,
+        ranked=ranked,
+        left_out=tuple(found.left_out),
+        unopened=tuple(unopened),
+        unopened_visits=unopened_visits,
+    )
+
+
+def _find(store: SketchStore, files: Sequence[WindowFile], source: bytes) -> _Found:
+    found = _Found([], [])
     for file, entry in _entries(files, source):
         try:
-            held = read_sketches(file, entry, query)
+            found.held.append((file, entry, open_sketches(store, file, entry)))
         except Rejected as error:
-            left_out.append(f"steps {file.window.first} to {file.window.last}: {error}")
-            continue
-        opened += len(held.examples)
-        rank = max(rank, *(scale_Nr.shape[1] for _, _, scale_Nr in held.factors.values()))
-        for example, score in zip(held.examples.tolist(), held.scores(query).tolist(), strict=True):
-            by_window = by_example.setdefault(example, {})
-            by_window[file.window.last] = by_window.get(file.window.last, 0.0) + score
-        for step, example in held.visits.tolist():
-            steps.setdefault(example, []).append(step)
-    if not any(entry.sketches_sha256 for _, entry in _entries(files, source)):
-        return None
-    ranked = [
-        ExampleScore(example, sum(by_window.values()), by_window, tuple(sorted(steps[example])))
-        for example, by_window in by_example.items()
-    ]
-    ranked.sort(key=lambda row: (-row.score, row.example))
-    covered = sum(row.score for row in ranked) / exact if exact else 0.0
-    return SourceExamples(source, rank, opened, covered, tuple(ranked), tuple(left_out))
+            found.left_out.append(_why(file, error))
+    return found
 
 
-def read_sketches(file: WindowFile, entry: WindowEntry, query: Mapping[str, Tensor]) -> Sketches:
-    """The sketches that an entry commits to, whose parameters have the shapes of the query's.
-
-    Raises:
-        Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``, ``MALFORMED``.
-    """
-    if not entry.sketches_sha256:
-        raise Rejected(Reason.NOT_FOUND, "the window lists no sketches of it")
-    tensors = read_blob(file.directory, entry.sketches_sha256, entry.sketches_bytes)
-    blob = f"sketches {entry.sketches_sha256.hex()}"
-    examples, visits = _visited(blob, tensors.pop("examples", None), tensors.pop("visits", None), file)
-    factors = {}
-    for name in sorted({label.rpartition("/")[0] for label in tensors}):
-        parts = tuple(tensors.pop(f"{name}/{label}", None) for label in ("left", "right", "scale"))
-        left, right, scale = parts
-        if left is None or right is None or scale is None:
-            raise Rejected(Reason.MALFORMED, f"{blob}: the factors of {name!a:.100} are not whole")
-        if not _fits(left, right, scale, len(examples), query.get(name)):
-            raise Rejected(Reason.MALFORMED, f"{blob}: the factors of {name!a:.100} are not of this model's shapes")
-        factors[name] = (left, right, scale)
-    if tensors or not factors:
-        raise Rejected(Reason.MALFORMED, f"{blob}: expected left, right and scale of each parameter, and nothing else")
-    return Sketches(examples, visits, factors)
+def _within(
+    allowance: Allowance, asked: Asked, held: Sequence[tuple[WindowFile, WindowEntry, Sketches]]
+) -> frozenset[int]:
+    """Which of them are opened; the allowance shrinks by their visits."""
+    best = sorted(range(len(held)), key=lambda number: (-asked.by_window.get(held[number][0].window.last, 0.0), number))
+    chosen = set()
+    for number in best:
+        visits = held[number][2].claimed_visits
+        if visits <= allowance.visits:
+            allowance.visits -= visits
+            chosen.add(number)
+    return frozenset(chosen)
 
 
-def unpacked(packed: Tensor, size: int) -> Tensor:
-    """``[N, r, ⌈size/2⌉]`` bytes of two numbers each, as float32 ``[N, r, size]``."""
-    both = torch.stack([packed & 15, packed >> 4], dim=3).flatten(2)
-    return both[:, :, :size].float() - NIBBLE_ZERO
+def _ranked(
+    rows: Sequence[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]]], visits: Sequence[npt.NDArray[np.int64]]
+) -> tuple[int, tuple[ExampleScore, ...], float]:
+    """How many examples there are, the highest of them in order, and the sum over all."""
+    if not rows:
+        return 0, (), 0.0
+    examples_E, row_of = np.unique(np.concatenate([numbers for _, numbers, _ in rows]), return_inverse=True)
+    scores = np.concatenate([scores for _, _, scores in rows])
+    windows = np.concatenate([np.full(len(numbers), last) for last, numbers, _ in rows])
+    total_E = np.bincount(row_of, weights=scores, minlength=len(examples_E))
+    order = np.lexsort((examples_E, -total_E))[:RANKED_EXAMPLES]
+    place = np.full(len(examples_E), -1)
+    place[order] = np.arange(len(order))
+    by_window: list[dict[int, float]] = [{} for _ in order]
+    for row in np.flatnonzero(place[row_of] >= 0).tolist():
+        parts, last = by_window[place[row_of[row]]], int(windows[row])
+        parts[last] = parts.get(last, 0.0) + float(scores[row])
+    steps: list[list[int]] = [[] for _ in order]
+    visited = np.concatenate(visits)
+    place_of_visit = place[np.searchsorted(examples_E, visited[:, 1])]
+    for row in np.flatnonzero(place_of_visit >= 0).tolist():
+        steps[place_of_visit[row]].append(int(visited[row, 0]))
+    ranked = tuple(
+        ExampleScore(int(examples_E[row]), float(total_E[row]), by_window[number], tuple(sorted(steps[number])))
+        for number, row in enumerate(order.tolist())
+    )
+    return len(examples_E), ranked, float(total_E.sum())
 
 
 def _entries(files: Sequence[WindowFile], source: bytes) -> Iterator[tuple[WindowFile, WindowEntry]]:
@@ -140,33 +179,5 @@ def _entries(files: Sequence[WindowFile], source: bytes) -> Iterator[tuple[Windo
                 yield file, entry
 
 
-def _visited(blob: str, examples: Tensor | None, visits: Tensor | None, file: WindowFile) -> tuple[Tensor, Tensor]:
-    """Both lists, if they are whole, in order, of the window's steps and of one another."""
-    if examples is None or examples.dtype != torch.int64 or examples.dim() != 1 or not len(examples):
-        raise Rejected(Reason.MALFORMED, f"{blob}: expected examples, int64 [N]")
-    if visits is None or visits.dtype != torch.int64 or visits.dim() != 2 or visits.shape[1] != 2:
-        raise Rejected(Reason.MALFORMED, f"{blob}: expected visits, int64 [M, 2]")
-    numbers, rows = examples.tolist(), [tuple(row) for row in visits.tolist()]
-    if any(not first < second for held in (numbers, rows) for first, second in pairwise(held)) or numbers[0] < 0:
-        raise Rejected(Reason.MALFORMED, f"{blob}: examples or visits are not in strictly increasing order")
-    if {example for _, example in rows} != set(numbers):
-        raise Rejected(Reason.MALFORMED, f"{blob}: visits are not of the examples listed")
-    if rows[0][0] < file.window.first or rows[-1][0] > file.window.last:
-        raise Rejected(
-            Reason.MALFORMED, f"{blob}: visits outside of the steps {file.window.first} to {file.window.last}"
-        )
-    return examples, visits
-
-
-def _fits(left: Tensor, right: Tensor, scale: Tensor, count: int, query: Tensor | None) -> bool:
-    shape = (count, scale.shape[1] if scale.dim() == 2 else -1)
-    return (
-        left.dtype == right.dtype == torch.uint8
-        and scale.dtype == torch.float32
-        and tuple(scale.shape) == shape
-        and tuple(left.shape[:2]) == tuple(right.shape[:2]) == shape
-        and left.dim() == right.dim() == 3
-        and shape[1] > 0
-        and bool(torch.isfinite(scale).all())
-        and (query is None or (left.shape[2], right.shape[2]) == tuple((size + 1) // 2 for size in query.shape))
-    )
+def _why(file: WindowFile, error: Rejected) -> str:
+    return f"steps {file.window.first} to {file.window.last}: {error}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from consensus.bundle import MAX_BUNDLE_BYTES, OpenBundle, open_bundle
 from consensus.epochs import anchor
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
-from consensus.identifiers import DIGEST_BYTES, ChainId
+from consensus.identifiers import ChainId
 from consensus.predicates import Predicate, Verdict, verify
 from consensus.predicates.accumulators import Provenance, provenance
 from consensus.rejection import Reason, Rejected
@@ -31,17 +31,6 @@ def open_log(bundle_path: Path, genesis_path: Path, chain_id: ChainId) -> Campai
     bundle = open_bundle(trusted, _read(bundle_path, MAX_BUNDLE_BYTES))
     verdict = verify(bundle, Predicate.ACCUMULATORS)
     return CampaignLog(bundle, provenance(bundle), verdict)
-
-
-def chain_of(text: str) -> ChainId:
-    """A chain id as it is typed.
-
-    Raises:
-        Rejected: ``MALFORMED``.
-    """
-    if len(text) != 2 * DIGEST_BYTES or set(text) - set("0123456789abcdef"):
-        raise Rejected(Reason.MALFORMED, f"chain id {text!a:.80}: expected {2 * DIGEST_BYTES} lower-case hex digits")
-    return ChainId(bytes.fromhex(text))
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

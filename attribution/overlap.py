@@ -13,7 +13,8 @@ from pathlib import Path
 
 import click
 
-from attribution.log import CampaignLog, chain_of, open_log
+from attribution.log import CampaignLog, open_log
+from attribution.options import BUNDLE, CHAIN_ID, GENESIS, pinned_chain
 from attribution.receipts import receipt_fields, shown
 from consensus.identifiers import DIGEST_BYTES
 from consensus.overlap import NGRAM_BYTES, WINDOW, Overlap, OverlapIndex, key_check, overlaps
@@ -183,9 +184,9 @@ def answer_json(log: CampaignLog, answer: Answer) -> str:
     show_default=True,
     help="Bytes that a run must have to count: shorter ones are common phrases.",
 )
-@click.option("--bundle", "bundle_path", type=click.Path(path_type=Path), required=True, help="The bundle file.")
-@click.option("--genesis", "genesis_path", type=click.Path(path_type=Path), required=True, help="genesis.json.")
-@click.option("--chain-id", required=True, help="The pinned chain id, 64 hex digits: what you trust.")
+@BUNDLE
+@GENESIS
+@CHAIN_ID
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def overlap_command(
     text: str | None,
@@ -214,7 +215,7 @@ def overlap_command(
     asked = text.encode() if text is not None else _read(text_file)
     if len(asked) < NGRAM_BYTES:
         raise ConfigError(f"the text has {len(asked)} bytes: nothing shorter than {NGRAM_BYTES} can be recognised")
-    log = open_log(bundle_path, genesis_path, chain_of(chain_id))
+    log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
     indexes = {str(path): _read(path) for path in index_paths}
     chosen = key_paths or tuple(path.with_name(f"{path.name}.key") for path in index_paths)
     keys = {str(path): _key(path) for path in chosen if key_paths or path.exists()}

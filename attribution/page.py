@@ -11,7 +11,7 @@ from string import Template
 from attribution.examples import SourceExamples
 from attribution.log import CampaignLog
 from attribution.receipts import receipt_fields, shown
-from attribution.report import EXAMPLES_SHOWN, Answer, assurance, percent, verdict_of
+from attribution.report import EXAMPLES_SHOWN, Answer, assurance, percent, unopened, verdict_of
 from attribution.trace import SourceScore
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -95,11 +95,13 @@ def _examples(log: CampaignLog, found: SourceExamples) -> str:
         for row in found.ranked[:EXAMPLES_SHOWN]
     )
     notes = "".join(f"<p>left out: {_text(why)}</p>" for why in found.left_out)
+    if found.unopened:
+        notes += f"<p>not opened: {_text(unopened(found))}</p>"
     return (
         f"<h3>Examples of {_text(source.record.claim.name)}</h3><div class='card'>"
         "<table><tr><th class='number'>example</th><th></th><th class='number'>score</th><th>steps</th></tr>"
         f"{rows}</table>"
-        f"<p>{found.opened} sketches of rank {found.rank}, of {len(found.ranked)} examples; together they make "
+        f"<p>{found.opened} sketches of rank {found.rank}, of {found.examples} examples; together they make "
         f"{100 * found.covered:.0f} % of the source's score.</p>{notes}</div>"
     )
 

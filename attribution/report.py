@@ -211,10 +211,22 @@ def _examples(log: CampaignLog, found: SourceExamples) -> list[str]:
     for row in found.ranked[:EXAMPLES_SHOWN]:
         steps = ", ".join(str(step) for step in row.steps)
         lines.append(f"{row.score:>11.4g}  {row.example:>8}  {steps}")
-    if len(found.ranked) > EXAMPLES_SHOWN:
-        lines.append(f"{'':>11}  {'':>8}  and {len(found.ranked) - EXAMPLES_SHOWN} examples more")
+    if found.examples > EXAMPLES_SHOWN:
+        lines.append(f"{'':>11}  {'':>8}  and {found.examples - EXAMPLES_SHOWN} examples more")
     lines += [f"  left out  {shown(why)}" for why in found.left_out]
+    if found.unopened:
+        lines.append(f"  not opened  {unopened(found)}")
     return lines
+
+
+def unopened(found: SourceExamples) -> str:
+    """What the allowance did not reach."""
+    windows = len(found.unopened)
+    return (
+        f"{windows} {'window' if windows == 1 else 'windows'} with {found.unopened_visits} of "
+        f"{found.visits + found.unopened_visits} visits, where its score is lowest: an answer may open no more "
+        "(--open-at-most)"
+    )
 
 
 def _examples_fields(found: SourceExamples) -> dict[str, object]:
@@ -222,8 +234,14 @@ def _examples_fields(found: SourceExamples) -> dict[str, object]:
         "source": found.source.hex(),
         "rank": found.rank,
         "opened": found.opened,
+        "visits": found.visits,
+        "examples": found.examples,
         "covered": found.covered,
         "left_out": list(found.left_out),
+        "unopened": {
+            "visits": found.unopened_visits,
+            "windows": [{"first_step": first, "last_step": last} for first, last in found.unopened],
+        },
         "ranked": [
             {
                 "example": row.example,

@@ -13,15 +13,17 @@ which steps it rests on.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from attribution.examples import SourceExamples, source_examples
+from attribution.examples import Allowance, Asked, SourceExamples, source_examples
 from attribution.factors import WeightFactors
 from attribution.query import Output, log_chance, log_odds_gradients
+from attribution.sketches import RunFolder, SketchQuery, SketchStore
 from attribution.weights import WindowFile, accumulators_of
 from consensus import portions as p
 from consensus.accumulators import WindowEntry
@@ -29,6 +31,8 @@ from consensus.predicates.accumulators import Provenance, UsedSource
 from consensus.rejection import Reason, Rejected
 
 LEAST_CONTROLS = 25
+ENTRIES_AT_ONCE = 16
+"""So many sources' sums meet the queries together: one product, so that queries are read once for all of them."""
 SHAPED_LIFT_NATS = 0.05
 """Mean gain in log-chance per token, over the base model, below which an output counts as not shaped here."""
 LEADING_SOURCES = 3
@@ -104,8 +108,14 @@ def trace_output(
     output: Output,
     controls: Sequence[Output],
     progress: Callable[[str], None] = lambda stage: None,
+    store: SketchStore | None = None,
+    allowance: Allowance | None = None,
 ) -> Trace:
-    """Rank the campaign's sources by what they did for ``output``.
+    """Rank the campaign's sources by what they did for ``output``, and the leading ones' examples.
+
+    Args:
+        store: where sketches are; by default in the files' own folder.
+        allowance: how many example-visits' sketches may be opened.
 
     Raises:
         Rejected: ``BAD_FIELD`` for fewer than 25 controls; ``NOT_FOUND`` without any window's file; ``BAD_FIELD`` for
@@ -117,10 +127,11 @@ def trace_output(
         raise Rejected(Reason.NOT_FOUND, "no window's accumulators are here: there is nothing to trace by")
     progress("gradients of the output and its controls")
     asked = (output, *controls)
-    queries, lengths = zip(*(preconditioned(factors, log_odds_gradients(tuned, each)) for each in asked), strict=True)
+    each = (preconditioned(factors, log_odds_gradients(tuned, one)) for one in asked)
+    queries, lengths = stacked(each, len(asked))
     block_of = {tensor.name: block.name for block in provenance.campaign.parameter_blocks for tensor in block.tensors}
     known = {source.id: source for source in provenance.sources}
-    tallies = {source: _Tally([0.0] * len(queries)) for source in known}
+    tallies = {source: _Tally([0.0] * len(asked)) for source in known}
     for file in files:
         progress(f"steps {file.window.first} to {file.window.last}")
         for entry, name, parts in window_scores(queries, file):
@@ -144,7 +155,14 @@ def trace_output(
     ]
     ranked.sort(key=lambda row: (-row.z, row.source.id))
     leading = [row for row in ranked[:LEADING_SOURCES] if row.z >= SHAPED_Z]
-    opened = [source_examples(queries[0], files, row.source.id, row.score) for row in leading]
+    opened = []
+    if leading and any(entry.sketches_sha256 for file in files for entry in file.listed.of_sources):
+        query = SketchQuery({name: gradients_KPQ[0] for name, gradients_KPQ in queries.items()})
+        allowance = allowance or Allowance()
+        for row in leading:
+            progress(f"examples of {row.source.record.claim.name!a:.60}")
+            one = Asked(row.source.id, row.score, row.by_window)
+            opened.append(source_examples(query, files, one, store or RunFolder(), allowance))
     return Trace(
         base_log_chance=log_chance(base, output),
         tuned_log_chance=log_chance(tuned, output),
@@ -155,21 +173,42 @@ def trace_output(
     )
 
 
-def window_scores(
-    queries: Sequence[Mapping[str, Tensor]], file: WindowFile
-) -> Iterator[tuple[WindowEntry, str, list[float]]]:
+def window_scores(queries: Mapping[str, Tensor], file: WindowFile) -> Iterator[tuple[WindowEntry, str, list[float]]]:
     """For each source's entry of a window and each weight of the queries: the part of every query's score.
+
+    Args:
+        queries: ``[K, P, Q]`` by parameter name.
 
     Raises:
         Rejected: ``BAD_FIELD`` for accumulators of another shape than the model's; as ``accumulators_of``.
     """
-    for entry, sums in accumulators_of(file):
-        for name, accumulated in sums.items():
-            if name not in queries[0]:
+    entries = accumulators_of(file)
+    while together := list(islice(entries, ENTRIES_AT_ONCE)):
+        for name, gradients_KPQ in queries.items():
+            those = [(entry, sums[name]) for entry, sums in together if name in sums]
+            if not those:
                 continue
-            if accumulated.shape != queries[0][name].shape:
+            if any(accumulated.shape != gradients_KPQ.shape[1:] for _, accumulated in those):
                 raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} do not fit this model")
-            yield entry, name, [-torch.sum(query[name] * accumulated).item() for query in queries]
+            sums_EN = torch.stack([accumulated.flatten() for _, accumulated in those])
+            parts_EK = -(sums_EN @ gradients_KPQ.flatten(1).T)
+            for (entry, _), parts_K in zip(those, parts_EK.tolist(), strict=True):
+                yield entry, name, parts_K
+
+
+def stacked(
+    queries: Iterable[tuple[Mapping[str, Tensor], float]], count: int
+) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+    """``count`` queries as ``[K, P, Q]`` by parameter name, filled one after the other; and their lengths."""
+    together: dict[str, Tensor] = {}
+    lengths = []
+    for number, (gradients, length) in enumerate(queries):
+        for name, gradient_PQ in gradients.items():
+            if name not in together:
+                together[name] = gradient_PQ.new_zeros(count, *gradient_PQ.shape)
+            together[name][number] = gradient_PQ
+        lengths.append(length)
+    return together, tuple(lengths)
 
 
 def control_outputs(sequences: Sequence[Sequence[int]], like: Output) -> tuple[Output, ...]:

@@ -95,7 +95,7 @@ def find_windows(directory: Path, campaign: bytes, windows: tuple[Window, ...]) 
     found, missing = [], []
     for window in windows:
         try:
-            file = _open_window(directory, campaign, window)
+            file = open_window(directory, campaign, window)
             for entry in file.listed.entries:
                 _read_sums(file, entry)
         except Rejected as error:
@@ -103,6 +103,27 @@ def find_windows(directory: Path, campaign: bytes, windows: tuple[Window, ...]) 
         else:
             found.append(file)
     return Search(tuple(found), tuple(missing))
+
+
+def open_window(directory: Path, campaign: bytes, window: Window) -> WindowFile:
+    """What a window's file lists, by its root; its blobs are not looked at.
+
+    Raises:
+        Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``, as ``decode_window``.
+    """
+    path = directory / "windows" / f"{window.root.hex()}.window"
+    try:
+        with path.open("rb") as file:
+            listed = decode_window(file.read(MAX_WINDOW_BYTES + 1), window.root)
+    except OSError as error:
+        raise Rejected(Reason.NOT_FOUND, f"{path}: {error.strerror}") from error
+    terms = listed.terms
+    if (terms.campaign, terms.first_step, terms.last_step) != (campaign, window.first, window.last):
+        raise Rejected(
+            Reason.DIGEST_MISMATCH,
+            f"{path} is of steps {terms.first_step} to {terms.last_step} of campaign {terms.campaign.hex()}",
+        )
+    return WindowFile(window, listed, directory)
 
 
 def accumulators_of(file: WindowFile) -> Iterator[tuple[WindowEntry, Mapping[str, Tensor]]]:
@@ -131,22 +152,6 @@ def accumulators_of(file: WindowFile) -> Iterator[tuple[WindowEntry, Mapping[str
                 f"steps {file.window.first} to {file.window.last}: the sources' sums of {name!a} leave "
                 f"{float(left.norm()):.3g} of the total unexplained",
             )
-
-
-def _open_window(directory: Path, campaign: bytes, window: Window) -> WindowFile:
-    path = directory / "windows" / f"{window.root.hex()}.window"
-    try:
-        with path.open("rb") as file:
-            listed = decode_window(file.read(MAX_WINDOW_BYTES + 1), window.root)
-    except OSError as error:
-        raise Rejected(Reason.NOT_FOUND, f"{path}: {error.strerror}") from error
-    terms = listed.terms
-    if (terms.campaign, terms.first_step, terms.last_step) != (campaign, window.first, window.last):
-        raise Rejected(
-            Reason.DIGEST_MISMATCH,
-            f"{path} is of steps {terms.first_step} to {terms.last_step} of campaign {terms.campaign.hex()}",
-        )
-    return WindowFile(window, listed, directory)
 
 
 def _read_sums(file: WindowFile, entry: WindowEntry) -> dict[str, Tensor]:

@@ -36,9 +36,9 @@ from peers import Kronfluence, dot_scores, trak_scores
 from setting import CAMPAIGN, EPOCHS, FULL, QUICK, Setting, Sizes, log_odds, make, source_id, train
 
 from attribution.commands import FACTOR_SEQUENCES, fit_on_text
-from attribution.examples import read_sketches
 from attribution.query import log_odds_gradients
-from attribution.trace import preconditioned, window_scores
+from attribution.sketches import RunFolder, SketchQuery, open_sketches
+from attribution.trace import preconditioned, stacked, window_scores
 from attribution.weights import WindowFile, find_windows
 from consensus.predicates.accumulators import Window
 from trainer_client.accumulators import SourceAccumulators
@@ -85,8 +85,9 @@ def accumulator_scores(run: Run, queries: Sequence[Mapping[str, torch.Tensor]], 
     """What ``countersign trace`` scores: ``[Q, count]``, of sources, or of examples kept apart."""
     places = {source_id(place): place for place in range(count)}
     scores = np.zeros((len(queries), count))
+    together, _ = stacked(((query, 1.0) for query in queries), len(queries))
     for file in run.windows:
-        for entry, _, parts in window_scores(queries, file):
+        for entry, _, parts in window_scores(together, file):
             scores[:, places[entry.source]] += parts
     return scores
 
@@ -97,11 +98,12 @@ def sketch_scores(
     """What a trace makes of each example by its sketches, ``[Q, N]``, and the bytes of an example."""
     scores = np.zeros((len(queries), len(setting.examples_NT)))
     stored = 0
+    asked = [SketchQuery(query) for query in queries]
     for file in run.windows:
         for entry in file.listed.of_sources:
-            held = read_sketches(file, entry, queries[0])
+            held = open_sketches(RunFolder(), file, entry).check(file, entry, asked[0].shapes)
             stored += entry.sketches_bytes
-            for number, query in enumerate(queries):
+            for number, query in enumerate(asked):
                 scores[number, held.examples.numpy()] += held.scores(query).numpy()
     return scores, stored / len(setting.examples_NT)
 

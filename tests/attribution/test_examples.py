@@ -13,8 +13,9 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from attribution.examples import SourceExamples, read_sketches, source_examples, unpacked
+from attribution.examples import Allowance, Asked, SourceExamples, source_examples
 from attribution.query import Output, log_odds_gradients
+from attribution.sketches import RunFolder, Sketches, SketchQuery, open_sketches
 from attribution.weights import WindowFile, find_windows, linear_weights
 from consensus.accumulators import WindowEntry
 from consensus.rejection import Reason, Rejected
@@ -50,7 +51,17 @@ def query() -> dict[str, Tensor]:
 
 
 def opened(folder: Path, asked: dict[str, Tensor], exact: float = 1.0) -> SourceExamples | None:
-    return source_examples(asked, windows(folder), traced().sources["harbour"], exact)
+    whose = Asked(traced().sources["harbour"], exact, {})
+    return source_examples(SketchQuery(asked), windows(folder), whose, RunFolder(), Allowance())
+
+
+def checked(file: WindowFile, entry: WindowEntry, asked: dict[str, Tensor]) -> Sketches:
+    return open_sketches(RunFolder(), file, entry).check(file, entry, SketchQuery(asked).shapes)
+
+
+def unpacked(packed: Tensor, size: int) -> Tensor:
+    """``[N, r, ⌈size/2⌉]`` bytes of two numbers each, in order."""
+    return torch.stack([packed & 15, packed >> 4], dim=3).flatten(2)[:, :, :size].double() - 8
 
 
 def test_trace_names_the_leading_sources_examples_and_how_much_of_it_they_make() -> None:
@@ -84,17 +95,19 @@ def test_score_of_an_example_is_the_inner_product_of_its_sketched_gradients() ->
     expected = torch.zeros(len(tensors["examples"]), dtype=torch.float64)
     for name, gradient in asked.items():
         left, right = (
-            unpacked(tensors[f"{name}/{label}"], size).double()
+            unpacked(tensors[f"{name}/{label}"], size)
             for label, size in zip(("left", "right"), gradient.shape, strict=True)
         )
         scale = tensors[f"{name}/scale"].double()
         expected -= torch.einsum("nr,nrp,nrq,pq->n", scale, left, right, gradient.double())
-    found = read_sketches(file, entry, asked).scores(asked)
+    found = checked(file, entry, asked).scores(SketchQuery(asked))
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-9)
 
 
 def test_source_nobody_lists_has_no_examples() -> None:
-    assert source_examples(query(), windows(traced().folder), bytes(32), 1.0) is None
+    whose = Asked(bytes(32), 1.0, {})
+    found = source_examples(SketchQuery(query()), windows(traced().folder), whose, RunFolder(), Allowance())
+    assert found is None
 
 
 @pytest.mark.parametrize("spoil", ["missing", "flipped", "longer"])
@@ -180,7 +193,7 @@ def test_sketches_that_no_trainer_of_ours_writes_are_refused_by_name(
 ) -> None:
     file, entry = forged(folder, change)
     with pytest.raises(Rejected) as refusal:
-        read_sketches(file, entry, query())
+        checked(file, entry, query())
     assert refusal.value.reason is Reason.MALFORMED
     assert message in refusal.value.detail
 
@@ -192,11 +205,11 @@ def test_file_that_is_no_safetensors_is_refused(folder: Path) -> None:
     (file.directory / "blobs" / f"{digest.hex()}.safetensors").write_bytes(content)
     entry = replace(entry_of(file), sketches_sha256=digest, sketches_bytes=len(content))
     with pytest.raises(Rejected) as refusal:
-        read_sketches(file, entry, query())
+        checked(file, entry, query())
     assert refusal.value.reason is Reason.MALFORMED
 
 
 def test_every_linear_of_the_model_is_sketched() -> None:
     file = windows(traced().folder)[0]
-    held = read_sketches(file, entry_of(file), query())
-    assert set(held.factors) == set(linear_weights(build()))
+    held = checked(file, entry_of(file), query())
+    assert set(held.parameters) == set(linear_weights(build()))
