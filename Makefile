@@ -74,7 +74,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		"$$python" -m venv --clear $(VENV); \
 	fi
 	@echo 'Installing into $(VENV) (minutes the first time)'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[node,trainer,hf,attribution,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[node,trainer,hf,attribution,export,dev]'
 	@touch $@
 
 # An environment of its own: what the peers bring along does not suit every library of ours.

@@ -13,6 +13,7 @@ from torch import nn
 from attribution.examples import OPEN_AT_MOST, Allowance
 from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
 from attribution.footprint import chosen_sources, footprint
+from attribution.index import SketchedCampaign, open_index
 from attribution.language import Language, language_of
 from attribution.log import CampaignLog, open_log
 from attribution.options import ACCUMULATORS, BUNDLE, CHAIN_ID, GENESIS, pinned_chain, told
@@ -20,6 +21,7 @@ from attribution.page import page
 from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
 from attribution.report import Answer, footprint_json, footprint_text, trace_json, trace_text
+from attribution.sketches import RunFolder
 from attribution.trace import control_outputs, trace_output, untraced_tensors
 from attribution.weights import find_windows, freeze_others, load_model, read_tensors
 from consensus.rejection import ConfigError, Reason, Rejected
@@ -140,6 +142,12 @@ def factors_command(
 )
 @ACCUMULATORS
 @click.option(
+    "--index",
+    "index_path",
+    type=click.Path(path_type=Path),
+    help="As countersign index build made: sketches are opened there instead of in the folder of accumulators.",
+)
+@click.option(
     "--open-at-most",
     type=click.IntRange(min=0),
     default=OPEN_AT_MOST,
@@ -177,6 +185,7 @@ def trace_command(
     span: str | None,
     outputs_path: Path | None,
     directory: Path,
+    index_path: Path | None,
     open_at_most: int,
     bundle_path: Path,
     genesis_path: Path,
@@ -209,6 +218,7 @@ def trace_command(
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: its outputs cannot be traced from the log")
     if release is None:
         raise Rejected(Reason.ROOT_NOT_FINAL, "the campaign has released nothing: there is no tuned model to ask about")
+    store = RunFolder() if index_path is None else open_index(index_path, SketchedCampaign.of(log))
     language = language_of(architecture, tokenizer_path)
     base = load_model(architecture, base_path, log.provenance.campaign.base_root, "campaign's base model", adapter_path)
     tuned = load_model(architecture, tuned_path, release.parameter_root, "campaign's release", adapter_path)
@@ -225,7 +235,7 @@ def trace_command(
         controls = spread(control_outputs([list(sequence) for sequence in sequences], output), CONTROLS)
         allowance = Allowance(open_at_most)
         trace = trace_output(
-            base, tuned, factors, log.provenance, search.found, output, controls, told, allowance=allowance
+            base, tuned, factors, log.provenance, search.found, output, controls, told, store, allowance
         )
         models = {"base": base, "tuned": tuned, **others}
         answer = Answer(
@@ -241,6 +251,7 @@ def trace_command(
             search=search,
             untraced=untraced,
             factors=origin,
+            index=index_path,
         )
         if as_json:
             click.echo(trace_json(log, answer, indent=2 if outputs_path is None else None))

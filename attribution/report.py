@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from attribution.examples import SourceExamples
 from attribution.factors import FactorsOrigin
@@ -29,7 +30,7 @@ class Answer:
     """A question, what models say to its prompt and how likely they find the output, and the trace.
 
     Models are ``base``, ``tuned`` and, where a replay left a source out, ``without``; ``log_chances`` are means per
-    token. ``untraced`` are tensors that the trace does not speak of.
+    token. ``untraced`` are tensors that the trace does not speak of; ``index`` is the one that sketches came from.
     """
 
     asked: str
@@ -40,6 +41,7 @@ class Answer:
     search: Search
     untraced: tuple[str, ...]
     factors: FactorsOrigin
+    index: Path | None = None
 
 
 def trace_text(log: CampaignLog, answer: Answer) -> str:
@@ -95,6 +97,7 @@ def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
         "log_chance": dict(answer.log_chances),
         "controls": trace.controls,
         "factors": answer.factors,
+        "index": None if answer.index is None else str(answer.index),
         "sources": [_row(row) for row in trace.ranked],
         "examples": [_examples_fields(found) for found in trace.examples],
         "windows": {
@@ -282,6 +285,10 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
     if "without" in answer.says:
         lines.append("  replayed  what came out without a source, by whoever made that file: it is not on the log")
     lines += _gaps(log, search)
+    if answer.index is not None and trace.examples:
+        lines.append(
+            f"  checked   sketches, opened from the index {shown(str(answer.index))}: their SHA-256 are on the log"
+        )
     if not provenance.campaign.sketch_rank:
         lines.append("  not asked single examples: this campaign keeps no sketches of their gradients")
     if untraced:

@@ -49,6 +49,9 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "log": LazyCommand("node.commands.log", "log", "Read, prove and check the log."),
     "trace": LazyCommand("attribution.commands", "trace_command", "Ask which admitted sources shaped an output."),
     "overlap": LazyCommand("attribution.overlap", "overlap_command", "Ask which admitted examples a text repeats."),
+    "index": LazyCommand(
+        "attribution.index_commands", "index", "Keep a campaign's sketches where traces find them fast."
+    ),
     "replay": LazyCommand("trainer_client.replay_command", "replay_command", "Run a campaign again, step by step."),
     "footprint": LazyCommand("attribution.commands", "footprint_command", "Ask what sources moved in a model."),
     "factors": LazyCommand("attribution.commands", "factors_command", "Fit what traces of a base model need, once."),
@@ -57,6 +60,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
 
 _OURS = ("attribution", "consensus", "node", "trainer_client")
 _TORCH_MODULES = ("numpy", "safetensors", "torch")
+_EXTRAS = {"pyarrow": "export"}
 
 
 class Refused(click.ClickException):
@@ -138,7 +142,7 @@ def _worded(error: Exception) -> Refused | None:
         missing = (error.name or "").partition(".")[0]
         if missing in _OURS:
             return None
-        extra = "attribution" if missing in _TORCH_MODULES else "node"
+        extra = "attribution" if missing in _TORCH_MODULES else _EXTRAS.get(missing, "node")
         return NotKnown(f"this command needs the {extra} extra: pip install 'countersign[{extra}]'")
     if isinstance(error, OSError):
         return NotKnown(f"file: {error.filename or 'input or output'}: {error.strerror or error}")
