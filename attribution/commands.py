@@ -12,16 +12,16 @@ from torch import nn
 
 from attribution.examples import OPEN_AT_MOST, Allowance
 from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
-from attribution.footprint import chosen_sources, footprint
+from attribution.footprint import chosen_sources, example_footprint, footprint
 from attribution.index import SketchedCampaign, open_index
 from attribution.language import Language, language_of
 from attribution.log import CampaignLog, open_log
-from attribution.options import ACCUMULATORS, BUNDLE, CHAIN_ID, GENESIS, pinned_chain, told
+from attribution.options import ACCUMULATORS, BUNDLE, CHAIN_ID, GENESIS, INDEX, pinned_chain, told
 from attribution.page import page
 from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
 from attribution.report import Answer, footprint_json, footprint_text, trace_json, trace_text
-from attribution.sketches import RunFolder
+from attribution.sketches import RunFolder, SketchStore
 from attribution.trace import control_outputs, trace_output, untraced_tensors
 from attribution.weights import find_windows, freeze_others, load_model, read_tensors
 from consensus.rejection import ConfigError, Reason, Rejected
@@ -141,12 +141,7 @@ def factors_command(
     help='Instead of --prompt: a file with a question a line, {"prompt": …, "completion": …, "tokens": …}.',
 )
 @ACCUMULATORS
-@click.option(
-    "--index",
-    "index_path",
-    type=click.Path(path_type=Path),
-    help="As countersign index build made: sketches are opened there instead of in the folder of accumulators.",
-)
+@INDEX
 @click.option(
     "--open-at-most",
     type=click.IntRange(min=0),
@@ -218,7 +213,7 @@ def trace_command(
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: its outputs cannot be traced from the log")
     if release is None:
         raise Rejected(Reason.ROOT_NOT_FINAL, "the campaign has released nothing: there is no tuned model to ask about")
-    store = RunFolder() if index_path is None else open_index(index_path, SketchedCampaign.of(log))
+    store = _store(log, index_path)
     language = language_of(architecture, tokenizer_path)
     base = load_model(architecture, base_path, log.provenance.campaign.base_root, "campaign's base model", adapter_path)
     tuned = load_model(architecture, tuned_path, release.parameter_root, "campaign's release", adapter_path)
@@ -278,7 +273,9 @@ def _write_page(path: Path, content: str) -> None:
 @click.option("--owner", "owners", multiple=True, help="All sources of a member.")
 @click.option("--class", "classes", multiple=True, help="All sources of a content class.")
 @click.option("--revoked", is_flag=True, help="All sources that are revoked by now.")
+@click.option("--example", metavar="SOURCE:INDEX", help="Instead of sources: one example of a source, by its sketches.")
 @ACCUMULATORS
+@INDEX
 @BUNDLE
 @GENESIS
 @CHAIN_ID
@@ -288,7 +285,9 @@ def footprint_command(
     owners: tuple[str, ...],
     classes: tuple[str, ...],
     revoked: bool,
+    example: str | None,
     directory: Path,
+    index_path: Path | None,
     bundle_path: Path,
     genesis_path: Path,
     chain_id: str,
@@ -296,26 +295,44 @@ def footprint_command(
 ) -> None:
     """Ask which steps and parts of the model sources moved, how much, and what was released after.
 
-    The way back from a revocation: --revoked shows what depends on sources that were taken back. Needs no model. Exit
-    code 0 when something of them was admitted, 1 when nothing was, 2 when what is here does not suffice.
+    The way back from a revocation: --revoked shows what depends on sources that were taken back. --example asks about a
+    single example, where the campaign keeps sketches. Needs no model. Exit code 0 when something of them was admitted,
+    1 when nothing was, 2 when what is here does not suffice.
 
     \b
     Example:
       countersign footprint --source harbour --accumulators run/accumulators \\
         --bundle campaign.bundle --genesis genesis.json --chain-id CHAIN_ID
     """
-    if not (names or owners or classes or revoked):
-        raise click.UsageError("expected --source, --owner, --class or --revoked")
+    if bool(names or owners or classes or revoked) == (example is not None):
+        raise click.UsageError("expected --source, --owner, --class or --revoked; or --example alone")
+    names, number = (names, 0) if example is None else _example(example)
     log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
     chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: what its sources moved is not on the log")
     search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
-    found = footprint(log.provenance, search.found, chosen)
+    if example is None:
+        found = footprint(log.provenance, search.found, chosen)
+    else:
+        if len(chosen) != 1:
+            raise Rejected(Reason.BAD_FIELD, f"{len(chosen)} sources are called {names[0]!a:.80}: give the event id")
+        found = example_footprint(log.provenance, search.found, chosen[0], number, _store(log, index_path))
     click.echo((footprint_json if as_json else footprint_text)(log, found, search))
-    if search.missing or log.provenance.uncovered:
+    if search.missing or log.provenance.uncovered or (found.of_example and found.of_example.left_out):
         click.get_current_context().exit(2)
     click.get_current_context().exit(0 if found.admitted else 1)
+
+
+def _store(log: CampaignLog, index_path: Path | None) -> SketchStore:
+    return RunFolder() if index_path is None else open_index(index_path, SketchedCampaign.of(log))
+
+
+def _example(text: str) -> tuple[tuple[str, ...], int]:
+    source, _, number = text.rpartition(":")
+    if not source or not (number.isascii() and number.isdigit() and len(number) < 17):
+        raise ConfigError(f"--example: expected SOURCE:INDEX, found {text!a:.100}")
+    return (source,), int(number)
 
 
 def _questions(prompt: str | None, completion: str | None, span: str | None, path: Path | None) -> tuple[Question, ...]:

@@ -1,17 +1,19 @@
-"""The forward question: what did these sources move?
+"""The forward question: what did these sources, or one example, move?
 
 Of the committed accumulators, per parameter block and window of steps: the norm of what the chosen sources added to
 the gradients (times learning rate), and their *part* of all that was added, ``<A_chosen, A_all> / <A_all, A_all>``.
 Parts of all sources add up to one; a negative one pulled against the sum. An account of gradients, not of the weights
-they became: AdamW scales both alike.
+they became: AdamW scales both alike. One example is asked about by its sketches: then the norm is that of their rank's
+part of what it added.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from attribution.weights import WindowFile, accumulators_of
+from attribution.sketches import SketchStore, open_sketches
+from attribution.weights import WindowFile, accumulators_of, total_of
 from consensus.predicates.accumulators import Provenance, UsedSource
 from consensus.rejection import Reason, Rejected
 
@@ -25,17 +27,36 @@ class Motion:
 
 
 @dataclass(frozen=True, slots=True)
+class ExampleUse:
+    """Which example of the source, by sketches of which rank, the steps it was admitted to; and what is not known.
+
+    ``left_out`` says which windows' sketches are missing or not those committed to, and why.
+    """
+
+    example: int
+    rank: int
+    steps: tuple[int, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Footprint:
-    """``blocks`` by name in the campaign's order, ``windows`` by first and last step; ``whole`` over both."""
+    """``blocks`` by name in the campaign's order, ``windows`` by first and last step; ``whole`` over both.
+
+    ``of_example``: it is one example's, not the sources'.
+    """
 
     sources: tuple[UsedSource, ...]
     blocks: dict[str, Motion]
     windows: dict[tuple[int, int], Motion]
     whole: Motion
+    of_example: ExampleUse | None = None
 
     @property
     def admitted(self) -> int:
-        """Examples admitted in steps that stand."""
+        """Examples admitted in steps that stand; of one example, in how many it was."""
+        if self.of_example is not None:
+            return len(self.of_example.steps)
         return sum(source.admitted for source in self.sources)
 
 
@@ -97,34 +118,90 @@ def footprint(provenance: Provenance, files: Sequence[WindowFile], sources: tupl
     Raises:
         Rejected: ``BAD_FIELD`` for accumulators of a tensor in no parameter block; as ``accumulators_of``.
     """
-    block_of = {tensor.name: block.name for block in provenance.campaign.parameter_blocks for tensor in block.tensors}
     ids = {source.id for source in sources}
-    chosen: dict[str, Tensor] = {}
-    everything: dict[str, Tensor] = {}
-    windows: dict[tuple[int, int], Motion] = {}
+    account = _Account(provenance)
     for file in files:
         chosen_here: dict[str, Tensor] = {}
         all_here: dict[str, Tensor] = {}
         for entry, sums in accumulators_of(file):
             for name, part in sums.items():
-                if name not in block_of:
-                    raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} are in no parameter block")
                 _add(all_here, name, part)
                 if entry.source in ids:
                     _add(chosen_here, name, part)
-        window = _Products()
-        for name, part in all_here.items():
-            window.add(chosen_here.get(name), part)
-            _add(everything, name, part)
-            if name in chosen_here:
-                _add(chosen, name, chosen_here[name])
-        windows[file.window.first, file.window.last] = window.motion
-    blocks = {block.name: _Products() for block in provenance.campaign.parameter_blocks}
-    whole = _Products()
-    for name, part in everything.items():
-        blocks[block_of[name]].add(chosen.get(name), part)
-        whole.add(chosen.get(name), part)
-    return Footprint(sources, {name: held.motion for name, held in blocks.items()}, windows, whole.motion)
+        account.add(file, chosen_here, all_here)
+    return account.footprint(sources)
+
+
+def example_footprint(
+    provenance: Provenance, files: Sequence[WindowFile], source: UsedSource, example: int, store: SketchStore
+) -> Footprint:
+    """What one example of ``source`` moved, by its sketches, over the windows that are here.
+
+    Raises:
+        Rejected: ``BAD_FIELD`` for accumulators of a tensor in no parameter block; ``NOT_FOUND`` for a campaign that
+            keeps no sketches; as ``read_blob``.
+    """
+    if not provenance.campaign.sketch_rank:
+        raise Rejected(Reason.NOT_FOUND, "the campaign keeps no sketches: what single examples moved is not on the log")
+    tensors = [tensor for block in provenance.campaign.parameter_blocks for tensor in block.tensors]
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    account = _Account(provenance)
+    steps: list[int] = []
+    left_out: list[str] = []
+    rank = 0
+    for file in files:
+        added: dict[str, Tensor] = {}
+        for entry in file.listed.of_sources:
+            if entry.source != source.id:
+                continue
+            try:
+                held = open_sketches(store, file, entry).check(file, entry, shapes)
+                gradients = held.gradients_of(example)
+            except Rejected as error:
+                left_out.append(f"steps {file.window.first} to {file.window.last}: {error}")
+                continue
+            rank = max(rank, held.rank)
+            steps += [step for step, of in held.visits.tolist() if of == example]
+            for name, part in gradients.items():
+                if name not in shapes:
+                    raise Rejected(Reason.BAD_FIELD, f"sketches of {name!a} are in no parameter block")
+                rows, columns = shapes[name]
+                _add(added, name, part[:rows, :columns])
+        account.add(file, added, total_of(file))
+    return account.footprint((source,), ExampleUse(example, rank, tuple(sorted(steps)), tuple(left_out)))
+
+
+class _Account:
+    """Sums over windows: of what is asked about, and of everything."""
+
+    def __init__(self, provenance: Provenance) -> None:
+        self._blocks = provenance.campaign.parameter_blocks
+        self._block_of = {tensor.name: block.name for block in self._blocks for tensor in block.tensors}
+        self._chosen: dict[str, Tensor] = {}
+        self._everything: dict[str, Tensor] = {}
+        self._windows: dict[tuple[int, int], Motion] = {}
+
+    def add(self, file: WindowFile, chosen: Mapping[str, Tensor], everything: Mapping[str, Tensor]) -> None:
+        """One window."""
+        products = _Products()
+        for name, part in everything.items():
+            if name not in self._block_of:
+                raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} are in no parameter block")
+            products.add(chosen.get(name), part)
+            _add(self._everything, name, part)
+            if name in chosen:
+                _add(self._chosen, name, chosen[name])
+        self._windows[file.window.first, file.window.last] = products.motion
+
+    def footprint(self, sources: tuple[UsedSource, ...], of_example: ExampleUse | None = None) -> Footprint:
+        """Over all windows."""
+        blocks = {block.name: _Products() for block in self._blocks}
+        whole = _Products()
+        for name, part in self._everything.items():
+            blocks[self._block_of[name]].add(self._chosen.get(name), part)
+            whole.add(self._chosen.get(name), part)
+        motions = {name: held.motion for name, held in blocks.items()}
+        return Footprint(sources, motions, self._windows, whole.motion, of_example)
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:

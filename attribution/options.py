@@ -17,6 +17,12 @@ ACCUMULATORS = click.option(
     required=True,
     help="Folder of the run's accumulator files.",
 )
+INDEX = click.option(
+    "--index",
+    "index_path",
+    type=click.Path(path_type=Path),
+    help="As countersign index build made: sketches are opened there instead of in the folder of accumulators.",
+)
 BUNDLE = click.option(
     "--bundle", "bundle_path", type=click.Path(path_type=Path), required=True, help="The bundle file."
 )

@@ -1,5 +1,6 @@
 """An answer as people read it and as programs do. Every row carries what proves it."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -132,6 +133,10 @@ def footprint_text(log: CampaignLog, found: Footprint, search: Search) -> str:
     lines = [f"campaign {log.bundle.campaign.hex()} of {provenance.operator}: {shown(provenance.campaign.name)}"]
     for source in found.sources:
         lines += ["", f"{shown(source.record.claim.name)} of {source.owner}", *_receipt_lines(source)]
+    use = found.of_example
+    if use is not None:
+        steps = ", ".join(str(step) for step in use.steps) or "none"
+        lines += ["", f"example {use.example} of it, admitted to steps {steps}"]
     lines += ["", f"{'what it moved':32}  {'norm':>10}  {'part':>8}"]
     lines += [_motion(f"steps {first} to {last}", motion) for (first, last), motion in found.windows.items()]
     lines += [_motion(shown(block)[:32], motion) for block, motion in found.blocks.items()]
@@ -150,10 +155,21 @@ def footprint_text(log: CampaignLog, found: Footprint, search: Search) -> str:
         f"  checked   {len(found.windows)} of {len(provenance.windows)} windows of accumulators have the root that is "
         "on the log",
         f"  claimed   by {provenance.operator}: that these are the gradients",
+        *_sketched(found),
         "  part      of the gradient of all sources together, along it; embeddings and norms are not in it",
     ]
     lines += _gaps(log, search)
     return "\n".join(lines)
+
+
+def _sketched(found: Footprint) -> list[str]:
+    use = found.of_example
+    if use is None:
+        return []
+    return [
+        f"  by        sketches of rank {use.rank}: of what the example added, the directions that are largest",
+        *(f"  left out  {shown(why)}" for why in use.left_out),
+    ]
 
 
 def footprint_json(log: CampaignLog, found: Footprint, search: Search) -> str:
@@ -177,6 +193,7 @@ def footprint_json(log: CampaignLog, found: Footprint, search: Search) -> str:
             }
             for source in found.sources
         ],
+        "example": None if found.of_example is None else dataclasses.asdict(found.of_example),
         "whole": _motion_fields(found.whole),
         "blocks": {block: _motion_fields(motion) for block, motion in found.blocks.items()},
         "windows": [

@@ -279,6 +279,20 @@ class Sketches:
                     total_N[first + begin : first + begin + len(parts_N)] -= parts_N
         return total_N
 
+    def gradients_of(self, example: int) -> dict[str, Tensor]:
+        """What one example added, ``[P, Q]`` by parameter, padded to even sizes; empty where it is not here.
+
+        Raises:
+            Rejected: as ``read``.
+        """
+        (row, *_) = (self.examples == example).nonzero().flatten().tolist() or [-1]
+        found: dict[str, Tensor] = {}
+        for parameter, parts in self.parameters.items() if row >= 0 else ():
+            first, rows = next(part for part in self.parts_of(parts["left"]) if part[0] <= row < sum(part))
+            left_rP, right_rQ, scale_r = (self.tensor(parts[part], first, rows)[row - first] for part in FACTORS)
+            found[parameter] = (_in_order(left_rP) * scale_r[:, None]).T @ _in_order(right_rQ)
+        return found
+
     def tensor(self, piece: Piece, first: int, rows: int) -> Tensor:
         """A part as numbers; as ``read``."""
         array = np.frombuffer(bytearray(self.read(piece, first, rows)), dtype=NUMPY_DTYPES[piece.dtype])
@@ -434,3 +448,8 @@ def _by_parity(x_PQ: Tensor) -> Tensor:
     """Rows of even number, then those of odd number, as many: a row of zeros stands for the one that is missing."""
     even, odd = x_PQ[::2], x_PQ[1::2]
     return torch.cat([even, odd, odd.new_zeros(len(even) - len(odd), odd.shape[1])])
+
+
+def _in_order(packed_rP: Tensor) -> Tensor:
+    """``[r, ⌈P/2⌉]`` bytes as float32 ``[r, 2⌈P/2⌉]``, in the order of the weight."""
+    return torch.stack([packed_rP & 15, packed_rP >> 4], dim=2).flatten(1).float() - NIBBLE_ZERO

@@ -135,7 +135,7 @@ def accumulators_of(file: WindowFile) -> Iterator[tuple[WindowEntry, Mapping[str
     Raises:
         Rejected: ``DIGEST_MISMATCH``, ``NOT_FOUND``, ``MALFORMED``; ``COUNTS_NOT_CONSERVED``.
     """
-    difference = dict(_read_sums(file, file.listed.total))
+    difference = total_of(file)
     scale = dict.fromkeys(difference, 0.0)
     for entry in file.listed.of_sources:
         sums = _read_sums(file, entry)
@@ -152,6 +152,15 @@ def accumulators_of(file: WindowFile) -> Iterator[tuple[WindowEntry, Mapping[str
                 f"steps {file.window.first} to {file.window.last}: the sources' sums of {name!a} leave "
                 f"{float(left.norm()):.3g} of the total unexplained",
             )
+
+
+def total_of(file: WindowFile) -> dict[str, Tensor]:
+    """A window's whole gradient by parameter name (float32).
+
+    Raises:
+        Rejected: as ``read_blob``.
+    """
+    return _read_sums(file, file.listed.total)
 
 
 def _read_sums(file: WindowFile, entry: WindowEntry) -> dict[str, Tensor]:

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from attribution_fixtures import FACTS, REFUSED, STEPS, WINDOW_STEPS, traced
+from attribution_fixtures import FACTS, REFUSED, SKETCH_RANK, STEPS, WINDOW_STEPS, traced
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
-from attribution.footprint import chosen_sources, footprint
+from attribution.footprint import chosen_sources, example_footprint, footprint
+from attribution.index import SketchedCampaign
+from attribution.index_build import build_index
 from attribution.log import CampaignLog, open_log
+from attribution.sketches import RunFolder
 from attribution.weights import Search, accumulators_of, find_windows
 from consensus.identifiers import ChainId
 from consensus.rejection import Reason, Rejected
@@ -127,3 +131,75 @@ def test_choice_is_by_the_campaigns_manifest_alone() -> None:
     with pytest.raises(Rejected) as refusal:
         chosen_sources(log.provenance, ["ab" * 32], (), (), False)
     assert refusal.value.reason is Reason.UNKNOWN_SOURCE
+
+
+def test_example_moved_what_its_sketches_hold_by_the_files_and_by_an_index(tmp_path: Path) -> None:
+    folder = traced().folder
+    log, search = opened()
+    terms = SketchedCampaign.of(log)
+    build_index(terms, folder / "run" / "accumulators", tmp_path / "index")
+    by_files = json.loads(ask(folder, "--example", "harbour:3", "--json").stdout)
+    by_index = json.loads(ask(folder, "--example", "harbour:3", "--json", "--index", str(tmp_path / "index")).stdout)
+    assert by_files == by_index
+    use = by_files["example"]
+    assert (use["example"], use["rank"], use["left_out"]) == (3, SKETCH_RANK, [])
+    visited: list[int] = []
+    square = 0.0
+    for file in search.found:
+        (entry,) = (each for each in file.listed.of_sources if each.source == traced().sources["harbour"])
+        tensors = load_file(file.directory / "blobs" / f"{entry.sketches_sha256.hex()}.safetensors")
+        visited += [step for step, example in tensors["visits"].tolist() if example == 3]
+        if file.window.first == 1:
+            row = tensors["examples"].tolist().index(3)
+            for name in {label.rpartition("/")[0] for label in tensors} - {""}:
+                left, right = (
+                    torch.stack([tensors[f"{name}/{part}"][row] & 15, tensors[f"{name}/{part}"][row] >> 4], dim=2)
+                    .flatten(1)
+                    .double()
+                    - 8
+                    for part in ("left", "right")
+                )
+                square += float(((left.T * tensors[f"{name}/scale"][row].double()) @ right).square().sum())
+    assert use["steps"] == visited
+    assert by_files["windows"][0]["norm"] == pytest.approx(square**0.5, rel=1e-4)
+    assert [block for block, motion in by_files["blocks"].items() if motion["norm"]] == ["block.0", "block.1", "head"]
+    assert 0 < by_files["whole"]["part"] < 0.2
+    text = ask(folder, "--example", "harbour:3").stdout
+    assert f"example 3 of it, admitted to steps {', '.join(map(str, visited))}" in text
+    assert f"sketches of rank {SKETCH_RANK}" in text
+
+
+def test_examples_of_a_source_move_less_than_the_source(tmp_path: Path) -> None:
+    log, search = opened()
+    (source,) = chosen_sources(log.provenance, ["harbour"], (), (), False)
+    whole = footprint(log.provenance, search.found, (source,))
+    parts = [example_footprint(log.provenance, search.found, source, row, RunFolder()).whole.part for row in range(12)]
+    assert whole.whole.part is not None
+    assert 0.3 < sum(part or 0.0 for part in parts) / whole.whole.part < 1.2
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "said"),
+    [
+        (["--example", "harbour:99"], 1, "admitted to steps none"),
+        (["--example", "castle:0"], 1, "admitted to steps none"),
+        (["--example", "nobody:0"], 1, "unknown-source"),
+        (["--example", "harbour"], 2, "expected SOURCE:INDEX"),
+        (["--example", "harbour:-1"], 2, "expected SOURCE:INDEX"),
+        (["--example", "harbour:1", "--source", "harbour"], 2, "or --example alone"),
+    ],
+)
+def test_example_that_was_not_used_or_not_named_is_told_apart(asked: list[str], code: int, said: str) -> None:
+    result = ask(traced().folder, *asked)
+    assert (result.exit_code, said in result.output) == (code, True), result.output
+
+
+def test_example_whose_sketches_are_altered_is_told_without_them(tmp_path: Path) -> None:
+    shutil.copytree(traced().folder, tmp_path / "traced")
+    _, search = opened()
+    (entry,) = (each for each in search.found[1].listed.of_sources if each.source == traced().sources["harbour"])
+    path = tmp_path / "traced/run/accumulators/blobs" / f"{entry.sketches_sha256.hex()}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x11")
+    result = ask(tmp_path / "traced", "--example", "harbour:3")
+    assert result.exit_code == 2
+    assert f"left out  steps {WINDOW_STEPS + 1} to {2 * WINDOW_STEPS}: digest-mismatch" in result.stdout
