@@ -365,7 +365,7 @@ def _read_header(folder: Path) -> IndexHeader:
         raise Rejected(Reason.OVERSIZED, f"{path} has more than {MAX_INDEX_JSON_BYTES} bytes")
     try:
         header = msgspec.json.decode(content, type=IndexHeader)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Rejected(Reason.MALFORMED, f"{path}: no index of sketches: {error}") from error
     if (header.format, header.version) != (FORMAT, VERSION):
         raise Rejected(

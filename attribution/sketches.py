@@ -383,7 +383,7 @@ def pieces_of(name: str, prefix: bytes) -> tuple[Piece, ...]:
         listed = msgspec.json.decode(prefix[8:], type=dict[str, msgspec.Raw])
         listed.pop("__metadata__", None)
         tensors = {label: msgspec.json.decode(held, type=_Tensor) for label, held in listed.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Rejected(Reason.MALFORMED, f"{name}: no safetensors file: {error}") from error
     pieces, end = [], 0
     for label, held in sorted(tensors.items(), key=lambda item: item[1].data_offsets):

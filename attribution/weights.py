@@ -142,7 +142,7 @@ def accumulators_of(file: WindowFile) -> Iterator[tuple[WindowEntry, Mapping[str
         for name, part in sums.items():
             if name not in difference or difference[name].shape != part.shape:
                 raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"{file.directory}: {name!a} is no part of the total")
-            difference[name] = difference[name] - part
+            difference[name].sub_(part)
             scale[name] += float(part.norm())
         yield entry, sums
     for name, left in difference.items():

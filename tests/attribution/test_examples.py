@@ -110,13 +110,15 @@ def test_source_nobody_lists_has_no_examples() -> None:
     assert found is None
 
 
-@pytest.mark.parametrize("spoil", ["missing", "flipped", "longer"])
+@pytest.mark.parametrize("spoil", ["missing", "flipped", "longer", "header"])
 def test_file_that_is_not_the_one_committed_to_is_left_out_and_named(folder: Path, spoil: str) -> None:
     file = windows(folder)[1]
     path = sketch_path(file, entry_of(file))
     content = path.read_bytes()
     if spoil == "missing":
         path.unlink()
+    elif spoil == "header":
+        path.write_bytes(content[:8] + b"?" + content[9:])
     else:
         path.write_bytes(content + b"x" if spoil == "longer" else content[:-1] + bytes([content[-1] ^ 1]))
     whole, found = opened(traced().folder, query()), opened(folder, query())
@@ -125,6 +127,7 @@ def test_file_that_is_not_the_one_committed_to_is_left_out_and_named(folder: Pat
     assert 0 < found.opened < whole.opened
     (why,) = found.left_out
     assert why.startswith(f"steps {file.window.first} to {file.window.last}: ")
+    assert ("not-found" if spoil == "missing" else "digest-mismatch") in why
     result = ask(folder, "--completion", FACTS["harbour"][1].decode())
     assert result.exit_code == 0
     assert "left out  steps" in result.stdout

@@ -24,7 +24,7 @@ from attribution import sketches
 from attribution.examples import Allowance, Asked, SourceExamples, source_examples
 from attribution.index import Index, SketchedCampaign, open_index
 from attribution.index_build import build_index, check_index
-from attribution.sketches import RunFolder, SketchQuery, SketchStore, open_sketches
+from attribution.sketches import RunFolder, SketchQuery, SketchStore, open_sketches, pieces_of
 from consensus.genesis import genesis_to_json
 from consensus.rejection import ConfigError, Reason, Rejected
 from node.bundles import export_bundle
@@ -406,6 +406,45 @@ def test_index_of_other_weights_than_the_query_has_scores_only_what_both_know(ru
     assert found is not None
     assert (found.opened, len(found.left_out)) == (0, 2)
     assert "not of this model's shapes" in found.left_out[0]
+
+
+NESTED = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"", b"{", b"[]", b"\xff", NESTED, b'{"a": 1}', b'{"a": {"dtype": "U8", "shape": [1]}}',
+        b'{"a": {"dtype": "Q8", "shape": [1], "data_offsets": [0, 1]}}',
+        b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}',
+        b'{"a": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 1]}}',
+        b'{"a": {"dtype": "U8", "shape": [9007199254740992, 0], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "U8", "shape": [1e999], "data_offsets": [0, 1]}}',
+        b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},'
+        b' "b": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}',
+    ],
+)  # fmt: skip
+def test_header_that_is_no_safetensors_is_refused_by_name(header: bytes) -> None:
+    with pytest.raises(Rejected, match="no safetensors file") as refusal:
+        pieces_of("x", len(header).to_bytes(8, "little") + header)
+    assert refusal.value.reason is Reason.MALFORMED
+
+
+@given(st.binary(max_size=40), st.integers(0, 60))
+def test_any_bytes_as_a_header_are_pieces_without_gaps_or_refused(content: bytes, length: int) -> None:
+    try:
+        pieces = pieces_of("x", length.to_bytes(8, "little") + content)
+    except Rejected:
+        return
+    assert length == len(content)
+    assert [piece.begin for piece in pieces[1:]] == [piece.begin + piece.size_bytes for piece in pieces[:-1]]
+
+
+def test_index_json_that_is_nested_without_end_is_refused(run: HandMade, built: Index) -> None:
+    (built.folder / "index.json").write_bytes(NESTED)
+    with pytest.raises(Rejected) as refusal:
+        open_index(built.folder, run.terms)
+    assert refusal.value.reason is Reason.MALFORMED
 
 
 # Commands

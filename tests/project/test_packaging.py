@@ -21,6 +21,7 @@ NOT_FOR_A_VERIFIER = (
     "multiaddr",
     "numpy",
     "prometheus_client",
+    "pyarrow",
     "rich",
     "rocksdict",
     "torch",
@@ -91,6 +92,17 @@ for module in pkgutil.walk_packages(trainer_client.__path__, "trainer_client."):
         importlib.import_module(module.name)
 """
     finished = run_without(("accelerate", "peft", "transformers"), program)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_attribution_without_the_export_extra_imports_but_for_its_one_module() -> None:
+    program = """
+import importlib, pkgutil, attribution
+for module in pkgutil.walk_packages(attribution.__path__, "attribution."):
+    if module.name != "attribution.export":
+        importlib.import_module(module.name)
+"""
+    finished = run_without(("pyarrow",), program)
     assert finished.returncode == 0, finished.stderr
 
 
