@@ -10,7 +10,7 @@ from attribution.index import Index, LeftOut, SketchedCampaign, open_index
 from attribution.index_build import build_index, check_index
 from attribution.log import CampaignLog, open_log
 from attribution.options import ACCUMULATORS, BUNDLE, CHAIN_ID, GENESIS, pinned_chain, told_now_and_then
-from attribution.report import shown
+from attribution.receipts import shown
 
 SHOWN = 10
 
