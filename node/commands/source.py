@@ -31,6 +31,7 @@ from node.commands.fields import digest_argument
 from node.commands.member import LocalMember, load_member, signed_by
 from node.commands.output import print_json, print_table, utc
 from node.commands.submission import deliver
+from node.commands.tables import dataset_column, parquet_column
 from node.files import replace_private
 
 DAY_MS = 86_400_000
@@ -77,6 +78,10 @@ def source() -> None:
 @click.option("--example-bytes", type=click.IntRange(min=1), help="Every so many bytes of a file are one example.")
 @click.option("--lines", "by_line", is_flag=True, help="Every non-empty line is one example.")
 @click.option("--jsonl", "field", metavar="FIELD", help="Every line is a JSON object; its text FIELD is the example.")
+@click.option("--parquet", "parquet", metavar="COLUMN", help="Every row of a Parquet file; its COLUMN is the example.")
+@click.option(
+    "--dataset", "dataset", metavar="COLUMN", help="--content is a folder that Hugging Face datasets saved; by COLUMN."
+)
 @click.option("--licence", help="SPDX identifier, as CC-BY-4.0.")
 @click.option("--rights-basis", help="On what the right to license rests, as licence, ownership, consent.")
 @click.option("--purpose", "purposes", multiple=True, help="A purpose it may be used for; may be repeated.")
@@ -106,6 +111,8 @@ def source_sign(
     example_bytes: int | None,
     by_line: bool,
     field: str | None,
+    parquet: str | None,
+    dataset: str | None,
     licence: str | None,
     rights_basis: str | None,
     purposes: tuple[str, ...],
@@ -121,8 +128,8 @@ def source_sign(
     """Sign a claim about a data source.
 
     The claim names the examples by a salted root; the examples themselves never leave this machine. Without
-    --lines, --jsonl or --example-bytes every file is one example. Keep the salt file: only with it can you
-    later prove that an example is among those claimed.
+    --lines, --jsonl, --parquet, --dataset or --example-bytes every file is one example. Keep the salt file: only
+    with it can you later prove that an example is among those claimed.
 
     \b
     Example:
@@ -131,7 +138,7 @@ def source_sign(
     """
     if not submit and out is None:
         raise click.UsageError("give --submit, --out FILE or both")
-    split = _splitter(example_bytes, by_line, field)
+    split = _splitter(example_bytes, by_line, field, parquet, dataset)
     file = _read_claim(claim_path)
     claimed = ClaimFile(
         name=name or file.name,
@@ -151,7 +158,7 @@ def source_sign(
     salt_path = salt_file or Path(f"{claimed.name}.salt".replace(os.sep, "-"))
     salt = source_salt(salt_path)
     overlap = None if overlap_path is None else OverlapBuilder(overlap_key(salt))
-    examples = read_examples(paths, split)
+    examples = dataset_column(paths, dataset) if dataset is not None else read_examples(paths, split)
     content = measure(examples if overlap is None else _told(examples, overlap.add), salt)
     index = b"" if overlap is None else overlap.finish()
     now_ms = SystemClock().now_ms()
@@ -270,9 +277,13 @@ def _told(examples: Iterable[bytes], tell: Callable[[bytes], None]) -> Iterator[
             noted_bytes = done_bytes + NOTED_BYTES
 
 
-def _splitter(example_bytes: int | None, by_line: bool, field: str | None) -> Splitter:
-    if sum((example_bytes is not None, by_line, field is not None)) > 1:
-        raise click.UsageError("give at most one of --example-bytes, --lines and --jsonl")
+def _splitter(
+    example_bytes: int | None, by_line: bool, field: str | None, parquet: str | None, dataset: str | None
+) -> Splitter:
+    if sum((by_line, *(option is not None for option in (example_bytes, field, parquet, dataset)))) > 1:
+        raise click.UsageError("give at most one of --example-bytes, --lines, --jsonl, --parquet and --dataset")
+    if parquet is not None:
+        return parquet_column(parquet)
     if example_bytes is not None:
         return pieces_of(example_bytes)
     if field is not None:
