@@ -34,7 +34,7 @@ def parquet_column(column: str) -> Splitter:
             with pyarrow.parquet.ParquetFile(path) as file:
                 _check_column(path, column, file.schema_arrow)
                 yield from _rows(path, column, file.iter_batches(ROWS_AT_ONCE, columns=[column]))
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise ConfigError(f"{path}: expected a Parquet file, found: {_in_a_line(error)}") from error
 
     return split
@@ -62,7 +62,7 @@ def dataset_column(paths: Iterable[Path], column: str) -> Iterator[bytes]:
                         batches = opened = pyarrow.ipc.open_stream(file)
                     _check_column(path, column, opened.schema)
                     yield from _rows(path, column, batches)
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise ConfigError(f"{path}: expected Arrow record batches, found: {_in_a_line(error)}") from error
 
 

@@ -88,7 +88,7 @@ def test_what_is_no_saved_split_is_named(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_damaged_file_is_refused_by_name_or_read_as_it_is(
     tmp_path_factory: pytest.TempPathFactory, at: int, flip: int
 ) -> None:
