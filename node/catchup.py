@@ -2,7 +2,8 @@
 
 A peer answers with consecutive ledger blocks from the height asked for. Their headers must chain from our head to a
 certified one, whose certificate is checked once for the chunk; then every event is checked and every block
-applied exactly as in the live round. So whatever a peer sends, each answer that is taken brings the log further.
+applied exactly as in the live round (``chunk``). So whatever a peer sends, each answer that is taken brings the log
+further.
 A peer that sends anything else, or nothing, or is slow, is asked no more this time and after all others later.
 
 The same file serves: blocks, events, proposals, as others ask.
@@ -11,18 +12,17 @@ The same file serves: blocks, events, proposals, as others ask.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import trio
 
-from consensus.block import Body, Header, check_body, decode_header
-from consensus.certificate import Certificate, verify_certificate
+from consensus.block import Header, decode_header
 from consensus.codec import decode, encode
-from consensus.event import CheckedEvent, check_event
-from consensus.identifiers import ChainId, Digest, MemberId
-from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
+from consensus.event import CheckedEvent
+from consensus.identifiers import MemberId
+from consensus.rejection import Rejected, Unavailable
+from node.chunk import CertifiedInvalid, Chunk
 from node.epoch_end import Certified
-from node.ledger import MAX_BODY_BYTES, MAX_CERTIFICATE_BYTES, Finalized, Ledger
+from node.ledger import MAX_CERTIFICATE_BYTES, Finalized, Ledger
 from node.messages import (
     ANSWER_TARGET_BYTES,
     MAX_ANSWER_BYTES,
@@ -43,8 +43,12 @@ SLOW_SECONDS = 2.0
 EVENTS_BETWEEN_PAUSES = 64
 
 
-def serve_blocks(ledger: Ledger, request: GetBlocks) -> Blocks:
-    """Finalized ledger blocks of one epoch from a height on, ending with a certified one where that fits."""
+def serve_blocks(ledger: Ledger, request: GetBlocks, target_bytes: int | None = None) -> Blocks:
+    """Finalized ledger blocks of one epoch from a height on, ending with a certified one where that fits.
+
+    ``target_bytes`` is what the answer aims at, ``ANSWER_TARGET_BYTES`` by default.
+    """
+    target_bytes = ANSWER_TARGET_BYTES if target_bytes is None else target_bytes
     head_height = ledger.final.header.height
     records: list[BlockRecord] = []
     certified = epoch = 0
@@ -63,7 +67,7 @@ def serve_blocks(ledger: Ledger, request: GetBlocks) -> Blocks:
         size_bytes += record_bytes
         if ledger.store.certificate(height) is not None:
             certified = len(records)
-            if size_bytes >= ANSWER_TARGET_BYTES:
+            if size_bytes >= target_bytes:
                 break
         height += 1
     if certified:
@@ -89,26 +93,6 @@ def serve_events(held: Iterator[bytes]) -> Events:
             break
         found.append(encoded)
     return Events(tuple(found))
-
-
-def decode_chain(blocks: Blocks, first_height: int, chain_id: ChainId) -> list[Header]:
-    """The headers of an answer that has ledger blocks: from the height asked for on, each the parent of the next.
-
-    Raises:
-        Rejected: they are not; as ``decode_header``.
-    """
-    encoded = (*(record.header for record in blocks.blocks), *blocks.onward)
-    headers = [decode_header(header, chain_id) for header in encoded]
-    if headers[0].height != first_height:
-        raise Rejected(Reason.BAD_BLOCK, f"ledger block {headers[0].height}, asked for {first_height}")
-    for before, after in pairwise(headers):
-        if (after.parent, after.height) != (before.digest, before.height + 1):
-            raise Rejected(Reason.BAD_BLOCK, f"ledger block {after.height} does not follow the one before")
-    return headers
-
-
-class CertifiedInvalid(CountersignError):
-    """A quorum certified a ledger block that breaks the rules: nothing after it can be trusted."""
 
 
 class CatchUp:
@@ -240,57 +224,19 @@ class CatchUp:
         log.info("ledger blocks from %s: %s", peer.hex()[:16], why)
 
     async def _apply(self, blocks: Blocks, first_height: int, pending: list[Header]) -> None:
-        """Check and apply a chunk; ``pending`` are headers applied and not committed yet, for want of a certificate."""
-        ledger = self._ledger
-        headers, certificate = self._checked_chain(blocks, first_height)
-        ended_height = 0
-        await trio.to_thread.run_sync(verify_certificate, ledger.scheme, ledger.genesis.chain_id, certificate)
-        for header, record in zip(headers, blocks.blocks, strict=False):
-            pending.append(header)
-            if header.height <= ledger.final.header.height:
-                continue
-            body = decode(record.body, Body, MAX_BODY_BYTES)
-            check_body(header, body)
-            events = await self._checked_events(record)
-            if tuple(event.leaf_hash for event in events) != body.leaf_hashes:
-                raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
-            if header.height <= ledger.final.header.height:
-                continue
-            parent = ledger.state_of(Digest(header.parent))
-            if parent is None:
-                raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} does not follow our log")
-            try:
-                after = ledger.verify(parent, header, body, events)
-            except Rejected as error:
-                raise CertifiedInvalid(f"ledger block {header.height} is certified but invalid: {error}") from error
-            self.events_fetched += len(events)
-            self.blocks_fetched += 1
-            await trio.lowlevel.checkpoint()
-            if after.is_terminal:
-                ended_height = header.height
-                break
-        if ended_height or not blocks.onward:
-            carriers = [header for header in headers if ended_height and header.height > ended_height]
-            self._appended(ledger.commit([*pending, *carriers], certificate, ()))
-            pending.clear()
-
-    def _checked_chain(self, blocks: Blocks, first_height: int) -> tuple[list[Header], Certificate]:
-        """The headers, each the parent of the next, and the certificate of the last; its signature is unchecked."""
-        headers = decode_chain(blocks, first_height, self._ledger.genesis.chain_id)
-        certificate = decode(blocks.certificate, Certificate, MAX_CERTIFICATE_BYTES)
-        if certificate.block != headers[-1].digest or certificate.view != headers[-1].view:
-            raise Rejected(Reason.BAD_CERTIFICATE, "the certificate is not the last ledger block's")
-        if (
-            self._ledger.state_of(Digest(headers[0].parent)) is None
-            and headers[0].height > self._ledger.final.header.height
-        ):
-            raise Rejected(Reason.BAD_BLOCK, f"ledger block {headers[0].height} does not follow our log")
-        return headers, certificate
-
-    async def _checked_events(self, record: BlockRecord) -> list[CheckedEvent]:
-        events: list[CheckedEvent] = []
-        for number, encoded in enumerate(record.events):
-            events.append(check_event(encoded, self._ledger.committee))
-            if number % EVENTS_BETWEEN_PAUSES == EVENTS_BETWEEN_PAUSES - 1:
+        """Check and apply a chunk; ``pending`` is as in ``Chunk``."""
+        chunk = Chunk(self._ledger, blocks, first_height, pending)
+        await trio.to_thread.run_sync(chunk.check_certificate)
+        for header, record in chunk.lacking():
+            events: list[CheckedEvent] = []
+            for event in chunk.check_events(record):
+                events.append(event)
+                if len(events) % EVENTS_BETWEEN_PAUSES == 0:
+                    await trio.lowlevel.checkpoint()
+            if chunk.apply(header, record, events):
+                self.events_fetched += len(events)
+                self.blocks_fetched += 1
                 await trio.lowlevel.checkpoint()
-        return events
+        appended = chunk.commit()
+        if appended:
+            self._appended(appended)

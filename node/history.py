@@ -22,7 +22,7 @@ from consensus.event import CheckedEvent, Kind, check_unsigned, unpack
 from consensus.identifiers import Digest, Height, MemberId
 from consensus.merkle import Frontier, Node
 from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
-from node.catchup import decode_chain
+from node.chunk import decode_chain
 from node.epoch_end import Certified
 from node.ledger import MAX_BODY_BYTES, Ledger, entry_writes
 from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks

@@ -54,7 +54,8 @@ from consensus.vote import (
     check_stalled,
     check_vote,
 )
-from node.catchup import CatchUp, CertifiedInvalid, serve_blocks, serve_events
+from node.catchup import CatchUp, serve_blocks, serve_events
+from node.chunk import CertifiedInvalid
 from node.clock import Clock
 from node.evidence import EvidenceDesk
 from node.history import HistoryFill

@@ -1,0 +1,120 @@
+"""One answer of a peer that has ledger blocks we lack: checked and applied, a step at a time, nothing believed.
+
+The steps, in order: the headers chain from our log to the one the certificate names; a quorum certified that one; each
+ledger block's events are checked and are its body's; it applies on its parent; what the certificate makes final is
+committed. Where to pause between steps, and whom to ask next, is left to ``catchup``.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from consensus.block import Body, Header, check_body, decode_header
+from consensus.certificate import Certificate, verify_certificate
+from consensus.codec import decode
+from consensus.event import CheckedEvent, check_event
+from consensus.identifiers import ChainId, Digest
+from consensus.rejection import CountersignError, Reason, Rejected
+from node.ledger import MAX_BODY_BYTES, MAX_CERTIFICATE_BYTES, Finalized, Ledger
+from node.messages import BlockRecord, Blocks
+
+
+class CertifiedInvalid(CountersignError):
+    """A quorum certified a ledger block that breaks the rules: nothing after it can be trusted."""
+
+
+def decode_chain(blocks: Blocks, first_height: int, chain_id: ChainId) -> list[Header]:
+    """The headers of an answer that has ledger blocks: from the height asked for on, each the parent of the next.
+
+    Raises:
+        Rejected: they are not; as ``decode_header``.
+    """
+    encoded = (*(record.header for record in blocks.blocks), *blocks.onward)
+    headers = [decode_header(header, chain_id) for header in encoded]
+    if headers[0].height != first_height:
+        raise Rejected(Reason.BAD_BLOCK, f"ledger block {headers[0].height}, asked for {first_height}")
+    for before, after in pairwise(headers):
+        if (after.parent, after.height) != (before.digest, before.height + 1):
+            raise Rejected(Reason.BAD_BLOCK, f"ledger block {after.height} does not follow the one before")
+    return headers
+
+
+class Chunk:
+    """An answer with ledger blocks, on its way into the log."""
+
+    def __init__(self, ledger: Ledger, blocks: Blocks, first_height: int, pending: list[Header]) -> None:
+        """``pending`` are headers applied and not committed yet, for want of a certificate; it is added to and cleared.
+
+        Raises:
+            Rejected: the headers do not chain from our log to the certificate's; its signature is unchecked.
+        """
+        self._ledger = ledger
+        self._blocks = blocks
+        self._pending = pending
+        self._ended_height = 0
+        self._headers = decode_chain(blocks, first_height, ledger.genesis.chain_id)
+        self._certificate = decode(blocks.certificate, Certificate, MAX_CERTIFICATE_BYTES)
+        first, last = self._headers[0], self._headers[-1]
+        if self._certificate.block != last.digest or self._certificate.view != last.view:
+            raise Rejected(Reason.BAD_CERTIFICATE, "the certificate is not the last ledger block's")
+        if first.height > ledger.final.header.height and ledger.state_of(Digest(first.parent)) is None:
+            raise Rejected(Reason.BAD_BLOCK, f"ledger block {first.height} does not follow our log")
+
+    def check_certificate(self) -> None:
+        """A quorum certified the last header: the slow part, fit for a thread.
+
+        Raises:
+            Rejected: as ``verify_certificate``.
+        """
+        verify_certificate(self._ledger.scheme, self._ledger.genesis.chain_id, self._certificate)
+
+    def lacking(self) -> Iterator[tuple[Header, BlockRecord]]:
+        """The ledger blocks to apply, oldest first, up to the end of an epoch; none that is on the log already."""
+        for header, record in zip(self._headers, self._blocks.blocks, strict=False):
+            if self._ended_height:
+                return
+            self._pending.append(header)
+            if header.height > self._ledger.final.header.height:
+                yield header, record
+
+    def check_events(self, record: BlockRecord) -> Iterator[CheckedEvent]:
+        """The events of a ledger block, each once it is checked.
+
+        Raises:
+            Rejected: as ``check_event``.
+        """
+        for encoded in record.events:
+            yield check_event(encoded, self._ledger.committee)
+
+    def apply(self, header: Header, record: BlockRecord, events: list[CheckedEvent]) -> bool:
+        """Keep a ledger block as a branch; False if it is on the log meanwhile.
+
+        Raises:
+            Rejected: body or events are not the header's; it does not follow our log.
+            CertifiedInvalid: a quorum broke the rules.
+        """
+        ledger = self._ledger
+        body = decode(record.body, Body, MAX_BODY_BYTES)
+        check_body(header, body)
+        if tuple(event.leaf_hash for event in events) != body.leaf_hashes:
+            raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
+        if header.height <= ledger.final.header.height:
+            return False
+        parent = ledger.state_of(Digest(header.parent))
+        if parent is None:
+            raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} does not follow our log")
+        try:
+            after = ledger.verify(parent, header, body, events)
+        except Rejected as error:
+            raise CertifiedInvalid(f"ledger block {header.height} is certified but invalid: {error}") from error
+        if after.is_terminal:
+            self._ended_height = header.height
+        return True
+
+    def commit(self) -> tuple[Finalized, ...]:
+        """Append what the certificate makes final; nothing while that is not all here yet."""
+        if self._blocks.onward and not self._ended_height:
+            return ()
+        carriers = [header for header in self._headers if self._ended_height and header.height > self._ended_height]
+        appended = self._ledger.commit([*self._pending, *carriers], self._certificate, ())
+        self._pending.clear()
+        return appended
