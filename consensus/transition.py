@@ -100,7 +100,7 @@ def build(
     changes = StateView(parent.state)
     size_bytes = 0
     parent_view = _parent_view(parent, committee)
-    for event in candidates if _takes_events(parent, committee) else ():
+    for event in candidates if takes_events(parent, committee) else ():
         event_bytes = len(event.entry_bytes) + len(event.portions_bytes)
         if len(admitted) >= min(max_events, MAX_BLOCK_EVENTS) or size_bytes + event_bytes > max_bytes:
             break
@@ -152,7 +152,7 @@ def apply(
     _check_place(parent, header, committee)
     if tuple(event.leaf_hash for event in events) != body.leaf_hashes:
         raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
-    if events and not _takes_events(parent, committee):
+    if events and not takes_events(parent, committee):
         raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} has events after its epoch's last")
     if any(event.entry.kind is Kind.MEMBERSHIP for event in events[:-1]):
         raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} has events after a membership event")
@@ -173,6 +173,11 @@ def apply(
 def is_final(refusal: Rejected) -> bool:
     """Whether an event refused for this reason can never be admitted later."""
     return refusal.reason not in RETRYABLE
+
+
+def takes_events(parent: LedgerState, committee: Committee) -> bool:
+    """Whether a child of ``parent`` made by ``committee`` may have events: not if it is a carrier."""
+    return not (parent.ends_epoch and committee.epoch == parent.header.epoch)
 
 
 def _tree_nodes(parent: LedgerState, body: Body, interior: Sequence[Node]) -> tuple[Node, ...]:
@@ -212,8 +217,3 @@ def _parent_view(parent: LedgerState, committee: Committee) -> int:
             f" {parent.header.epoch}",
         )
     return 0
-
-
-def _takes_events(parent: LedgerState, committee: Committee) -> bool:
-    """Whether a child of ``parent`` made by ``committee`` may have events: not if it is a carrier."""
-    return not (parent.ends_epoch and committee.epoch == parent.header.epoch)

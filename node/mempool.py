@@ -141,9 +141,9 @@ class Mempool:
                 yield waiting.event
 
     def urgent_before(self, since_ms: int) -> list[CheckedEvent]:
-        """Urgent events that came before ``since_ms``."""
-        held = (self._waiting[leaf] for leaf in sorted(self._urgent))
-        return [waiting.event for waiting in held if waiting.since_ms < since_ms]
+        """Urgent events that came before ``since_ms``, in order of arrival."""
+        held = [waiting for leaf in self._urgent if (waiting := self._waiting[leaf]).since_ms < since_ms]
+        return [waiting.event for waiting in sorted(held, key=lambda one: (one.since_ms, one.event.leaf_hash))]
 
     def to_settle(self, since_ms: int, now_ms: int, most: int) -> list[CheckedEvent]:
         """At most ``most`` events that have waited since ``since_ms`` or before without being given here.

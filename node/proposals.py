@@ -2,13 +2,18 @@
 
 A proposal lists its events by leaf hash; they came by gossip before it, or are asked for. Whether it is valid is
 ``transition.apply``'s to say. What depends on this voter's own clock is said here, and never makes a ledger block
-invalid: a timestamp too far from ours, more than the network's limits, or a branch that omits an urgent event we
+invalid: a timestamp too far from ours, more than the network's limits, or a ledger block that omits an urgent event we
 have held for ``censorship_ms``, is refused our vote.
+
+An event is omitted only if the leader could have appended it: it is admissible after the parent and after the ledger
+block itself, the parent takes events at all, and there was room. A full ledger block is excused if all of it is urgent
+and we have held all of it for half as long; leaders therefore put first, oldest first, what they have held so long.
+Without these exceptions what has waited through a long partition would be refused in every order and at every size.
 """
 
 import logging
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 import trio
 
@@ -21,7 +26,7 @@ from consensus.event import CheckedEvent, check_event, pack_parts
 from consensus.identifiers import Digest, MemberId
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import StateView
-from consensus.transition import LedgerState, build, is_final
+from consensus.transition import LedgerState, build, is_final, takes_events
 from consensus.vote import Proposal, check_proposal, sign_proposal
 from node.clock import Clock
 from node.intake import Intake
@@ -107,18 +112,16 @@ class Proposals:
         parent = self._ledger.state_of(effect.parent.digest)
         if parent is None:
             return None
-        in_flight = self._in_flight(parent)
-        candidates = (
-            event
-            for event in self._mempool.candidates()
-            if event.leaf_hash not in in_flight and event.leaf_hash not in self._blocked
-        )
+        timestamp_ms = max(self._clock.now_ms(), parent.header.timestamp_ms)
+        pressing = self._pressing(parent, timestamp_ms, self._parameters.censorship_ms // 2)
+        passed_over = self._in_flight(parent) | self._blocked | {event.leaf_hash for event in pressing}
+        candidates = (event for event in self._mempool.candidates() if event.leaf_hash not in passed_over)
         built = build(
             parent,
-            islice(candidates, TRIED_PER_EVENT * self._parameters.max_block_events),
+            chain(pressing, islice(candidates, TRIED_PER_EVENT * self._parameters.max_block_events)),
             view=effect.view,
             leader=keys.member,
-            timestamp_ms=self._clock.now_ms(),
+            timestamp_ms=timestamp_ms,
             committee=self._ledger.committee,
             max_events=self._parameters.max_block_events,
             max_bytes=MAX_BLOCK_BYTES,
@@ -169,8 +172,10 @@ class Proposals:
         """Whether a checked proposal may have our vote; its branch is kept if it is valid."""
         leaves = [Digest(leaf) for leaf in proposal.body.leaf_hashes]
         events = await self._gather(leaves, sources)
-        if events is None:
-            return Verdict.MISSING
+        return Verdict.MISSING if events is None else self.judge(proposal, header, events)
+
+    def judge(self, proposal: Proposal, header: Header, events: list[CheckedEvent]) -> Verdict:
+        """``verdict`` with the ledger block's events in hand, in order."""
         parent = self._ledger.state_of(Digest(header.parent))
         if parent is None:
             return Verdict.MISSING
@@ -190,28 +195,53 @@ class Proposals:
                 "ledger block of view %d has timestamp %d ms, too far from ours", header.view, header.timestamp_ms
             )
             return Verdict.REFUSED
-        if self._censored(header):
+        if self._censored(parent, header, events, size_bytes):
             return Verdict.REFUSED
         return Verdict.VALID
 
-    def _censored(self, header: Header) -> bool:
-        """Whether the branch omits an urgent event we have held too long and that it could append."""
-        urgent = self._mempool.urgent_before(self._clock.monotonic_ms() - self._parameters.censorship_ms)
-        if not urgent:
+    def _pressing(self, parent: LedgerState, timestamp_ms: int, held_ms: int) -> list[CheckedEvent]:
+        """Urgent events held for ``held_ms`` that a child of ``parent`` could append, in order of arrival."""
+        urgent = self._mempool.urgent_before(self._clock.monotonic_ms() - held_ms)
+        if not urgent or not takes_events(parent, self._ledger.committee):
+            return []
+        in_flight = self._in_flight(parent)
+        return [
+            event
+            for event in urgent
+            if event.leaf_hash not in in_flight and self._is_admissible(parent, event, timestamp_ms)
+        ]
+
+    def _is_admissible(self, state: LedgerState, event: CheckedEvent, timestamp_ms: int) -> bool:
+        try:
+            admit(StateView(state.state), event, timestamp_ms, self._ledger.committee)
+        except Rejected:
             return False
-        state = self._ledger.state_of(header.digest)
-        assert state is not None
-        in_flight = self._in_flight(state)
-        for event in urgent:
-            if event.leaf_hash in in_flight:
+        return True
+
+    def _censored(self, parent: LedgerState, header: Header, events: list[CheckedEvent], size_bytes: int) -> bool:
+        """Whether a ledger block omits an urgent event we have held too long and that it could append."""
+        listed = {event.leaf_hash for event in events}
+        after = self._ledger.state_of(header.digest)
+        assert after is not None
+        for event in self._pressing(parent, header.timestamp_ms, self._parameters.censorship_ms):
+            if event.leaf_hash in listed or not self._is_admissible(after, event, header.timestamp_ms):
                 continue
-            try:
-                admit(StateView(state.state), event, header.timestamp_ms, self._ledger.committee)
-            except Rejected:
-                continue
+            if self._is_full(events, size_bytes) and self._have_pressed(events):
+                return False
             log.warning("ledger block of view %d omits %s %s", header.view, event.entry.kind.value, event.id.hex())
             return True
         return False
+
+    def _is_full(self, events: list[CheckedEvent], size_bytes: int) -> bool:
+        """Whether an event of any size that is taken may have found no room."""
+        limits = self._parameters
+        return len(events) >= limits.max_block_events or size_bytes + limits.max_event_bytes > MAX_BLOCK_BYTES
+
+    def _have_pressed(self, events: list[CheckedEvent]) -> bool:
+        """Whether there are events, all urgent, and each would be put first by us, too."""
+        since_ms = self._clock.monotonic_ms() - self._parameters.censorship_ms // 2
+        held = {event.leaf_hash for event in self._mempool.urgent_before(since_ms)}
+        return bool(events) and held.issuperset(event.leaf_hash for event in events)
 
     async def _gather(self, leaves: list[Digest], sources: Iterable[MemberId]) -> list[CheckedEvent] | None:
         """The events by leaf hash: from the pool, from gossip still under way, then from peers."""

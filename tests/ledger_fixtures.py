@@ -28,7 +28,7 @@ from consensus.identifiers import Digest, MemberId, View, tagged_hash
 from consensus.identifiers import Tag as DomainTag
 from consensus.job_key import job_key_id
 from consensus.keys import SignatureScheme, Signer, signer_for
-from consensus.membership import BLS_THRESHOLD, Genesis, Membership
+from consensus.membership import BLS_THRESHOLD, Genesis, Membership, Parameters
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.participant import MemberSecrets
 from consensus.policy import maximum_profile, why_refused
@@ -99,9 +99,12 @@ class MemoryLedger:
         seed: int = 0,
         certificate_scheme: str = BLS_THRESHOLD,
         schemes: Mapping[str, SignatureScheme] | None = None,
+        parameters: Parameters | None = None,
     ) -> None:
         self.genesis: Genesis
-        self.genesis, self.secrets = make_genesis(counts or SMALLEST, seed, certificate_scheme, schemes=schemes)
+        self.genesis, self.secrets = make_genesis(
+            counts or SMALLEST, seed, certificate_scheme, schemes=schemes, parameters=parameters
+        )
         self.scheme = scheme_for(self.genesis)
         self.committee = self.scheme.committee
         self.ids = {member.name: member.id for member in self.genesis.members}

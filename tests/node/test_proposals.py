@@ -1,0 +1,208 @@
+"""What goes into a ledger block and what gets a vote: urgent events that have waited long stop no log."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from epoch_fixtures import change_event, next_membership
+from ledger_fixtures import LIBRARIAN, MemoryLedger
+
+from consensus.block import Header, decode_header
+from consensus.branches import Verdict
+from consensus.effect import RequestProposal
+from consensus.event import CheckedEvent
+from consensus.identifiers import Digest, MemberId, View
+from consensus.membership import ED25519_LIST, Parameters
+from consensus.rejection import Rejected
+from consensus.vote import Proposal
+from node.intake import Intake
+from node.ledger import Ledger
+from node.mempool import Mempool
+from node.proposals import Proposals
+from node.store import Store
+from node.voter import VotingKeys
+
+CENSORSHIP_MS = 10_000
+LONG_AGO_MS, LATELY_MS, NOW_MS = 0, 50_000, 50_500
+
+
+class Clock:
+    """Stands still."""
+
+    def __init__(self, unix_ms: int) -> None:
+        self._unix_ms = unix_ms
+
+    def now_ms(self) -> int:
+        return self._unix_ms
+
+    def monotonic_ms(self) -> int:
+        return NOW_MS
+
+
+class NoNetwork:
+    """Nothing is asked of it here."""
+
+    def complain(self, member: MemberId, why: Rejected) -> None:
+        raise AssertionError(why)
+
+
+class Desk:
+    """One member's proposals over a log of its own."""
+
+    def __init__(self, memory: MemoryLedger, directory: Path) -> None:
+        self.memory = memory
+        self.ledger = Ledger(Store.open(directory, memory.chain_id, create=True), memory.genesis)
+        self.mempool = Mempool(1_000, 1 << 24)
+        clock, network = Clock(memory.genesis.created_ms + NOW_MS), NoNetwork()
+        intake = Intake(self.ledger, self.mempool, network, clock, 1 << 20)  # type: ignore[arg-type]
+        self.proposals = Proposals(self.ledger, network, self.mempool, intake, clock)  # type: ignore[arg-type]
+
+    def hold(self, since_ms: int, *events: CheckedEvent) -> "Desk":
+        for event in events:
+            self.mempool.add(event, since_ms)
+        return self
+
+    def propose(self, view: int = 1, parent: Header | None = None) -> tuple[Proposal, tuple[CheckedEvent, ...]]:
+        """The leader's ledger block, whoever that is."""
+        leader = self.ledger.committee.leader(View(view))
+        secrets = self.memory.secrets[leader.name]
+        keys = VotingKeys(leader.id, secrets.identity, secrets.identity)
+        made = self.proposals.build(RequestProposal(View(view), parent or self.ledger.final.header), keys)
+        assert made is not None
+        return made, self.ledger.overlays[made.digest].events
+
+    def judge(self, made: tuple[Proposal, tuple[CheckedEvent, ...]]) -> Verdict:
+        proposal, events = made
+        return self.proposals.judge(proposal, decode_header(proposal.header, self.memory.chain_id), list(events))
+
+
+@pytest.fixture
+def memory() -> MemoryLedger:
+    parameters = Parameters(max_block_events=3, censorship_ms=CENSORSHIP_MS)
+    return MemoryLedger(certificate_scheme=ED25519_LIST, parameters=parameters)
+
+
+@pytest.fixture
+def desks(memory: MemoryLedger, tmp_path: Path) -> Iterator[tuple[Desk, Desk]]:
+    """A leader's and a voter's."""
+    both = Desk(memory, tmp_path / "leader"), Desk(memory, tmp_path / "voter")
+    yield both
+    for desk in both:
+        desk.ledger.store.close()
+
+
+def policies(memory: MemoryLedger, count: int) -> list[CheckedEvent]:
+    return [memory.policy(name=f"policy {number}") for number in range(count)]
+
+
+def test_ledger_block_that_omits_what_it_could_append_is_refused(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    leader, voter = desks
+    (omitted,) = policies(memory, 1)
+    made = leader.hold(LATELY_MS, memory.source(LIBRARIAN, "instead")).propose()
+    assert voter.hold(LATELY_MS, omitted).judge(made) is Verdict.VALID
+    voter.mempool.remove(omitted.leaf_hash)
+    assert voter.hold(LONG_AGO_MS, omitted).judge(made) is Verdict.REFUSED
+
+
+def test_revocation_that_waited_with_its_source_gets_in_one_ledger_block_later(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    """Urgent events are tried first, so the revocation finds no source yet: no leader could do otherwise."""
+    source = memory.source(LIBRARIAN, "waited")
+    revocation = memory.revocation(LIBRARIAN, source.id)
+    for desk in desks:
+        desk.hold(LONG_AGO_MS, source, revocation)
+    leader, voter = desks
+    first = leader.propose()
+    assert first[1] == (source,)
+    assert voter.judge(first) is Verdict.VALID
+    second = leader.propose(2, decode_header(first[0].header, memory.chain_id))
+    assert second[1] == (revocation,), "though it was refused before and nothing has been appended since"
+    assert voter.judge(second) is Verdict.VALID
+
+
+def test_more_urgent_events_than_a_ledger_block_holds_are_appended_oldest_first(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    waited = policies(memory, 7)
+    leader, voter = desks
+    for number, event in enumerate(waited):
+        leader.hold(number, event)
+        voter.hold(7 - number, event)  # which heard of them the other way round
+    first = leader.propose()
+    assert list(first[1]) == waited[:3]
+    assert voter.judge(first) is Verdict.VALID
+    second = leader.propose(2, decode_header(first[0].header, memory.chain_id))
+    assert list(second[1]) == waited[3:6]
+    assert voter.judge(second) is Verdict.VALID
+
+
+def test_full_ledger_block_of_newer_or_less_urgent_events_excuses_no_omission(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    omitted, *newer = policies(memory, 4)
+    leader, voter = desks
+    made = leader.hold(LATELY_MS, *newer).propose()
+    assert len(made[1]) == 3
+    assert voter.hold(LONG_AGO_MS, omitted).hold(LATELY_MS, *newer).judge(made) is Verdict.REFUSED
+    sources = [memory.source(LIBRARIAN, f"source {number}") for number in range(3)]
+    for event in newer:
+        leader.mempool.remove(event.leaf_hash)
+    made = leader.hold(LONG_AGO_MS, *sources).propose()
+    assert voter.hold(LONG_AGO_MS, *sources).judge(made) is Verdict.REFUSED
+
+
+def test_ledger_block_that_is_not_full_excuses_no_omission(memory: MemoryLedger, desks: tuple[Desk, Desk]) -> None:
+    omitted, *others = policies(memory, 3)
+    leader, voter = desks
+    made = leader.hold(LONG_AGO_MS, *others).propose()
+    assert voter.hold(LONG_AGO_MS, omitted, *others).judge(made) is Verdict.REFUSED
+    empty = leader.propose(2, decode_header(made[0].header, memory.chain_id))
+    assert empty[1] == ()
+    assert voter.judge(empty) is Verdict.REFUSED
+
+
+def test_of_two_urgent_events_that_exclude_each_other_one_is_enough(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    source = memory.source(LIBRARIAN, "revoked twice")
+    memory.seal(source)
+    leader, voter = desks
+    for desk in desks:
+        desk.hold(LATELY_MS, source)
+    first = leader.propose()
+    assert voter.judge(first) is Verdict.VALID
+    revocations = [memory.revocation(LIBRARIAN, source.id) for _ in range(2)]
+    for desk in desks:
+        desk.hold(LONG_AGO_MS, *revocations)
+    second = leader.propose(2, decode_header(first[0].header, memory.chain_id))
+    assert len(second[1]) == 1
+    assert voter.judge(second) is Verdict.VALID
+
+
+def test_carrier_may_have_a_vote_though_urgent_events_wait(memory: MemoryLedger, desks: tuple[Desk, Desk]) -> None:
+    """It must be empty: were it refused for that, an epoch whose last ledger block needs it would never end."""
+    membership, _ = next_membership(memory.genesis, memory.committee, memory.secrets, add={"late": "operator"})
+    change = change_event(memory, membership)
+    leader, voter = desks
+    for desk in desks:
+        desk.hold(LATELY_MS, change)
+    terminal = leader.propose()
+    assert terminal[1] == (change,)
+    assert voter.judge(terminal) is Verdict.VALID
+    for desk in desks:
+        desk.hold(LONG_AGO_MS, *policies(memory, 1))
+    carrier = leader.propose(2, decode_header(terminal[0].header, memory.chain_id))
+    assert carrier[1] == ()
+    assert voter.judge(carrier) is Verdict.VALID
+
+
+def test_urgent_events_are_told_in_order_of_arrival(memory: MemoryLedger) -> None:
+    mempool = Mempool(10, 1 << 20)
+    events = policies(memory, 4)
+    for since_ms, event in zip((3, 1, 4, 2), events, strict=True):
+        mempool.add(event, since_ms)
+    assert mempool.urgent_before(4) == [events[1], events[3], events[0]]
+    assert [Digest(event.leaf_hash) for event in mempool.urgent_before(1)] == []
