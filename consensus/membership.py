@@ -22,6 +22,7 @@ generation is left to ``key_generation``, certificates to ``certificate``, the c
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -264,8 +265,9 @@ class Committee:
         )
 
 
+@lru_cache(maxsize=4 * MAX_MEMBERS)
 def member_id(scheme: int, identity_key: bytes) -> MemberId:
-    """Id of the member who holds ``identity_key``."""
+    """Id of the member who holds ``identity_key``; cached, since every message asks for its sender's."""
     return MemberId(tagged_hash(Tag.MEMBER, bytes([scheme]), identity_key))
 
 
