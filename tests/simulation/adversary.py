@@ -27,9 +27,11 @@ class Adversary:
 
     def __init__(self, simulation: "Simulation") -> None:
         self.simulation = simulation
-        self.votes: dict[tuple[VoteKind, int, bytes], dict[bytes, Vote]] = {}
+        self.votes: dict[tuple[VoteKind, int, int, bytes], dict[bytes, Vote]] = {}
+        self.committee = simulation.committee
+        """The members of the epoch it acts in now."""
         self.view = 1
-        self.proposed: dict[int, int] = {}
+        self.proposed: dict[tuple[int, int], int] = {}
         chance = simulation.random
         self.moves = [self.notarize] * chance.randint(1, 3) + [self.certify] * chance.randint(1, 3)
         self.moves += [self.nullify] * chance.randint(0, 2) + [self.finalize] * chance.randint(0, 2)
@@ -37,15 +39,16 @@ class Adversary:
 
     def hear(self, message: Message) -> None:
         if isinstance(message, Vote):
-            self.votes.setdefault((message.kind, message.view, message.block), {})[message.voter] = message
-            self.view = max(self.view, message.view)
+            key = (message.kind, message.epoch, message.view, message.block)
+            self.votes.setdefault(key, {})[message.voter] = message
 
     def act(self) -> None:
         simulation = self.simulation
         chance = simulation.random
         engines = [node.engine for node in simulation.nodes.values() if node.engine is not None]
         if engines:
-            self.view = chance.choice(engines).view
+            engine = chance.choice(engines)
+            self.view, self.committee = engine.view, engine.committee
             self.propose()
             for _ in range(self.moves_at_once):
                 chance.choice(self.moves)()
@@ -53,11 +56,15 @@ class Adversary:
 
     def propose(self) -> None:
         """Up to two proposals on likely and unlikely parents, each to some."""
-        simulation = self.simulation
-        leader = simulation.committee.leader(View(self.view)).id
-        if leader not in simulation.traitors or self.proposed.get(self.view, 0) >= 2:
+        leader, place = self.committee.leader(View(self.view)).id, (self.committee.epoch, self.view)
+        if leader not in self.simulation.traitors or self.proposed.get(place, 0) >= 2:
             return
-        self.proposed[self.view] = self.proposed.get(self.view, 0) + 1
+        self.proposed[place] = self.proposed.get(place, 0) + 1
+        self.tell([self.proposal(leader)])
+
+    def proposal(self, leader: MemberId) -> Proposal:
+        """One that says of itself whether it is invalid or pushed."""
+        simulation = self.simulation
         parents = [header for header in simulation.headers.values() if header.view < self.view]
         parents.sort(key=lambda header: header.view)
         parent = simulation.random.choice(parents[-3:])
@@ -66,22 +73,24 @@ class Adversary:
             simulation.invalid.add(proposal.digest)
         if simulation.plan.pushed and simulation.random.random() < simulation.plan.pushed:
             simulation.pushed.add(proposal.digest)
-        self.tell([proposal])
+        return proposal
 
     def _some_block(self) -> tuple[View, Digest] | None:
         simulation = self.simulation
         recent = [
             (View(header.view), digest)
             for digest, header in simulation.headers.items()
-            if header.view >= max(1, self.view - 2)
+            if header.view >= max(1, self.view - 2) and header.epoch == self.committee.epoch
         ]
         return simulation.random.choice(recent) if recent else None
 
     def _cast(self, kind: VoteKind, view: View, block: Digest) -> list[Vote]:
         votes = []
-        for traitor in sorted(self.simulation.traitors):
-            vote = self.simulation.cryptography.vote(traitor, kind, view, block)
-            self.votes.setdefault((kind, view, block), {})[traitor] = vote
+        epoch = self.committee.epoch
+        cryptography = self.simulation.cryptography_of(epoch)
+        for traitor in sorted(self.simulation.traitors & {voter.id for voter in self.committee.voters}):
+            vote = cryptography.vote(traitor, kind, view, block)
+            self.votes.setdefault((kind, epoch, view, block), {})[traitor] = vote
             votes.append(vote)
         return votes
 
@@ -103,12 +112,15 @@ class Adversary:
         possible = [
             key
             for key, votes in self.votes.items()
-            if key[1] >= self.view - 2 and simulation.committee.has_quorum(MemberId(one) for one in votes)
+            if key[1] == self.committee.epoch
+            and key[2] >= self.view - 2
+            and self.committee.has_quorum(MemberId(one) for one in votes)
         ]
         if not possible:
             return
-        kind, view, block = simulation.random.choice(possible)
-        found = self.votes[kind, view, block]
+        key = simulation.random.choice(possible)
+        kind, _, view, block = key
+        found = self.votes[key]
         votes = tuple(found[voter] for voter in sorted(found))
         if kind == VoteKind.NOTARIZE:
             self.tell([Notarization(view=view, block=block, votes=votes)])

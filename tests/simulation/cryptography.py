@@ -17,7 +17,7 @@ from consensus.certificate_schemes import scheme_for
 from consensus.codec import encode
 from consensus.effect import Message
 from consensus.identifiers import Digest, MemberId, View
-from consensus.membership import Committee, Genesis
+from consensus.membership import Committee, Genesis, Membership
 from consensus.participant import MemberSecrets
 from consensus.rejection import Reason, Rejected
 from consensus.vote import (
@@ -101,24 +101,31 @@ class Names:
 
 
 class Keys:
-    """The real thing: identity signatures, shares, certificates; every message is checked."""
+    """The real thing: identity signatures, shares, certificates of one epoch; every message is checked, each once."""
 
-    def __init__(self, genesis: Genesis, secrets: Mapping[str, MemberSecrets]) -> None:
-        self._scheme = scheme_for(genesis)
+    def __init__(
+        self, genesis: Genesis, secrets: Mapping[str, MemberSecrets], membership: Membership | None = None
+    ) -> None:
+        self._scheme = scheme_for(genesis, membership)
         self.committee = self._scheme.committee
         self._secrets = {member.id: secrets[member.name] for member in self.committee.voters}
+        self._checked: dict[Message, Rejected | None] = {}
+
+    def secrets(self, voter: MemberId) -> MemberSecrets:
+        """What a voter holds."""
+        return self._secrets[voter]
 
     def vote(self, voter: MemberId, kind: VoteKind, view: View, block: Digest) -> Vote:
         secrets, share = self._secrets[voter], b""
         if kind == VoteKind.FINALIZE:
-            message = certificate_message(self.committee.chain_id, 0, view, block)
+            message = self._certificate_message(view, block)
             share = self._scheme.share(secrets.key_share or secrets.identity, message)
         return sign_vote(self.committee, voter, kind, view, block, share=share, sign=secrets.identity.sign)
 
     def forged_vote(self, voter: MemberId, view: View, block: Digest) -> Vote:
         """A valid identity signature over a share of another ledger block."""
         secrets = self._secrets[voter]
-        message = certificate_message(self.committee.chain_id, 0, view, Digest(hashlib.sha256(block).digest()))
+        message = self._certificate_message(view, Digest(hashlib.sha256(block).digest()))
         share = self._scheme.share(secrets.key_share or secrets.identity, message)
         sign = secrets.identity.sign
         return sign_vote(self.committee, voter, VoteKind.FINALIZE, view, block, share=share, sign=sign)
@@ -126,7 +133,22 @@ class Keys:
     def proposal(self, header: Header, body: Body) -> Proposal:
         return sign_proposal(header, body, self._secrets[MemberId(header.leader)].identity.sign)
 
+    def _certificate_message(self, view: View, block: Digest) -> bytes:
+        return certificate_message(self.committee.chain_id, self.committee.epoch, view, block)
+
     def check(self, message: Message) -> None:
+        """What a message is worth does not depend on who asks: whoever is second is told what the first found."""
+        if message not in self._checked:
+            self._checked[message] = None
+            try:
+                self._check(message)
+            except Rejected as refusal:
+                self._checked[message] = refusal
+        refusal = self._checked[message]
+        if refusal is not None:
+            raise Rejected(refusal.reason, refusal.detail)
+
+    def _check(self, message: Message) -> None:
         match message:
             case Vote():
                 check_vote(message, self.committee)
@@ -142,6 +164,8 @@ class Keys:
                 check_stalled(message, self.committee)
 
     def combine(self, view: View, block: Digest, votes: tuple[Vote, ...]) -> Certificate:
-        message = certificate_message(self.committee.chain_id, 0, view, block)
+        message = self._certificate_message(view, block)
         payload = self._scheme.combine(message, {MemberId(vote.voter): vote.share for vote in votes})
-        return Certificate(scheme=self._scheme.name, view=view, block=block, epoch=0, signature=payload)
+        return Certificate(
+            scheme=self._scheme.name, view=view, block=block, epoch=self.committee.epoch, signature=payload
+        )

@@ -3,19 +3,50 @@
 import concurrent.futures
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from typing import Any, TypeVar
 
-from simulation.simulator import Plan, Simulation
+from simulation.host import Node
+from simulation.plan import Plan
+from simulation.simulator import Simulation
+
+P = TypeVar("P", bound=Plan)
+J = TypeVar("J", bound="Outcome")
+
+
+CORES = len(os.sched_getaffinity(0))
+
+SEEDS = os.environ.get("COUNTERSIGN_SIMULATION_SEEDS")
+
+CHAOS: dict[str, Any] = {"loss": 0.15, "duplication": 0.1, "crash": 0.002, "partition_every_ms": 400, "heal_ms": 4_000}
+
+BOUND_IN_DELAYS = 60
+"""What a correct member may wait for the next finalization after healing, in Δ.
+
+The timeout starts at 4 Δ and may have grown to its cap of 32 Δ; the first timeout of a view nullifies it,
+the second makes the voter ask what it lacks, and the leader after it may be silent: below two caps.
+"""
+
+
+def seeds(count: int) -> range:
+    """``COUNTERSIGN_SIMULATION_SEEDS`` replaces a plan's count, for long runs."""
+    return range(count if SEEDS is None else int(SEEDS))
 
 
 def worst_gap_ms(simulation: Simulation) -> int:
     """The longest any correct node waited between two finalizations after healing, up to the end."""
+    return longest_wait_ms(simulation, simulation.nodes.values(), simulation.plan.heal_ms)
+
+
+def longest_wait_ms(simulation: Simulation, nodes: Iterable[Node], from_ms: int) -> int:
+    """The longest any of ``nodes`` waited between two finalizations from ``from_ms`` up to the end."""
     gaps = [0]
-    for node in simulation.nodes.values():
-        times = [time for time in node.finalized_at if time >= simulation.plan.heal_ms]
-        marks = [simulation.plan.heal_ms, *times, simulation.plan.end_ms]
+    for node in nodes:
+        times = [time for time in node.finalized_at if time >= from_ms]
+        marks = [from_ms, *times, simulation.plan.end_ms]
         gaps.extend(after - before for before, after in pairwise(marks))
     return max(gaps)
 
@@ -38,9 +69,12 @@ def outcome(seed: int, plan: Plan) -> Outcome:
     return Outcome(seed, worst_gap_ms(simulation), behind)
 
 
-def outcomes(plan: Plan, seeds: Sequence[int]) -> Iterator[Outcome]:
+def outcomes(plan: P, seeds: Sequence[int], judged: Callable[[int, P], J] = outcome) -> Iterator[J]:  # type: ignore[assignment]
     """Every run of a plan, on all cores, in the order of seeds; raises what the first broken one raises."""
-    workers = len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        yield from pool.map(outcome, seeds, [plan] * len(seeds), chunksize=max(1, len(seeds) // (8 * workers)))
+    yield from _workers().map(judged, seeds, [plan] * len(seeds), chunksize=max(1, len(seeds) // (8 * CORES)))
+
+
+@cache
+def _workers() -> concurrent.futures.Executor:
+    """One for each core, for all tests of this process: they take longer to start than many a run."""
+    return concurrent.futures.ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn"))

@@ -8,7 +8,9 @@ on the same ones.
 from collections.abc import Iterable
 
 import pytest
-from simulation.simulator import DoubleVote, Fork, Halted, Plan, Simulation
+from simulation.failures import DoubleVote, Fork, Halted
+from simulation.plan import Plan
+from simulation.simulator import Simulation
 
 from consensus.effect import Message
 from consensus.engine import Engine

@@ -1,7 +1,4 @@
-"""No history forks and every history goes on, whatever the network, the hosts and the traitors do.
-
-``COUNTERSIGN_SIMULATION_SEEDS`` sets the seeds per plan for long runs.
-"""
+"""No history forks and every history goes on, whatever the network, the hosts and the traitors do."""
 
 import dataclasses
 import os
@@ -12,28 +9,14 @@ from pathlib import Path
 import pytest
 from consensus_fixtures import make_genesis
 from simulation.cryptography import Keys
-from simulation.outcomes import outcomes, worst_gap_ms
-from simulation.simulator import DELAY_MS, Fork, Plan, Simulation
+from simulation.failures import Fork
+from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, outcomes, seeds, worst_gap_ms
+from simulation.plan import DELAY_MS, Plan
+from simulation.simulator import Simulation
 
 from consensus.engine import LOOKAHEAD_VIEWS
 from consensus.evidence import EvidenceReport, convicted
 from consensus.membership import SCHEME_NEEDS
-
-SEEDS = os.environ.get("COUNTERSIGN_SIMULATION_SEEDS")
-
-CHAOS = {"loss": 0.15, "duplication": 0.1, "crash": 0.002, "partition_every_ms": 400, "heal_ms": 4_000}
-
-BOUND_IN_DELAYS = 60
-"""What a correct member may wait for the next finalization after healing, in Δ.
-
-The timeout starts at 4 Δ and may have grown to its cap of 32 Δ; the first timeout of a view nullifies it,
-the second makes the voter ask what it lacks, and the leader after it may be silent: below two caps.
-"""
-
-
-def seeds(count: int) -> range:
-    return range(count if SEEDS is None else int(SEEDS))
-
 
 LIVE = {
     "one member per role": (Plan(counts=(1, 1, 1), **CHAOS, end_ms=11_000), 200),
@@ -143,7 +126,8 @@ def test_same_seed_gives_the_same_trace() -> None:
 
 def test_same_seed_gives_the_same_trace_whatever_the_hash_seed() -> None:
     program = (
-        "from simulation.simulator import Plan, Simulation;"
+        "from simulation.plan import Plan;"
+        "from simulation.simulator import Simulation;"
         "plan = Plan(traitors=(1, 0, 1), slow=(0, 1, 0), loss=0.15, crash=0.002, heal_ms=3_000, end_ms=4_000);"
         "print(Simulation(7, plan).run().trace)"
     )

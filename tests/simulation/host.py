@@ -1,0 +1,281 @@
+"""A correct host: it carries out its engine's effects, and may die between any two."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from simulation.cryptography import Cryptography
+from simulation.failures import Fork, Halted
+from simulation.plan import DELAY_MS
+
+from consensus.block import Header
+from consensus.branches import Verdict
+from consensus.certificate import BadCertificateShares, Certificate
+from consensus.effect import (
+    Broadcast,
+    CastVote,
+    CombineFinalization,
+    Effect,
+    FetchBlock,
+    Finalized,
+    Halt,
+    Message,
+    NeedBlocks,
+    PublishEvidence,
+    RequestProposal,
+    Send,
+    SetTimer,
+    VerifyBlock,
+)
+from consensus.engine import Engine
+from consensus.identifiers import Digest, MemberId, View
+from consensus.rejection import Rejected
+from consensus.vote import Proposal, Vote, VoteKind
+
+if TYPE_CHECKING:
+    from simulation.simulator import Simulation
+
+
+class Crash(Exception):
+    """The simulated process dies here."""
+
+
+class Node:
+    """A correct host: durable journal, ledger and ledger block store; an engine that dies with the process."""
+
+    def __init__(self, simulation: "Simulation", own: MemberId) -> None:
+        self.simulation = simulation
+        self.own = own
+        self.journal: list[Vote] = []
+        self.journalled_proposals: list[Proposal] = []
+        self.store: dict[Digest, Proposal] = {}
+        self.head = simulation.genesis
+        self.ledger: list[Header] = [simulation.genesis]
+        self.certificate: Certificate | None = None
+        self.finalized_at: list[int] = []
+        self.height_at_heal = 0
+        self.incarnation = 0
+        self.engine: Engine | None = None
+        self.deadline_ms: int | None = None
+
+    # Life and death
+
+    @property
+    def voter(self) -> MemberId:
+        """Whom it votes as now."""
+        return self.own
+
+    @property
+    def cryptography(self) -> Cryptography:
+        """What it signs and checks with now."""
+        return self.simulation.cryptography
+
+    def boot(self) -> None:
+        simulation = self.simulation
+        self.engine = self.new_engine()
+        self.step("boot", lambda engine: engine.start(simulation.now_ms))
+        if not simulation.plan.idle:
+            self.work()
+
+    def new_engine(self) -> Engine:
+        """An engine that knows what is durable."""
+        simulation = self.simulation
+        engine = simulation.engine_class(
+            simulation.committee, self.own, simulation.plan.timing, self.head, self.certificate
+        )
+        engine.restore(self.journal, self.journalled_proposals)
+        return engine
+
+    def die(self) -> None:
+        self.simulation.note("crash", self.own)
+        self.incarnation += 1
+        self.engine = None
+        self.simulation.at(self.simulation.random.randint(10, 1_500), self.boot)
+
+    def hazard(self) -> None:
+        """The process may die here."""
+        simulation = self.simulation
+        if simulation.plan.crash and not simulation.healed and simulation.random.random() < simulation.plan.crash:
+            raise Crash
+
+    def later(self, delay_ms: int, action: Callable[[], None]) -> None:
+        """Unless the process dies meanwhile."""
+        incarnation = self.incarnation
+
+        def guarded() -> None:
+            if self.incarnation == incarnation and self.engine is not None:
+                try:
+                    action()
+                except Crash:
+                    self.die()
+
+        self.simulation.at(delay_ms, guarded)
+
+    # Inputs
+
+    def step(self, name: str, call: Callable[[Engine], list[Effect]]) -> None:
+        if self.engine is None:
+            return
+        try:
+            effects = call(self.engine)
+            self.simulation.note(name, self.own, [type(effect).__name__ for effect in effects])
+            for effect in effects:
+                self.hazard()
+                self.carry_out(effect)
+                self.hazard()
+        except Crash:
+            self.die()
+
+    def work(self) -> None:
+        self.step("work", lambda engine: engine.work_available(self.simulation.now_ms))
+
+    def deliver(self, message: Message, sender: MemberId) -> None:
+        if self.engine is None or not self.engine.wants(message):
+            return
+        try:
+            self.cryptography.check(message)
+        except Rejected as refusal:
+            self.refuse(sender, refusal)
+            return
+        self.receive(message, sender)
+
+    def refuse(self, sender: MemberId, refusal: Rejected) -> None:
+        """Nothing that a correct member sends is refused."""
+        if sender not in self.simulation.garbage:
+            raise refusal
+        self.simulation.refused[refusal.reason.value] += 1
+
+    def receive(self, message: Message, sender: MemberId) -> None:
+        if isinstance(message, Proposal):
+            self.store[message.digest] = message
+        self.step("receive", lambda engine: engine.receive(message, sender, self.simulation.now_ms))
+
+    # Effects
+
+    def carry_out(self, effect: Effect) -> None:
+        simulation, pause = self.simulation, self.simulation.random.randint(1, 5)
+        match effect:
+            case CastVote():
+                self.later(pause, lambda: self.cast(effect))
+            case RequestProposal(view, parent):
+                self.later(pause, lambda: self.propose(view, parent))
+            case VerifyBlock(proposal):
+                self.later(pause, lambda: self.verify(proposal, simulation.random.random() < 0.05))
+            case FetchBlock(block, sources):
+                self.later(pause + simulation.random.randint(2, DELAY_MS), lambda: self.fetch(block, sources))
+            case NeedBlocks(_, certificate):
+                self.later(pause + simulation.random.randint(2, DELAY_MS), lambda: self.catch_up(certificate))
+            case Broadcast(message):
+                simulation.broadcast(self.own, message)
+            case Send(to, message):
+                simulation.send(self.own, to, message)
+            case SetTimer(deadline_ms):
+                self.deadline_ms = deadline_ms
+                if deadline_ms is not None:
+                    self.later(deadline_ms - simulation.now_ms, self.tick)
+            case CombineFinalization():
+                self.later(pause, lambda: self.combine(effect))
+            case Finalized():
+                self.finalize(effect)
+            case PublishEvidence():
+                simulation.evidence.append(effect)
+            case Halt(reason):
+                self.engine = None
+                if simulation.judge_votes:
+                    raise Halted(f"seed {simulation.seed}: {reason}")
+
+    def tick(self) -> None:
+        if self.deadline_ms is not None and self.simulation.now_ms >= self.deadline_ms:
+            self.step("tick", lambda engine: engine.tick(self.simulation.now_ms))
+
+    def cast(self, asked: CastVote) -> None:
+        """Sign, journal, send, tell the engine; the process may die between any two."""
+        vote = self.cryptography.vote(self.voter, asked.kind, asked.view, asked.block)
+        if self.own in self.simulation.forgers and asked.kind == VoteKind.FINALIZE:
+            vote = self.cryptography.forged_vote(self.voter, asked.view, asked.block)
+        self.hazard()
+        self.write_journal(vote, asked.proposal)
+        self.simulation.judge(vote)
+        self.hazard()
+        if asked.proposal is not None:
+            self.simulation.broadcast(self.own, asked.proposal)
+        self.simulation.broadcast(self.own, vote)
+        self.hazard()
+        self.step("own vote", lambda engine: engine.own_vote(vote, self.simulation.now_ms))
+
+    def write_journal(self, vote: Vote, proposal: Proposal | None) -> None:
+        """Durable before anything leaves."""
+        if proposal is not None:
+            self.journalled_proposals.append(proposal)
+            self.store[proposal.digest] = proposal
+        self.journal.append(vote)
+
+    def propose(self, view: View, parent: Header) -> None:
+        proposal = self.simulation.build(self.own, view, parent)
+        self.step("propose", lambda engine: engine.own_proposal(proposal, self.simulation.now_ms))
+
+    def verify(self, proposal: Proposal, missing: bool) -> None:
+        """Some of its events are ``missing`` the first time, as they may be."""
+        digest = proposal.digest
+        verdict = Verdict.MISSING if missing else self.simulation.verdict(digest, self.own)
+        self.step("verified", lambda engine: engine.block_verified(digest, verdict, self.simulation.now_ms))
+
+    def fetch(self, block: Digest, sources: tuple[MemberId, ...]) -> None:
+        if block in self.store and self.simulation.random.random() < 0.5:
+            self.verify(self.store[block], False)
+        for source in sources:
+            holder = self.simulation.nodes.get(source)
+            if holder is not None and holder.engine is not None and block in holder.store:
+                self.simulation.send(source, self.own, holder.store[block])
+                if block in self.store:
+                    self.verify(self.store[block], False)
+
+    def catch_up(self, wanted: Certificate) -> None:
+        """From any reachable correct member; the engine asks again on standstill."""
+        simulation = self.simulation
+        others = [
+            node
+            for node in simulation.nodes.values()
+            if node.engine is not None
+            and simulation.side.get(node.own, 0) == simulation.side.get(self.own, 0)
+            and node.head.height > self.head.height
+        ]
+        if others:
+            other = simulation.random.choice(others)
+            headers, certificate = tuple(other.ledger[self.head.height + 1 :]), other.certificate
+            assert certificate is not None
+            self.append(headers, certificate)
+            self.step("caught up", lambda engine: engine.caught_up(headers[-1], certificate, simulation.now_ms))
+
+    def combine(self, asked: CombineFinalization) -> None:
+        simulation = self.simulation
+        try:
+            certificate = self.cryptography.combine(asked.view, asked.block, asked.votes)
+        except BadCertificateShares as bad:
+            culprits = bad.culprits
+            assert set(culprits) <= simulation.traitors | simulation.forgers
+            self.step("bad shares", lambda engine: engine.combine_failed(asked.view, culprits, simulation.now_ms))
+        else:
+            self.step("combined", lambda engine: engine.receive(certificate, self.own, simulation.now_ms))
+
+    def finalize(self, effect: Finalized) -> None:
+        self.append(effect.headers, effect.certificate)
+
+    def append(self, headers: tuple[Header, ...], certificate: Certificate) -> None:
+        """One atomic write; the journal is pruned behind it."""
+        simulation = self.simulation
+        for header in headers:
+            if header.height <= self.head.height:
+                continue
+            digest = header.digest
+            if header.parent != self.head.digest or simulation.final.get(header.height, digest) != digest:
+                raise Fork(f"seed {simulation.seed}: a ledger forks at height {header.height}")
+            simulation.check_wanted(header)
+            self.head = header
+            self.ledger.append(header)
+        if headers[-1] == self.head:
+            self.certificate = certificate
+        self.finalized_at.append(simulation.now_ms)
+        view = self.head.view
+        self.journal = [vote for vote in self.journal if vote.view > view]
+        if simulation.plan.idle:
+            self.later(0, lambda: self.step("idle", lambda engine: engine.work_exhausted(simulation.now_ms)))
