@@ -24,12 +24,26 @@ def next_membership(
     rotate: Iterable[str] = (),
 ) -> tuple[Membership, dict[str, MemberSecrets]]:
     """The next epoch and all its secrets: ``add`` is role by name, ``rotate`` get new keys."""
-    epoch = before.epoch + 1
-    stays = {member.name: member for member in before.members if member.name not in set(remove)}
-    invited = [Invited(name, member.role) for name, member in stays.items()]
+    invitation = invitation_to(genesis, before, add=add, remove=remove)
+    kept = kept_seeds(invitation, before, secrets, rotate=rotate)
+    participants = [
+        Participant(
+            invitation, one.name, seed_bytes(invitation.epoch, f"epoch {one.name}", number), kept=kept.get(one.name)
+        )
+        for number, one in enumerate(invitation.members)
+    ]
+    transcript = hold_ceremony(invitation, participants)
+    return transcript.membership(), {one.name: one.secrets(transcript) for one in participants}
+
+
+def invitation_to(
+    genesis: Genesis, before: Committee, *, add: Mapping[str, str] | None = None, remove: Iterable[str] = ()
+) -> Invitation:
+    """To the ceremony of the next epoch: who stays, then who is added; default quorums."""
+    invited = [Invited(member.name, member.role) for member in before.members if member.name not in set(remove)]
     invited += [Invited(name, Role(role)) for name, role in (add or {}).items()]
     counts = {role: sum(one.role == role for one in invited) for role in VOTING_ROLES}
-    invitation = Invitation(
+    return Invitation(
         version=1,
         name=genesis.name,
         nonce=genesis.nonce,
@@ -38,18 +52,20 @@ def next_membership(
         members=tuple(invited),
         thresholds=tuple(RoleThreshold(role, default_threshold(counts[role])) for role in VOTING_ROLES),
         parameters=genesis.parameters,
-        epoch=epoch,
+        epoch=before.epoch + 1,
     )
-    participants = []
-    for number, one in enumerate(invited):
-        kept = None
-        if one.name in stays and one.name not in set(rotate):
-            held = secrets[one.name]
-            kept = MemberSeeds(held.identity_seed, held.transport_seed, held.log_seed or bytes(32))
-        seed = seed_bytes(epoch, f"epoch {one.name}", number)
-        participants.append(Participant(invitation, one.name, seed, kept=kept))
-    transcript = hold_ceremony(invitation, participants)
-    return transcript.membership(), {one.name: one.secrets(transcript) for one in participants}
+
+
+def kept_seeds(
+    invitation: Invitation, before: Committee, secrets: Mapping[str, MemberSecrets], *, rotate: Iterable[str] = ()
+) -> dict[str, MemberSeeds]:
+    """What those who stay under their keys bring along."""
+    stay = {member.name for member in before.members} - set(rotate)
+    return {
+        one.name: MemberSeeds(held.identity_seed, held.transport_seed, held.log_seed or bytes(32))
+        for one in invitation.members
+        if one.name in stay and (held := secrets[one.name])
+    }
 
 
 def change_event(ledger: MemoryLedger, membership: Membership, signers: Iterable[str] | None = None) -> CheckedEvent:

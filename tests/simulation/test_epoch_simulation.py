@@ -1,0 +1,100 @@
+"""Members join, leave and change keys in mid-run, and no history forks: nor across epochs, nor by who has left."""
+
+from collections import Counter
+
+import pytest
+from simulation.ledger_outcomes import LedgerOutcome, ledger_outcome
+from simulation.ledgers import LedgerSimulation
+from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, outcomes, seeds
+from simulation.plan import DELAY_MS, Change, LedgerPlan
+
+from consensus.engine import Timing
+from consensus.membership import SCHEME_NEEDS
+
+HASTY = Timing(timeout_ms=100, max_timeout_ms=400, heartbeat_ms=1_000)
+
+JOIN, ROTATE, LEAVE = (
+    Change(500, add=(("late", "operator"),)),
+    Change(2_000, rotate=("data-source-1", "operator-1")),
+    Change(4_500, remove=("data-source-3",)),
+)
+
+LIVE = {
+    "join, rotate and leave": (
+        LedgerPlan(
+            counts=(3, 1, 1),
+            thresholds=(2, 1, 1),
+            event_every_ms=300,
+            censorship_ms=2_000,
+            **CHAOS,
+            end_ms=11_000,
+            changes=(JOIN, ROTATE, LEAVE),
+        ),
+        8,
+    ),
+    "a traitor is removed": (
+        LedgerPlan(
+            counts=(4, 1, 1),
+            traitors=(1, 0, 0),
+            event_every_ms=300,
+            **CHAOS,
+            end_ms=10_000,
+            changes=(Change(500, add=(("late", "data-source"),)), Change(3_000, remove=("data-source-4",))),
+        ),
+        5,
+    ),
+}
+
+SAFE = LedgerPlan(
+    counts=(1, 1, 1),
+    traitors=(1, 1, 0),
+    event_every_ms=300,
+    timing=HASTY,
+    heal_ms=8_000,
+    end_ms=8_000,
+    changes=(Change(500, add=(("late", "data-source"),)), Change(2_000, rotate=("governance-1", "operator-1"))),
+)
+
+
+def lived_through(name: str) -> list[LedgerOutcome]:
+    plan, count = LIVE[name]
+    runs = list(outcomes(plan, seeds(count), ledger_outcome))
+    for run in runs:
+        assert run.epoch == len(plan.changes), f"seed {run.seed}: epoch {run.epoch}"
+        assert run.gap_ms <= BOUND_IN_DELAYS * DELAY_MS, f"seed {run.seed}: {run.gap_ms} ms without finalization"
+        assert run.behind == 0, f"seed {run.seed}: {run.behind} members did not come along"
+    return runs
+
+
+def test_members_join_rotate_and_leave_in_chaos_and_every_log_goes_on() -> None:
+    runs = lived_through("join, rotate and leave")
+    assert all(run.kinds["membership"] == 3 for run in runs)
+    assert sum(run.carried for run in runs) > 0, "no epoch ended through a carrier"
+
+
+def test_removed_traitor_votes_on_in_old_and_new_epoch_and_is_refused_by_name() -> None:
+    refused = sum((run.refused for run in lived_through("a traitor is removed")), Counter[str]())
+    assert {"traitor: wrong-epoch", "traitor: unknown-member"} <= set(refused)
+
+
+def test_two_roles_of_traitors_fork_no_history_across_epochs() -> None:
+    runs = list(outcomes(SAFE, seeds(10), ledger_outcome))
+    assert max(run.epoch for run in runs) == 2
+
+
+@pytest.mark.parametrize("scheme", SCHEME_NEEDS)
+def test_epoch_begins_under_every_certificate_scheme(scheme: str) -> None:
+    plan = LedgerPlan(counts=(3, 1, 1), scheme=scheme, loss=0.1, heal_ms=1_000, end_ms=4_000, changes=(JOIN,))
+    run = ledger_outcome(1, plan)
+    assert (run.epoch, run.behind, len(run.heights)) == (1, 0, 6)
+
+
+def test_member_that_left_holds_the_log_of_its_time_and_no_more() -> None:
+    plan = LedgerPlan(counts=(3, 1, 1), end_ms=3_500, changes=(Change(500, remove=("data-source-3",)),))
+    simulation = LedgerSimulation(1, plan).run()
+    nodes = {node.name: node for node in simulation.nodes.values()}
+    left = nodes.pop("data-source-3")
+    assert (left.head.epoch, left.log.final.is_terminal) == (0, True)
+    assert left.engine is not None
+    assert left.engine.own is None
+    assert all(node.head.epoch == 1 and node.head.height > left.head.height for node in nodes.values())
