@@ -302,8 +302,11 @@ class Engine:
         return self._settle(now_ms)
 
     def caught_up(self, header: Header, certificate: Certificate, now_ms: int) -> list[Effect]:
-        """The host has applied everything up to ``header``, certified by ``certificate``."""
-        if self.halted is not None or header.view <= self.final_view:
+        """The host has applied everything up to ``header``, certified by ``certificate``.
+
+        The end of the epoch before is no news, whatever its view: this epoch began at it.
+        """
+        if self.halted is not None or header.epoch != self.committee.epoch or header.view <= self.final_view:
             return []
         self._now_ms = now_ms
         try:

@@ -77,6 +77,12 @@ class Ledger:
         return self.epochs.newest.committee
 
     @property
+    def final_view(self) -> int:
+        """View of the final ledger block in the newest epoch: 0 where that begins at it, since views count anew."""
+        header = self.final.header
+        return header.view if header.epoch == self.committee.epoch else 0
+
+    @property
     def missing_blocks(self) -> int:
         """How many ledger blocks are missing below the snapshot this log began at; 0 where it is whole."""
         history = self.store.history()

@@ -225,7 +225,7 @@ class Replica:
             self._proposals.held_block,
             self._send_votes,
             self._count_vote,
-            lambda: self.engine.finalized.view,
+            lambda: self.engine.final_view,
         )
 
     def _stop(self, reason: str) -> None:
@@ -436,7 +436,7 @@ class Replica:
     async def _need(self, effect: NeedBlocks) -> None:
         target_view = effect.certificate.view
         try:
-            while not self._ended.is_set() and self._ledger.final.header.view < target_view:
+            while not self._ended.is_set() and self._ledger.final_view < target_view:
                 await self.catch_up.reach(self._ledger.final.header.height + 1)
         except Unavailable as error:
             log.info("catching up pauses: %s", error)

@@ -7,7 +7,9 @@ from ledger_fixtures import HOSPITAL, LIBRARIAN, OPERATOR, MemoryLedger, Story, 
 
 from consensus import merkle
 from consensus.bundle import MAGIC, Bundle, open_bundle
+from consensus.certificate import decode_certificate
 from consensus.codec import decode, encode
+from consensus.effect import CastVote
 from consensus.engine import Engine, Timing
 from consensus.epochs import Anchor, EpochLink, Pin, anchor
 from consensus.event import CheckedEvent
@@ -253,6 +255,26 @@ def test_engine_begins_an_epoch_at_view_one_on_the_terminal_ledger_block() -> No
     effects = engine.work_available(1)
     assert (engine.view, engine.final_view) == (1, 0)
     assert any(getattr(effect, "parent", None) == ledger.ledger.header for effect in effects)
+
+
+def test_end_of_the_epoch_before_is_no_news_to_the_engine_of_the_next() -> None:
+    """Its view is of another epoch: taken for one of this, it would make the voter forget votes and skip views."""
+    ledger = MemoryLedger(COUNTS, certificate_scheme=ED25519_LIST)
+    for number in range(3):
+        ledger.seal(ledger.source(LIBRARIAN, f"source {number}"))
+    begin_epoch(ledger, add={"newcomer": "verifier"})
+    own = next(voter.id for voter in ledger.committee.voters if voter != ledger.committee.leader(View(1)))
+    engine = Engine(ledger.committee, own, Timing(timeout_ms=10), ledger.ledger.header, None)
+    engine.start(0)
+    engine.work_available(1)
+    (nullify,) = [effect for effect in engine.tick(20) if isinstance(effect, CastVote)]
+    secret = ledger.secrets[next(voter.name for voter in ledger.committee.voters if voter.id == own)].identity
+    vote = sign_vote(ledger.committee, own, nullify.kind, nullify.view, nullify.block, share=b"", sign=secret.sign)
+    engine.own_vote(vote, 21)
+    assert ledger.ledger.header.view > engine.view
+    assert engine.caught_up(ledger.ledger.header, decode_certificate(ledger.certificate), 22) == []
+    assert (engine.view, engine.final_view) == (1, 0)
+    assert any(vote == getattr(effect, "message", None) for effect in engine.tick(10_000)), "it forgot its own vote"
 
 
 def test_link_with_other_members_than_the_certified_ones_is_refused() -> None:

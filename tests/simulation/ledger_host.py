@@ -315,7 +315,7 @@ class LedgerNode(Node):
 
     def catch_up(self, wanted: Certificate) -> None:
         """``replica`` and ``CatchUp.reach``: whoever disappointed least first, until the certified view is reached."""
-        while not self.ended and self.log.final.header.view < wanted.view:
+        while not self.ended and self.log.final_view < wanted.view:
             for peer in sorted(self.peers(), key=lambda peer: (self.disappointments[peer], peer)):
                 if self._from_peer(peer):
                     break

@@ -98,3 +98,35 @@ def test_member_that_left_holds_the_log_of_its_time_and_no_more() -> None:
     assert left.engine is not None
     assert left.engine.own is None
     assert all(node.head.epoch == 1 and node.head.height > left.head.height for node in nodes.values())
+
+
+class CutOff(LedgerSimulation):
+    """One member hears nothing for a while, from when it has begun the first new epoch."""
+
+    def run(self) -> LedgerSimulation:
+        self.at(1_000, self._cut_off)
+        return super().run()
+
+    def _cut_off(self) -> None:
+        member = next(node for node in self.nodes.values() if node.name == "data-source-4")
+        if member.engine is None or member.committee.epoch == 0:
+            self.at(1, self._cut_off)
+            return
+        self.side = {member.own: 1}
+        self.at(1_500, self.side.clear)
+
+
+def test_member_cut_off_when_an_epoch_begins_catches_up_though_its_views_are_lower_than_before() -> None:
+    """Views count anew: the last one of the epoch before says nothing about how far the log has come in this."""
+    plan = LedgerPlan(
+        counts=(4, 1, 1),
+        heal_ms=8_000,
+        end_ms=7_500,
+        changes=(Change(4_000, rotate=("operator-1",)),),
+    )
+    simulation = CutOff(1, plan).run()
+    terminal = next(header for header in reversed(simulation.history) if header.header.epoch == 0).header
+    heights = {node.name: node.head.height for node in simulation.nodes.values()}
+    assert terminal.view > max(node.head.view for node in simulation.nodes.values()), "the new epoch has as many views"
+    assert heights["data-source-4"] > terminal.height + 5
+    assert max(heights.values()) - heights["data-source-4"] <= 1
