@@ -23,9 +23,18 @@ from consensus.rejection import Reason, Rejected
 REJECTED_KEPT = 10_000
 MAX_WAIT_MS = 10 * 60 * 1_000
 URGENT_KINDS = frozenset(
-    {Kind.REVOCATION, Kind.POLICY, Kind.EVIDENCE, Kind.DECISION, Kind.AUDIT_CHALLENGE, Kind.AUDIT_RESULT}
+    {
+        Kind.REVOCATION,
+        Kind.POLICY,
+        Kind.EVIDENCE,
+        Kind.DECISION,
+        Kind.AUDIT_CHALLENGE,
+        Kind.AUDIT_RESULT,
+        Kind.MEMBERSHIP,
+    }
 )
-"""Kinds a branch may not omit for long (the censorship rule)."""
+"""Kinds a branch may not omit for long (the censorship rule). A change of members is taken after all others of them:
+nothing may follow it in its epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +144,23 @@ class Mempool:
 
     def _in_order(self, share: _Share) -> Iterator[CheckedEvent]:
         if self._urgent:
-            yield from [waiting.event for leaf, waiting in share.waiting.items() if leaf in self._urgent]
-        for leaf, waiting in share.waiting.items():
-            if leaf not in self._urgent:
+            yield from [waiting.event for waiting in share.waiting.values() if self._goes_first(waiting)]
+        for waiting in share.waiting.values():
+            if not self._goes_first(waiting):
                 yield waiting.event
 
+    def _goes_first(self, waiting: Waiting) -> bool:
+        return waiting.event.leaf_hash in self._urgent and waiting.event.entry.kind is not Kind.MEMBERSHIP
+
     def urgent_before(self, since_ms: int) -> list[CheckedEvent]:
-        """Urgent events that came before ``since_ms``, in order of arrival."""
+        """Urgent events that came before ``since_ms``, in order of arrival, changes of members last."""
         held = [waiting for leaf in self._urgent if (waiting := self._waiting[leaf]).since_ms < since_ms]
-        return [waiting.event for waiting in sorted(held, key=lambda one: (one.since_ms, one.event.leaf_hash))]
+        return [
+            waiting.event
+            for waiting in sorted(
+                held, key=lambda one: (one.event.entry.kind is Kind.MEMBERSHIP, one.since_ms, one.event.leaf_hash)
+            )
+        ]
 
     def to_settle(self, since_ms: int, now_ms: int, most: int) -> list[CheckedEvent]:
         """At most ``most`` events that have waited since ``since_ms`` or before without being given here.

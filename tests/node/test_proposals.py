@@ -199,6 +199,27 @@ def test_carrier_may_have_a_vote_though_urgent_events_wait(memory: MemoryLedger,
     assert voter.judge(carrier) is Verdict.VALID
 
 
+def test_change_of_members_may_not_be_omitted_and_goes_after_all_that_is_urgent(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    """Whoever is to be removed would leave it out; and what it wants to keep out must not fall behind the change."""
+    membership, _ = next_membership(memory.genesis, memory.committee, memory.secrets, add={"late": "operator"})
+    change = change_event(memory, membership)
+    (policy,) = policies(memory, 1)
+    source = memory.source(LIBRARIAN, "instead")
+    leader, voter = desks
+    without_change = leader.hold(LATELY_MS, source, policy).propose()
+    assert voter.hold(LONG_AGO_MS, change).hold(LATELY_MS, policy).judge(without_change) is Verdict.REFUSED
+    leader.mempool.remove(policy.leaf_hash)
+    leader.mempool.remove(source.leaf_hash)
+    without_policy = leader.hold(LONG_AGO_MS, change).propose()
+    voter.mempool.remove(policy.leaf_hash)
+    assert voter.hold(LONG_AGO_MS, policy).judge(without_policy) is Verdict.REFUSED
+    both = leader.hold(LONG_AGO_MS + 1, policy).hold(LONG_AGO_MS, source).propose()
+    assert both[1] == (policy, change)
+    assert voter.judge(both) is Verdict.VALID
+
+
 def test_urgent_events_are_told_in_order_of_arrival(memory: MemoryLedger) -> None:
     mempool = Mempool(10, 1 << 20)
     events = policies(memory, 4)
