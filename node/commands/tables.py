@@ -17,6 +17,8 @@ from node.commands.content import Splitter
 
 ROWS_AT_ONCE = 1_024
 ARROW_FILE_MAGIC = b"ARROW1"
+DAMAGED = (OSError, ValueError, MemoryError)
+"""What pyarrow raises beside its own errors where a file is damaged: lengths in it may be anything."""
 
 
 def parquet_column(column: str) -> Splitter:
@@ -34,7 +36,7 @@ def parquet_column(column: str) -> Splitter:
             with pyarrow.parquet.ParquetFile(path) as file:
                 _check_column(path, column, file.schema_arrow)
                 yield from _rows(path, column, file.iter_batches(ROWS_AT_ONCE, columns=[column]))
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+        except (pyarrow.ArrowException, *DAMAGED) as error:
             raise ConfigError(f"{path}: expected a Parquet file, found: {_in_a_line(error)}") from error
 
     return split
@@ -62,7 +64,7 @@ def dataset_column(paths: Iterable[Path], column: str) -> Iterator[bytes]:
                         batches = opened = pyarrow.ipc.open_stream(file)
                     _check_column(path, column, opened.schema)
                     yield from _rows(path, column, batches)
-            except (pyarrow.ArrowException, OSError, ValueError) as error:
+            except (pyarrow.ArrowException, *DAMAGED) as error:
                 raise ConfigError(f"{path}: expected Arrow record batches, found: {_in_a_line(error)}") from error
 
 
