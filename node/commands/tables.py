@@ -89,9 +89,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _check_column(path: Path, column: str, schema: Any) -> None:
-    if column not in schema.names:
-        raise ConfigError(f"{path}: expected a column {column!r}, found {', '.join(schema.names)}")
-    kind = str(schema.field(column).type)
+    found = schema.get_all_field_indices(column)
+    if len(found) != 1:
+        raise ConfigError(f"{path}: expected one column {column!r}, found {', '.join(schema.names)!a}")
+    kind = str(schema.field(found[0]).type)
     if kind not in ("string", "large_string", "binary", "large_binary"):
         raise ConfigError(f"{path}: expected text or bytes in column {column!r}, found {kind}")
 
@@ -99,6 +100,7 @@ def _check_column(path: Path, column: str, schema: Any) -> None:
 def _rows(path: Path, column: str, batches: Iterable[Any]) -> Iterator[bytes]:
     done = 0
     for batch in batches:
+        batch.validate(full=True)  # offsets of a damaged file point anywhere: reading them unchecked ends the process
         for value in batch.column(column).cast("large_binary").to_pylist():
             if value is None:
                 raise ConfigError(f"{path}, row {done}: expected text or bytes in column {column!r}, found none")
