@@ -106,6 +106,7 @@ def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
             "missing": [{"last_step": held.window.last, "why": held.why} for held in search.missing],
             "uncovered_steps": log.provenance.uncovered,
         },
+        "base_provenance": log.provenance.campaign.base_provenance.hex(),
         "assurance": "replay-checked" if replayed_steps(log.provenance.audits) else "conservation-checked",
         "replays": {
             "steps": log.provenance.steps,
@@ -301,6 +302,12 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
     ]
     if "without" in answer.says:
         lines.append("  replayed  what came out without a source, by whoever made that file: it is not on the log")
+    origin = provenance.campaign.base_provenance
+    if origin:
+        lines.append(
+            "  not asked what shaped the base model before: it has a log of its own, "
+            f"where event {origin.hex()} released it; ask there, with this base as the tuned model"
+        )
     lines += _gaps(log, search)
     if answer.index is not None and trace.examples:
         lines.append(

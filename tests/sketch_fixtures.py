@@ -92,3 +92,8 @@ def rebuilt(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     )
     scale = tensors[f"{name}/scale"].double()
     return torch.einsum("nr,nrp,nrq->npq", scale, left.double() - 8, right.double() - 8)
+
+
+def unpacked(packed: Tensor, size: int) -> Tensor:
+    """``[N, r, ⌈size/2⌉]`` bytes of two numbers each, in order."""
+    return torch.stack([packed & 15, packed >> 4], dim=3).flatten(2)[:, :, :size].double() - 8

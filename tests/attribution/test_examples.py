@@ -11,6 +11,7 @@ import torch
 from attribution_fixtures import CAMPAIGN, CONFIG, FACTS, SKETCH_RANK, STEPS, ask, build, opened_log, traced
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
+from sketch_fixtures import unpacked
 from torch import Tensor
 
 from attribution.examples import Allowance, Asked, SourceExamples, source_examples
@@ -57,11 +58,6 @@ def opened(folder: Path, asked: dict[str, Tensor], exact: float = 1.0) -> Source
 
 def checked(file: WindowFile, entry: WindowEntry, asked: dict[str, Tensor]) -> Sketches:
     return open_sketches(RunFolder(), file, entry).check(file, entry, SketchQuery(asked).shapes)
-
-
-def unpacked(packed: Tensor, size: int) -> Tensor:
-    """``[N, r, ⌈size/2⌉]`` bytes of two numbers each, in order."""
-    return torch.stack([packed & 15, packed >> 4], dim=3).flatten(2)[:, :, :size].double() - 8
 
 
 def test_trace_names_the_leading_sources_examples_and_how_much_of_it_they_make() -> None:

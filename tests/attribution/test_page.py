@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from attribution_fixtures import FACTS, REFUSED, traced
@@ -17,7 +18,7 @@ from attribution.log import CampaignLog, open_log
 from attribution.page import page
 from attribution.query import log_chance
 from attribution.questions import Question
-from attribution.report import Answer
+from attribution.report import Answer, trace_json, trace_text
 from attribution.trace import control_outputs, trace_output
 from attribution.weights import find_windows, load_model, read_tensors
 from consensus.identifiers import ChainId
@@ -72,6 +73,17 @@ def test_refused_fact_is_said_not_to_be_shaped_here() -> None:
     content = page(log, [answer])
     assert "not shaped here" in content
     assert "class='verdict shaped'" not in content
+    assert "a log of its own" not in content
+
+
+def test_base_models_own_log_is_named_where_it_has_one() -> None:
+    log, answer = made(REFUSED)
+    campaign = msgspec.structs.replace(log.provenance.campaign, base_provenance=bytes([5]) * 32)
+    provenance = dataclasses.replace(log.provenance, campaign=campaign)
+    chained = dataclasses.replace(log, provenance=provenance)
+    for told in (page(chained, [answer]), trace_text(chained, answer)):
+        assert f"where event {'05' * 32} released it; ask there" in told
+    assert json.loads(trace_json(chained, answer, None))["base_provenance"] == "05" * 32
 
 
 def test_hostile_texts_stay_text() -> None:

@@ -8,10 +8,10 @@ import torch
 from governed_fixtures import CAMPAIGN, STEPS, Scene, TinyModel, collate
 from governed_fixtures import losses as run_losses
 from safetensors.torch import load_file
+from sketch_fixtures import unpacked
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attribution.examples import unpacked
 from consensus.accumulators import decode_window
 from consensus.event import Kind
 from consensus.portions import BlockWeight, ClassRule, StepOperation
