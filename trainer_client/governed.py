@@ -36,7 +36,6 @@ fewer examples than another its batch is a *stand-in*: it runs like the others' 
 Forwards are replaced only inside the context and put back on exit, whatever happens (``routing.py``).
 """
 
-import dataclasses
 import hashlib
 import os
 import sys
@@ -53,7 +52,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from consensus import portions as p
-from consensus.identifiers import ZERO_DIGEST, Digest
+from consensus.identifiers import ZERO_DIGEST
 from consensus.keys import Signer
 from consensus.rejection import ConfigError, CountersignError, InvariantBroken, Reason, Rejected
 from consensus.review import DataSlice, Metric, metric_text
@@ -61,24 +60,24 @@ from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.audit_snapshots import AuditSnapshots, snapshot_directory
 from trainer_client.commitment import root_of_tensors
+from trainer_client.course import Course
 from trainer_client.data_parallel import ParallelModel
 from trainer_client.evaluation import file_sha256
 from trainer_client.grants import OpenGrant
 from trainer_client.memorization_manifest import NAME as MANIFEST_NAME
 from trainer_client.memorization_manifest import measured_by, recited_metric, write_manifest
 from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch
-from trainer_client.opening import RunArguments, TakenUp, open_run, own_directory
+from trainer_client.opening import RunArguments, open_run, own_directory
 from trainer_client.outbox import Fate
 from trainer_client.packing import Packing, taken_apart
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
 from trainer_client.progress import Moment, OnProgress, Summary
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example, RecordedEvent
+from trainer_client.resumption import RecordedStep
 from trainer_client.rollback import (
-    Snapshot,
     Stateful,
     TrainingState,
-    restore_snapshot,
     step_beginning,
     take_snapshot,
 )
@@ -93,10 +92,6 @@ DEFAULT_SETTINGS = RunSettings()
 
 class TrainingFailed(CountersignError):
     """A step cannot be taken: its loss is not finite, or ``learn`` was not called as it must be."""
-
-
-class ReplayFailed(CountersignError):
-    """Replaying the steps on the log ended at another parameter root; the campaign was abandoned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +139,9 @@ class GovernedRun(Generic[E]):
         stateful = {name: part for name, part in parts.items() if part is not None}
         self._state = TrainingState(self._model, self._optimizer, stateful)
         self._step: Step | None = None
-        self._candidate: RecordedEvent | None = None
-        self._last_step_event: RecordedEvent | None = None
-        self._recited: set[Example] = set()
         self._admitted: set[bytes] = set()
         self._grant: OpenGrant | None = None
-        self._history: dict[int, Step] = {}
-        self._done = 0
         self._learning_rate: float | None = None
-        self._replay_to: tuple[int, Digest] | None = None
         self._yielded: tuple[Moment, tuple[Example, ...]] | None = None
         self._wait_on_close = False
 
@@ -180,17 +169,19 @@ class GovernedRun(Generic[E]):
             raise
         self._routing, self._block_of, self._classes = opened.routing, opened.block_of, opened.classes
         self._record, self._ledger, self._book = opened.record, opened.ledger, opened.book
-        self._ring, self._before = opened.ring, opened.parameters
-        self._checkpoints = opened.checkpoints
-        self._snapshots = AuditSnapshots(
+        audits = AuditSnapshots(
             snapshot_directory(self._arguments.run_directory, self._plan.campaign),
             self._plan.campaign,
             self._settings.audit_snapshot_every_steps,
         )
-        self._stack.callback(self._snapshots.close)
+        self._stack.callback(audits.close)
+        self._course = Course(
+            opened, self._state, self._parallel, self._ranks, self._settings.snapshot_every_steps, audits
+        )
         if opened.taken_up is not None:
             try:
-                self._take_up(opened.taken_up)
+                self._course.take_up(opened.taken_up, self._again)
+                self._admitted.update(self._ledger.admitted_sources(self._manifest))
             except BaseException:
                 self._stack.close()
                 raise
@@ -202,7 +193,7 @@ class GovernedRun(Generic[E]):
         try:
             self._micro_batch.close()
             if error is None:
-                self._resolve()
+                self._course.resolve()
         finally:
             self._wait_on_close = error is None
             self._stack.close()
@@ -265,7 +256,7 @@ class GovernedRun(Generic[E]):
             if self._ranks.size > 1:
                 self._add_up(step)
             if step.before is None and self._watch.has_suspects:
-                step.before = take_snapshot(self._state, self._done, ZERO_DIGEST, step.beginning)
+                step.before = take_snapshot(self._state, self._course.done, ZERO_DIGEST, step.beginning)
             self._book.settle_optimizer()
             if self._accumulators is not None:
                 policy = step.grant.permission.policy
@@ -295,7 +286,7 @@ class GovernedRun(Generic[E]):
     @property
     def done(self) -> int:
         """Steps taken and not undone."""
-        return self._done
+        return self._course.done
 
     def evaluate(
         self, name: str, metrics: Sequence[Metric], *, data: DataSlice, script: Path | None = None
@@ -325,13 +316,13 @@ class GovernedRun(Generic[E]):
         Raises:
             ConfigError: the run checks no memorization, or has taken no step yet.
         """
-        if self._replay_to is not None or self._grant is None:
+        if self._course.is_replaying or self._grant is None:
             raise ConfigError(
                 "memorization is surveyed after the last step taken, not before or while steps are replayed"
             )
         threshold_permille = self._grant.policy.memorization_threshold_permille
         terms = (self._manifest, self._plan.sampler_seed, self._plan.batch_size)
-        shown = {example for index in range(1, self._done + 1) for example in presented_examples(*terms, index)}
+        shown = {example for index in range(1, self._course.done + 1) for example in presented_examples(*terms, index)}
         assessed = tuple(sorted(example for example in shown if example[0] in self._admitted))
         with self._record.costs.governance(), self._record.costs.memorization():
             signals = self._watch.survey(self._model, self._content(assessed), threshold_permille)
@@ -345,14 +336,14 @@ class GovernedRun(Generic[E]):
         self, name: str, metrics: Sequence[Metric], data: DataSlice, script: tuple[str, bytes]
     ) -> RecordedEvent | None:
         with self._record.costs.governance():
-            self._resolve()
-            if self._replay_to is not None:
+            self._course.resolve()
+            if self._course.is_replaying:
                 return None
             event = self._ledger.record_evaluation(name, metrics, data, script)
             if event is None:
                 return None
         detail = "; ".join(metric_text(metric) for metric in metrics)
-        self._book.note("evaluation", self._done, id=event.id.hex(), detail=f"{name}: {detail}")
+        self._book.note("evaluation", self._course.done, id=event.id.hex(), detail=f"{name}: {detail}")
         return event
 
     def release(self, path: Path) -> RecordedEvent:
@@ -361,7 +352,7 @@ class GovernedRun(Generic[E]):
         Raises:
             Rejected: a step or the release was refused.
         """
-        self._resolve()
+        self._course.resolve()
         with self._record.costs.paused():
             failure = self._ledger.wait_all_settled()
         if failure is not None:
@@ -370,7 +361,7 @@ class GovernedRun(Generic[E]):
         digest = self._ranks.by_first(lambda: self._save(tensors, path))
         with self._record.costs.paused():
             event = self._ledger.record_release(path.name, digest)
-        self._book.note("release", self._done, id=event.id.hex())
+        self._book.note("release", self._course.done, id=event.id.hex())
         return event
 
     def _save(self, tensors: dict[str, Tensor], path: Path) -> bytes:
@@ -381,7 +372,7 @@ class GovernedRun(Generic[E]):
                 f"the weights have root {root.hex()}, recorded is {self._ledger.place.root.hex()}: they were"
                 " changed outside run.learn"
             )
-        self._keep_for_audits(last=True)
+        self._course.keep_for_audits(last=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
         save_file(tensors, unfinished)
@@ -391,7 +382,7 @@ class GovernedRun(Generic[E]):
 
     def abandon(self, reason: str) -> RecordedEvent:
         """End the campaign on the log without a release."""
-        self._resolve()
+        self._course.resolve()
         return self._ledger.record_abandon(reason)
 
     def summary(self) -> Summary:
@@ -423,24 +414,23 @@ class GovernedRun(Generic[E]):
     def complete(self) -> bool:
         """Whether every planned step is taken and on the log; goes back to where the log stands if it refused one."""
         with self._record.costs.governance():
-            self._follow_finality()
-            if self._done < self._plan.planned_steps:
+            self._course.follow_finality()
+            if self._course.done < self._plan.planned_steps:
                 return False
-            self._resolve()
+            self._course.resolve()
         with self._record.costs.paused():
             failure = self._ledger.wait_all_settled()
         if failure is not None:
-            self._recover(failure)
-        return self._done >= self._plan.planned_steps
+            self._course.go_back(failure)
+        return self._course.done >= self._plan.planned_steps
 
     def _begin_step(self) -> Step:
-        index = self._done + 1
+        index = self._course.done + 1
         self._watch.begin()
         with self._record.costs.governance():
-            self._keep_for_audits()
-        if self._replay_to is not None:
-            earlier = self._history[index]
-            self._step = dataclasses.replace(earlier, replayed=True, before=None, loss_sum=0.0, learned=0)
+            self._course.keep_for_audits()
+        self._step = self._course.next_again()
+        if self._step is not None:
             return self._step
         with self._record.costs.paused():
             grant = self._ledger.permission_for(index)
@@ -448,7 +438,7 @@ class GovernedRun(Generic[E]):
             presented = presented_examples(self._manifest, self._plan.sampler_seed, self._plan.batch_size, index)
             refused = {example: grant.refused[example[0]] for example in presented if example[0] in grant.refused}
             for example in presented:
-                if example in self._recited and example not in refused:
+                if example in self._course.recited and example not in refused:
                     refused[example] = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
             admitted = tuple(example for example in presented if example not in refused)
             beginning = step_beginning(self._state)
@@ -461,37 +451,36 @@ class GovernedRun(Generic[E]):
                 rng_digest=random_digest_of_all(random_digest(beginning.random), self._ranks),
                 beginning=beginning,
                 started=time.perf_counter(),
-                before=self._snapshot_if_due(),
+                before=self._course.snapshot_if_due(),
                 batches=self._batches_of(admitted),
             )
             self._grant = grant
             self._admitted.update(source for source, _ in self._step.admitted)
         return self._step
 
+    def _again(self, step: RecordedStep, grant: OpenGrant) -> Step:
+        """A step on the log, to be taken again."""
+        presented = presented_examples(self._manifest, self._plan.sampler_seed, self._plan.batch_size, step.index)
+        admitted = step.in_order(presented)
+        self._grant = grant
+        return Step(
+            index=step.index,
+            grant=grant,
+            admitted=admitted,
+            refused={},
+            replayed=True,
+            rng_digest=ZERO_DIGEST,
+            beginning=step_beginning(self._state),
+            started=time.perf_counter(),
+            before=None,
+            batches=self._batches_of(admitted),
+        )
+
     def _batches_of(self, admitted: tuple[Example, ...]) -> tuple[tuple[Example, ...], ...]:
         """This rank's micro-batches of a step, empty ones where another rank has more."""
         own, size = self._ranks.share_of(admitted), self._micro_batch_size
         count = -(-self._ranks.largest_share(len(admitted)) // size)
         return tuple(tuple(own[number * size : (number + 1) * size]) for number in range(count))
-
-    def _snapshot_if_due(self) -> Snapshot | None:
-        """A snapshot where the ring wants a candidate."""
-        due = self._ring.candidate is None and self._done - self._ring.final.step >= max(
-            1, self._settings.snapshot_every_steps
-        )
-        if due:
-            self._resolve()
-            snapshot = take_snapshot(self._state, self._done, self._ledger.place.root)
-            self._ring.offer(snapshot)
-            self._candidate = self._last_step_event
-            return snapshot
-        return None
-
-    def _keep_for_audits(self, *, last: bool = False) -> None:
-        """A snapshot of the job as the step that begins finds it, where one is due."""
-        if self._snapshots.due(self._done, last=last):
-            state = TrainingState(self._model, self._optimizer)
-            self._snapshots.keep(take_snapshot(state, self._done, self._parallel.root()), self._recited)
 
     def _content(self, examples: tuple[Example, ...]) -> dict[Example, E]:
         return {(source, example): self._sources[source].examples[example] for source, example in examples}
@@ -522,49 +511,27 @@ class GovernedRun(Generic[E]):
 
     def _finish_step(self, step: Step, learning_rate: float) -> None:
         self._step = None
-        self._done = step.index
         self._record.trained(step.index, replayed=step.replayed)
         accumulator_root = None
         if self._accumulators is not None:
             accumulator_root = self._accumulators.end_step(step.index, recorded=not step.replayed)
         if step.replayed:
-            self._end_replay_if_due()
+            self._course.took_again(step)
             return
-        before = self._before
+        before = self._course.parameters
         after = self._parallel.copied() if step.admitted else before
         threshold_permille = step.grant.policy.memorization_threshold_permille
         with self._record.costs.memorization():
             found = self._watch.signals(self._model, threshold_permille)
         # All ranks assess the same suspects; the first one's figures count.
         signals = self._ranks.by_first(lambda: found) if found else found
-        self._resolve()
+        self._course.resolve()
         self._book.write(step, before, after, self._optimizer, learning_rate, signals, accumulator_root)
-        self._before = after
-        self._history[step.index] = dataclasses.replace(step, before=None)
+        self._course.took(step, after)
         recited = tuple(signal for signal in signals if signal.signal_permille > threshold_permille)
         if recited:
-            self._undo_recited(step, before, recited)
-
-    def _undo_recited(self, step: Step, before: dict[str, Tensor], recited: tuple[p.MemorizationSignal, ...]) -> None:
-        if step.before is None:
-            raise InvariantBroken(f"step {step.index} was checked without a snapshot to return to")
-        event = self._resolve()
-        taken = ZERO_DIGEST if event is None else event.id
-        recited += self._swept(step, recited)
-        restore_snapshot(step.before, self._state)
-        rollback = self._ledger.record_memorization_rollback(step.grant.permission, taken, recited)
-        root = self._parallel.root()
-        if root != self._ledger.place.root:
-            raise InvariantBroken(f"restored to root {root.hex()}, expected {self._ledger.place.root.hex()}")
-        self._before = before
-        self._done = step.index - 1
-        del self._history[step.index]
-        self._recited.update((signal.source, signal.example) for signal in recited)
-        self._record.rollbacks += 1
-        self._record.undone_after(self._done)
-        worst = max(signal.signal_permille for signal in recited)
-        reason = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
-        self._book.note("rollback", step.index, id=rollback.id.hex(), detail=reason, memorization_permille=worst)
+            event = self._course.resolve()  # on disk before anything is looked for: it is undone after a crash, too
+            self._course.undo(step, event, before, recited + self._swept(step, recited))
 
     def _swept(self, step: Step, recited: tuple[p.MemorizationSignal, ...]) -> tuple[p.MemorizationSignal, ...]:
         """What else the model recites, of the recited examples' sources."""
@@ -572,94 +539,7 @@ class GovernedRun(Generic[E]):
         contents = {source: self._sources[source].examples for source, _ in found}
         threshold_permille = step.grant.policy.memorization_threshold_permille
         with self._record.costs.memorization():
-            return self._watch.sweep(self._model, found, contents, self._recited, threshold_permille)
-
-    def _resolve(self) -> RecordedEvent | None:
-        """The event of the step last taken, on disk."""
-        event = self._book.resolve()
-        self._last_step_event = event or self._last_step_event
-        return event
-
-    def _take_up(self, taken_up: TakenUp) -> None:
-        """Go on from the restored checkpoint: the steps since then are to be replayed."""
-        steps = taken_up.past.steps
-        self._recited.update(taken_up.past.recited)
-        if taken_up.undo and steps:
-            last, steps = steps[-1], steps[:-1]
-            threshold_permille = taken_up.grants[last.permission.grant].policy.memorization_threshold_permille
-            recited = tuple(
-                signal for signal in last.operation.memorization if signal.signal_permille > threshold_permille
-            )
-            rollback = self._ledger.record_memorization_rollback(last.permission, last.id, recited)
-            self._recited.update((signal.source, signal.example) for signal in recited)
-            reason = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
-            self._book.note("rollback", last.index, id=rollback.id.hex(), detail=reason)
-        self._done = self._ring.final.step
-        for step in steps:
-            presented = presented_examples(self._manifest, self._plan.sampler_seed, self._plan.batch_size, step.index)
-            self._history[step.index] = Step(
-                index=step.index,
-                grant=taken_up.grants[step.permission.grant],
-                admitted=step.in_order(presented),
-                refused={},
-                replayed=True,
-                rng_digest=ZERO_DIGEST,
-                beginning=step_beginning(self._state),
-                started=time.perf_counter(),
-                before=None,
-                batches=self._batches_of(step.in_order(presented)),
-            )
-            self._grant = self._history[step.index].grant
-        self._admitted.update(self._ledger.admitted_sources(self._manifest))
-        self._replay_to = (self._ledger.place.steps, self._ledger.place.root)
-        self._end_replay_if_due()
-
-    def _follow_finality(self) -> None:
-        candidate, news = self._ring.candidate, self._ledger.news(self._candidate)
-        if candidate is not None and news.candidate_is_final:
-            self._ring.finalized(candidate.step, candidate.root)
-            self._checkpoints.offer(self._ring.final, self._recited)
-            self._candidate = None
-            self._ledger.forget_through(candidate.step)
-            for index in [index for index in self._history if index <= candidate.step]:
-                del self._history[index]
-        if news.failure is not None:
-            self._recover(news.failure)
-
-    def _recover(self, failure: Fate) -> None:
-        """Back to where the log stands: restore the last final snapshot, then replay up to there."""
-        self._book.drop()
-        with self._record.costs.paused():
-            stands, _ = self._ledger.roll_back_to_log(failure)
-        restored = self._ring.roll_back(self._state)
-        self._candidate = None
-        self._last_step_event = None
-        self._done = restored.step
-        self._replay_to = (stands.steps, stands.root)
-        self._record.recoveries += 1
-        self._record.rollbacks += 1
-        self._record.undone_after(stands.steps)
-        for index in [index for index in self._history if index > stands.steps]:
-            del self._history[index]
-        self._book.note("recovery", stands.steps + 1, id=failure.id.hex(), detail=failure.reason)
-        self._end_replay_if_due()
-
-    def _end_replay_if_due(self) -> None:
-        if self._replay_to is None or self._done < self._replay_to[0]:
-            return
-        expected = self._replay_to[1]
-        self._replay_to = None
-        self._before = self._parallel.copied()
-        root = self._ranks.by_first(lambda: root_of_tensors(self._before))
-        if root != expected:
-            reason = f"replay to step {self._done} ended at {root.hex()}, the log stands at {expected.hex()}"
-            self._ledger.record_abandon(reason)
-            raise ReplayFailed(reason)
-        if self._done > self._ring.final.step:
-            self._ring.offer(take_snapshot(self._state, self._done, root))
-            self._ring.finalized(self._done, root)
-            self._checkpoints.offer(self._ring.final, self._recited)
-        self._history.clear()
+            return self._watch.sweep(self._model, found, contents, self._course.recited, threshold_permille)
 
 
 def governed(

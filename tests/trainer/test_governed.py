@@ -34,7 +34,8 @@ from consensus.keys import Ed25519SigningKey
 from consensus.portions import BlockWeight, ClassRule, Release, Rollback, StepOperation
 from consensus.rejection import Reason, Rejected, Unavailable
 from trainer_client.commitment import parameter_root_of, root_of_tensors
-from trainer_client.governed import GovernedRun, ReplayFailed, TrainingFailed
+from trainer_client.course import ReplayFailed
+from trainer_client.governed import GovernedRun, TrainingFailed
 from trainer_client.ledger_side import StepNotAdmitted
 from trainer_client.plan import default_blocks
 from trainer_client.record import Example
