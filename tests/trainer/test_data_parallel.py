@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from fake_node import FakeNode, running_node
-from governed_fixtures import CAMPAIGN, STEPS, Scene, TinyModel, collate, examples_of, losses, same_bits, weights
+from governed_fixtures import (
+    CAMPAIGN,
+    STEPS,
+    Scene,
+    TinyModel,
+    assert_moved_alike,
+    collate,
+    examples_of,
+    losses,
+    same_bits,
+    weights,
+)
 from rank_fixtures import KINDS, Attempt, Outcome, Recites, run_on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -81,14 +92,14 @@ def test_every_step_is_one_event_and_the_model_is_released(trained: Trained) -> 
 
 
 def test_weights_and_losses_are_those_of_one_process(trained: Trained) -> None:
-    expected = weights(trained.alone.model)
+    torch.manual_seed(1)
+    base = weights(TinyModel())
     for outcome in trained.outcomes:
-        for name, found in outcome.weights.items():
-            torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6)
+        assert_moved_alike(outcome.weights, weights(trained.alone.model), base)
     for found, alone in zip(steps_of(trained.scene), steps_of(trained.alone), strict=True):
-        assert found.loss_micro == pytest.approx(alone.loss_micro, abs=10)
+        assert found.loss_micro == pytest.approx(alone.loss_micro, rel=1e-3)
         assert [delta.norm_micro for delta in found.deltas] == pytest.approx(
-            [delta.norm_micro for delta in alone.deltas], abs=5
+            [delta.norm_micro for delta in alone.deltas], rel=0.01, abs=5
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_node import SALT, FakeNode, running_node
+from governed_fixtures import assert_moved_alike
 from hf_rank_fixtures import LENGTH, gpt2, train
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -506,12 +507,10 @@ def test_two_processes_under_ddp_train_what_one_trains_with_accumulation_and_che
     steps = scene.steps(8)
     assert [step.index for step in steps] == list(range(1, STEPS + 1))
     for found, expected in zip(steps, scene.steps(7), strict=True):
-        assert found.loss_micro == pytest.approx(expected.loss_micro, abs=20)
-    of_ranks = load_file(released), torch.load(tmp_path / "weights-of-rank-1", weights_only=True)
-    for weights in of_ranks:
-        for name, held in alone.state_dict().items():
-            if name in weights:
-                torch.testing.assert_close(weights[name], held, rtol=1e-3, atol=1e-5)
+        assert found.loss_micro == pytest.approx(expected.loss_micro, rel=1e-3)
+    wanted, base = alone.state_dict(), gpt2(dropout=0.0).state_dict()
+    for found in (load_file(released), torch.load(tmp_path / "weights-of-rank-1", weights_only=True)):
+        assert_moved_alike(found, {name: wanted[name] for name in found}, base)
 
 
 def test_packed_rows_train_what_padded_ones_train(scene: Scene) -> None:
@@ -522,9 +521,7 @@ def test_packed_rows_train_what_padded_ones_train(scene: Scene) -> None:
         GovernedTrainer(model, scene.arguments(), data_collator=collator, callbacks=[callback]).train()
         assert len(scene.steps(number)) == STEPS
         found[number] = model.state_dict()
-    for name, held in found[7].items():
-        if "h.0.attn.c_attn.weight" in name or "wte" in name or "ln_f" in name:
-            torch.testing.assert_close(found[8][name], held, rtol=1e-2, atol=1e-4)
+    assert_moved_alike(found[8], found[7], gpt2(dropout=0.0).state_dict(), part=0.05)
 
 
 def test_packed_rows_with_a_loss_of_rows_are_refused(scene: Scene) -> None:
