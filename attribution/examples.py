@@ -7,10 +7,13 @@ sketches is held against the source's exact score, from its accumulators.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from attribution.sketches import Sketches, SketchQuery, SketchStore, open_sketches
 from attribution.weights import WindowFile
@@ -19,6 +22,8 @@ from consensus.rejection import Rejected
 
 OPEN_AT_MOST = 100_000
 """Example-visits whose sketches are opened for one answer, unless more are asked for."""
+WINDOWS_AT_ONCE = 4
+"""So many windows of a source are scored at a time, where there are cores for it: one's products are small."""
 RANKED_EXAMPLES = 1_000
 """At most so many of a source's examples are told one by one."""
 
@@ -91,15 +96,15 @@ def source_examples(
     visits: list[npt.NDArray[np.int64]] = []
     unopened: list[tuple[int, int]] = []
     rank = unopened_visits = 0
-    for number, (file, entry, sketches) in enumerate(found.held):
+    scored = _scored(query, found, sorted(chosen))
+    for number, (file, _, sketches) in enumerate(found.held):
         if number not in chosen:
             unopened.append((file.window.first, file.window.last))
             unopened_visits += sketches.claimed_visits
             continue
-        try:
-            scores_N = sketches.check(file, entry, query.shapes).scores(query)
-        except Rejected as error:
-            found.left_out.append(_why(file, error))
+        scores_N = scored[number]
+        if isinstance(scores_N, Rejected):
+            found.left_out.append(_why(file, scores_N))
             continue
         rank = max(rank, sketches.rank)
         rows.append((file.window.last, sketches.examples.numpy(), scores_N.numpy()))
@@ -117,6 +122,20 @@ def source_examples(
         unopened=tuple(unopened),
         unopened_visits=unopened_visits,
     )
+
+
+def _scored(query: SketchQuery, found: _Found, chosen: Sequence[int]) -> dict[int, Tensor | Rejected]:
+    """The scores of chosen windows' rows, or why there are none; a few windows at a time."""
+
+    def score(number: int) -> Tensor | Rejected:
+        file, entry, sketches = found.held[number]
+        try:
+            return sketches.check(file, entry, query.shapes).scores(query)
+        except Rejected as error:
+            return error
+
+    with ThreadPoolExecutor(min(WINDOWS_AT_ONCE, torch.get_num_threads())) as pool:
+        return dict(zip(chosen, pool.map(score, chosen), strict=True))
 
 
 def _find(store: SketchStore, files: Sequence[WindowFile], source: bytes) -> _Found:
