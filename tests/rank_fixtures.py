@@ -24,7 +24,7 @@ from consensus.identifiers import ChainId, MemberId
 from consensus.rejection import CountersignError
 from trainer_client.record import Example
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 KINDS = ("DDP", "FSDP2")
 
 
