@@ -38,9 +38,16 @@ def pinned_chain(text: str) -> ChainId:
     Raises:
         Rejected: ``MALFORMED``.
     """
-    if len(text) != 2 * DIGEST_BYTES or set(text) - set("0123456789abcdef"):
+    found = digest_in(text)
+    if found is None:
         raise Rejected(Reason.MALFORMED, f"chain id {text!a:.80}: expected {2 * DIGEST_BYTES} lower-case hex digits")
-    return ChainId(bytes.fromhex(text))
+    return ChainId(found)
+
+
+def digest_in(text: str) -> bytes | None:
+    """32 bytes as lower-case hex digits; None for another text."""
+    whole = len(text) == 2 * DIGEST_BYTES and not set(text) - set("0123456789abcdef")
+    return bytes.fromhex(text) if whole else None
 
 
 def told(stage: str) -> None:

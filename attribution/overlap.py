@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from attribution.log import CampaignLog, open_log
-from attribution.options import BUNDLE, CHAIN_ID, GENESIS, pinned_chain
+from attribution.options import BUNDLE, CHAIN_ID, GENESIS, digest_in, pinned_chain
 from attribution.receipts import receipt_fields, shown
 from consensus.identifiers import DIGEST_BYTES
 from consensus.overlap import NGRAM_BYTES, WINDOW, Overlap, OverlapIndex, key_check, overlaps
@@ -240,7 +240,7 @@ def _read(path: Path | None) -> bytes:
 
 
 def _key(path: Path) -> bytes:
-    text = _read(path).decode("ascii", "replace").strip()
-    if len(text) != 2 * DIGEST_BYTES or set(text) - set("0123456789abcdef"):
+    key = digest_in(_read(path).decode("ascii", "replace").strip())
+    if key is None:
         raise ConfigError(f"{path}: expected a key of {2 * DIGEST_BYTES} lower-case hex digits")
-    return bytes.fromhex(text)
+    return key

@@ -161,6 +161,27 @@ class Scene:
         return counts
 
 
+class RecitesAt:
+    """A memorization check that finds the least of the examples recited which it is first asked about in one step.
+
+    ``at`` is told of the steps as they come; ``caught`` is what was found.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.at: list[int] = []
+        self.caught: list[Example] = []
+
+    def glance(self, shown: Mapping[Example, bytes], hits_BT: Tensor, floor: int) -> list[Example]:
+        return []
+
+    def signals(self, model: nn.Module, shown: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
+        if self.caught or self.at[-1] != self.step:
+            return {}
+        self.caught.append(min(shown))
+        return {self.caught[0]: 900}
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 

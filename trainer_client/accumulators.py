@@ -23,7 +23,6 @@ those in snapshots. Sums and files are made in one thread of their own.
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +46,7 @@ from consensus.accumulators import (
 from consensus.codec import encode
 from consensus.identifiers import Digest
 from consensus.rejection import CountersignError
+from trainer_client.durable import make_durable
 from trainer_client.ranks import ALONE, Ranks
 from trainer_client.record import Example
 from trainer_client.routed_modules import observed_parameters
@@ -256,7 +256,7 @@ class SourceAccumulators:
         path = self._directory / "windows" / f"{root.hex()}.window"
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_bytes(encode(window))
-        _make_durable(unfinished, path)
+        make_durable(unfinished, path)
         self.cpu_seconds = time.thread_time()
         return root
 
@@ -271,7 +271,7 @@ class SourceAccumulators:
         with unfinished.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
         size_bytes = unfinished.stat().st_size
-        _make_durable(unfinished, folder / f"{digest.hex()}.safetensors")
+        make_durable(unfinished, folder / f"{digest.hex()}.safetensors")
         return digest, size_bytes
 
 
@@ -313,15 +313,3 @@ def _add(sums: Sums, name: str, part: Tensor, factor: float) -> None:
 
 def _place(item: tuple[tuple[bytes, bytes], Sums]) -> tuple[bytes, bytes]:
     return item[0]
-
-
-def _make_durable(unfinished: Path, path: Path) -> None:
-    """Content, then name: what is named is whole, also after a crash."""
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

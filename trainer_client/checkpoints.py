@@ -6,7 +6,7 @@ the campaign is on the log.
 
 * **Written beside training**, by one thread, from a snapshot that nobody changes. While one is being written others
   pass; a disk that is full costs a warning and the older checkpoint stays.
-* **Whole or not there.** Written, fsynced, hashed, renamed to a name that holds the SHA-256, fsync of the folder. The
+* **Whole or not there.** Written, hashed, fsynced, renamed to a name that holds the SHA-256, fsync of the folder. The
   two newest are kept: should the newest turn out damaged, the one before serves.
 * **Data, not code.** Read with ``torch.load(weights_only=True)``.
 * **Several ranks** each keep their own, of the same steps: none begins one before all have the last. What they are
@@ -15,7 +15,6 @@ the campaign is on the log.
 
 import hashlib
 import logging
-import os
 import pickle
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ import torch
 
 from consensus.identifiers import Digest
 from consensus.rejection import ConfigError
+from trainer_client.durable import make_durable
 from trainer_client.ranks import ALONE, Ranks
 from trainer_client.record import Example
 from trainer_client.rollback import RandomState, Snapshot
@@ -187,20 +187,12 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, campaign: bytes) -
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = directory / "checkpoint.unfinished"
     try:
-        with unfinished.open("wb") as file:
-            torch.save(_plain(checkpoint, campaign), file)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = _sha256(unfinished)
-        path = unfinished.replace(directory / f"step-{checkpoint.snapshot.step:09}-{digest}.checkpoint")
+        torch.save(_plain(checkpoint, campaign), unfinished)
+        path = directory / f"step-{checkpoint.snapshot.step:09}-{_sha256(unfinished)}.checkpoint"
+        make_durable(unfinished, path)
     except (OSError, RuntimeError):
         unfinished.unlink(missing_ok=True)
         raise
-    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
     return path
 
 

@@ -127,16 +127,13 @@ class PackingCollator:
         """
         sequences = [each["input_ids"] if isinstance(each, Mapping) else each for each in examples]
         rows = pack(sequences, self.length, self.padding)
-        labels = torch.full((rows.packing.positions,), IGNORED_LABEL)
-        tokens = rows.tokens_RT.flatten()
-        for first, end in rows.packing.spans_B:
-            labels[first + 1 : end] = tokens[first + 1 : end]
+        predicted_RT = rows.packing.followed_RT().roll(1, dims=1)
         hidden = torch.zeros(rows.attention_R1TT.shape).masked_fill(~rows.attention_R1TT, torch.finfo(torch.float).min)
         inputs = {
             "input_ids": rows.tokens_RT,
             "position_ids": rows.positions_RT,
             "attention_mask": hidden,
-            "labels": labels.view_as(rows.tokens_RT),
+            "labels": rows.tokens_RT.masked_fill(~predicted_RT, IGNORED_LABEL),
         }
         return Packed(inputs, rows.packing)
 

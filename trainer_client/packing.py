@@ -58,6 +58,13 @@ class Packing:
         """Whether every position is some example's."""
         return sum(end - first for first, end in self.spans_B) == self.positions
 
+    def followed_RT(self) -> Tensor:
+        """True at positions whose next one is of the same example: those that predict one of its tokens."""
+        followed = torch.zeros(self.positions, dtype=torch.bool)
+        for first, end in self.spans_B:
+            followed[first : end - 1] = True
+        return followed.view(self.rows, self.row_positions)
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:

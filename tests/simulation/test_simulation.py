@@ -1,15 +1,12 @@
 """No history forks and every history goes on, whatever the network, the hosts and the traitors do."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from consensus_fixtures import make_genesis
 from simulation.cryptography import Keys
 from simulation.failures import Fork
+from simulation.hash_seeds import printed_under_two_hash_seeds
 from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, outcomes, seeds, worst_gap_ms
 from simulation.plan import DELAY_MS, Plan
 from simulation.simulator import Simulation
@@ -131,19 +128,8 @@ def test_same_seed_gives_the_same_trace_whatever_the_hash_seed() -> None:
         "plan = Plan(traitors=(1, 0, 1), slow=(0, 1, 0), loss=0.15, crash=0.002, heal_ms=3_000, end_ms=4_000);"
         "print(Simulation(7, plan).run().trace)"
     )
-    tests = Path(__file__).parents[1]
-    traces = [
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert traces[0] == traces[1] != ""
+    first, second = printed_under_two_hash_seeds(program)
+    assert first == second != ""
 
 
 CENSORED = Plan(counts=(1, 1, 4), thresholds=(1, 1, 3), censors=(0, 0, 2), urgent_ms=1_000, end_ms=12_000)

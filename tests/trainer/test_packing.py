@@ -14,7 +14,6 @@ from torch.nn import functional
 from consensus.event import Kind
 from trainer_client.accumulators import SourceAccumulators
 from trainer_client.packing import Packed, PackedRows, Packing, losses_by_example, pack
-from trainer_client.plan import default_blocks
 from trainer_client.probe import ProbeInputs, probe
 from trainer_client.replay import ReplayJob, read_logged_campaign, replay
 from trainer_client.route import RoutingError, RoutingLeak, RoutingUnsupported
@@ -48,14 +47,9 @@ class Attending(nn.Module):
 
 
 def block_of(model: nn.Module) -> dict[str, int]:
-    return {name: number for number, names in enumerate(default_groups(model).values()) for name in names}
-
-
-def default_groups(model: nn.Module) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters():
-        groups.setdefault(name.partition(".")[0], []).append(name)
-    return groups
+    """Four parameter blocks: embedding, layers, norms, head."""
+    blocks = list(dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters()))
+    return {name: blocks.index(name.partition(".")[0]) for name, _ in model.named_parameters()}
 
 
 def sequences(seed: int = 3) -> list[list[int]]:
@@ -68,10 +62,7 @@ def packed_losses(model: nn.Module, rows: PackedRows, masked: bool = True) -> Te
     logits_RTV = model(rows.tokens_RT, rows.positions_RT, rows.attention_R1TT if masked else None)
     target_RT = rows.tokens_RT.roll(-1, dims=1)
     loss_RT = functional.cross_entropy(logits_RTV.transpose(1, 2), target_RT, reduction="none")
-    counted = torch.zeros_like(rows.tokens_RT, dtype=torch.bool).flatten()
-    for first, end in rows.packing.spans_B:
-        counted[first : end - 1] = True
-    return losses_by_example(loss_RT, rows.packing, counted.view_as(rows.tokens_RT))
+    return losses_by_example(loss_RT, rows.packing, rows.packing.followed_RT())
 
 
 def oracle(model: nn.Module, weights_BK: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -194,6 +185,7 @@ def test_examples_go_to_the_first_row_with_room_and_long_ones_are_cut() -> None:
     for sequences_ in ([], [[1], []]):
         with pytest.raises(RoutingError, match="at least one token"):
             pack(sequences_, 5)
+    assert rows.packing.followed_RT().int().tolist() == [[1, 1, 0, 1, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]]
     mean = losses_by_example(torch.arange(15.0).view(3, 5), rows.packing)
     assert mean.tolist() == [1.0, 7.0, 3.5, 10.0]
 
@@ -211,10 +203,7 @@ def test_packed_run_is_recorded_replayed_and_ends_where_the_padded_one_does(tmp_
         loss_RT = functional.cross_entropy(
             model(rows.tokens_RT).transpose(1, 2), rows.tokens_RT.roll(-1, 1), reduction="none"
         )
-        counted = torch.zeros_like(rows.tokens_RT, dtype=torch.bool).flatten()
-        for first, end in rows.packing.spans_B:
-            counted[first : end - 1] = True
-        return losses_by_example(loss_RT, rows.packing, counted.view_as(rows.tokens_RT))
+        return losses_by_example(loss_RT, rows.packing, rows.packing.followed_RT())
 
     trained = {}
     for row in (1, 16):
@@ -247,8 +236,3 @@ def _alone(examples: Sequence[bytes]) -> Packed:
     packing = Packing(len(examples), 10, tuple((10 * row, 10 * row + len(each)) for row, each in enumerate(examples)))
     rows = PackedRows(tokens_RT, tokens_RT, tokens_RT, packing)
     return Packed(rows, packing)
-
-
-def test_default_groups_are_four() -> None:
-    assert len(default_groups(Attending())) == len(WEIGHTS[0]) == 4
-    assert "embedding.0" in default_blocks(Attending())

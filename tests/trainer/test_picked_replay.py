@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from governed_fixtures import (
     EVERYTHING,
     KEY,
     STEPS,
+    RecitesAt,
     Scene,
     TinyModel,
     collate,
@@ -404,24 +405,12 @@ def test_run_that_died_keeps_the_snapshots_of_one_that_did_not(scene: Scene) -> 
 
 
 def test_step_that_was_undone_leaves_no_snapshot_of_itself(scene: Scene) -> None:
-    caught: list[object] = []
-
-    class Recites:
-        def glance(self, shown: Mapping[object, bytes], hits_BT: Tensor, floor: int) -> list[object]:
-            return []
-
-        def signals(self, model: nn.Module, shown: Mapping[Any, bytes], threshold: int) -> dict[object, int]:
-            if caught or at[-1] != 6:
-                return {}
-            caught.append(min(shown))
-            return {caught[0]: 900}
-
-    at: list[int] = []
+    recites = RecitesAt(6)
     scene.register(classes=EVERYTHING)
     scene.settings = replace(scene.settings, audit_snapshot_every_steps=3)
     scene.plan_changes["model"] = {"dropout": 0.5}
-    scene.arguments["memorization"] = Recites()
-    scene.train(at.append)
+    scene.arguments["memorization"] = recites
+    scene.train(recites.at.append)
     assert scene.node.head(CAMPAIGN).rollbacks == 1
     assert [int(path.name[5:14]) for path in checkpoint_files(kept_by(scene))] == [3, 6, 9, 12]
     assert picked(scene, job(scene), 4, 7, 10).matched == 3
@@ -439,7 +428,7 @@ def test_full_disk_costs_a_snapshot_and_not_the_run(
 
     scene.register(classes=EVERYTHING)
     scene.settings = replace(scene.settings, audit_snapshot_every_steps=EVERY)
-    monkeypatch.setattr("trainer_client.checkpoints.os.fsync", failing)
+    monkeypatch.setattr("trainer_client.durable.os.fsync", failing)
     scene.train()
     assert "no snapshot of step 5 for audits" in caplog.text
     assert checkpoint_files(kept_by(scene)) == []

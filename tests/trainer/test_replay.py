@@ -1,7 +1,7 @@
 """A governed run, run again from the log: the same bits, or the first step and block that differ."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,18 @@ from click.testing import CliRunner
 from demo_job_fixtures import CAMPAIGN as DEMO_CAMPAIGN
 from demo_job_fixtures import written_config
 from fake_node import running_node
-from governed_fixtures import CAMPAIGN, EVERYTHING, STEPS, Scene, TinyModel, collate, losses, same_bits, weights
+from governed_fixtures import (
+    CAMPAIGN,
+    EVERYTHING,
+    STEPS,
+    RecitesAt,
+    Scene,
+    TinyModel,
+    collate,
+    losses,
+    same_bits,
+    weights,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +32,6 @@ from consensus.rejection import ConfigError, Reason, Rejected
 from node.cli import main
 from trainer_client.commitment import root_of_tensors
 from trainer_client.demo.job import main as demo_job
-from trainer_client.record import Example
 from trainer_client.replay import Replayed, ReplayJob, read_logged_campaign, replay
 from trainer_client.replay_command import load_job
 
@@ -51,21 +61,9 @@ def trained(scene: Scene) -> Scene:
     frozen = (BlockWeight("embedding", 0), BlockWeight("layers.0", 250))
     scene.register(classes=(ClassRule("documentation", 1_000, ()), ClassRule("news", 500, frozen)))
     scene.plan_changes.update(model={"dropout": 0.5}, accumulator_window_steps=5)
-    caught: list[Example] = []
-
-    class Recites:
-        def glance(self, shown: Mapping[Example, bytes], hits_BT: Tensor, floor: int) -> list[Example]:
-            return []
-
-        def signals(self, model: nn.Module, shown: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
-            if caught or at[-1] != 4:
-                return {}
-            caught.append(min(shown))
-            return {caught[0]: 900}
-
-    at: list[int] = []
-    scene.arguments["memorization"] = Recites()
-    scene.train(at.append)
+    recites = RecitesAt(4)
+    scene.arguments["memorization"] = recites
+    scene.train(recites.at.append)
     assert scene.node.head(CAMPAIGN).rollbacks == 1
     return scene
 

@@ -15,13 +15,13 @@ import torch
 from demo_job_fixtures import CAMPAIGN as DEMO_CAMPAIGN
 from demo_job_fixtures import written_config
 from fake_node import running_node
-from governed_fixtures import CAMPAIGN, EVERYTHING, STEPS, Scene, losses, same_bits, weights
+from governed_fixtures import CAMPAIGN, EVERYTHING, STEPS, RecitesAt, Scene, losses, same_bits, weights
 from torch import nn
 
 from consensus.event import CheckedEvent, Kind
 from consensus.portions import Rollback, StepOperation
 from consensus.rejection import ConfigError, Reason, Rejected
-from trainer_client import checkpoints
+from trainer_client import checkpoints, durable
 from trainer_client.commitment import parameter_root_of
 from trainer_client.governed import GovernedRun
 from trainer_client.record import Example
@@ -124,36 +124,25 @@ def test_steps_far_from_the_checkpoint_are_replayed_and_recorded_nowhere(resumab
 def test_recital_that_was_recorded_and_not_undone_is_undone_first(
     resumable: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caught: list[Example] = []
-
-    class Recites:
-        def glance(self, shown: Mapping[Example, bytes], hits_BT: torch.Tensor, floor: int) -> list[Example]:
-            return []
-
-        def signals(self, model: nn.Module, shown: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
-            if caught or at[-1] != 6:
-                return {}
-            caught.append(min(shown))
-            return {caught[0]: 900}
+    recites = RecitesAt(6)
 
     def die(*_: object) -> None:
         raise Killed
 
-    at: list[int] = []
-    resumable.arguments["memorization"] = Recites()
+    resumable.arguments["memorization"] = recites
     with monkeypatch.context() as patched:
         patched.setattr(GovernedRun, "_swept", die)
         with pytest.raises(Killed):
-            train(resumable, at.append)
+            train(resumable, recites.at.append)
     assert resumable.node.head(CAMPAIGN).rollback_required
-    train(resumable, at.append)
+    train(resumable, recites.at.append)
     head = resumable.node.head(CAMPAIGN)
     assert (head.closed, head.rollbacks, head.steps, head.attempt) == ("released", 1, STEPS, 1)
     (rollback,) = resumable.events(Kind.ROLLBACK)
     assert isinstance(rollback.operation, Rollback)
-    assert [(signal.source, signal.example) for signal in rollback.operation.memorization] == caught
+    assert [(signal.source, signal.example) for signal in rollback.operation.memorization] == recites.caught
     assert recorded_steps(resumable) == [*range(1, 7), *range(6, STEPS + 1)]
-    later = sum(caught[0] in resumable.presented(step) for step in range(6, STEPS + 1))
+    later = sum(recites.caught[0] in resumable.presented(step) for step in range(6, STEPS + 1))
     assert resumable.reasons()["memorization-above-threshold"] == later > 0
 
 
@@ -298,7 +287,7 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(checkpoints.os, "fsync", failing)
+    monkeypatch.setattr(durable.os, "fsync", failing)
     train(resumable)
     assert "no checkpoint of step" in caplog.text
     assert not list(kept_by(resumable).glob("*.unfinished"))
