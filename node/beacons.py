@@ -5,9 +5,11 @@
 - **A share outlives its epoch.** The group key changes with the epoch, and the secret is erased; so before that the
   shares of all unanswered challenges of the epoch are put on disk, under the id that this member then had.
 - Shares are public once the challenge is final: any member, and whoever may use the HTTP interface, may have them.
+- Members learn of finality one after another, so whoever had no share to give yet is asked again for a while.
 """
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +29,8 @@ from node.voter import VotingKeys
 log = logging.getLogger("countersign.beacons")
 
 ASK_SECONDS = 10.0
+PATIENCE_SECONDS = 5.0
+ASK_AGAIN_SECONDS = 0.1
 MAX_SHARE_BYTES = 1_024
 
 
@@ -41,14 +45,35 @@ class SharePeers(Protocol):
         """A member's answer; raises ``Unavailable`` where none comes."""
 
 
+@dataclass
+class Gathering:
+    """The shares of one beacon as they come in."""
+
+    scheme: CertificateScheme
+    message: bytes
+    shares: dict[MemberId, bytes] = field(default_factory=dict)
+    answered: set[MemberId] = field(default_factory=set)
+    """Members that gave a true share: they are not asked again."""
+    refusals: dict[MemberId, str] = field(default_factory=dict)
+    """Why a member gave none, as last logged."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is a quorum of every role."""
+        return self.scheme.committee.has_quorum(self.shares)
+
+
 class BeaconDesk:
     """Gives this member's shares and gathers the others'."""
 
-    def __init__(self, ledger: Ledger, directory: Path, peers: SharePeers) -> None:
-        """``directory`` keeps shares of epochs that ended."""
+    def __init__(
+        self, ledger: Ledger, directory: Path, peers: SharePeers, patience_seconds: float = PATIENCE_SECONDS
+    ) -> None:
+        """``directory`` keeps shares of epochs that ended; ``patience_seconds``: how long members are asked again."""
         self._ledger = ledger
         self._directory = directory
         self._peers = peers
+        self._patience_seconds = patience_seconds
         self._keys: VotingKeys | None = None
         self._scheme: CertificateScheme | None = None
         self._why_none = "this node has not begun to vote"
@@ -109,21 +134,21 @@ class BeaconDesk:
         """
         scheme = self._ledger.epochs.of(record.epoch).scheme
         message = beacon_message(scheme.committee.chain_id, record.epoch, record.campaign, record.number)
-        shares: dict[MemberId, bytes] = {}
+        gathering = Gathering(scheme, message)
         try:
             own = self.share(record)
-            shares[MemberId(own.voter)] = own.share
+            gathering.shares[MemberId(own.voter)] = own.share
         except Unavailable as error:
             log.info("%s", error)
-        made: list[bytes] = []
-        async with trio.open_nursery() as nursery:
-            for member in sorted(self._peers.connected):
-                nursery.start_soon(self._ask, member, record, scheme, message, shares, made, nursery.cancel_scope)
-            self._try(scheme, message, shares, made, nursery.cancel_scope)
-        if not made:
-            missing = [voter.name for voter in scheme.committee.voters if voter.id not in shares]
+        deadline = trio.current_time() + self._patience_seconds
+        await self._ask_all(record, gathering)
+        while not gathering.complete and trio.current_time() < deadline:
+            await trio.sleep(ASK_AGAIN_SECONDS)
+            await self._ask_all(record, gathering)
+        if not gathering.complete:
+            missing = [voter.name for voter in scheme.committee.voters if voter.id not in gathering.shares]
             raise Unavailable(f"too few shares of audit {record.number}'s beacon; none of {', '.join(missing)}")
-        return made[0]
+        return make_beacon(scheme, message, gathering.shares)
 
     async def answer(self, request: GetBeaconShare) -> bytes:
         """The answer to another member's request.
@@ -133,37 +158,29 @@ class BeaconDesk:
         """
         return encode(self.share(self.record(request.campaign, request.challenge)))
 
+    async def _ask_all(self, record: ChallengeRecord, gathering: Gathering) -> None:
+        """Ask whoever is connected and has not answered; as soon as there is a quorum, nobody else is waited for."""
+        async with trio.open_nursery() as nursery:
+            for member in sorted(self._peers.connected - gathering.answered):
+                nursery.start_soon(self._ask, member, record, gathering, nursery.cancel_scope)
+            if gathering.complete:
+                nursery.cancel_scope.cancel()
+
     async def _ask(
-        self,
-        member: MemberId,
-        record: ChallengeRecord,
-        scheme: CertificateScheme,
-        message: bytes,
-        shares: dict[MemberId, bytes],
-        made: list[bytes],
-        round_scope: trio.CancelScope,
+        self, member: MemberId, record: ChallengeRecord, gathering: Gathering, round_scope: trio.CancelScope
     ) -> None:
         try:
             request = encode(GetBeaconShare(record.campaign, record.event))
             found = decode(await self._peers.request(member, request, ASK_SECONDS), BeaconShare, MAX_SHARE_BYTES)
-            scheme.verify_share(MemberId(found.voter), message, found.share)
+            gathering.scheme.verify_share(MemberId(found.voter), gathering.message, found.share)
         except (Unavailable, Rejected) as error:
-            log.info("share of audit %d from %s: %s", record.number, member.hex(), error)
+            if gathering.refusals.get(member) != str(error):
+                gathering.refusals[member] = str(error)
+                log.info("share of audit %d from %s: %s", record.number, member.hex(), error)
             return
-        shares[MemberId(found.voter)] = found.share
-        self._try(scheme, message, shares, made, round_scope)
-
-    def _try(
-        self,
-        scheme: CertificateScheme,
-        message: bytes,
-        shares: dict[MemberId, bytes],
-        made: list[bytes],
-        round_scope: trio.CancelScope,
-    ) -> None:
-        """The beacon, as soon as there is a quorum of every role; then nobody else is waited for."""
-        if not made and scheme.committee.has_quorum(shares):
-            made.append(make_beacon(scheme, message, shares))
+        gathering.shares[MemberId(found.voter)] = found.share
+        gathering.answered.add(member)
+        if gathering.complete:
             round_scope.cancel()
 
     def _made(self, record: ChallengeRecord, keys: VotingKeys, scheme: CertificateScheme) -> BeaconShare:

@@ -40,6 +40,7 @@ from node.voter import VotingKeys
 TOKEN = "a-token-of-enough-letters"
 ZEROS = "00" * 32
 SIGNERS = (LIBRARIAN, GOVERNANCE, OPERATOR)
+PATIENCE_SECONDS = 0.3
 LOG_KEY = Ed25519SigningKey(bytes(range(32)))
 
 
@@ -99,15 +100,17 @@ class Desk:
 
 
 class OtherMembers:
-    """The other voters, each with a desk of its own over the same log; ``silent`` ones do not answer."""
+    """The other voters, each with a desk of its own over the same log. ``silent`` ones do not answer; ``late`` ones
+    refuse so many times first."""
 
     def __init__(self, memory: MemoryLedger, ledger: Ledger, own: str, directory: Path) -> None:
         self.silent: set[str] = set()
+        self.late: dict[str, int] = {}
         self.spoil: Callable[[str, bytes], bytes] = lambda name, answer: answer
         self._desks: dict[MemberId, tuple[str, BeaconDesk]] = {}
         for voter in memory.committee.voters:
             if voter.name != own:
-                desk = BeaconDesk(ledger, directory / voter.name, self)
+                desk = BeaconDesk(ledger, directory / voter.name, self, PATIENCE_SECONDS)
                 desk.begin_epoch(voting_keys(memory, voter.name), "")
                 self._desks[voter.id] = (voter.name, desk)
 
@@ -121,6 +124,9 @@ class OtherMembers:
         assert isinstance(request, GetBeaconShare)
         if name in self.silent:
             raise Unavailable("not connected")
+        if self.late.get(name):
+            self.late[name] -= 1
+            raise Unavailable("not-found: the challenge is not final")
         try:
             return self.spoil(name, await desk.answer(request))
         except Rejected as refusal:
@@ -135,7 +141,7 @@ def voting_keys(memory: MemoryLedger, name: str) -> VotingKeys:
 
 def beacon_desk(memory: MemoryLedger, ledger: Ledger, name: str, directory: Path) -> BeaconDesk:
     """The desk of a voter, with all others at hand."""
-    desk = BeaconDesk(ledger, directory, OtherMembers(memory, ledger, name, directory))
+    desk = BeaconDesk(ledger, directory, OtherMembers(memory, ledger, name, directory), PATIENCE_SECONDS)
     desk.begin_epoch(voting_keys(memory, name), "")
     return desk
 

@@ -109,6 +109,13 @@ async def test_beacon_is_gathered_and_is_the_same_without_some(tmp_path: Path) -
     assert await found.desk.beacon(found.record) == whole
 
 
+async def test_member_that_learns_later_that_the_challenge_is_final_is_asked_again(tmp_path: Path) -> None:
+    found = asked(tmp_path)
+    found.others.late = {"governance-1": 2, "data-source-1": 1}
+    assert await found.desk.beacon(found.record) == found.told.ledger.beacon(found.told.run.id)
+    assert found.others.late == {"governance-1": 0, "data-source-1": 0}
+
+
 async def test_without_a_quorum_the_missing_members_are_named(tmp_path: Path) -> None:
     found = asked(tmp_path, FOUR)
     found.others.silent = {"governance-1", "governance-2"}
