@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,16 +36,26 @@ COUNTERSIGN = str(Path(sysconfig.get_path("scripts")) / "countersign")
 class Processes:
     """A provisioned consortium whose nodes are separate processes."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        members: Sequence[MemberRequest] = MEMBERS,
+        thresholds: Mapping[Role, int] | None = None,
+    ) -> None:
         self.provisioned: Provisioned = provision(
             directory,
             "countersign.example/processes",
-            MEMBERS,
+            members,
             created_ms=time.time_ns() // 1_000_000,
+            thresholds=thresholds,
             parameters=Parameters(heartbeat_ms=1_000),
         )
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.client = httpx.Client(timeout=30.0)
+
+    def command(self, name: str) -> list[str]:
+        """What starts a node."""
+        return [COUNTERSIGN, "node", "run", "--config", str(self.provisioned.members[name].config)]
 
     def start(self, *names: str) -> None:
         """Start nodes and wait until each answers."""
@@ -53,7 +63,7 @@ class Processes:
             member = self.provisioned.members[name]
             log = (member.directory / "node.log").open("ab")
             self.running[name] = subprocess.Popen(
-                [COUNTERSIGN, "node", "run", "--config", str(member.config)],
+                self.command(name),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
