@@ -190,9 +190,15 @@ class Proposals:
                 "ledger block of view %d has %d events, %d bytes: too many", header.view, len(events), size_bytes
             )
             return Verdict.REFUSED
-        if abs(header.timestamp_ms - self._clock.now_ms()) > self._parameters.max_clock_skew_ms:
+        ahead_ms = header.timestamp_ms - self._clock.now_ms()
+        if abs(ahead_ms) > self._parameters.max_clock_skew_ms:
             log.warning(
-                "ledger block of view %d has timestamp %d ms, too far from ours", header.view, header.timestamp_ms
+                "ledger block of view %d by %s is %d ms %s our clock, at most %d allowed: one of the two is wrong",
+                header.view,
+                self._ledger.epochs.member(MemberId(header.leader)).name,
+                abs(ahead_ms),
+                "ahead of" if ahead_ms > 0 else "behind",
+                self._parameters.max_clock_skew_ms,
             )
             return Verdict.REFUSED
         if self._censored(parent, header, events, size_bytes):

@@ -1,7 +1,9 @@
 """Node processes in network namespaces whose cables are cut, slow and lossy: nothing acknowledged is lost or forked."""
 
 import random
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from namespace_fixtures import NAMES, NamespaceProcesses, namespace_processes
@@ -9,6 +11,7 @@ from process_fixtures import source
 
 pytestmark = pytest.mark.processes
 
+SKEWED_NODE = Path(__file__).parents[1] / "skewed_node.py"
 SILENT_SECONDS = 30
 """By when a node knows that whoever was cut off is gone; it is five seconds on an idle machine."""
 
@@ -82,6 +85,7 @@ def test_node_that_hears_and_is_not_heard_forks_nothing_and_is_back_when_it_is(n
     for event in acknowledged:
         assert network.is_final("library", event, 60), network.log("library")
     network.wait_until(lambda: "archive" not in str(network.status("library")["peers_connected"]), SILENT_SECONDS)
+    network.wait_until(lambda: network.status("archive")["peers_connected"] == [], SILENT_SECONDS)
     network.heal()
     back = submit(network, "archive", 310)
     assert network.is_final("archive", back, 60), network.log("archive")
@@ -117,3 +121,26 @@ def test_kill_minus_nine_while_the_network_flaps_loses_nothing_acknowledged(netw
     network.start(*NAMES)
     for name in NAMES:
         network.wait_until(lambda name=name: bool(network.status(name)["voting"]), 60)  # type: ignore[misc]
+
+
+def test_clock_far_off_is_refused_by_name_and_stops_nobody_else(network: NamespaceProcesses) -> None:
+    for name, offset_ms in (("press", 2_000), ("archive", 60_000)):
+        network.kill(name)
+        network.programs[name] = [sys.executable, str(SKEWED_NODE), str(offset_ms)]
+        network.start(name)
+    acknowledged: list[str] = []
+
+    def refused() -> bool:
+        """Submit on until archive has led a view and others have led ones that archive judged."""
+        acknowledged.append(submit(network, "library", 600 + len(acknowledged)))
+        assert network.is_final("library", acknowledged[-1], 60), network.log("library")
+        return "by archive is" in network.log("library") and "behind our clock" in network.log("archive")
+
+    network.wait_until(refused, 60)
+    assert "ms ahead of our clock, at most 5000 allowed" in network.log("library")
+    assert "by press is" not in network.log("library")
+    for name in ("press", "archive"):
+        network.kill(name)
+        del network.programs[name]
+        network.start(name)
+    network.assert_whole(acknowledged)

@@ -156,3 +156,66 @@ def test_read_only_disk_refuses_to_start_by_name_and_loses_nothing(tmp_path: Pat
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
         consortium.start(VOTER)
         Processes.wait_until(lambda: consortium.status(VOTER)["log_size"] == len(events) + len(waiting))
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 file system that becomes read-only at its first error; skipped where mounting one is not permitted."""
+    image, disk = tmp_path / "disk.image", tmp_path / "failing"
+    disk.mkdir()
+    with image.open("wb") as empty:
+        empty.truncate(2 * DISK_BYTES)
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("mkfs.ext4 is not installed (e2fsprogs)")
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    mount = ["mount", "-o", "loop,errors=remount-ro", str(image), str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting an ext4 image is not permitted: {mounted.stderr.decode().strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def fail_disk(disk: Path) -> None:
+    """Have the kernel meet an error on a loop device's file system, which it then writes to no more."""
+    found = subprocess.run(
+        ["findmnt", "--noheadings", "--output", "SOURCE", str(disk)], capture_output=True, text=True, check=True
+    )
+    device = Path(found.stdout.strip()).name
+    assert device.startswith("loop")
+    trigger = Path("/sys/fs/ext4") / device / "trigger_fs_error"
+    if not trigger.exists():
+        pytest.skip(f"this kernel has no {trigger}")
+    trigger.write_text("a test's\n")
+
+
+def test_disk_that_becomes_read_only_stops_a_node_by_name_and_loses_nothing(tmp_path: Path, failing_disk: Path) -> None:
+    with processes(tmp_path / "consortium", *NAMES[:4]) as consortium:
+        move_data(consortium, VOTER, failing_disk)
+        subprocess.run(["sync", "--file-system", str(failing_disk)], check=True)  # the copy, which nobody had synced
+        consortium.start(VOTER)
+        first = flood(consortium, "library", 0, 50)
+        Processes.wait_until(lambda: consortium.status(VOTER)["log_size"] == len(first))
+        fail_disk(failing_disk)
+        second = flood(consortium, "library", 1_000, 50)
+        assert consortium.running[VOTER].wait(timeout=60) == 1, consortium.log(VOTER)
+        consortium.running.pop(VOTER)
+        assert "invariant-broken" in consortium.log(VOTER)
+        assert "Read-only file system" in consortium.log(VOTER)
+        assert consortium.status("library")["log_size"] == len(first)
+
+        image = tmp_path / "disk.image"
+        subprocess.run(["umount", str(failing_disk)], check=True)
+        assert subprocess.run(["fsck.ext4", "-p", str(image)], capture_output=True, check=False).returncode in (0, 1)
+        subprocess.run(["mount", "-o", "loop", str(image), str(failing_disk)], check=True)
+        consortium.start(VOTER)
+        Processes.wait_until(lambda: consortium.status(VOTER)["log_size"] == len(first) + len(second))
+        Processes.wait_until(lambda: bool(consortium.status(VOTER)["voting"]))
+        consortium.kill(VOTER, signal.SIGTERM)
+        config = str(consortium.provisioned.members[VOTER].config)
+        checked = subprocess.run(
+            [COUNTERSIGN, "log", "fsck", "--config", config], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert checked.returncode == 0, checked.stdout
