@@ -9,6 +9,7 @@ from consensus.membership import (
     BLS_THRESHOLD,
     ED25519_LIST,
     ML_DSA_65_LIST,
+    Committee,
     Genesis,
     Membership,
     committee,
@@ -17,16 +18,18 @@ from consensus.rejection import Reason, Rejected
 from consensus.threshold import GroupKeys
 
 
-def scheme_for(genesis: Genesis, membership: Membership | None = None) -> CertificateScheme:
+def scheme_for(
+    genesis: Genesis, membership: Membership | None = None, before: Committee | None = None
+) -> CertificateScheme:
     """The certificate scheme of a chain for the members of its genesis, or of a later epoch.
 
-    ``membership.check_genesis`` and ``check_membership`` have accepted them.
+    ``membership.check_genesis`` and ``check_membership`` have accepted them; ``before`` is as in ``committee``.
 
     Raises:
         Rejected: ``BAD_MEMBERSHIP`` for a scheme this version does not know.
     """
     held = membership or genesis.membership
-    members = committee(genesis, held)
+    members = committee(genesis, held, before)
     match genesis.certificate_scheme:
         case name if name == BLS_THRESHOLD:
             groups = {

@@ -161,7 +161,7 @@ class Anchor:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"not the members that epoch {header.epoch} certified")
         check_membership(membership, self.genesis.certificate_scheme, self.genesis.nonce)
         ended = replace(ending, end_size=header.log_size, end_root=Digest(header.log_root))
-        scheme = scheme_for(self.genesis, membership)
+        scheme = scheme_for(self.genesis, membership, ending.committee)
         followed = succeeded(ending.committee.members, membership.members)
         begun = EpochKeys(scheme.committee, scheme, header.log_size, followed)
         return replace(self, epochs=(*self.epochs[:-1], ended, begun))

@@ -15,9 +15,12 @@ Rules:
 
 - One record for each member, epoch and offence: the first proof is enough to act on, and whoever signs a thousand
   contradictions fills no log with them.
+- A contradiction convicts in its own epoch and in every later one, by the members of its own. Nothing in two messages
+  tells when they were signed: a key that is out of use can still sign both, whoever has it then.
 
 Anyone checks an ``EvidenceReport`` with the members' keys alone; the event that carries it is authored by any
-voting member, who vouches for nothing. What follows from evidence is for people, and a ``membership`` change.
+voting member of the epoch it is appended in, who vouches for nothing. What follows from evidence is for people, and a
+``membership`` change.
 """
 
 from dataclasses import dataclass
@@ -69,13 +72,16 @@ class Conviction:
 
 
 def check_evidence(report: EvidenceReport, committee: Committee) -> Conviction:
-    """Both messages are of this chain and epoch, well formed, signed by one member, and contradict each other.
+    """Both messages are of this chain and one epoch, well formed, signed by one member, and contradict each other.
+
+    The epoch is that of ``committee`` or one before it.
 
     Raises:
-        Rejected: ``NO_CONFLICT`` when an honest member may sign both; and as ``check_vote`` or
-            ``check_signed_header``.
+        Rejected: ``NO_CONFLICT`` when an honest member may sign both; ``WRONG_EPOCH`` for one that has not begun; and
+            as ``check_vote`` or ``check_signed_header``.
     """
     conviction = convicted(report, committee)
+    committee = committee.of_epoch(conviction.epoch)
     match report.proof:
         case VoteEvidence(first, second):
             check_vote(first, committee)

@@ -21,7 +21,7 @@ generation is left to ``key_generation``, certificates to ``certificate``, the c
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated
 
@@ -188,6 +188,21 @@ class Committee:
     _by_role: dict[Role, tuple[Member, ...]]
     _thresholds: dict[Role, int]
     _share_index: dict[MemberId, int]
+    before: "Committee | None" = field(default=None, compare=False, repr=False)
+    """The members of the epoch before, as far back as they are known; None of the genesis's."""
+
+    def of_epoch(self, epoch: int) -> "Committee":
+        """The members of this epoch or an earlier one: what was signed in an epoch is judged by its own members.
+
+        Raises:
+            Rejected: ``WRONG_EPOCH`` for a later epoch, or one before all that are known.
+        """
+        found: Committee | None = self
+        while found is not None and found.epoch > epoch:
+            found = found.before
+        if found is None or found.epoch != epoch:
+            raise Rejected(Reason.WRONG_EPOCH, f"of epoch {epoch}, this is epoch {self.epoch}")
+        return found
 
     def member(self, identifier: MemberId) -> Member:
         """The member of that id.
@@ -276,8 +291,11 @@ def default_threshold(member_count: int) -> int:
     return 2 * member_count // 3 + 1
 
 
-def committee(genesis: Genesis, membership: Membership | None = None) -> Committee:
-    """The voters of an epoch: of the genesis itself, or of a later ``membership`` that passed ``check_membership``."""
+def committee(genesis: Genesis, membership: Membership | None = None, before: Committee | None = None) -> Committee:
+    """The voters of an epoch: of the genesis itself, or of a later ``membership`` that passed ``check_membership``.
+
+    ``before`` are those of the epoch that ended; without them nothing that was signed in it can be judged.
+    """
     held = membership or genesis.membership
     by_role = {role: tuple(member for member in held.members if member.role == role) for role in Role}
     return Committee(
@@ -292,6 +310,7 @@ def committee(genesis: Genesis, membership: Membership | None = None) -> Committ
         _by_role=by_role,
         _thresholds={entry.role: entry.threshold for entry in held.thresholds},
         _share_index={member.id: index for role in VOTING_ROLES for index, member in enumerate(by_role[role], start=1)},
+        before=before,
     )
 
 

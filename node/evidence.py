@@ -4,6 +4,7 @@ What the engine finds is kept in a file of its own, DATA/evidence/NAME.OFFENCE.E
 handed in again after a restart, and stays the proof if the log itself has forked and takes nothing more. One file
 for each member, epoch and offence, as the log takes one: whoever contradicts itself without end fills no disk.
 Every voter that saw the contradiction hands it in; the log takes the first and refuses the rest as duplicates.
+What is not on the log when its epoch ends is handed in again in the next, under the identity this member has there.
 """
 
 import logging
@@ -54,14 +55,14 @@ class EvidenceDesk:
         path = self._path(found)
         if path.exists() or self._is_recorded(found):
             return
-        name = self._ledger.committee.member(found.member).name
+        name = self._name(found)
         log.warning("%s contradicts itself in view %d: %s; kept in %s", name, found.view, found.offence.value, path)
         self._directory.mkdir(mode=0o700, exist_ok=True)
         replace_private(path, encode(report))
         self._hand_in(report, found)
 
     def hand_in_kept(self) -> None:
-        """After a restart: hand in what is kept and not on the log."""
+        """After a restart, or when an epoch begins: hand in what is kept and not on the log."""
         if not self._directory.is_dir():
             return
         for path in sorted(self._directory.iterdir()):
@@ -75,8 +76,11 @@ class EvidenceDesk:
                 self._hand_in(report, found)
 
     def _path(self, found: Conviction) -> Path:
-        name = self._ledger.committee.member(found.member).name
-        return self._directory / f"{name}.{found.offence.value}.{found.epoch}"
+        return self._directory / f"{self._name(found)}.{found.offence.value}.{found.epoch}"
+
+    def _name(self, found: Conviction) -> str:
+        """The name that whom it convicts had in the epoch of the offence."""
+        return self._ledger.epochs.of(found.epoch).committee.member(found.member).name
 
     def _is_recorded(self, found: Conviction) -> bool:
         return self._ledger.final.state.get(EVIDENCE_TABLE + found.digest) is not None

@@ -367,8 +367,12 @@ class Replica:
     def _do(self, effects: Iterable[Effect]) -> None:
         assert self._nursery is not None
         for effect in effects:
+            if isinstance(effect, PublishEvidence):  # whatever has ended meanwhile, it convicts
+                self.counters.evidence += 1
+                self._evidence.take(effect.evidence)
+                continue
             if self._stopped is not None or self._ended.is_set():
-                return
+                continue
             match effect:
                 case Broadcast():
                     self._network.broadcast(Lane.VOTES, encode(effect.message))
@@ -394,9 +398,6 @@ class Replica:
                     self._nursery.start_soon(self._combine, effect)
                 case Finalized():
                     self._finalize(effect)
-                case PublishEvidence():
-                    self.counters.evidence += 1
-                    self._evidence.take(effect.evidence)
                 case Halt():
                     log.critical("halted: %s", effect.reason)
 

@@ -235,7 +235,7 @@ class MemoryLedger:
         """Go on under these members, whom the last ledger block settled."""
         proof = self.state.prove(EPOCH_HEAD_KEY)
         self.all_links.append(EpochLink(encode(membership), self.header, self.certificate, proof))
-        self.scheme = scheme_for(self.genesis, membership)
+        self.scheme = scheme_for(self.genesis, membership, self.committee)
         self.committee = self.scheme.committee
         self.secrets = {**self.secrets, **secrets}
         self.ids = {**self.ids, **{member.name: member.id for member in membership.members}}

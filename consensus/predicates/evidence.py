@@ -38,13 +38,16 @@ def evidence(bundle: OpenBundle, steps: Steps) -> None:
         steps.unknown("the two messages: the portion that holds them is not disclosed")
         return
     assert isinstance(report, EvidenceReport)
-    members = bundle.trusted.at(event.index).committee
-    found = check_evidence(report, members)
-    member = members.member(found.member)
+    found = check_evidence(report, bundle.trusted.at(event.index).committee)
+    member = bundle.trusted.of(found.epoch).committee.member(found.member)
     first, second = _said(report, bundle.trusted.chain_id)
     steps.checked(f"{member.name} ({member.role.value}) signed, of view {found.view} in epoch {found.epoch}: {first}")
     steps.checked(f"{member.name} signed, of the same view: {second}")
     steps.checked(f"the two contradict each other ({found.offence.value}): {_RULES[found.offence]}")
+    if found.epoch < bundle.trusted.at(event.index).committee.epoch:
+        steps.not_covered(
+            f"when: epoch {found.epoch} had ended before the event was appended, and keys of an ended epoch still sign"
+        )
     steps.not_covered(
         f"whether {member.name} meant to: a stolen key, a copied keystore or a restored vote journal signs as well"
     )

@@ -10,14 +10,13 @@ from consensus.bundle import open_bundle
 from consensus.checkpoint import note_text, parse_checkpoint, verify_note_by
 from consensus.epochs import Anchor, Pin, anchor
 from consensus.event import Kind, check_event, pack_parts
-from consensus.membership import committee
 from consensus.receipt import verify_receipt
 from consensus.rejection import Reason, Rejected
 from node.client import EventRow, NodeClient
 from node.commands.connection import connect, node_options
 from node.commands.fields import hex_argument
 from node.commands.log_disk import log_fsck, log_repair
-from node.commands.member import read_event
+from node.commands.member import newest_members, read_event
 from node.commands.output import print_json, utc
 from node.commands.submission import deliver
 from node.config import load_config
@@ -138,7 +137,8 @@ def log_submit(config_path: Path, event_path: Path, as_json: bool) -> None:
     Example:
       countersign log submit --config library/node.toml claim.event
     """
-    members = committee(load_genesis(load_config(config_path)))
+    config = load_config(config_path)
+    members = newest_members(config_path, config, load_genesis(config))
     event = read_event(event_path, members)
     encoded = pack_parts(event.entry_bytes, event.portions_bytes)
     check_event(encoded, members)

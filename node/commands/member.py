@@ -53,7 +53,7 @@ def load_member(config_path: Path) -> LocalMember:
     config = load_config(config_path)
     genesis = load_genesis(config)
     first = load_identity(config, genesis)
-    members = _newest_members(config_path, config, genesis)
+    members = newest_members(config_path, config, genesis)
     if members.epoch == GENESIS_EPOCH and first.member in members.members:
         return LocalMember(config, genesis, members, first.member, first.signer)
     identity = identity_in(config, members, first)
@@ -62,7 +62,8 @@ def load_member(config_path: Path) -> LocalMember:
     return LocalMember(config, genesis, members, identity.member, identity.signer)
 
 
-def _newest_members(config_path: Path, config: NodeConfig, genesis: Genesis) -> Committee:
+def newest_members(config_path: Path, config: NodeConfig, genesis: Genesis) -> Committee:
+    """The members of the newest epoch that the node of a configuration proves, else of the genesis."""
     if config.api.listen.port == 0:
         return committee(genesis)
     trusted = anchor(genesis, config.node.pinned_chain)

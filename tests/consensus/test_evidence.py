@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import pytest
+from epoch_fixtures import begin_epoch
 from ledger_fixtures import GOVERNANCE, HOSPITAL, LIBRARIAN, OPERATOR, MemoryLedger, digest
 from msgspec.structs import replace
 
@@ -15,6 +16,7 @@ from consensus.epochs import anchor
 from consensus.event import CheckedEvent, Kind, check_unsigned, make_entry, sign_entry
 from consensus.evidence import EvidenceReport, Offence, check_evidence
 from consensus.identifiers import ZERO_DIGEST, Digest, View
+from consensus.membership import ED25519_LIST, committee
 from consensus.predicates import Answer, Predicate, verify
 from consensus.rejection import Reason, Rejected
 from consensus.state import EVIDENCE_TABLE, EvidenceRecord, read_record
@@ -173,6 +175,51 @@ def test_second_proof_of_one_offence_is_a_duplicate_whoever_brings_it_and_in_wha
     record = read_record(value, EvidenceRecord)
     assert (record.event, record.member, record.view) == (first.id, ledger.ids[OPERATOR], 1)
     assert len(list(ledger.state.items_with_prefix(EVIDENCE_TABLE))) == 2
+
+
+# After its epoch
+
+EPOCHS = {**COUNTS, "data-source": 3}
+
+
+def test_contradiction_of_an_ended_epoch_convicts_a_member_that_is_none_any_more() -> None:
+    ledger = MemoryLedger(EPOCHS, certificate_scheme=ED25519_LIST)
+    report, proposals = ledger.contradiction(HOSPITAL), ledger.contradiction(HOSPITAL, view=2)
+    begin_epoch(ledger, remove=[HOSPITAL], add={"archive": "data-source"})
+    begin_epoch(ledger, rotate=[LIBRARIAN])
+    event = ledger.evidence("archive", report)
+    ledger.seal(event)
+    found = check_evidence(report, ledger.committee)
+    assert (found.member, found.epoch) == (ledger.ids[HOSPITAL], 0)
+    assert_refused(Reason.DUPLICATE, lambda: ledger.seal(ledger.evidence(OPERATOR, proposals)))
+    opened = open_bundle(anchor(ledger.genesis, ledger.chain_id), export_bundle(ledger, "evidence", event=event.id))
+    verdict = verify(opened, Predicate.EVIDENCE)
+    assert verdict.answer is Answer.YES
+    told = " ".join(step.text for step in verdict.steps)
+    assert f"{HOSPITAL} (data-source) signed, of view 1 in epoch 0" in told
+    assert "handed in by archive" in told
+    assert "keys of an ended epoch still sign" in told
+
+
+def test_epoch_is_judged_by_its_own_members_and_none_that_has_not_begun_at_all() -> None:
+    ledger = MemoryLedger(EPOCHS, certificate_scheme=ED25519_LIST)
+    first, old_key = ledger.committee, ledger.secrets[LIBRARIAN].identity
+    begin_epoch(ledger, rotate=[LIBRARIAN])
+    second, new_key = ledger.committee, ledger.secrets[LIBRARIAN].identity
+    old, new = (next(one.id for one in held.members if one.name == LIBRARIAN) for held in (first, second))
+
+    def pair(members, voter, key):  # type: ignore[no-untyped-def]
+        votes = (sign_vote(members, voter, NOTARIZE, View(1), block, share=b"", sign=key.sign) for block in (A, B))
+        return EvidenceReport(VoteEvidence(*votes))
+
+    assert check_evidence(pair(first, old, old_key), second).member == old
+    assert check_evidence(pair(second, new, new_key), second).member == new
+    for members, voter, key in ((first, new, new_key), (second, old, old_key)):
+        forged = pair(members, voter, key)
+        assert_refused(Reason.UNKNOWN_MEMBER, lambda forged=forged: check_evidence(forged, second))
+    assert_refused(Reason.WRONG_EPOCH, lambda: check_evidence(pair(second, new, new_key), first))
+    alone = committee(ledger.genesis, begin_epoch(ledger))
+    assert_refused(Reason.WRONG_EPOCH, lambda: check_evidence(pair(first, old, old_key), alone))
 
 
 # Offline

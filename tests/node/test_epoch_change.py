@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import pytest
+from ledger_fixtures import digest
 from node_fixtures import CHEAP, PASSPHRASE, Consortium, change, next_epoch, running, until
 
 from consensus.codec import encode
-from consensus.identifiers import MemberId
+from consensus.effect import PublishEvidence
+from consensus.evidence import EvidenceReport
+from consensus.identifiers import MemberId, View
+from consensus.membership import committee
 from consensus.rejection import ConfigError, Reason, Rejected
-from consensus.vote import check_vote
+from consensus.state import EVIDENCE_TABLE, EvidenceRecord, read_record
+from consensus.vote import VoteEvidence, VoteKind, check_vote, sign_vote
 from node import runner, snapshot
 from node.fsck import check_data_directory
 from node.identity import epoch_keystore
@@ -184,6 +189,44 @@ async def test_a_vote_of_another_epoch_is_refused_by_name(consortium: Consortium
         refused = nodes[1].replica.counters.messages_refused
         nodes[0].network.send(MemberId(nodes[1].ledger.epochs.genesis.members[1].id), Lane.VOTES, encode(vote))
         await until(lambda: nodes[1].replica.counters.messages_refused > refused)
+
+
+async def test_evidence_that_no_log_took_in_its_epoch_is_handed_in_under_the_next_identity(
+    consortium: Consortium,
+) -> None:
+    nodes = [consortium.node(name) for name in NAMES]
+    membership, _ = next_epoch(consortium, remove=("data-source-3",), rotate=("data-source-1",))
+    culprit = next(member for member in consortium.genesis.members if member.name == "data-source-3")
+    sign = consortium.secrets[culprit.name].identity.sign
+    members = committee(consortium.genesis)
+
+    def contradiction(kind: VoteKind) -> VoteEvidence:
+        blocks = digest("one"), digest("other")
+        votes = (sign_vote(members, culprit.id, kind, View(9), block, share=b"", sign=sign) for block in blocks)
+        return VoteEvidence(*votes)
+
+    kept = consortium.folder / "data-source-1" / "evidence"
+
+    def convicted() -> list[EvidenceRecord]:
+        found = nodes[1].ledger.final.state.items_with_prefix(EVIDENCE_TABLE)
+        return [read_record(value, EvidenceRecord) for _, value in found]
+
+    async with running(nodes):
+        await finalize(nodes[0], consortium.source_event("data-source-2", 1))
+        kept.mkdir()
+        (kept / "data-source-3.two-notarize-votes.0").write_bytes(
+            encode(EvidenceReport(contradiction(VoteKind.NOTARIZE)))
+        )
+        ending = nodes[0].replica
+        await finalize(nodes[0], change(consortium, membership))
+        await until(convicted)
+        assert [(held.member, held.epoch) for held in convicted()] == [(culprit.id, 0)]
+        index = nodes[1].ledger.index_of(convicted()[0].event)
+        author = nodes[1].ledger.checked(index).entry.author
+        assert author == next(member.id for member in membership.members if member.name == "data-source-1")
+        assert author not in {member.id for member in members.members}
+        ending._do([PublishEvidence(contradiction(VoteKind.FINALIZE))])  # found in the step that ended the epoch
+        assert (kept / "data-source-3.two-finalize-votes.0").exists()
 
 
 async def test_old_share_is_erased_once_the_new_epoch_is_voted_in(consortium: Consortium) -> None:

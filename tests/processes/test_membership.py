@@ -100,11 +100,11 @@ def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
         assert consortium.post("library", source(consortium, "press", 2)).json()["error"] == "unknown-member"
         content = tmp_path / "new.txt"
         content.write_text("a line\n")
-        signed = json.loads(
-            run("source", "sign", "--config", config["archive"], "--name", "new", "--content", content, "--lines",
-                "--licence", "CC0-1.0", "--rights-basis", "own", "--purpose", "research", "--class", "open",
-                "--salt-file", tmp_path / "new.salt", "--submit", "--json")
-        )  # fmt: skip
+        claim = tmp_path / "claim.event"
+        run("source", "sign", "--config", config["archive"], "--name", "new", "--content", content, "--lines",
+            "--licence", "CC0-1.0", "--rights-basis", "own", "--purpose", "research", "--class", "open",
+            "--salt-file", tmp_path / "new.salt", "--out", claim)  # fmt: skip
+        signed = json.loads(run("log", "submit", "--config", config["council"], claim, "--json"))
         assert signed["status"] == "final"
         shown = json.loads(run("membership", "show", "--config", config["guild"], "--json"))
         assert (shown["epoch"], [member["name"] for member in shown["members"]]) == (1, list(NEXT))

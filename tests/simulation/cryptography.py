@@ -104,9 +104,13 @@ class Keys:
     """The real thing: identity signatures, shares, certificates of one epoch; every message is checked, each once."""
 
     def __init__(
-        self, genesis: Genesis, secrets: Mapping[str, MemberSecrets], membership: Membership | None = None
+        self,
+        genesis: Genesis,
+        secrets: Mapping[str, MemberSecrets],
+        membership: Membership | None = None,
+        before: Committee | None = None,
     ) -> None:
-        self._scheme = scheme_for(genesis, membership)
+        self._scheme = scheme_for(genesis, membership, before)
         self.committee = self._scheme.committee
         self._secrets = {member.id: secrets[member.name] for member in self.committee.voters}
         self._checked: dict[Message, Rejected | None] = {}

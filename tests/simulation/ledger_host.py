@@ -23,12 +23,13 @@ from consensus.codec import decode, encode
 from consensus.effect import CastVote, Effect, Finalized, Message, PublishEvidence, RequestProposal
 from consensus.engine import Engine
 from consensus.event import CheckedEvent, Kind, check_event, make_entry, pack, pack_parts, sign_entry
-from consensus.evidence import EvidenceReport, check_evidence
+from consensus.evidence import Conviction, EvidenceReport, check_evidence
 from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import Committee
 from consensus.portions import Portions, SaltedPortion
 from consensus.rejection import Reason, Rejected
 from consensus.state import EVIDENCE_TABLE
+from consensus.state_map import StateMap
 from consensus.vote import Proposal, Vote, VoteKind, check_proposal
 from node.chunk import CertifiedInvalid, Chunk
 from node.intake import Intake
@@ -54,7 +55,7 @@ class NoNetwork:
 
 
 class LedgerNode(Node):
-    """Durable: the store, the vote journal of each epoch. All else dies with the process."""
+    """Durable: the store, the vote journal of each epoch, evidence. All else dies with the process."""
 
     simulation: "LedgerSimulation"
 
@@ -66,6 +67,8 @@ class LedgerNode(Node):
         self.journals: dict[int, list[Vote]] = {}
         self.held_blocks: dict[int, list[tuple[int, HeldBlock]]] = {}
         """By epoch: the view, and what was voted for in it."""
+        self.reports: dict[Conviction, tuple[EvidenceReport, int]] = {}
+        """Evidence, and since when it is kept."""
 
     # Life and death
 
@@ -111,6 +114,7 @@ class LedgerNode(Node):
     def boot(self) -> None:
         super().boot()
         self.later(1, self.tell_work)
+        self.hand_in_kept()
         self.simulation.greet(self)
 
     def step(self, name: str, call: Callable[[Engine], list[Effect]]) -> None:
@@ -118,10 +122,10 @@ class LedgerNode(Node):
             super().step(name, call)
 
     def carry_out(self, effect: Effect) -> None:
-        if self.ended:
-            return
         if isinstance(effect, PublishEvidence):
-            self.hand_in(EvidenceReport(effect.evidence))
+            self.keep(EvidenceReport(effect.evidence))
+        elif self.ended:
+            return
         super().carry_out(effect)
 
     def end_epoch(self) -> None:
@@ -140,6 +144,7 @@ class LedgerNode(Node):
         self.simulation.note("epoch", self.own, self.committee.epoch)
         self.step("begin", lambda engine: engine.start(self.simulation.now_ms))
         self.later(1, self.tell_work)
+        self.hand_in_kept()
 
     # Who it is
 
@@ -293,9 +298,26 @@ class LedgerNode(Node):
                 super().receive(proposal, peer)
                 return
 
-    def hand_in(self, report: EvidenceReport) -> None:
+    def keep(self, report: EvidenceReport) -> None:
         """As ``node.evidence`` does."""
         found = check_evidence(report, self.committee)
+        if found.digest not in {kept.digest for kept in self.reports}:
+            self.reports[found] = report, self.simulation.now_ms
+            self.hand_in(report, found)
+
+    def hand_in_kept(self) -> None:
+        for found, (report, _) in self.reports.items():
+            self.hand_in(report, found)
+
+    def unrecorded(self, state: StateMap, since_ms: int) -> list[Conviction]:
+        """What it has kept since before ``since_ms`` and the state does not have."""
+        return [
+            found
+            for found, (_, kept_ms) in self.reports.items()
+            if kept_ms < since_ms and state.get(EVIDENCE_TABLE + found.digest) is None
+        ]
+
+    def hand_in(self, report: EvidenceReport, found: Conviction) -> None:
         if self.member is None or self.log.final.state.get(EVIDENCE_TABLE + found.digest) is not None:
             return
         portions = Portions(None, SaltedPortion(self.simulation.voices.salt(), encode(report)), None)
@@ -308,8 +330,8 @@ class LedgerNode(Node):
         try:
             self.submit(encoded)
         except Rejected as refusal:
-            if refusal.reason not in (Reason.DUPLICATE, Reason.WRONG_EPOCH, Reason.UNKNOWN_MEMBER):
-                raise  # others handed it in first, or the epoch has ended meanwhile
+            if refusal.reason not in (Reason.DUPLICATE, Reason.UNKNOWN_MEMBER):
+                raise  # others handed it in first, or this identity is none any more
 
     # Catching up
 

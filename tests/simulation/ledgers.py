@@ -5,7 +5,8 @@ making of a new epoch's keys ``ceremonies``. Checked beside what ``simulator`` a
 
 - ``Distrusted``: nobody refuses what a correct host answers to who catches up.
 - ``Fallen``: no correct host raises what it must not.
-- ``Withheld``: no admissible event waits for ever; asked at the end of a run that healed.
+- ``Withheld``: no admissible event waits for ever, nor evidence that a member keeps, of whatever epoch; asked at the
+  end of a run that healed.
 """
 
 from collections import Counter
@@ -173,7 +174,7 @@ class LedgerSimulation(JudgedSimulation):
 
     def _settle_members(self, membership: Membership, after: dict[str, MemberSecrets]) -> None:
         """The next epoch's keys are made: hand in the event, and switch on who joins."""
-        self.epochs.append(Keys(self.genesis_file, after, membership))
+        self.epochs.append(Keys(self.genesis_file, after, membership, self.epochs[-1].committee))
         for member in membership.members:
             address = self.address_of(member.name) or member.id
             if member.name in self.traitor_names:
@@ -258,7 +259,11 @@ class LedgerSimulation(JudgedSimulation):
 
     def check_end(self, patience_ms: int = 30 * DELAY_MS) -> None:
         """Asked of a run that healed: nothing admissible has waited longer than ``patience_ms``."""
-        overdue = self.voices.overdue(self.plan.end_ms - patience_ms)
+        since_ms = self.plan.end_ms - patience_ms
+        for node in self.nodes.values():
+            if node.member is not None and (owed := node.unrecorded(self.history[-1].state, since_ms)):
+                raise Withheld(f"seed {self.seed}: {node.name} keeps evidence that is not on the log: {owed}")
+        overdue = self.voices.overdue(since_ms)
         if overdue:
             kinds = sorted(said.event.entry.kind.value for said in overdue)
             raise Withheld(f"seed {self.seed}: {len(overdue)} events wait: {kinds}")

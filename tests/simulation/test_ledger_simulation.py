@@ -85,7 +85,7 @@ def test_traitors_put_nothing_inadmissible_on_an_honest_members_log(name: str) -
     plan, count = SAFE[name]
     runs = list(outcomes(plan, seeds(count), ledger_outcome))
     assert [run.seed for run in runs] == list(seeds(count))
-    assert sum(max(run.heights) for run in runs) > count, "the traitors let nothing be final at all"
+    assert sum(max(run.heights) for run in runs) > count // 2, "the traitors let nothing be final at all"
     assert {"duplicate", "unknown-source", "state-root-mismatch"} <= set().union(*(run.spoiled for run in runs))
 
 
