@@ -2,8 +2,8 @@
 
 - **No share before finality** ◆: one is made only for a challenge that the finalized state has. Earlier, whoever gets
   it could know which steps will be picked while they can still be chosen.
-- **A share outlives its epoch.** The group key changes with the epoch, and the secret is erased; so before that the
-  shares of all unanswered challenges of the epoch are put on disk, under the id that this member then had.
+- **A share outlives its epoch.** The group key changes with the epoch, and the secret is erased; so before that
+  (``ended_epochs``) the shares of all unanswered challenges are put on disk, under the id that this member then had.
 - Shares are public once the challenge is final: any member, and whoever may use the HTTP interface, may have them.
 - Members learn of finality one after another, so whoever had no share to give yet is asked again for a while.
 """
@@ -82,20 +82,23 @@ class BeaconDesk:
         """Give shares of the ledger's newest epoch with these keys; ``why_none`` where there are none."""
         self._keys, self._scheme, self._why_none = keys, self._ledger.scheme, why_none
 
-    def end_epoch(self) -> None:
-        """Put the shares of the unanswered challenges of the epoch that ended on disk; the secret may then go."""
-        if self._keys is None or self._scheme is None:
-            return
-        epoch = self._scheme.committee.epoch
+    def owed(self) -> dict[int, list[ChallengeRecord]]:
+        """Unanswered challenges of epochs that have ended for which no share is on disk, by epoch."""
+        found: dict[int, list[ChallengeRecord]] = {}
         for _, value in self._ledger.final.state.items_with_prefix(CHALLENGE_TABLE):
             record = read_record(value, ChallengeRecord)
-            if record.epoch != epoch or record.answer:
-                continue
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                replace_private(self._kept(record), encode(self._made(record, self._keys, self._scheme)))
-            except OSError as error:  # the epoch begins all the same; other members have shares too
-                log.critical("the share of audit %d of epoch %d is lost: %s", record.number, epoch, error)
+            if record.epoch < self._ledger.committee.epoch and not record.answer and not self._kept(record).exists():
+                found.setdefault(record.epoch, []).append(record)
+        return found
+
+    def keep(self, record: ChallengeRecord, keys: VotingKeys, scheme: CertificateScheme) -> None:
+        """Put this member's share of a challenge of that scheme's epoch on disk.
+
+        Raises:
+            OSError: it is not there.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        replace_private(self._kept(record), encode(self._made(record, keys, scheme)))
 
     def record(self, campaign: bytes, challenge: bytes) -> ChallengeRecord:
         """The final challenge of that id.

@@ -11,8 +11,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import Role
 from consensus.keys import Ed25519SigningKey, SignatureScheme, Signer, signer_for
@@ -90,22 +88,6 @@ def identity_in(config: NodeConfig, members: Committee, first: Identity) -> Iden
             "found none that are"
         )
     return Identity(member, signer, secrets)
-
-
-def erase_old_shares(config: NodeConfig, epoch: int) -> None:
-    """Erase the BLS shares that the keystore of ``epoch`` has replaced, where there is one. Derives keys.
-
-    Call it once the end of the epoch before is durable: the old shares are of no use to anyone but a thief.
-    """
-    base = config.node.keystore
-    if not epoch_keystore(base, epoch).exists():
-        return
-    passphrase = read_passphrase(config.node.passphrase_file, os.environ)
-    for path in (base, *(epoch_keystore(base, earlier) for earlier in range(1, epoch))):
-        if path.exists():
-            held = Keystore.open(path, passphrase)
-            if held.secrets.bls_share is not None:
-                held.save(msgspec.structs.replace(held.secrets, bls_share=None))
 
 
 def load_genesis(config: NodeConfig) -> Genesis:

@@ -27,10 +27,10 @@ from node.beacons import BeaconDesk
 from node.clock import Clock, SystemClock
 from node.config import NodeConfig
 from node.countersign import CountersignDesk
+from node.ended_epochs import leave_ended_epochs
 from node.evidence import EvidenceDesk
 from node.identity import (
     Identity,
-    erase_old_shares,
     identity_in,
     later_keystores,
     later_transport_seeds,
@@ -132,6 +132,7 @@ class Node:
             self._desk_begins_epoch()
         self.beacons = BeaconDesk(self._ledger, config.node.data_directory / BEACON_SHARES_DIRECTORY, self.network)
         self._beacons_begin_epoch()
+        self._leave_ended_epochs()
         self._note: tuple[int, bytes] | None = None
 
     def _new_replica(self, counters: ReplicaCounters) -> Replica:
@@ -202,17 +203,18 @@ class Node:
     def _beacons_begin_epoch(self) -> None:
         self.beacons.begin_epoch(self._voter.keys if self._voter is not None else None, self._why_not_voting)
 
+    def _leave_ended_epochs(self) -> None:
+        leave_ended_epochs(self.config, self._ledger, self._first_identity, self.beacons)
+
     async def _begin_epoch(self) -> None:
         """Go on in the epoch that the log has gone on to; what ended the one before is durable."""
         epoch = self._ledger.committee.epoch
-        await trio.to_thread.run_sync(self.beacons.end_epoch)  # before the secret that makes shares is erased
+        await trio.to_thread.run_sync(self._leave_ended_epochs)
         await trio.to_thread.run_sync(self._settle_identity)
         if self._voter is not None:
             self._voter.close()
         self._voter = self._open_voter()
-        if self._voter is not None:
-            await trio.to_thread.run_sync(erase_old_shares, self.config, epoch)
-        elif self._identity.member.role in VOTING_ROLES:
+        if self._voter is None and self._identity.member.role in VOTING_ROLES:
             log.critical("this node does not vote in epoch %d: %s", epoch, self._why_not_voting)
         await trio.sleep(LEAVING_SECONDS)
         self._intake.begin_epoch()

@@ -197,24 +197,32 @@ class Voter:
         return self._scheme.share(self.keys.share_secret, message)
 
 
+def voting_keys(identity: Identity, scheme: CertificateScheme) -> VotingKeys | str:
+    """What a voting member of the scheme's epoch signs with; or why it has none."""
+    share: bls.Secret | Signer = identity.signer
+    if scheme_needs(scheme.committee.certificate_scheme).member_keys:
+        if identity.secrets.bls_share is None:
+            return "expected a BLS key share, found none"
+        share = bls.Secret.from_bytes(identity.secrets.bls_share)
+    try:
+        scheme.check_secret(identity.member.id, share)
+    except Rejected as error:
+        return f"expected this member's BLS secret: {error}"
+    return VotingKeys(identity.member.id, identity.signer, share)
+
+
 def open_voter(identity: Identity, ledger: Ledger, keystore: Path, data_directory: Path) -> Voter | str:
     """A member's voter in the newest epoch, with the vote journal of that epoch; or why it has none.
 
     Raises:
         ConfigError: in epoch 0, ``keystore`` has no BLS secret, or another's. In a later one it may come yet.
     """
-    member, secrets, committee = identity.member, identity.secrets, ledger.committee
+    member, committee = identity.member, ledger.committee
     if member.role not in VOTING_ROLES:
         return "a verifier never votes"
-    share: bls.Secret | Signer = identity.signer
-    if scheme_needs(ledger.genesis.certificate_scheme).member_keys:
-        if secrets.bls_share is None:
-            return _without_share(keystore, committee.epoch, "expected a BLS key share, found none")
-        share = bls.Secret.from_bytes(secrets.bls_share)
-    try:
-        ledger.scheme.check_secret(member.id, share)
-    except Rejected as error:
-        return _without_share(keystore, committee.epoch, f"expected this member's BLS secret: {error}")
+    keys = voting_keys(identity, ledger.scheme)
+    if isinstance(keys, str):
+        return _without_share(keystore, committee.epoch, keys)
     path = data_directory / journal_file(committee.epoch)
     remembered, head = ledger.store.vote_mark(committee.epoch), ledger.store.head()
     # In a later epoch a data directory may well be newer than this voter's first vote; peers are asked either way.
@@ -228,7 +236,7 @@ def open_voter(identity: Identity, ledger: Ledger, keystore: Path, data_director
     except JournalLost as error:
         log.critical("this node does not vote: %s", error)
         return str(error)
-    return Voter(VotingKeys(member.id, identity.signer, share), committee, ledger.scheme, journal, ledger.store)
+    return Voter(keys, committee, ledger.scheme, journal, ledger.store)
 
 
 def _without_share(keystore: Path, epoch: int, found: str) -> str:

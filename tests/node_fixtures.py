@@ -78,13 +78,13 @@ class Consortium:
         if member is None:
             return Node(config, self.genesis, load_identity(config, self.genesis), self.clock)
         held = self.secrets[name]
-        secrets = Secrets(
-            identity_seed=held.identity_seed,
-            transport_seed=held.transport_seed,
-            log_seed=held.log_seed or bytes(32),
-            bls_share=held.key_share.to_bytes() if held.key_share else None,
-        )
-        return Node(config, self.genesis, Identity(member, held.identity, secrets), self.clock)
+        return Node(config, self.genesis, Identity(member, held.identity, kept_secrets(held)), self.clock)
+
+    def first_keystore(self, name: str, passphrase: bytes = PASSPHRASE) -> Path:
+        """A member's keystore of the founding, on disk."""
+        path = self.folder / f"{name}.keystore"
+        Keystore.create(path, kept_secrets(self.secrets[name]), passphrase, CHEAP)
+        return path
 
     def source_event(self, owner: str, number: int) -> bytes:
         """A signed source of ``owner``; ``number`` makes it different."""
@@ -107,6 +107,16 @@ class Consortium:
         portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)
         entry = make_entry(self.genesis.chain_id, Kind.SOURCE, MemberId(member.id), portions)
         return pack(sign_entry(entry, member.id, member.role, self.secrets[owner].identity), portions)
+
+
+def kept_secrets(held: MemberSecrets) -> Secrets:
+    """What a keystore has of them."""
+    return Secrets(
+        identity_seed=held.identity_seed,
+        transport_seed=held.transport_seed,
+        log_seed=held.log_seed or bytes(32),
+        bls_share=held.key_share.to_bytes() if held.key_share else None,
+    )
 
 
 def change(consortium: Consortium, membership: Membership, statement: str = "") -> bytes:
@@ -134,12 +144,7 @@ def next_epoch(
         if name not in without_keys:
             Keystore.create(
                 epoch_keystore(consortium.folder / f"{name}.keystore", 1),
-                Secrets(
-                    identity_seed=held.identity_seed,
-                    transport_seed=held.transport_seed,
-                    log_seed=held.log_seed or bytes(32),
-                    bls_share=held.key_share.to_bytes() if held.key_share else None,
-                ),
+                kept_secrets(held),
                 PASSPHRASE,
                 CHEAP,
             )

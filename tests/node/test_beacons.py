@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import trio
-from api_fixtures import InstantNode, OtherMembers, Served, beacon_desk, node_of, refusal, served, wire
+from api_fixtures import InstantNode, OtherMembers, Served, beacon_desk, node_of, refusal, served, voting_keys, wire
 from click.testing import CliRunner, Result
+from epoch_fixtures import change_event, next_membership
 from ledger_fixtures import HOSPITAL, Story, begin, digest
 from node_fixtures import CHEAP, PASSPHRASE, Consortium, change, next_epoch, running, until
 
@@ -170,8 +171,6 @@ async def test_member_that_does_not_vote_gathers_and_gives_none(tmp_path: Path) 
     with pytest.raises(Unavailable, match="no share of audit 1: a verifier never votes"):
         desk.share(found.record)
     assert await desk.beacon(found.record) == found.told.ledger.beacon(found.told.run.id)
-    desk.end_epoch()
-    assert not (tmp_path / "other").exists()
 
 
 async def test_shares_of_an_ended_epoch_are_kept_for_what_is_not_answered(tmp_path: Path) -> None:
@@ -180,28 +179,20 @@ async def test_shares_of_an_ended_epoch_are_kept_for_what_is_not_answered(tmp_pa
     told.ledger.seal(first, second)
     told.ledger.seal(told.ledger.audit_answer(first))
     node, _ = node_of(told, tmp_path / "log")
-    node.beacons.end_epoch()
-    kept = sorted(path.name for path in node.beacons._directory.glob("*.share"))
-    assert kept == [f"{second.id.hex()}.share"]
     record = node.beacons.record(told.run.id, second.id)
-    made = node.beacons.share(record)
-    node.beacons._scheme = None
+    made, keys = node.beacons.share(record), voting_keys(node.memory, "operator-1")
+    assert not node.beacons.owed()
+    membership, _ = next_membership(node.memory.genesis, node.memory.committee, node.memory.secrets)
+    node.seal(change_event(node.memory, membership))
+    node.beacons.begin_epoch(None, "")
+    assert node.beacons.owed() == {0: [record]}
+    with pytest.raises(Unavailable, match="no share of audit 2 of epoch 0"):
+        node.beacons.share(record)
+    node.beacons.keep(record, keys, node.ledger.epochs.of(0).scheme)
     assert node.beacons.share(record) == made
+    assert not node.beacons.owed()
     with pytest.raises(Unavailable, match="no share of audit 1 of epoch 0"):
         node.beacons.share(node.beacons.record(told.run.id, first.id))
-
-
-async def test_full_disk_at_an_epochs_end_costs_the_share_and_not_the_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    found = asked(tmp_path)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("node.beacons.replace_private", full)
-    found.desk.end_epoch()
-    assert "the share of audit 1 of epoch 0 is lost" in caplog.text
 
 
 async def test_share_and_beacon_over_http(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from ledger_fixtures import digest
-from node_fixtures import CHEAP, PASSPHRASE, Consortium, change, next_epoch, running, until
+from node_fixtures import PASSPHRASE, Consortium, change, next_epoch, running, until
 
 from consensus.codec import encode
 from consensus.effect import PublishEvidence
@@ -17,7 +17,7 @@ from consensus.vote import VoteEvidence, VoteKind, check_vote, sign_vote
 from node import runner, snapshot
 from node.fsck import check_data_directory
 from node.identity import epoch_keystore
-from node.keystore import Keystore, Secrets
+from node.keystore import Keystore
 from node.network import Lane
 from node.runner import Node
 from node.service import EventState
@@ -230,16 +230,7 @@ async def test_evidence_that_no_log_took_in_its_epoch_is_handed_in_under_the_nex
 
 
 async def test_old_share_is_erased_once_the_new_epoch_is_voted_in(consortium: Consortium) -> None:
-    old = consortium.folder / "governance-1.keystore"
-    held = consortium.secrets["governance-1"]
-    assert held.key_share is not None
-    secrets = Secrets(
-        identity_seed=held.identity_seed,
-        transport_seed=held.transport_seed,
-        log_seed=held.log_seed or bytes(32),
-        bls_share=held.key_share.to_bytes(),
-    )
-    Keystore.create(old, secrets, PASSPHRASE, CHEAP)
+    old = consortium.first_keystore("governance-1")
     nodes = [consortium.node(name) for name in NAMES]
     membership, _ = next_epoch(consortium)
     async with running(nodes):
