@@ -13,13 +13,15 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import msgspec
 import trio
 
 from consensus.block import Header, decode_header
 from consensus.codec import decode, encode
 from consensus.event import CheckedEvent
 from consensus.identifiers import MemberId
-from consensus.rejection import Rejected, Unavailable
+from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.state import RETIRED_TABLE, RetiredMember, read_record
 from node.chunk import CertifiedInvalid, Chunk
 from node.epoch_end import Certified
 from node.ledger import MAX_CERTIFICATE_BYTES, Finalized, Ledger
@@ -81,6 +83,22 @@ def serve_blocks(ledger: Ledger, request: GetBlocks, target_bytes: int | None = 
         return Blocks((), (), b"", head_height)
     onward = [ledger.store.header(height) or b"" for height in range(last + 1, certified_height + 1)]
     return Blocks(tuple(records), (*onward, *held.onward), encode(held.certificate), head_height)
+
+
+def serve_former(ledger: Ledger, member: MemberId, request: object) -> Blocks:
+    """``serve_blocks`` for a member that left: those of its time, the last of which tells it so, and nothing else.
+
+    Raises:
+        Rejected: ``UNKNOWN_MEMBER`` for another request, or somebody who was no member of an earlier epoch.
+        Unavailable: as ``Ledger.require_whole``.
+    """
+    retired = ledger.final.state.get(RETIRED_TABLE + member)
+    if retired is None or not isinstance(request, GetBlocks):
+        raise Rejected(Reason.UNKNOWN_MEMBER, f"{member.hex()} is no member of epoch {ledger.committee.epoch}")
+    last_height = ledger.end_of(read_record(retired, RetiredMember).last_epoch)
+    if request.from_height > last_height:
+        return Blocks((), (), b"", last_height)
+    return msgspec.structs.replace(serve_blocks(ledger, request), head_height=last_height)
 
 
 def serve_events(held: Iterator[bytes]) -> Events:

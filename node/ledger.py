@@ -309,6 +309,19 @@ class Ledger:
         held = Certified.decode(certificate)
         return held.header(header, self.genesis.chain_id), encode(held.certificate)
 
+    def end_of(self, epoch: int) -> int:
+        """Height of the terminal ledger block of an epoch that has ended.
+
+        Raises:
+            Unavailable: as ``require_whole``.
+        """
+        size = self.epochs.of(epoch).end_size
+        height = None if size is None else self.store.height_of_index(size - 1)
+        if height is None:
+            self.require_whole()
+            raise InvariantBroken(f"epoch {epoch} has no last ledger block: run 'countersign log fsck'")
+        return height
+
     @property
     def final_certified(self) -> tuple[bytes, bytes]:
         """A header with the final log and state, and its certificate: the final ledger block's or its carrier's.

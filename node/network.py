@@ -26,6 +26,9 @@ the protocol's name keeps nodes of different chains apart. Rules:
 Frames are not acknowledged. On one lane they arrive in order; those in flight when its connection breaks are
 lost. The protocol above rebroadcasts, and fetches what it misses. Meaning and signatures of frames are left to
 the replica. ``change_roster`` ends the connections of whoever left and begins those of whoever joined.
+
+A *former* member may not know that it is one. Connections to it are kept like all others, so that its requests are
+answered (what it may have is left to the request handler); ``broadcast`` passes it over, and it is not ``connected``.
 """
 
 import logging
@@ -87,6 +90,7 @@ class _Member:
 
     peer: Peer
     peer_id_bytes: bytes
+    is_former: bool
     outboxes: dict[LinkKind, Outbox]
     links: dict[LinkKind, Link] = field(default_factory=dict)
     links_ever: int = 0
@@ -135,13 +139,17 @@ class Network:
 
     @property
     def connected(self) -> frozenset[MemberId]:
-        """The members to which both connections stand."""
-        return frozenset(member for member, state in self._members.items() if len(state.links) == len(LinkKind))
+        """The members to which both connections stand; no former ones."""
+        return frozenset(
+            member
+            for member, state in self._members.items()
+            if len(state.links) == len(LinkKind) and not state.is_former
+        )
 
     @property
     def peer_count(self) -> int:
-        """How many other members there are, connected or not."""
-        return len(self._members)
+        """How many other members there are, connected or not; no former ones."""
+        return sum(not state.is_former for state in self._members.values())
 
     @property
     def listen_port(self) -> int:
@@ -176,25 +184,27 @@ class Network:
                 listener.socket.close()
             self.incoming.close()
 
-    def change_roster(self, transport_seed: bytes, peers: Sequence[Peer]) -> None:
+    def change_roster(self, transport_seed: bytes, peers: Sequence[Peer], former: Sequence[Peer] = ()) -> None:
         """Talk to these members from now on, with this transport key; connections that need not change stay.
+
+        ``former`` are members that left, whose requests are answered.
 
         Raises ``ConfigError`` like the constructor.
         """
         identity = Identity.from_seed(transport_seed)
-        wanted = {peer.member: peer for peer in peers}
+        wanted = {peer.member: (peer, False) for peer in peers} | {peer.member: (peer, True) for peer in former}
         is_new = identity.peer_id.to_bytes() != self._own_id_bytes
         for member, state in list(self._members.items()):
-            if is_new or wanted.get(member) != state.peer:
+            if is_new or wanted.get(member) != (state.peer, state.is_former):
                 del self._members[member], self._by_peer_id[state.peer_id_bytes]
                 for attempt in state.dialling.values():
                     attempt.cancel()
                 for link in state.links.values():
                     link.abort()
         self._identity, self._own_id_bytes = identity, identity.peer_id.to_bytes()
-        for peer in peers:
+        for peer, is_former in wanted.values():
             if peer.member not in self._members:
-                self._add_member(peer)
+                self._add_member(peer, is_former)
                 self.incoming.expect(peer.member)
                 self._begin_dialling(self._members[peer.member])
 
@@ -209,9 +219,10 @@ class Network:
         self._queue(state, lane, frame)
 
     def broadcast(self, lane: Lane, frame: bytes) -> None:
-        """``send`` to every peer."""
+        """``send`` to every peer that is no former member."""
         for state in self._members.values():
-            self._queue(state, lane, frame)
+            if not state.is_former:
+                self._queue(state, lane, frame)
 
     def complain(self, member: MemberId, why: Rejected) -> None:
         """Rule 4: ``member`` sent what no honest one does; nothing happens for a reason that may be anybody's."""
@@ -244,7 +255,7 @@ class Network:
             self.counters.requests_failed += 1
             raise Unavailable(f"request to {member.hex()}: {error}") from None
 
-    def _add_member(self, peer: Peer) -> None:
+    def _add_member(self, peer: Peer, is_former: bool = False) -> None:
         if len(peer.transport_key) != 32:
             raise ConfigError(f"transport key of {peer.member.hex()}: 32 bytes expected")
         split_address(peer.address, f"address of {peer.member.hex()}")
@@ -257,7 +268,7 @@ class Network:
             LinkKind.URGENT: Outbox(Lane.VOTES, self.limits.votes_outbox_bytes),
             LinkKind.BULK: Outbox(Lane.EVENTS, self.limits.events_outbox_bytes),
         }
-        state = _Member(peer, peer_id_bytes, outboxes)
+        state = _Member(peer, peer_id_bytes, is_former, outboxes)
         self._members[peer.member] = self._by_peer_id[peer_id_bytes] = state
 
     def _queue(self, state: _Member, lane: Lane, frame: bytes) -> None:

@@ -54,7 +54,7 @@ from consensus.vote import (
     check_stalled,
     check_vote,
 )
-from node.catchup import CatchUp, serve_blocks, serve_events
+from node.catchup import CatchUp, serve_blocks, serve_events, serve_former
 from node.chunk import CertifiedInvalid
 from node.clock import Clock
 from node.evidence import EvidenceDesk
@@ -124,6 +124,7 @@ class Replica:
     ) -> None:
         self._evidence = evidence
         self._committee, self._scheme = ledger.committee, ledger.scheme
+        self._speakers = frozenset(MemberId(member.id) for member in ledger.committee.members)
         self._ended = trio.Event()
         self._asked_ahead: set[MemberId] = set()
         self._ledger = ledger
@@ -241,7 +242,7 @@ class Replica:
 
     def _take(self, received: Received) -> None:
         self.counters.messages += 1
-        if self._stopped is not None or self._ended.is_set():
+        if self._stopped is not None or self._ended.is_set() or received.member not in self._speakers:
             return
         try:
             if received.lane is Lane.EVENTS:
@@ -523,6 +524,14 @@ class Replica:
                 return encode(FoundProposal(encode(held) if held else b""))
             case GetLastVote():
                 return encode(LastVote(self._last_votes.of(MemberId(request.voter))))
+
+    async def answer_former(self, member: MemberId, request: object) -> bytes:
+        """The answer to a member that left.
+
+        Raises:
+            Rejected, Unavailable: as ``serve_former``; ``OVERLOADED`` as ``answer``.
+        """
+        return await self._at_pace(encode(serve_former(self._ledger, member, request)))
 
     async def _at_pace(self, answer: bytes) -> bytes:
         await self._pace.spend(len(answer))

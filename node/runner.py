@@ -19,7 +19,7 @@ from consensus.engine import Timing
 from consensus.event import CheckedEvent
 from consensus.identifiers import VOTING_ROLES, Digest, MemberId
 from consensus.keys import Ed25519SigningKey
-from consensus.membership import GENESIS_EPOCH, Committee, Genesis
+from consensus.membership import GENESIS_EPOCH, Genesis
 from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state import EVIDENCE_TABLE, RETIRED_TABLE
 from node.api import serve
@@ -42,9 +42,10 @@ from node.ledger import Ledger
 from node.mempool import Mempool
 from node.messages import AskCountersign, DeliverSignature, GetBeaconShare, decode_request
 from node.metrics import Metrics
-from node.network import Network, Peer
+from node.network import Network
 from node.proposals import MAX_BLOCK_BYTES
 from node.replica import Replica, ReplicaCounters, SyncChoice
+from node.roster import former_peers, open_peers, why_removed
 from node.service import EventState, EventStatus, FinalityFigures, NodeStatus
 from node.store import Store
 from node.voter import Voter, open_voter
@@ -64,19 +65,6 @@ LATER_KEYS_TRIED_SECONDS = 5.0
 """How long a node without any connection waits before it tries the keys it will have."""
 LEAVING_SECONDS = 0.5
 """How long connections stand when an epoch has ended: who leaves gets the certificate that says so."""
-
-
-def open_peers(config: NodeConfig, committee: Committee) -> list[Peer]:
-    """The other members of an epoch this node talks to; an address of anyone else waits until it is a member."""
-    members = {member.name: member for member in committee.members if member.name != config.node.name}
-    waiting = sorted(set(config.network.peers) - set(members))
-    if waiting:
-        log.info("no members of epoch %d: %s; their addresses wait", committee.epoch, ", ".join(waiting))
-    return [
-        Peer(members[name].id, members[name].transport_key, str(address))
-        for name, address in sorted(config.network.peers.items())
-        if name in members
-    ]
 
 
 class Node:
@@ -112,8 +100,9 @@ class Node:
             )
             if not self._is_genesis_member:
                 self._settle_identity()
-                self.network.change_roster(self._identity.secrets.transport_seed, self._peers())
+                self._change_roster(self._identity.secrets.transport_seed)
             self._voter = self._open_voter()
+            self._say_why_not_voting()
             self.replica = self._new_replica(ReplicaCounters())
         except BaseException:
             store.close()
@@ -179,20 +168,29 @@ class Node:
             seeds = await trio.to_thread.run_sync(later_transport_seeds, self.config, epoch)
             seeds.append(self._identity.secrets.transport_seed)
             if not self.network.connected and epoch == self._ledger.committee.epoch:
-                self.network.change_roster(seeds[turn % len(seeds)], self._peers())
+                self._change_roster(seeds[turn % len(seeds)])
                 turn += 1
 
     def _settle_identity(self) -> None:
         """Be who this node is in the newest epoch. Derives a key."""
         found = identity_in(self.config, self._ledger.committee, self._first_identity)
-        self._why_no_member = found if isinstance(found, str) else ""
         if isinstance(found, Identity):
-            self._identity = found
+            self._identity, self._why_no_member = found, ""
+            return
+        removed = why_removed(self._ledger, self._identity.member.id)
+        self._why_no_member = f"{found}: {removed}" if removed else found
 
-    def _peers(self) -> list[Peer]:
-        """Whom to talk to: nobody once this member's key is retired."""
-        retired = self._ledger.final.state.get(RETIRED_TABLE + self._identity.member.id) is not None
-        return [] if retired else open_peers(self.config, self._ledger.committee)
+    @property
+    def _is_retired(self) -> bool:
+        return self._ledger.final.state.get(RETIRED_TABLE + self._identity.member.id) is not None
+
+    def _change_roster(self, transport_seed: bytes) -> None:
+        """Talk to the members of the newest epoch; to nobody once this member's key is retired."""
+        if self._is_retired:
+            self.network.change_roster(transport_seed, ())
+        else:
+            peers = open_peers(self.config, self._ledger.committee)
+            self.network.change_roster(transport_seed, peers, former_peers(self.config, self._ledger))
 
     def _desk_begins_epoch(self) -> None:
         is_member = not self._why_no_member
@@ -202,6 +200,10 @@ class Node:
 
     def _beacons_begin_epoch(self) -> None:
         self.beacons.begin_epoch(self._voter.keys if self._voter is not None else None, self._why_not_voting)
+
+    def _say_why_not_voting(self) -> None:
+        if self._voter is None and (self._identity.member.role in VOTING_ROLES or self._is_retired):
+            log.critical("no vote in epoch %d: %s", self._ledger.committee.epoch, self._why_not_voting)
 
     def _leave_ended_epochs(self) -> None:
         leave_ended_epochs(self.config, self._ledger, self._first_identity, self.beacons)
@@ -214,13 +216,12 @@ class Node:
         if self._voter is not None:
             self._voter.close()
         self._voter = self._open_voter()
-        if self._voter is None and self._identity.member.role in VOTING_ROLES:
-            log.critical("this node does not vote in epoch %d: %s", epoch, self._why_not_voting)
+        self._say_why_not_voting()
         await trio.sleep(LEAVING_SECONDS)
         self._intake.begin_epoch()
         self._desk_begins_epoch()
         self._beacons_begin_epoch()
-        self.network.change_roster(self._identity.secrets.transport_seed, self._peers())
+        self._change_roster(self._identity.secrets.transport_seed)
         self.replica = self._new_replica(self.replica.counters)
         log.info("epoch %d begins at ledger block %d", epoch, self._ledger.final.header.height)
 
@@ -330,7 +331,7 @@ class Node:
             head=final.digest,
             timestamp_ms=final.header.timestamp_ms,
             peers_connected=tuple(sorted(name_of(member).name for member in self.network.connected)),
-            peers_total=len(self._peers()),
+            peers_total=self.network.peer_count,
             mempool_events=len(self._mempool),
             mempool_bytes=self._mempool.held_bytes,
             voting=self._voter is not None and self.replica.voting_since_start and not self.replica.halted,
@@ -371,6 +372,8 @@ class Node:
             Rejected: not a request, or one whose answer is no.
         """
         request = decode_request(payload)
+        if member not in {held.id for held in self._ledger.committee.members}:
+            return await self.replica.answer_former(member, request)
         if isinstance(request, AskCountersign | DeliverSignature):
             return await self.desk.answer(member, request)
         if isinstance(request, GetBeaconShare):

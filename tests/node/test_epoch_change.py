@@ -6,7 +6,7 @@ import pytest
 from ledger_fixtures import digest
 from node_fixtures import PASSPHRASE, Consortium, change, next_epoch, running, until
 
-from consensus.codec import encode
+from consensus.codec import decode, encode
 from consensus.effect import PublishEvidence
 from consensus.evidence import EvidenceReport
 from consensus.identifiers import MemberId, View
@@ -18,7 +18,8 @@ from node import runner, snapshot
 from node.fsck import check_data_directory
 from node.identity import epoch_keystore
 from node.keystore import Keystore
-from node.network import Lane
+from node.messages import MAX_ANSWER_BYTES, Blocks, GetBlocks, GetLastVote, GetSnapshot, pack_gossip
+from node.network import Lane, Received
 from node.runner import Node
 from node.service import EventState
 
@@ -72,6 +73,62 @@ async def test_removed_member_stops_voting_says_so_and_is_refused(consortium: Co
             nodes[0].submit(consortium.source_event("data-source-3", 2))
         assert caught.value.reason is Reason.UNKNOWN_MEMBER
         assert removed.ledger.final.header.log_size == 1
+
+
+async def test_member_removed_while_it_was_away_learns_it_from_the_others_and_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("COUNTERSIGN_PASSPHRASE", PASSPHRASE.decode())
+    consortium = Consortium(tmp_path, COUNTS, thresholds={"data-source": 2, "governance": 1, "operator": 1})
+    others = [consortium.node(name) for name in NAMES if name != "data-source-3"]
+    membership, _ = next_epoch(consortium, remove=("data-source-3",))
+    async with running(others):
+        await finalize(others[0], consortium.source_event("data-source-1", 1))
+        await finalize(others[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in others))
+        await finalize(others[0], consortium.source_event("data-source-1", 2))
+        end = others[0].ledger.end_of(0)
+        why = f"data-source-3 is no member of epoch 1: it was removed at ledger block {end}, which ended epoch 0"
+        removed = consortium.node("data-source-3")
+        assert removed.snapshot().voting
+        async with running([removed]):
+            await until(lambda: removed.snapshot().why_not_voting == why)
+            await until(lambda: removed.snapshot().peers_total == 0)
+            assert not removed.snapshot().voting
+            assert removed.ledger.final.header.height == end  # nothing of what came after
+        assert f"no vote in epoch 1: {why}" in caplog.text
+        again = consortium.node("data-source-3")
+        assert (again.snapshot().why_not_voting, again.snapshot().peers_total) == (why, 0)
+        again._close()
+        assert all("data-source-3" not in node.snapshot().peers_connected for node in others)
+        assert {node.snapshot().peers_total for node in others} == {3}
+
+
+async def test_former_member_is_served_the_log_of_its_time_alone_and_not_listened_to(
+    consortium: Consortium,
+) -> None:
+    nodes = [consortium.node(name) for name in NAMES]
+    membership, _ = next_epoch(consortium, remove=("data-source-3",))
+    former = MemberId(next(held.id for held in consortium.genesis.members if held.name == "data-source-3"))
+    async with running(nodes):
+        await finalize(nodes[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in nodes))
+        await finalize(nodes[0], consortium.source_event("data-source-1", 1))
+        asked, end = nodes[0], nodes[0].ledger.end_of(0)
+
+        async def blocks(height: int) -> Blocks:
+            return decode(await asked.answer(former, encode(GetBlocks(height))), Blocks, MAX_ANSWER_BYTES)
+
+        told = await blocks(1)
+        assert (len(told.blocks), told.head_height) == (end, end)
+        assert await blocks(end + 1) == Blocks((), (), b"", end)
+        for stranger, request in ((former, GetSnapshot(0)), (former, GetLastVote(former)), (bytes(32), GetBlocks(1))):
+            with pytest.raises(Rejected) as caught:
+                await asked.answer(MemberId(stranger), encode(request))
+            assert caught.value.reason is Reason.UNKNOWN_MEMBER
+        gossip = pack_gossip([consortium.source_event("data-source-1", 2)])
+        asked.replica._take(Received(former, Lane.EVENTS, gossip))
+        assert not len(asked.mempool)
 
 
 async def test_node_without_the_next_epochs_keys_follows_and_names_the_file(consortium: Consortium) -> None:
