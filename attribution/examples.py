@@ -7,14 +7,13 @@ sketches is held against the source's exact score, from its accumulators.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from attribution.cores import each_on_a_core
 from attribution.sketches import Sketches, SketchQuery, SketchStore, open_sketches
 from attribution.weights import WindowFile
 from consensus.accumulators import WindowEntry
@@ -22,8 +21,6 @@ from consensus.rejection import Rejected
 
 OPEN_AT_MOST = 100_000
 """Example-visits whose sketches are opened for one answer, unless more are asked for."""
-WINDOWS_AT_ONCE = 4
-"""So many windows of a source are scored at a time, where there are cores for it: one's products are small."""
 RANKED_EXAMPLES = 1_000
 """At most so many of a source's examples are told one by one."""
 
@@ -85,24 +82,47 @@ class _Found:
 
 
 def source_examples(
-    query: SketchQuery, files: Sequence[WindowFile], asked: Asked, store: SketchStore, allowance: Allowance
-) -> SourceExamples | None:
-    """What each example of a source did for the query; None where no window lists sketches of it."""
-    if not any(entry.sketches_sha256 for _, entry in _entries(files, asked.source)):
-        return None
-    found = _find(store, files, asked.source)
-    chosen = _within(allowance, asked, found.held)
+    query: SketchQuery,
+    files: Sequence[WindowFile],
+    sources: Sequence[Asked],
+    store: SketchStore,
+    allowance: Allowance,
+) -> list[SourceExamples]:
+    """What each example of these sources did for the query; nothing of a source that no window lists sketches of.
+
+    What may be opened goes to the sources in their order.
+    """
+    asked = [one for one in sources if any(entry.sketches_sha256 for _, entry in _entries(files, one.source))]
+    found = [_find(store, files, one.source) for one in asked]
+    chosen = [_within(allowance, one, of.held) for one, of in zip(asked, found, strict=True)]
+    pieces = [of.held[number] for of, numbers in zip(found, chosen, strict=True) for number in sorted(numbers)]
+
+    def score(piece: tuple[WindowFile, WindowEntry, Sketches]) -> Tensor | Rejected:
+        file, entry, sketches = piece
+        try:
+            return sketches.check(file, entry, query.shapes).scores(query)
+        except Rejected as error:
+            return error
+
+    scored = each_on_a_core(score, pieces)
+    return [
+        _examples_of(one, of, {number: next(scored) for number in sorted(numbers)})
+        for one, of, numbers in zip(asked, found, chosen, strict=True)
+    ]
+
+
+def _examples_of(asked: Asked, found: _Found, scored: Mapping[int, Tensor | Rejected]) -> SourceExamples:
+    """Of the windows that were opened, by their number: ranked, and what was not."""
     rows: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]]] = []
     visits: list[npt.NDArray[np.int64]] = []
     unopened: list[tuple[int, int]] = []
     rank = unopened_visits = 0
-    scored = _scored(query, found, sorted(chosen))
     for number, (file, _, sketches) in enumerate(found.held):
-        if number not in chosen:
+        scores_N = scored.get(number)
+        if scores_N is None:
             unopened.append((file.window.first, file.window.last))
             unopened_visits += sketches.claimed_visits
             continue
-        scores_N = scored[number]
         if isinstance(scores_N, Rejected):
             found.left_out.append(_why(file, scores_N))
             continue
@@ -122,20 +142,6 @@ def source_examples(
         unopened=tuple(unopened),
         unopened_visits=unopened_visits,
     )
-
-
-def _scored(query: SketchQuery, found: _Found, chosen: Sequence[int]) -> dict[int, Tensor | Rejected]:
-    """The scores of chosen windows' rows, or why there are none; a few windows at a time."""
-
-    def score(number: int) -> Tensor | Rejected:
-        file, entry, sketches = found.held[number]
-        try:
-            return sketches.check(file, entry, query.shapes).scores(query)
-        except Rejected as error:
-            return error
-
-    with ThreadPoolExecutor(min(WINDOWS_AT_ONCE, torch.get_num_threads())) as pool:
-        return dict(zip(chosen, pool.map(score, chosen), strict=True))
 
 
 def _find(store: SketchStore, files: Sequence[WindowFile], source: bytes) -> _Found:

@@ -14,7 +14,6 @@ was committed. Deterministic for given weights, text and seed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attribution.query import logits_of
+from attribution.query import capturing, logits_of
 from attribution.weights import LinearWeight, linear_weights
 from consensus.rejection import Reason, Rejected
 
@@ -66,12 +65,6 @@ class FactorsOrigin(StrEnum):
     """Fitted for this trace, on the released weights, over a text of the asker's choice."""
 
 
-@dataclass(slots=True)
-class _Captured:
-    inputs: list[Tensor]
-    deltas: list[Tensor]
-
-
 def fit_factors(
     model: nn.Module,
     sequences_BT: Sequence[Tensor],
@@ -97,7 +90,7 @@ def fit_factors(
     total = 2 * len(sequences_BT)
     for number, captured in enumerate(_passes(model, weights, sequences_BT, seed)):
         for name, of in captured.items():
-            x_NI, delta_NO = (torch.cat(held).flatten(0, -2) for held in (of.inputs, of.deltas))
+            x_NI, delta_NO = (held.flatten(0, 1) for held in of)
             inputs[name] += x_NI.T @ x_NI
             outputs[name] += delta_NO.T @ delta_NO
         rows += len(x_NI)
@@ -108,7 +101,7 @@ def fit_factors(
     for number, captured in enumerate(_passes(model, weights, sequences_BT, seed)):
         for name, of in captured.items():
             output_vectors, input_vectors = vectors[name]
-            x_BTI, delta_BTO = torch.cat(of.inputs), torch.cat(of.deltas)
+            x_BTI, delta_BTO = of
             projected_BOI = torch.einsum("bto,bti->boi", delta_BTO @ output_vectors, x_BTI @ input_vectors)
             squares_OI = projected_BOI.square().sum(dim=0)
             eigenvalues[name] += squares_OI.T if weights[name].turned else squares_OI
@@ -150,11 +143,11 @@ def factors_from(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, W
 
 def _passes(
     model: nn.Module, weights: Mapping[str, LinearWeight], sequences_BT: Sequence[Tensor], seed: int
-) -> Iterator[dict[str, _Captured]]:
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Inputs ``[B, T, I]`` and output gradients ``[B, T, O]`` of every weight, batch by batch; the same each time."""
     generator = torch.Generator().manual_seed(seed)
     for tokens_BT in sequences_BT:
-        with _capturing(weights) as captured, torch.enable_grad():
+        with capturing(weights) as captured, torch.enable_grad():
             logits_BTV = logits_of(model, tokens_BT)
             probabilities_NV = logits_BTV.detach().flatten(0, 1).softmax(dim=-1)
             targets_N = torch.multinomial(probabilities_NV, 1, generator=generator).squeeze(1)
@@ -162,28 +155,11 @@ def _passes(
             torch.autograd.grad(loss, [held.weight for held in weights.values()])
         if not torch.isfinite(loss):
             raise Rejected(Reason.BAD_FIELD, f"the model's loss on the public text is {loss.item()}")
-        yield captured
-
-
-@contextmanager
-def _capturing(weights: Mapping[str, LinearWeight]) -> Iterator[dict[str, _Captured]]:
-    captured = {name: _Captured([], []) for name in weights}
-    handles = []
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def keep(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            captured[name].inputs.append(arguments[0].detach())
-            output.register_hook(lambda delta: captured[name].deltas.append(delta.detach()))  # type: ignore[no-untyped-call]
-
-        return keep
-
-    try:
-        for name, held in weights.items():
-            handles.append(held.module.register_forward_hook(hook(name)))
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
+        operands = {name: held.operands(len(tokens_BT)) for name, held in captured.items()}
+        unseen = [name for name, found in operands.items() if found is None]
+        if unseen:
+            raise Rejected(Reason.BAD_FIELD, f"no text reached {unseen[0]!a:.100} through its module")
+        yield {name: found for name, found in operands.items() if found is not None}
 
 
 def _sizes(held: LinearWeight) -> tuple[int, int]:

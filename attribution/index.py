@@ -1,4 +1,4 @@
-"""The index of a campaign's sketches: columns that are mapped into memory, one source's rows together.
+"""The index of a campaign's sketches: columns of NumPy, one source's rows together.
 
 A folder that holds, in other order, what the files of sketches hold, and nothing of its own:
 
@@ -16,11 +16,10 @@ the headers' bytes and its rows of each column, put in the order that the header
 commits to by SHA-256, and are held to that by every query that opens it (``sketches.py``). What ``index.json`` says
 only tells where to read. So an index may come from anybody, and a spoiled one gives no answer instead of a wrong one.
 
-Rows are copied through maps that last for one part: what is mapped stays small, and a file that was cut off is noticed
-before it is touched. ``index_build.py`` makes an index and checks all of one.
+Rows are read a part at a time, not mapped: what is mapped counts as memory, and a file cut off under a map kills the
+process. ``index_build.py`` makes an index and checks all of one.
 """
 
-import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from attribution.sketches import (
     SketchBytes,
     open_regular,
     packed_sizes,
+    read_at,
 )
 from attribution.weights import WindowFile, open_window
 from consensus.accumulators import WindowEntry
@@ -182,19 +182,15 @@ class Column:
             if file.read(NPY_HEADER_BYTES) != self.header:
                 raise Rejected(Reason.DIGEST_MISMATCH, f"{self.path}: expected {self.dtype} {self.shape}")
 
-    def read(self, first: int, rows: int) -> bytes:
+    def read(self, first: int, rows: int) -> bytearray:
         """A copy of some rows.
 
         Raises:
             Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``.
         """
-        begin = NPY_HEADER_BYTES + first * self.row_bytes
-        aligned = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        size = rows * self.row_bytes
         with open_regular(self.path) as file:
             self._check_size(file.fileno())
-            with mmap.mmap(file.fileno(), begin - aligned + size, offset=aligned, access=mmap.ACCESS_READ) as mapped:
-                return mapped[begin - aligned :]
+            return read_at(file, NPY_HEADER_BYTES + first * self.row_bytes, rows * self.row_bytes)
 
     def _check_size(self, descriptor: int) -> None:
         found, expected = os.fstat(descriptor).st_size, NPY_HEADER_BYTES + self.shape[0] * self.row_bytes
@@ -276,7 +272,8 @@ class Index:
 
     def prefix_of(self, number: int) -> bytes:
         """The safetensors header of a segment's file, with its length."""
-        return self.columns["headers"].read(self._first_header[number], self.header.segments[number].header_bytes)
+        length = self.header.segments[number].header_bytes
+        return bytes(self.columns["headers"].read(self._first_header[number], length))
 
     def _all_columns(self) -> dict[str, Column]:
         columns = {
@@ -314,7 +311,7 @@ class _IndexedSketches:
     def prefix(self) -> bytes:
         return self.index.prefix_of(self.number)
 
-    def read(self, piece: Piece, first_row: int, rows: int) -> bytes:
+    def read(self, piece: Piece, first_row: int, rows: int) -> bytearray:
         column, first, count = self.index.column_and_first(piece.label, self.number)
         if (piece.rows, piece.row_bytes) != (count, column.row_bytes):
             raise Rejected(

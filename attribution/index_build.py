@@ -175,7 +175,7 @@ class _Writer:
             return piece.label
         return f"{COLUMNS}/{self.parameters[piece.parameter]:04}.{piece.part}"
 
-    def _append(self, name: str, parts: Iterable[bytes]) -> None:
+    def _append(self, name: str, parts: Iterable[bytes | bytearray]) -> None:
         path = self.folder / f"{name}.npy"
         begun = path.exists()
         with path.open("ab") as file:

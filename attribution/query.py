@@ -3,19 +3,27 @@
 The measure is the sum over tokens of ``log p / (1 − p)``, the log-odds, not the loss: where a model is sure of an
 output the gradient of its loss vanishes, though that output is exactly what was learned (Park et al., *TRAK*, arXiv
 2303.14186, §3).
+
+Shape suffixes: B outputs, T tokens, I and O inputs and outputs of a linear, P and Q dimensions of its weight, V
+vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from attribution.weights import linear_weights
+from attribution.weights import LinearWeight, linear_weights
 from consensus.rejection import Reason, Rejected
 
 LEAST_CHANCE = 1e-6
 """Chances are kept this far from 0 and 1, where log-odds have no gradient in float32."""
+OUTPUTS_AT_ONCE = 16
+"""So many outputs go through the model together."""
+SAME_ALONE = 1e-3
+"""How far an output's gradient may be from what it is when the output is alone, relative to its norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +52,7 @@ def logits_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
 
 def log_chances(model: nn.Module, output: Output) -> Tensor:
     """Log of the chance ``[N]`` of each token asked about, given all before it."""
-    tokens_T = torch.tensor([output.tokens], dtype=torch.int64)
-    logits_TV = logits_of(model, tokens_T[:, :-1])[0].float()
-    chosen_N = tokens_T[0, output.first : output.end]
-    chances_NV: Tensor = logits_TV.log_softmax(dim=-1)[output.first - 1 : output.end - 1]
-    return chances_NV.gather(1, chosen_N[:, None]).squeeze(1)
+    return _log_chances(model, [output])[0]
 
 
 @torch.no_grad()
@@ -65,12 +69,72 @@ def log_odds_gradients(model: nn.Module, output: Output) -> dict[str, Tensor]:
     """
     weights = {name: held.weight for name, held in linear_weights(model).items()}
     with torch.enable_grad():
-        log_p_N = log_chances(model, output).clamp(max=-LEAST_CHANCE)
-        log_odds = (log_p_N - torch.log1p(-log_p_N.exp())).sum()
-        gradients = torch.autograd.grad(log_odds, list(weights.values()))
-    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-        raise Rejected(Reason.BAD_FIELD, "the output's log-odds have no finite gradient")
-    return {name: gradient.detach().float() for name, gradient in zip(weights, gradients, strict=True)}
+        gradients = torch.autograd.grad(_log_odds(model, [output]), list(weights.values()))
+    return _finite({name: gradient.detach().float() for name, gradient in zip(weights, gradients, strict=True)})
+
+
+def gradients_together(model: nn.Module, outputs: Sequence[Output]) -> dict[str, Tensor]:
+    """``log_odds_gradients`` of outputs of one span, ``[B, P, Q]`` each, by one pass through the model.
+
+    The last output's are compared with what they are alone. Where they differ, a weight is used without its module or
+    the model mixes what stands in one batch: then each output goes through it alone.
+
+    Raises:
+        Rejected: as ``log_odds_gradients``.
+    """
+    alone = log_odds_gradients(model, outputs[-1])
+    together = _by_operands(model, outputs) if len(outputs) > 1 else None
+    if together is not None and all(_same(together[name][-1], gradient) for name, gradient in alone.items()):
+        return _finite(together)
+    each = [*(log_odds_gradients(model, output) for output in outputs[:-1]), alone]
+    return {name: torch.stack([gradients[name] for gradients in each]) for name in alone}
+
+
+@dataclass(slots=True)
+class Captured:
+    """What went through a linear in one pass: of each use the inputs and, once it is there, the outputs' gradient."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    deltas: dict[int, Tensor] = field(default_factory=dict)
+
+    def operands(self, batch: int) -> tuple[Tensor, Tensor] | None:
+        """Inputs ``[B, T, I]`` and outputs' gradients ``[B, T, O]``, uses one after the other; None without any.
+
+        The gradient of one of a batch for the weight is the product of its two.
+        """
+        uses = [(self.inputs[number], delta) for number, delta in sorted(self.deltas.items())]
+        if not uses or any(len(x) % batch or x.shape[:-1] != delta.shape[:-1] for x, delta in uses):
+            return None
+        inputs, deltas = (
+            torch.cat([held.reshape(batch, -1, held.shape[-1]) for held in side], dim=1)
+            for side in zip(*uses, strict=True)
+        )
+        return inputs, deltas
+
+
+@contextmanager
+def capturing(weights: Mapping[str, LinearWeight]) -> Iterator[dict[str, Captured]]:
+    """What goes through these linears while the block runs."""
+    captured = {name: Captured() for name in weights}
+    handles = []
+
+    def hook(held: Captured) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if not arguments or not output.requires_grad:
+                return
+            number = len(held.inputs)
+            held.inputs.append(arguments[0].detach())
+            output.register_hook(lambda delta: held.deltas.update({number: delta.detach()}))  # type: ignore[no-untyped-call]
+
+        return keep
+
+    try:
+        for name, weight in weights.items():
+            handles.append(weight.module.register_forward_hook(hook(captured[name])))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def greedy_completion(model: nn.Module, prompt: Sequence[int], count: int) -> tuple[int, ...]:
@@ -81,3 +145,44 @@ def greedy_completion(model: nn.Module, prompt: Sequence[int], count: int) -> tu
             logits_V = logits_of(model, torch.tensor([tokens], dtype=torch.int64))[0, -1]
             tokens.append(int(logits_V.argmax()))
     return tuple(tokens[len(prompt) :])
+
+
+def _log_chances(model: nn.Module, outputs: Sequence[Output]) -> Tensor:
+    """``[B, N]``, of outputs of one span."""
+    first, end = outputs[0].first, outputs[0].end
+    tokens_BT = torch.tensor([output.tokens for output in outputs], dtype=torch.int64)
+    logits_BTV = logits_of(model, tokens_BT[:, :-1]).float()
+    chosen_BN = tokens_BT[:, first:end]
+    chances_BNV: Tensor = logits_BTV.log_softmax(dim=-1)[:, first - 1 : end - 1]
+    return chances_BNV.gather(2, chosen_BN[:, :, None]).squeeze(2)
+
+
+def _log_odds(model: nn.Module, outputs: Sequence[Output]) -> Tensor:
+    log_p_BN = _log_chances(model, outputs).clamp(max=-LEAST_CHANCE)
+    return (log_p_BN - torch.log1p(-log_p_BN.exp())).sum()
+
+
+def _by_operands(model: nn.Module, outputs: Sequence[Output]) -> dict[str, Tensor] | None:
+    """Each output's gradients ``[B, P, Q]``; None where a linear does not tell."""
+    weights = linear_weights(model)
+    with capturing(weights) as captured, torch.enable_grad():
+        torch.autograd.grad(_log_odds(model, outputs), [held.weight for held in weights.values()])
+    gradients = {}
+    for name, held in weights.items():
+        operands = captured[name].operands(len(outputs))
+        if operands is None:
+            return None
+        x_BTI, delta_BTO = operands
+        left, right = (x_BTI, delta_BTO) if held.turned else (delta_BTO, x_BTI)
+        gradients[name] = (left.mT @ right).float()
+    return gradients
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= SAME_ALONE * expected.norm())
+
+
+def _finite(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+        raise Rejected(Reason.BAD_FIELD, "the output's log-odds have no finite gradient")
+    return gradients

@@ -39,8 +39,8 @@ NIBBLE_ZERO = 8
 ROWS_AT_ONCE = 4_096
 PARAMETER_BYTES, ALL_BYTES = 1 << 23, 1 << 27
 """A file is read a part at a time: so many rows, of at most so many bytes of one tensor and of all of them."""
-ROWS_MET_AT_ONCE = 512
-"""Of a part, so many rows are turned into numbers and met by the query at a time: they stay in a core's cache."""
+ROWS_MET_AT_ONCE = 1_024
+"""Of a part, so many rows are turned into numbers and met by the query at a time: that stays in the cache."""
 MAX_HEADER_BYTES = 1 << 24
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -107,8 +107,8 @@ class SketchBytes(Protocol):
         """
         ...
 
-    def read(self, piece: Piece, first_row: int, rows: int) -> bytes:
-        """Some rows of a tensor.
+    def read(self, piece: Piece, first_row: int, rows: int) -> bytearray:
+        """Some rows of a tensor, fewer where the file ends before.
 
         Raises:
             Rejected: as ``prefix``.
@@ -166,10 +166,10 @@ class _SketchFile:
         self._prefix_bytes = len(held)
         return held
 
-    def read(self, piece: Piece, first_row: int, rows: int) -> bytes:
+    def read(self, piece: Piece, first_row: int, rows: int) -> bytearray:
         with open_regular(self._path) as file:
-            file.seek(self._prefix_bytes + piece.begin + first_row * piece.row_bytes)
-            return file.read(rows * piece.row_bytes)
+            begin = self._prefix_bytes + piece.begin + first_row * piece.row_bytes
+            return read_at(file, begin, rows * piece.row_bytes)
 
     def hold_to(self, sha256: bytes) -> None:
         with open_regular(self._path) as file:
@@ -251,7 +251,7 @@ class Sketches:
         for first in range(0, piece.rows, self._rows_at_once):
             yield first, min(self._rows_at_once, piece.rows - first)
 
-    def read(self, piece: Piece, first: int, rows: int) -> bytes:
+    def read(self, piece: Piece, first: int, rows: int) -> bytearray:
         """A part again, which must be as it was when it was checked.
 
         Raises:
@@ -268,13 +268,15 @@ class Sketches:
         for parameter, parts in self.parameters.items():
             if parameter not in query.turned:
                 continue
+            at_once = min(ROWS_MET_AT_ONCE, self._rows_at_once)
+            meeting = query.meeting(parameter, at_once, parts["scale"].shape[1])
             for first, rows in self.parts_of(parts["left"]):
                 left_NrP, right_NrQ, scale_Nr = (
                     self.tensor(parts[part], first, rows) for part in ("left", "right", "scale")
                 )
-                for begin in range(0, rows, ROWS_MET_AT_ONCE):
-                    few = slice(begin, begin + ROWS_MET_AT_ONCE)
-                    columns_Nr = query.columns(parameter, left_NrP[few], right_NrQ[few])
+                for begin in range(0, rows, at_once):
+                    few = slice(begin, begin + at_once)
+                    columns_Nr = meeting.columns(left_NrP[few], right_NrQ[few])
                     parts_N = (columns_Nr * scale_Nr[few]).sum(dim=1).double()
                     total_N[first + begin : first + begin + len(parts_N)] -= parts_N
         return total_N
@@ -295,7 +297,7 @@ class Sketches:
 
     def tensor(self, piece: Piece, first: int, rows: int) -> Tensor:
         """A part as numbers; as ``read``."""
-        array = np.frombuffer(bytearray(self.read(piece, first, rows)), dtype=NUMPY_DTYPES[piece.dtype])
+        array = np.frombuffer(self.read(piece, first, rows), dtype=NUMPY_DTYPES[piece.dtype])
         return torch.from_numpy(array).reshape(rows, *piece.shape[1:])
 
     def _whole(self, part: str) -> Tensor:
@@ -365,10 +367,30 @@ class SketchQuery:
         self.turned = {name: _by_parity(_by_parity(gradient).T).contiguous() for name, gradient in query.items()}
         """``[2⌈Q/2⌉, 2⌈P/2⌉]``."""
 
-    def columns(self, parameter: str, left_NrP: Tensor, right_NrQ: Tensor) -> Tensor:
-        """``[N, r]``: ``leftᵀ query right`` of each column, from packed factors."""
-        met_NrP = numbers_of(right_NrQ) @ self.turned[parameter]
-        return met_NrP.mul_(numbers_of(left_NrP)).sum(dim=2)
+    def meeting(self, parameter: str, rows: int, rank: int) -> "Meeting":
+        """One weight's part, ready to meet sketches of a rank, so many at once."""
+        return Meeting(self.turned[parameter], rows, rank)
+
+
+class Meeting:
+    """A weight's query, and memory in which sketches meet it: taken at every product it would cost as much as that.
+
+    Not for two threads at a time.
+    """
+
+    def __init__(self, turned_QP: Tensor, rows: int, rank: int) -> None:
+        self._turned_QP = turned_QP
+        self._right_NrQ, self._met_NrP, self._left_NrP = (
+            torch.empty(rows, rank, size) for size in (*turned_QP.shape, turned_QP.shape[1])
+        )
+
+    def columns(self, left_NrP: Tensor, right_NrQ: Tensor) -> Tensor:
+        """``[N, r]``: ``leftᵀ query right`` of each column, from packed factors of at most ``rows`` sketches."""
+        count = len(left_NrP)
+        right = numbers_of(right_NrQ, self._right_NrQ[:count])
+        met = self._met_NrP[:count]
+        torch.mm(right.flatten(0, 1), self._turned_QP, out=met.flatten(0, 1))
+        return met.mul_(numbers_of(left_NrP, self._left_NrP[:count])).sum(dim=2)
 
 
 def pieces_of(name: str, prefix: bytes) -> tuple[Piece, ...]:
@@ -397,13 +419,16 @@ def pieces_of(name: str, prefix: bytes) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def numbers_of(packed_NrP: Tensor) -> Tensor:
-    """``[N, r, ⌈P/2⌉]`` bytes as float32 ``[N, r, 2⌈P/2⌉]``: the lower halves (even places), then the upper ones."""
+def numbers_of(packed_NrP: Tensor, numbers_NrP: Tensor | None = None) -> Tensor:
+    """``[N, r, ⌈P/2⌉]`` bytes as float32 ``[N, r, 2⌈P/2⌉]``: the lower halves (even places), then the upper ones.
+
+    ``numbers_NrP`` is memory to put them in.
+    """
     count, rank, size = packed_NrP.shape
-    numbers = torch.empty(count, rank, 2 * size)
-    numbers[:, :, :size] = packed_NrP & 15
-    numbers[:, :, size:] = packed_NrP >> 4
-    return numbers.sub_(NIBBLE_ZERO)
+    numbers = torch.empty(count, rank, 2 * size) if numbers_NrP is None else numbers_NrP
+    numbers[:, :, :size] = (packed_NrP & 15).view(torch.int8).sub_(NIBBLE_ZERO)
+    numbers[:, :, size:] = (packed_NrP >> 4).view(torch.int8).sub_(NIBBLE_ZERO)
+    return numbers
 
 
 def packed_sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -425,6 +450,14 @@ def open_regular(path: Path) -> BufferedReader:
         file.close()
         raise Rejected(Reason.NOT_FOUND, f"{path}: no regular file")
     return file
+
+
+def read_at(file: BufferedReader, begin: int, size_bytes: int) -> bytearray:
+    """Some bytes of a file, fewer where it ends before."""
+    content = bytearray(size_bytes)
+    file.seek(begin)
+    del content[file.readinto(content) :]
+    return content
 
 
 class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

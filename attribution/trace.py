@@ -13,26 +13,24 @@ which steps it rests on.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from attribution.cores import each_on_a_core
 from attribution.examples import Allowance, Asked, SourceExamples, source_examples
 from attribution.factors import WeightFactors
-from attribution.query import Output, log_chance, log_odds_gradients
+from attribution.query import OUTPUTS_AT_ONCE, Output, gradients_together, log_chance
 from attribution.sketches import RunFolder, SketchQuery, SketchStore
-from attribution.weights import WindowFile, accumulators_of
+from attribution.weights import Summed, WindowFile, met_by
 from consensus import portions as p
 from consensus.accumulators import WindowEntry
 from consensus.predicates.accumulators import Provenance, UsedSource
 from consensus.rejection import Reason, Rejected
 
 LEAST_CONTROLS = 25
-ENTRIES_AT_ONCE = 16
-"""So many sources' sums meet the queries together: one product, so that queries are read once for all of them."""
 SHAPED_LIFT_NATS = 0.05
 """Mean gain in log-chance per token, over the base model, below which an output counts as not shaped here."""
 LEADING_SOURCES = 3
@@ -127,8 +125,7 @@ def trace_output(
         raise Rejected(Reason.NOT_FOUND, "no window's accumulators are here: there is nothing to trace by")
     progress("gradients of the output and its controls")
     asked = (output, *controls)
-    each = (preconditioned(factors, log_odds_gradients(tuned, one)) for one in asked)
-    queries, lengths = stacked(each, len(asked))
+    queries, lengths = preconditioned_queries(tuned, factors, asked)
     block_of = {tensor.name: block.name for block in provenance.campaign.parameter_blocks for tensor in block.tensors}
     known = {source.id: source for source in provenance.sources}
     tallies = {source: _Tally([0.0] * len(asked)) for source in known}
@@ -155,19 +152,17 @@ def trace_output(
     ]
     ranked.sort(key=lambda row: (-row.z, row.source.id))
     leading = [row for row in ranked[:LEADING_SOURCES] if row.z >= SHAPED_Z]
-    opened = []
+    opened: list[SourceExamples] = []
     if leading and any(entry.sketches_sha256 for file in files for entry in file.listed.of_sources):
+        progress(f"examples of {', '.join(ascii(row.source.record.claim.name)[:60] for row in leading)}")
         query = SketchQuery({name: gradients_KPQ[0] for name, gradients_KPQ in queries.items()})
-        allowance = allowance or Allowance()
-        for row in leading:
-            progress(f"examples of {row.source.record.claim.name!a:.60}")
-            one = Asked(row.source.id, row.score, row.by_window)
-            opened.append(source_examples(query, files, one, store or RunFolder(), allowance))
+        asked_of = [Asked(row.source.id, row.score, row.by_window) for row in leading]
+        opened = source_examples(query, files, asked_of, store or RunFolder(), allowance or Allowance())
     return Trace(
         base_log_chance=log_chance(base, output),
         tuned_log_chance=log_chance(tuned, output),
         ranked=tuple(ranked),
-        examples=tuple(found for found in opened if found is not None),
+        examples=tuple(opened),
         controls=len(controls),
         windows=tuple(file.window.last for file in files),
     )
@@ -180,10 +175,11 @@ def window_scores(queries: Mapping[str, Tensor], file: WindowFile) -> Iterator[t
         queries: ``[K, P, Q]`` by parameter name.
 
     Raises:
-        Rejected: ``BAD_FIELD`` for accumulators of another shape than the model's; as ``accumulators_of``.
+        Rejected: ``BAD_FIELD`` for accumulators of another shape than the model's; as ``met_by``.
     """
-    entries = accumulators_of(file)
-    while together := list(islice(entries, ENTRIES_AT_ONCE)):
+
+    def meet(together: Sequence[Summed]) -> list[tuple[WindowEntry, str, list[float]]]:
+        found = []
         for name, gradients_KPQ in queries.items():
             those = [(entry, sums[name]) for entry, sums in together if name in sums]
             if not those:
@@ -192,23 +188,40 @@ def window_scores(queries: Mapping[str, Tensor], file: WindowFile) -> Iterator[t
                 raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} do not fit this model")
             sums_EN = torch.stack([accumulated.flatten() for _, accumulated in those])
             parts_EK = -(sums_EN @ gradients_KPQ.flatten(1).T)
-            for (entry, _), parts_K in zip(those, parts_EK.tolist(), strict=True):
-                yield entry, name, parts_K
+            found += [(entry, name, parts_K) for (entry, _), parts_K in zip(those, parts_EK.tolist(), strict=True)]
+        return found
+
+    for parts in met_by(meet, file):
+        yield from parts
 
 
-def stacked(
-    queries: Iterable[tuple[Mapping[str, Tensor], float]], count: int
+def preconditioned_queries(
+    model: nn.Module, factors: Mapping[str, WeightFactors], outputs: Sequence[Output]
 ) -> tuple[dict[str, Tensor], tuple[float, ...]]:
-    """``count`` queries as ``[K, P, Q]`` by parameter name, filled one after the other; and their lengths."""
-    together: dict[str, Tensor] = {}
-    lengths = []
-    for number, (gradients, length) in enumerate(queries):
-        for name, gradient_PQ in gradients.items():
-            if name not in together:
-                together[name] = gradient_PQ.new_zeros(count, *gradient_PQ.shape)
-            together[name][number] = gradient_PQ
-        lengths.append(length)
-    return together, tuple(lengths)
+    """Outputs' preconditioned gradients, ``[K, P, Q]`` by parameter name; and each one's length in that metric.
+
+    Raises:
+        Rejected: as ``gradients_together``.
+    """
+    queries = {
+        name: held.eigenvalues.new_empty(len(outputs), *held.eigenvalues.shape) for name, held in factors.items()
+    }
+    squares_K = torch.zeros(len(outputs), dtype=torch.float64)
+
+    def gradients() -> Iterator[tuple[slice, str, Tensor]]:
+        for first in range(0, len(outputs), OUTPUTS_AT_ONCE):
+            few = slice(first, min(first + OUTPUTS_AT_ONCE, len(outputs)))
+            together = gradients_together(model, outputs[few])
+            yield from ((few, name, together[name]) for name in factors)
+
+    def precondition(piece: tuple[slice, str, Tensor]) -> tuple[slice, Tensor]:
+        few, name, gradients_BPQ = piece
+        queries[name][few] = factors[name].precondition(gradients_BPQ)
+        return few, (queries[name][few] * gradients_BPQ).sum(dim=(1, 2), dtype=torch.float64)
+
+    for few, squares_B in each_on_a_core(precondition, gradients()):
+        squares_K[few] += squares_B
+    return queries, tuple(math.sqrt(max(square, 0.0)) or 1.0 for square in squares_K.tolist())
 
 
 def control_outputs(sequences: Sequence[Sequence[int]], like: Output) -> tuple[Output, ...]:
@@ -225,15 +238,6 @@ def untraced_tensors(campaign: p.Campaign, factors: Mapping[str, WeightFactors])
     return tuple(
         tensor.name for block in campaign.parameter_blocks for tensor in block.tensors if tensor.name not in factors
     )
-
-
-def preconditioned(
-    factors: Mapping[str, WeightFactors], gradients: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], float]:
-    """An output's preconditioned gradients, and the length of its gradient in the preconditioner's metric."""
-    queries = {name: held.precondition(gradients[name]) for name, held in factors.items()}
-    square = sum(torch.sum(query * gradients[name]).item() for name, query in queries.items())
-    return queries, math.sqrt(max(square, 0.0)) or 1.0
 
 
 def _deviations(scores: Sequence[float], lengths: Sequence[float]) -> float:

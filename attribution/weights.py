@@ -7,9 +7,10 @@ and bytes; a window's that of ``consensus/accumulators.py``. What does not have 
 import hashlib
 import importlib
 import sys
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from blake3 import blake3
@@ -17,14 +18,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from attribution.cores import each_on_a_core
 from consensus.accumulators import MAX_WINDOW_BYTES, AccumulatorWindow, WindowEntry, decode_window
 from consensus.identifiers import Digest
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.predicates.accumulators import Window
 from consensus.rejection import ConfigError, Reason, Rejected
 
+ENTRIES_AT_ONCE, ENTRIES_BYTES = 8, 1 << 26
+"""So many sources' sums, of at most so many bytes unless a single one has more, are read and met together."""
 ROUNDING = 2e-2
 """How far sums stored as bfloat16 may be from their total, relative to their norms together."""
+
+R = TypeVar("R")
+Summed = tuple[WindowEntry, Mapping[str, Tensor]]
+"""A source's entry of a window, and its sums by parameter name (float32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +46,15 @@ class TensorFile:
 
 @dataclass(frozen=True, slots=True)
 class WindowFile:
-    """A window of the log, what its file lists, and where its blobs are."""
+    """A window of the log, what its file lists, and where its blobs are.
+
+    ``seen`` has the BLAKE3 of every blob that was found to have its SHA-256, by this: reading it again takes less.
+    """
 
     window: Window
     listed: AccumulatorWindow
     directory: Path
+    seen: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +108,13 @@ def find_windows(directory: Path, campaign: bytes, windows: tuple[Window, ...]) 
     for window in windows:
         try:
             file = open_window(directory, campaign, window)
-            for entry in file.listed.entries:
-                _read_sums(file, entry)
+            entries = file.listed.entries
+            found_here = each_on_a_core(lambda entry: _digest_of_blob(directory, entry), entries)
+            seen = {entry.blob_sha256: digest for entry, digest in zip(entries, found_here, strict=True)}
         except Rejected as error:
             missing.append(Missing(window, str(error)))
         else:
-            found.append(file)
+            found.append(replace(file, seen=seen))
     return Search(tuple(found), tuple(missing))
 
 
@@ -126,8 +139,18 @@ def open_window(directory: Path, campaign: bytes, window: Window) -> WindowFile:
     return WindowFile(window, listed, directory)
 
 
-def accumulators_of(file: WindowFile) -> Iterator[tuple[WindowEntry, Mapping[str, Tensor]]]:
-    """Each entry of a window with its sums by parameter name (float32); every blob is checked again.
+def accumulators_of(file: WindowFile) -> Iterator[Summed]:
+    """Each entry of a window with its sums by parameter name (float32), checked as ``met_by`` does.
+
+    Raises:
+        Rejected: as ``met_by``.
+    """
+    for together in met_by(lambda some: some, file):
+        yield from together
+
+
+def met_by(meet: Callable[[Sequence[Summed]], R], file: WindowFile) -> Iterator[R]:
+    """What ``meet`` makes of a window's entries, a few at a time, in order, on all cores; each blob is checked again.
 
     The sources' sums must add up to the window's total, up to the rounding of their storage: else somebody left out
     what reached the optimizer.
@@ -137,14 +160,25 @@ def accumulators_of(file: WindowFile) -> Iterator[tuple[WindowEntry, Mapping[str
     """
     difference = total_of(file)
     scale = dict.fromkeys(difference, 0.0)
-    for entry in file.listed.of_sources:
-        sums = _read_sums(file, entry)
-        for name, part in sums.items():
-            if name not in difference or difference[name].shape != part.shape:
-                raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"{file.directory}: {name!a} is no part of the total")
+    sizes = {name: tensor.shape for name, tensor in difference.items()}
+
+    def added_and_met(entries: Sequence[WindowEntry]) -> tuple[dict[str, Tensor], dict[str, float], R]:
+        added: dict[str, Tensor] = {}
+        norms: dict[str, float] = {}
+        together = [(entry, _read_sums(file, entry)) for entry in entries]
+        for _, sums in together:
+            for name, part in sums.items():
+                if sizes.get(name) != part.shape:
+                    raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"{file.directory}: {name!a} is no part of the total")
+                added[name] = added[name].add_(part) if name in added else part.clone()
+                norms[name] = norms.get(name, 0.0) + float(part.norm())
+        return added, norms, meet(together)
+
+    for added, norms, met in each_on_a_core(added_and_met, _few_at_a_time(file.listed.of_sources)):
+        for name, part in added.items():
             difference[name].sub_(part)
-            scale[name] += float(part.norm())
-        yield entry, sums
+            scale[name] += norms[name]
+        yield met
     for name, left in difference.items():
         if not float(left.norm()) <= ROUNDING * scale[name]:
             raise Rejected(
@@ -158,37 +192,62 @@ def total_of(file: WindowFile) -> dict[str, Tensor]:
     """A window's whole gradient by parameter name (float32).
 
     Raises:
-        Rejected: as ``read_blob``.
+        Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``, ``MALFORMED``.
     """
     return _read_sums(file, file.listed.total)
 
 
+def _few_at_a_time(entries: Sequence[WindowEntry]) -> Iterator[list[WindowEntry]]:
+    few: list[WindowEntry] = []
+    for entry in entries:
+        size_bytes = sum(held.size_bytes for held in (*few, entry))
+        if few and (len(few) == ENTRIES_AT_ONCE or size_bytes > ENTRIES_BYTES):
+            yield few
+            few = []
+        few.append(entry)
+    if few:
+        yield few
+
+
 def _read_sums(file: WindowFile, entry: WindowEntry) -> dict[str, Tensor]:
-    found = read_blob(file.directory, entry.blob_sha256, entry.size_bytes)
-    return {name: tensor.float() for name, tensor in found.items()}
+    content = _committed_bytes(file.directory, entry, file.seen)
+    return {name: tensor.float() for name, tensor in _tensors_in(content, entry).items()}
 
 
-def read_blob(directory: Path, sha256: bytes, size_bytes: int) -> dict[str, Tensor]:
-    """The tensors of a file that a window's list commits to.
+def _digest_of_blob(directory: Path, entry: WindowEntry) -> bytes:
+    """BLAKE3 of a blob that is the committed one."""
+    content = _committed_bytes(directory, entry, {})
+    _tensors_in(content, entry)
+    return blake3(content).digest()
+
+
+def _committed_bytes(directory: Path, entry: WindowEntry, seen: Mapping[bytes, bytes]) -> bytes:
+    """A blob that a window's list commits to, by its SHA-256 or by the BLAKE3 of what was seen to have that.
 
     Raises:
-        Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``, ``MALFORMED``.
+        Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``.
     """
-    path = directory / "blobs" / f"{sha256.hex()}.safetensors"
+    path = directory / "blobs" / f"{entry.blob_sha256.hex()}.safetensors"
     try:
         found_bytes = path.stat().st_size
-        if found_bytes != size_bytes:
-            raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has {found_bytes} bytes, committed are {size_bytes}")
+        if found_bytes != entry.size_bytes:
+            raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has {found_bytes} bytes, committed are {entry.size_bytes}")
         content = path.read_bytes()
     except OSError as error:
         raise Rejected(Reason.NOT_FOUND, f"{path}: {error.strerror}") from error
+    if entry.blob_sha256 in seen and blake3(content).digest() == seen[entry.blob_sha256]:
+        return content
     digest = hashlib.sha256(content).digest()
-    if digest != sha256:
+    if digest != entry.blob_sha256:
         raise Rejected(Reason.DIGEST_MISMATCH, f"{path} has SHA-256 {digest.hex()}")
+    return content
+
+
+def _tensors_in(content: bytes, entry: WindowEntry) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load(content)
     except SafetensorError as error:
-        raise Rejected(Reason.MALFORMED, f"{path} is no safetensors file: {error}") from error
+        raise Rejected(Reason.MALFORMED, f"{entry.blob_sha256.hex()} is no safetensors file: {error}") from error
     return tensors
 
 

@@ -34,8 +34,8 @@ from attribution.examples import OPEN_AT_MOST, Allowance
 from attribution.factors import factor_tensors, factors_from, fit_factors
 from attribution.index import SketchedCampaign, open_index
 from attribution.index_build import build_index, check_index
-from attribution.query import Output, log_odds_gradients
-from attribution.trace import control_outputs, preconditioned, trace_output
+from attribution.query import Output
+from attribution.trace import control_outputs, preconditioned_queries, trace_output
 from attribution.weights import find_windows, linear_weights
 from consensus.accumulators import VERSION, AccumulatorWindow, WindowEntry, WindowTerms, window_root
 from consensus.codec import encode
@@ -102,7 +102,8 @@ class Store:
         factors = fit_factors(model, list(texts.split(16)))
         save_file(factor_tensors(factors), self.folder / "factors")
         asked, _ = outputs()
-        query, _ = preconditioned(factors, log_odds_gradients(model, asked))
+        queries, _ = preconditioned_queries(model, factors, [asked])
+        query = {name: gradients_KPQ[0] for name, gradients_KPQ in queries.items()}
         windows = [self._window(model, query, number) for number in range(WINDOWS)]
         (self.folder / "windows.json").write_text(json.dumps(windows))
 

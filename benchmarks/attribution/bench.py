@@ -36,9 +36,8 @@ from peers import Kronfluence, dot_scores, trak_scores
 from setting import CAMPAIGN, EPOCHS, FULL, QUICK, Setting, Sizes, log_odds, make, source_id, train
 
 from attribution.commands import FACTOR_SEQUENCES, fit_on_text
-from attribution.query import log_odds_gradients
 from attribution.sketches import RunFolder, SketchQuery, open_sketches
-from attribution.trace import preconditioned, stacked, window_scores
+from attribution.trace import preconditioned_queries, window_scores
 from attribution.weights import WindowFile, find_windows
 from consensus.predicates.accumulators import Window
 from trainer_client.accumulators import SourceAccumulators
@@ -78,14 +77,16 @@ def observed_run(setting: Setting, directory: Path, *, apart: bool = False, sket
 def queries_of(setting: Setting, tuned: ByteModel) -> list[dict[str, torch.Tensor]]:
     """The outputs' preconditioned gradients, as ``countersign trace`` forms them."""
     factors = fit_on_text(tuned, setting.public, FACTOR_SEQUENCES)
-    return [preconditioned(factors, log_odds_gradients(tuned, query))[0] for query in setting.queries]
+    together, _ = preconditioned_queries(tuned, factors, setting.queries)
+    count = len(setting.queries)
+    return [{name: queries_KPQ[number] for name, queries_KPQ in together.items()} for number in range(count)]
 
 
 def accumulator_scores(run: Run, queries: Sequence[Mapping[str, torch.Tensor]], count: int) -> np.ndarray:
     """What ``countersign trace`` scores: ``[Q, count]``, of sources, or of examples kept apart."""
     places = {source_id(place): place for place in range(count)}
     scores = np.zeros((len(queries), count))
-    together, _ = stacked(((query, 1.0) for query in queries), len(queries))
+    together = {name: torch.stack([query[name] for query in queries]) for name in queries[0]}
     for file in run.windows:
         for entry, _, parts in window_scores(together, file):
             scores[:, places[entry.source]] += parts

@@ -51,9 +51,10 @@ def query() -> dict[str, Tensor]:
     return log_odds_gradients(model, Output(tuple(prompt + completion), len(prompt), len(prompt + completion)))
 
 
-def opened(folder: Path, asked: dict[str, Tensor], exact: float = 1.0) -> SourceExamples | None:
+def opened(folder: Path, asked: dict[str, Tensor], exact: float = 1.0) -> SourceExamples:
     whose = Asked(traced().sources["harbour"], exact, {})
-    return source_examples(SketchQuery(asked), windows(folder), whose, RunFolder(), Allowance())
+    (found,) = source_examples(SketchQuery(asked), windows(folder), [whose], RunFolder(), Allowance())
+    return found
 
 
 def checked(file: WindowFile, entry: WindowEntry, asked: dict[str, Tensor]) -> Sketches:
@@ -102,8 +103,7 @@ def test_score_of_an_example_is_the_inner_product_of_its_sketched_gradients() ->
 
 def test_source_nobody_lists_has_no_examples() -> None:
     whose = Asked(bytes(32), 1.0, {})
-    found = source_examples(SketchQuery(query()), windows(traced().folder), whose, RunFolder(), Allowance())
-    assert found is None
+    assert not source_examples(SketchQuery(query()), windows(traced().folder), [whose], RunFolder(), Allowance())
 
 
 @pytest.mark.parametrize("spoil", ["missing", "flipped", "longer", "header"])
@@ -118,8 +118,6 @@ def test_file_that_is_not_the_one_committed_to_is_left_out_and_named(folder: Pat
     else:
         path.write_bytes(content + b"x" if spoil == "longer" else content[:-1] + bytes([content[-1] ^ 1]))
     whole, found = opened(traced().folder, query()), opened(folder, query())
-    assert whole is not None
-    assert found is not None
     assert 0 < found.opened < whole.opened
     (why,) = found.left_out
     assert why.startswith(f"steps {file.window.first} to {file.window.last}: ")

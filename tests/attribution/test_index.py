@@ -49,8 +49,7 @@ def gradients() -> dict[str, Tensor]:
 def answer(run: HandMade, store: SketchStore, source: bytes = SOURCES[0], at_most: int = 1_000) -> SourceExamples:
     query = SketchQuery(gradients())
     asked = Asked(source, 1.0, {10: 2.0, 20: 5.0})
-    found = source_examples(query, run.files(), asked, store, Allowance(at_most))
-    assert found is not None
+    (found,) = source_examples(query, run.files(), [asked], store, Allowance(at_most))
     return found
 
 
@@ -139,11 +138,9 @@ def test_windows_with_the_highest_score_are_opened_first_and_the_rest_is_told(ru
 def test_allowance_that_one_source_used_is_not_there_for_the_next(run: HandMade, built: Index) -> None:
     allowance = Allowance(25)
     query = SketchQuery(gradients())
-    opened = [
-        source_examples(query, run.files(), Asked(source, 1.0, {}), built, allowance)
-        for source in (*SOURCES, bytes(32))
-    ]
-    assert [found and found.visits for found in opened] == [20, 0, None]
+    asked = [Asked(source, 1.0, {}) for source in (*SOURCES, bytes(32))]
+    opened = source_examples(query, run.files(), asked, built, allowance)
+    assert [(found.source, found.visits) for found in opened] == [(SOURCES[0], 20), (SOURCES[1], 0)]
     assert allowance.visits == 5
 
 
@@ -398,12 +395,10 @@ def test_segment_that_the_log_knows_nothing_of_is_told_by_a_check_and_never_open
 
 def test_index_of_other_weights_than_the_query_has_scores_only_what_both_know(run: HandMade, built: Index) -> None:
     one = {"odd": gradients()["odd"]}
-    found = source_examples(SketchQuery(one), run.files(), Asked(SOURCES[0], 1.0, {}), built, Allowance())
-    assert found is not None
+    (found,) = source_examples(SketchQuery(one), run.files(), [Asked(SOURCES[0], 1.0, {})], built, Allowance())
     assert (found.opened, found.left_out) == (10, ())
     resized = {"odd": torch.zeros(7, 9)}
-    found = source_examples(SketchQuery(resized), run.files(), Asked(SOURCES[0], 1.0, {}), built, Allowance())
-    assert found is not None
+    (found,) = source_examples(SketchQuery(resized), run.files(), [Asked(SOURCES[0], 1.0, {})], built, Allowance())
     assert (found.opened, len(found.left_out)) == (0, 2)
     assert "not of this model's shapes" in found.left_out[0]
 

@@ -293,6 +293,19 @@ def test_sums_that_do_not_add_up_to_the_total_are_refused_though_their_roots_are
     assert refusal.value.reason is Reason.COUNTS_NOT_CONSERVED
 
 
+def test_sums_that_change_after_their_file_was_found_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(traced().folder / "run" / "accumulators", tmp_path / "accumulators")
+    file = find_windows(tmp_path / "accumulators", CAMPAIGN, opened_log().provenance.windows).found[0]
+    blob = tmp_path / "accumulators" / "blobs" / f"{file.listed.entries[-1].blob_sha256.hex()}.safetensors"
+    content = blob.read_bytes()
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(Rejected) as refusal:
+        list(accumulators_of(file))
+    assert refusal.value.reason is Reason.DIGEST_MISMATCH
+    blob.write_bytes(content)
+    assert [entry for entry, _ in accumulators_of(file)] == list(file.listed.of_sources)
+
+
 def test_bundle_of_another_chain_or_with_a_portion_left_out_is_refused(folder: Path) -> None:
     assert "wrong-chain" in ask(folder, chain_id="0" * 64).output
     whole = decode(traced().bundle()[len(MAGIC) :], Bundle, 1 << 27)
