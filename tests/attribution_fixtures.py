@@ -4,8 +4,10 @@ Real training, real routing, real accumulators; the ledger is the real rules in 
 certified ledger blocks afterwards (``MemoryLedger``), so that bundles are what a node would export.
 """
 
+import atexit
 import functools
 import hashlib
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +87,17 @@ class Traced:
         return export_bundle(self.ledger, "accumulators", campaign=CAMPAIGN)
 
 
+def kept_folder(purpose: str) -> Path:
+    """A folder for what is made once for all tests; removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f"countersign-{purpose}-"))
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
 @functools.cache
 def traced() -> Traced:
     """Trained once for all tests; nobody changes its folder."""
-    folder = Path(tempfile.mkdtemp(prefix="countersign-traced-"))
+    folder = kept_folder("traced")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

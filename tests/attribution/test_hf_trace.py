@@ -3,14 +3,13 @@
 import functools
 import json
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from attribution_fixtures import CAMPAIGN, KEY, sealed
+from attribution_fixtures import CAMPAIGN, KEY, kept_folder, sealed
 from click.testing import CliRunner, Result
 from fake_node import SALT, running_node
 from peft import LoraConfig, get_peft_model
@@ -64,7 +63,7 @@ class Campaign:
 @functools.cache
 def campaign(adapted: bool = False) -> Campaign:
     """Trained once for all tests; ``adapted``: by LoRA alone."""
-    folder = Path(tempfile.mkdtemp(prefix="countersign-hf-"))
+    folder = kept_folder("hf")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from attribution_fixtures import FACTS, ask, traced
+from attribution_fixtures import FACTS, ask, kept_folder, traced
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -275,9 +275,7 @@ def test_file_that_changes_while_it_is_read_is_refused(run: HandMade) -> None:
 @cache
 def honest() -> tuple[HandMade, Index, tuple[SourceExamples, ...]]:
     """Made once; nobody changes it."""
-    import tempfile  # noqa: PLC0415
-
-    folder = Path(tempfile.mkdtemp(prefix="countersign-index-"))
+    folder = kept_folder("index")
     run = hand_made(folder / "run")
     built = build_index(run.terms, run.folder, folder / "index")
     return run, built, tuple(answer(run, built, source) for source in SOURCES)
