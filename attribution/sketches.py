@@ -269,14 +269,14 @@ class Sketches:
             if parameter not in query.turned:
                 continue
             at_once = min(ROWS_MET_AT_ONCE, self._rows_at_once)
-            meeting = query.meeting(parameter, at_once, parts["scale"].shape[1])
+            of_weight = query.of_weight(parameter, at_once, parts["scale"].shape[1])
             for first, rows in self.parts_of(parts["left"]):
                 left_NrP, right_NrQ, scale_Nr = (
                     self.tensor(parts[part], first, rows) for part in ("left", "right", "scale")
                 )
                 for begin in range(0, rows, at_once):
                     few = slice(begin, begin + at_once)
-                    columns_Nr = meeting.columns(left_NrP[few], right_NrQ[few])
+                    columns_Nr = of_weight.columns(left_NrP[few], right_NrQ[few])
                     parts_N = (columns_Nr * scale_Nr[few]).sum(dim=1).double()
                     total_N[first + begin : first + begin + len(parts_N)] -= parts_N
         return total_N
@@ -367,12 +367,12 @@ class SketchQuery:
         self.turned = {name: _by_parity(_by_parity(gradient).T).contiguous() for name, gradient in query.items()}
         """``[2⌈Q/2⌉, 2⌈P/2⌉]``."""
 
-    def meeting(self, parameter: str, rows: int, rank: int) -> "Meeting":
+    def of_weight(self, parameter: str, rows: int, rank: int) -> "WeightQuery":
         """One weight's part, ready to meet sketches of a rank, so many at once."""
-        return Meeting(self.turned[parameter], rows, rank)
+        return WeightQuery(self.turned[parameter], rows, rank)
 
 
-class Meeting:
+class WeightQuery:
     """A weight's query, and memory in which sketches meet it: taken at every product it would cost as much as that.
 
     Not for two threads at a time.

@@ -24,7 +24,7 @@ from attribution.examples import Allowance, Asked, SourceExamples, source_exampl
 from attribution.factors import WeightFactors
 from attribution.query import OUTPUTS_AT_ONCE, Output, gradients_together, log_chance
 from attribution.sketches import RunFolder, SketchQuery, SketchStore
-from attribution.weights import Summed, WindowFile, met_by
+from attribution.weights import Summed, WindowFile, map_entries
 from consensus import portions as p
 from consensus.accumulators import WindowEntry
 from consensus.predicates.accumulators import Provenance, UsedSource
@@ -175,7 +175,7 @@ def window_scores(queries: Mapping[str, Tensor], file: WindowFile) -> Iterator[t
         queries: ``[K, P, Q]`` by parameter name.
 
     Raises:
-        Rejected: ``BAD_FIELD`` for accumulators of another shape than the model's; as ``met_by``.
+        Rejected: ``BAD_FIELD`` for accumulators of another shape than the model's; as ``map_entries``.
     """
 
     def meet(together: Sequence[Summed]) -> list[tuple[WindowEntry, str, list[float]]]:
@@ -191,7 +191,7 @@ def window_scores(queries: Mapping[str, Tensor], file: WindowFile) -> Iterator[t
             found += [(entry, name, parts_K) for (entry, _), parts_K in zip(those, parts_EK.tolist(), strict=True)]
         return found
 
-    for parts in met_by(meet, file):
+    for parts in map_entries(meet, file):
         yield from parts
 
 

@@ -140,17 +140,17 @@ def open_window(directory: Path, campaign: bytes, window: Window) -> WindowFile:
 
 
 def accumulators_of(file: WindowFile) -> Iterator[Summed]:
-    """Each entry of a window with its sums by parameter name (float32), checked as ``met_by`` does.
+    """Each entry of a window with its sums by parameter name (float32), checked as ``map_entries`` does.
 
     Raises:
-        Rejected: as ``met_by``.
+        Rejected: as ``map_entries``.
     """
-    for together in met_by(lambda some: some, file):
+    for together in map_entries(lambda some: some, file):
         yield from together
 
 
-def met_by(meet: Callable[[Sequence[Summed]], R], file: WindowFile) -> Iterator[R]:
-    """What ``meet`` makes of a window's entries, a few at a time, in order, on all cores; each blob is checked again.
+def map_entries(work: Callable[[Sequence[Summed]], R], file: WindowFile) -> Iterator[R]:
+    """What ``work`` makes of a window's entries, a few at a time, in order, on all cores; each blob is checked again.
 
     The sources' sums must add up to the window's total, up to the rounding of their storage: else somebody left out
     what reached the optimizer.
@@ -162,7 +162,7 @@ def met_by(meet: Callable[[Sequence[Summed]], R], file: WindowFile) -> Iterator[
     scale = dict.fromkeys(difference, 0.0)
     sizes = {name: tensor.shape for name, tensor in difference.items()}
 
-    def added_and_met(entries: Sequence[WindowEntry]) -> tuple[dict[str, Tensor], dict[str, float], R]:
+    def added_and_made(entries: Sequence[WindowEntry]) -> tuple[dict[str, Tensor], dict[str, float], R]:
         added: dict[str, Tensor] = {}
         norms: dict[str, float] = {}
         together = [(entry, _read_sums(file, entry)) for entry in entries]
@@ -172,13 +172,13 @@ def met_by(meet: Callable[[Sequence[Summed]], R], file: WindowFile) -> Iterator[
                     raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"{file.directory}: {name!a} is no part of the total")
                 added[name] = added[name].add_(part) if name in added else part.clone()
                 norms[name] = norms.get(name, 0.0) + float(part.norm())
-        return added, norms, meet(together)
+        return added, norms, work(together)
 
-    for added, norms, met in each_on_a_core(added_and_met, _few_at_a_time(file.listed.of_sources)):
+    for added, norms, made in each_on_a_core(added_and_made, _few_at_a_time(file.listed.of_sources)):
         for name, part in added.items():
             difference[name].sub_(part)
             scale[name] += norms[name]
-        yield met
+        yield made
     for name, left in difference.items():
         if not float(left.norm()) <= ROUNDING * scale[name]:
             raise Rejected(
@@ -211,13 +211,13 @@ def _few_at_a_time(entries: Sequence[WindowEntry]) -> Iterator[list[WindowEntry]
 
 def _read_sums(file: WindowFile, entry: WindowEntry) -> dict[str, Tensor]:
     content = _committed_bytes(file.directory, entry, file.seen)
-    return {name: tensor.float() for name, tensor in _tensors_in(content, entry).items()}
+    return {name: tensor.float() for name, tensor in _tensors_in(content, _blob(file.directory, entry)).items()}
 
 
 def _digest_of_blob(directory: Path, entry: WindowEntry) -> bytes:
     """BLAKE3 of a blob that is the committed one."""
     content = _committed_bytes(directory, entry, {})
-    _tensors_in(content, entry)
+    _tensors_in(content, _blob(directory, entry))
     return blake3(content).digest()
 
 
@@ -227,7 +227,7 @@ def _committed_bytes(directory: Path, entry: WindowEntry, seen: Mapping[bytes, b
     Raises:
         Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``.
     """
-    path = directory / "blobs" / f"{entry.blob_sha256.hex()}.safetensors"
+    path = _blob(directory, entry)
     try:
         found_bytes = path.stat().st_size
         if found_bytes != entry.size_bytes:
@@ -243,11 +243,15 @@ def _committed_bytes(directory: Path, entry: WindowEntry, seen: Mapping[bytes, b
     return content
 
 
-def _tensors_in(content: bytes, entry: WindowEntry) -> dict[str, Tensor]:
+def _blob(directory: Path, entry: WindowEntry) -> Path:
+    return directory / "blobs" / f"{entry.blob_sha256.hex()}.safetensors"
+
+
+def _tensors_in(content: bytes, path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load(content)
     except SafetensorError as error:
-        raise Rejected(Reason.MALFORMED, f"{entry.blob_sha256.hex()} is no safetensors file: {error}") from error
+        raise Rejected(Reason.MALFORMED, f"{path} is no safetensors file: {error}") from error
     return tensors
 
 

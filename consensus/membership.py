@@ -204,6 +204,10 @@ class Committee:
             raise Rejected(Reason.WRONG_EPOCH, f"of epoch {epoch}, this is epoch {self.epoch}")
         return found
 
+    def has_member(self, identifier: MemberId) -> bool:
+        """Whether somebody of that id belongs to this epoch, in whatever role."""
+        return identifier in self._by_id
+
     def member(self, identifier: MemberId) -> Member:
         """The member of that id.
 

@@ -42,9 +42,11 @@ def leave_ended_epochs(config: NodeConfig, ledger: Ledger, first: Identity, beac
     epoch = ledger.committee.epoch
     mark = config.node.data_directory / MARK_FILE
     content = f"{epoch}\n".encode()
-    if epoch == GENESIS_EPOCH or (mark.exists() and mark.read_bytes() == content):
+    if epoch == GENESIS_EPOCH:
         return
     try:
+        if mark.exists() and mark.read_bytes() == content:
+            return
         _keep_beacon_shares(config, ledger, first, beacons)
         for path in _keystores_before(config, epoch):
             _erase_old_share(path, config, ledger.scheme)

@@ -124,7 +124,6 @@ class Replica:
     ) -> None:
         self._evidence = evidence
         self._committee, self._scheme = ledger.committee, ledger.scheme
-        self._speakers = frozenset(MemberId(member.id) for member in ledger.committee.members)
         self._ended = trio.Event()
         self._asked_ahead: set[MemberId] = set()
         self._ledger = ledger
@@ -242,7 +241,7 @@ class Replica:
 
     def _take(self, received: Received) -> None:
         self.counters.messages += 1
-        if self._stopped is not None or self._ended.is_set() or received.member not in self._speakers:
+        if self._stopped is not None or self._ended.is_set() or not self._committee.has_member(received.member):
             return
         try:
             if received.lane is Lane.EVENTS:

@@ -372,7 +372,7 @@ class Node:
             Rejected: not a request, or one whose answer is no.
         """
         request = decode_request(payload)
-        if member not in {held.id for held in self._ledger.committee.members}:
+        if not self._ledger.committee.has_member(member):
             return await self.replica.answer_former(member, request)
         if isinstance(request, AskCountersign | DeliverSignature):
             return await self.desk.answer(member, request)

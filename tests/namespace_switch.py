@@ -2,8 +2,9 @@
 
 ``python namespace_switch.py NODE_PORT...`` makes a namespace for each port given, with a loopback and a veth pair whose
 far end lies in a namespace of the switch. Frames that come out of one are put into the others they are meant for, or
-dropped, or held back: so links fail in every way that ``tc netem`` knows, on kernels that were built without it, and
-losses are drawn from a seed. Nothing has a name outside: the namespaces are gone once the switch and the nodes are.
+dropped, or held back: so links are cut, slow and lossy as ``tc netem`` makes them, on kernels that were built without
+it, and losses are drawn from a seed. Nothing has a name outside: the namespaces are gone once the switch and the nodes
+are.
 
 What listens on a node's loopback at NODE_PORT is served at the same port of the caller's own loopback, whatever becomes
 of the network: that is how a test asks a node that is cut off.
@@ -144,7 +145,7 @@ class Switch:
         while True:
             try:
                 frame = self._ports[number].recv(FRAME_BYTES)
-            except (BlockingIOError, OSError):
+            except OSError:  # nothing more for now, or a node that has ended
                 return
             target = frame[VNET_HEADER_BYTES : VNET_HEADER_BYTES + 6]
             for other in range(len(self._ports)):

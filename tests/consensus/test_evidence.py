@@ -15,8 +15,9 @@ from consensus.codec import decode, encode
 from consensus.epochs import anchor
 from consensus.event import CheckedEvent, Kind, check_unsigned, make_entry, sign_entry
 from consensus.evidence import EvidenceReport, Offence, check_evidence
-from consensus.identifiers import ZERO_DIGEST, Digest, View
-from consensus.membership import ED25519_LIST, committee
+from consensus.identifiers import ZERO_DIGEST, Digest, MemberId, View
+from consensus.keys import Signer
+from consensus.membership import ED25519_LIST, Committee, committee
 from consensus.predicates import Answer, Predicate, verify
 from consensus.rejection import Reason, Rejected
 from consensus.state import EVIDENCE_TABLE, EvidenceRecord, read_record
@@ -61,6 +62,14 @@ def assert_refused(reason: Reason, call: Callable[[], object]) -> Rejected:
         call()
     assert caught.value.reason == reason
     return caught.value
+
+
+def convincing(ledger: MemoryLedger, event: CheckedEvent) -> str:
+    """What the bundle of an evidence event tells a verifier who trusts the genesis alone, and is convinced."""
+    opened = open_bundle(anchor(ledger.genesis, ledger.chain_id), export_bundle(ledger, "evidence", event=event.id))
+    verdict = verify(opened, Predicate.EVIDENCE)
+    assert verdict.answer is Answer.YES
+    return " ".join(step.text for step in verdict.steps)
 
 
 NOTARIZE, NULLIFY, FINALIZE = VoteKind
@@ -192,10 +201,7 @@ def test_contradiction_of_an_ended_epoch_convicts_a_member_that_is_none_any_more
     found = check_evidence(report, ledger.committee)
     assert (found.member, found.epoch) == (ledger.ids[HOSPITAL], 0)
     assert_refused(Reason.DUPLICATE, lambda: ledger.seal(ledger.evidence(OPERATOR, proposals)))
-    opened = open_bundle(anchor(ledger.genesis, ledger.chain_id), export_bundle(ledger, "evidence", event=event.id))
-    verdict = verify(opened, Predicate.EVIDENCE)
-    assert verdict.answer is Answer.YES
-    told = " ".join(step.text for step in verdict.steps)
+    told = convincing(ledger, event)
     assert f"{HOSPITAL} (data-source) signed, of view 1 in epoch 0" in told
     assert "handed in by archive" in told
     assert "keys of an ended epoch still sign" in told
@@ -208,9 +214,11 @@ def test_epoch_is_judged_by_its_own_members_and_none_that_has_not_begun_at_all()
     second, new_key = ledger.committee, ledger.secrets[LIBRARIAN].identity
     old, new = (next(one.id for one in held.members if one.name == LIBRARIAN) for held in (first, second))
 
-    def pair(members, voter, key):  # type: ignore[no-untyped-def]
-        votes = (sign_vote(members, voter, NOTARIZE, View(1), block, share=b"", sign=key.sign) for block in (A, B))
-        return EvidenceReport(VoteEvidence(*votes))
+    def pair(members: Committee, voter: MemberId, key: Signer) -> EvidenceReport:
+        first, second = (
+            sign_vote(members, voter, NOTARIZE, View(1), block, share=b"", sign=key.sign) for block in (A, B)
+        )
+        return EvidenceReport(VoteEvidence(first, second))
 
     assert check_evidence(pair(first, old, old_key), second).member == old
     assert check_evidence(pair(second, new, new_key), second).member == new
@@ -234,10 +242,7 @@ def convicted_ledger() -> tuple[MemoryLedger, CheckedEvent]:
 
 def test_bundle_convinces_a_verifier_who_trusts_the_genesis_alone() -> None:
     ledger, event = convicted_ledger()
-    bundle = open_bundle(anchor(ledger.genesis, ledger.chain_id), export_bundle(ledger, "evidence", event=event.id))
-    verdict = verify(bundle, Predicate.EVIDENCE)
-    assert verdict.answer is Answer.YES
-    told = " ".join(step.text for step in verdict.steps)
+    told = convincing(ledger, event)
     assert f"{OPERATOR} (operator) signed, of view 1 in epoch 0: a vote to notarize" in told
     assert "handed in by data-source-2" in told
 

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -79,15 +80,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of ``DISK_BYTES``; skipped where mounting one is not permitted."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a tmpfs is not permitted: {mounted.stderr.decode().strip()}")
-    try:
+    with mounted("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", at=disk):
         yield disk
+
+
+@contextmanager
+def mounted(*arguments: str, at: Path) -> Iterator[None]:
+    """A file system at a folder; the test is skipped where mounting one is not permitted."""
+    done = subprocess.run(["mount", *arguments, str(at)], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"mount {' '.join(arguments)} is not permitted: {done.stderr.decode().strip()}")
+    try:
+        yield
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", str(at)], check=True)
 
 
 def move_data(consortium: Processes, name: str, disk: Path) -> None:
@@ -168,14 +174,8 @@ def failing_disk(tmp_path: Path) -> Iterator[Path]:
     if shutil.which("mkfs.ext4") is None:
         pytest.skip("mkfs.ext4 is not installed (e2fsprogs)")
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
-    mount = ["mount", "-o", "loop,errors=remount-ro", str(image), str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting an ext4 image is not permitted: {mounted.stderr.decode().strip()}")
-    try:
+    with mounted("-o", "loop,errors=remount-ro", str(image), at=disk):
         yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def fail_disk(disk: Path) -> None:
