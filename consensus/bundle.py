@@ -30,7 +30,7 @@ from consensus.codec import decode, encode
 from consensus.epochs import Anchor, CertificateBytes, EpochLinks, HeaderBytes, Pin, has_pinned, verify_header
 from consensus.event import SHAPES, Entry, Kind, Shape
 from consensus.identifiers import Digest, Role
-from consensus.merkle import leaf_hash, root_of, verify_consistency, verify_inclusion
+from consensus.merkle import leaf_hash, verify_consistency, verify_inclusion
 from consensus.receipt import EntryBytes, InclusionPath, verify_entry
 from consensus.rejection import Reason, Rejected
 from consensus.state import read_record
@@ -44,21 +44,21 @@ MAX_EVENTS = 262_144
 R = TypeVar("R", bound=p.Wire)
 
 
-class DisclosedExample(p.Wire, frozen=True):
-    """One example of an item's list, with the salt of its leaf."""
+class DisclosedExamples(p.Wire, frozen=True):
+    """All of an item's list, with the key that the salts of its commitments are drawn from."""
 
-    salt: p.Bytes32
-    example: p.Natural
+    key: p.Bytes32
+    examples: Annotated[tuple[p.Natural, ...], Meta(max_length=p.MAX_EXAMPLES)]
 
 
 class DisclosedItem(p.Wire, frozen=True):
-    """One item of a data portion: its salt, content, place. ``examples`` is all of its list, or empty."""
+    """One item of a data portion: its salt, content, place. ``examples`` where its list is disclosed too."""
 
     number: Annotated[int, Meta(ge=0, lt=p.MAX_ITEMS)]
     salt: p.Bytes32
     content: bytes
     proof: InclusionPath
-    examples: Annotated[tuple[DisclosedExample, ...], Meta(max_length=p.MAX_EXAMPLES)]
+    examples: DisclosedExamples | None
 
 
 class DisclosedItems(p.Wire, frozen=True):
@@ -358,12 +358,11 @@ def _open_some(disclosed: DisclosedItems, content: type[p.Wire]) -> tuple[OpenIt
         verify_inclusion(leaf, item.number, disclosed.item_count, item.proof, disclosed.root)
         decoded = decode(item.content, content, p.MAX_PORTIONS_BYTES)
         examples: tuple[int, ...] | None = None
-        if item.examples:
-            examples = tuple(held.example for held in item.examples)
+        if item.examples is not None:
+            examples = item.examples.examples
             if not isinstance(decoded, p.SourceUse | p.SourceRefusal):
                 raise Rejected(Reason.PORTION_MISMATCH, f"item {item.number} lists examples and commits to none")
-            leaves = [p.example_leaf(held.salt, held.example) for held in item.examples]
-            if root_of(leaves) != decoded.examples_root:
+            if p.examples_root(item.examples.key, examples) != decoded.examples_root:
                 raise Rejected(Reason.PORTION_MISMATCH, f"examples of item {item.number} do not hash to its root")
             _check_count(decoded, examples)
         opened.append(OpenItem(item.number, decoded, examples))

@@ -11,7 +11,9 @@ stands; every event here is by the campaign's job key, next in sequence, and mov
   whose memorization signal is above the policy's threshold. *release*: the root on the log, with no finding open.
 """
 
+from array import array
 from collections import Counter
+from collections.abc import Mapping
 
 import msgspec
 
@@ -23,7 +25,7 @@ from consensus.membership import Committee
 from consensus.membership_change import holder
 from consensus.policy import DISCRETIONARY_REFUSALS, REVOCATION_VOID, check_profile, why_refused
 from consensus.rejection import Reason, Rejected
-from consensus.sampler import presented_examples
+from consensus.sampler import is_among, presented_by_source
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
     CAMPAIGN_TABLE,
@@ -147,11 +149,12 @@ def _check_uses(
     sources = [use.source for use in uses]
     if sources != sorted(set(sources)):
         raise Rejected(Reason.BAD_FIELD, "sources of a step are not in strictly increasing order")
-    accounted: list[tuple[bytes, int]] = []
+    pending_of: dict[bytes, list[int]] = {}
     refused: dict[bytes, Counter[str]] = {}
     for pending in head.pending:
-        accounted += [(pending.source, example) for example in pending.examples]
+        pending_of.setdefault(pending.source, []).extend(pending.examples)
         refused.setdefault(pending.source, Counter())[pending.reason] += len(pending.examples)
+    accounted: dict[bytes, array[int]] = {}
     for use, item in zip(uses, event.portions.data.items, strict=True):
         record = view.get(SOURCE_TABLE + use.source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
         if use.content_class != record.claim.content_class:
@@ -169,16 +172,22 @@ def _check_uses(
             )
         if use.presented != use.admitted + sum(count.count for count in use.refused):
             raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"presented of '{record.claim.name}' is not admitted + refused")
-        accounted += [(use.source, example) for example in item.examples]
-    presented = presented_examples(campaign.manifest, campaign.sampler_seed, campaign.batch_size, index)
-    # The sampler names no example twice: as many, and the same ones, are the same multiset.
-    if refused or len(accounted) != len(presented) or set(accounted) != set(presented):
-        claimed, due = Counter(accounted), Counter(presented)
+        listed = sorted((*item.examples, *pending_of[use.source])) if use.source in pending_of else item.examples
+        accounted[use.source] = array("Q", listed)
+    presented = presented_by_source(campaign.manifest, campaign.sampler_seed, campaign.batch_size, index)
+    if refused or accounted != presented:
+        for source in refused:
+            accounted[source] = array("Q", pending_of[source])
+        claimed, due = _counted(accounted), _counted(presented)
         raise Rejected(
             Reason.COUNTS_NOT_CONSERVED,
-            f"step {index} accounts for {len(accounted)} examples, {len(presented)} were presented; "
+            f"step {index} accounts for {claimed.total()} examples, {due.total()} were presented; "
             f"{(claimed - due).total()} too many, {(due - claimed).total()} missing",
         )
+
+
+def _counted(examples: Mapping[bytes, "array[int]"]) -> Counter[tuple[bytes, int]]:
+    return Counter((source, example) for source, listed in examples.items() for example in listed)
 
 
 def _check_step_totals(uses: tuple[p.SourceUse, ...], governance: p.StepGovernance) -> None:
@@ -222,13 +231,14 @@ def _check_memorization(
     event: CheckedEvent, uses: tuple[p.SourceUse, ...], operation: p.StepOperation, policy: p.Policy
 ) -> bool:
     assert event.portions.data is not None
+    signalled = {signal.source for signal in operation.memorization}
     admitted = {
-        (use.source, example)
+        use.source: frozenset(item.examples)
         for use, item in zip(uses, event.portions.data.items, strict=True)
-        for example in item.examples
+        if use.source in signalled
     }
     for signal in operation.memorization:
-        if (signal.source, signal.example) not in admitted:
+        if signal.example not in admitted.get(signal.source, ()):
             raise Rejected(Reason.BAD_FIELD, f"a memorization signal names example {signal.example}, not in this step")
     return any(signal.signal_permille > policy.memorization_threshold_permille for signal in operation.memorization)
 
@@ -273,12 +283,12 @@ def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     assert event.portions.data is not None
     pending = {(held.source, held.reason): held for held in head.pending}
     taken = {(held.source, example) for held in head.pending for example in held.examples}
-    presented = set(presented_examples(campaign.manifest, campaign.sampler_seed, campaign.batch_size, operation.index))
+    presented = presented_by_source(campaign.manifest, campaign.sampler_seed, campaign.batch_size, operation.index)
     totals: Counter[str] = Counter()
     for refusal, item in zip(refusals, event.portions.data.items, strict=True):
         _check_refusal_reason(view, refusal.source, refusal.reason, campaign, grant, policy)
         for example in item.examples:
-            if (refusal.source, example) in taken or (refusal.source, example) not in presented:
+            if (refusal.source, example) in taken or not is_among(presented, refusal.source, example):
                 raise Rejected(
                     Reason.COUNTS_NOT_CONSERVED,
                     f"example {example} of source {refusal.source.hex()} is refused twice or was not presented",

@@ -6,8 +6,8 @@ outsiders see only what a bundle discloses:
 
 * governance and operation portions: SHA-256 over tag, kind, role, a 32-byte salt and the content;
 * data portion: an RFC 9162 tree over its items, one per source, each leaf salted on its own, and below
-  an item that names examples another tree with a salt per example. Disclosing one source's item (or one
-  example of it) reveals nothing of any other.
+  an item that names examples another tree over pages of commitments with a salt per example. Disclosing one
+  source's item (or one example of it) reveals nothing of any other.
 
 An *example* is named by its source and its index in the tree under the source's content root; no digest
 of an example ever stands on the log. All quantities are integers with their unit in the name; weights
@@ -15,7 +15,9 @@ and signals are permille (0 to 1000).
 """
 
 import hashlib
-from itertools import pairwise
+import struct
+from collections.abc import Iterator
+from operator import itemgetter, lt
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -23,7 +25,7 @@ from msgspec import Meta, Struct
 from consensus.codec import decode, encode
 from consensus.identifiers import Digest, Role, Tag, tagged_hash, tagged_prefix
 from consensus.keys import SignatureScheme
-from consensus.merkle import root_of
+from consensus.merkle import leaf_hash, root_of
 from consensus.rejection import Reason, Rejected
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -38,6 +40,9 @@ MAX_ITEMS = 4_096
 MAX_EXAMPLES = 65_536
 MAX_EVENT_EXAMPLES = 4_096
 """Examples one event may list, over all its items: as many as a campaign may present to a step."""
+
+PAGE_EXAMPLES = 16
+"""Commitments to a page of an item's example tree. Every member hashes every list: pages spare most of the nodes."""
 
 MAX_BLOCKS = 4_096
 MAX_TENSORS = 65_536
@@ -427,7 +432,7 @@ class Portions(Wire, frozen=True):
     operation: SaltedPortion | None
 
 
-_EIGHT, _THIRTY_TWO = (length.to_bytes(8, "big") for length in (8, 32))
+_EIGHT, _SALT_BYTES = (length.to_bytes(8, "big") for length in (8, 32))
 """Lengths of a number and of a salt, as ``tagged_hash`` writes them before each."""
 
 
@@ -436,9 +441,18 @@ def item_salt(salt: bytes, item: int) -> Digest:
     return tagged_hash(Tag.SALT, salt, b"item", item.to_bytes(8, "big"))
 
 
-def example_salt(salt: bytes, item: int, position: int) -> Digest:
-    """The salt of the example at ``position`` of an item's list; reveals no other example's."""
-    return tagged_hash(Tag.SALT, salt, b"example", item.to_bytes(8, "big"), position.to_bytes(8, "big"))
+def examples_key(salt: bytes, item: int) -> Digest:
+    """What the salts of an item's examples are drawn from; reveals no other item's."""
+    return tagged_hash(Tag.SALT, salt, b"examples", item.to_bytes(8, "big"))
+
+
+def example_salts(key: bytes, count: int) -> Iterator[bytes]:
+    """Salts of the first examples of a list, 32 bytes each of one SHAKE-256 (FIPS 202); one reveals no other."""
+    drawn = hashlib.shake_256(tagged_prefix(Tag.SALT, key)).digest(32 * count)
+    return map(_ONLY, struct.iter_unpack("32s", drawn))
+
+
+_ONLY = itemgetter(0)
 
 
 def item_leaf(salt: bytes, content: bytes) -> Digest:
@@ -446,8 +460,8 @@ def item_leaf(salt: bytes, content: bytes) -> Digest:
     return tagged_hash(Tag.SOURCE_ENTRY, salt, content)
 
 
-def example_leaf(salt: bytes, example: int) -> Digest:
-    """Leaf of an item's example tree: ``salt`` is the example's own."""
+def example_commitment(salt: bytes, example: int) -> Digest:
+    """Commitment to one example of an item's list: ``salt`` is the example's own."""
     return tagged_hash(Tag.EXAMPLE, salt, example.to_bytes(8, "big"))
 
 
@@ -461,20 +475,20 @@ def content_salt(source_salt: bytes, index: int) -> Digest:
     return tagged_hash(Tag.SALT, source_salt, b"content", index.to_bytes(8, "big"))
 
 
-def examples_root(salt: bytes, item: int, examples: tuple[int, ...]) -> Digest:
-    """Root over an item's examples; ``salt`` is the portion's.
+def examples_root(key: bytes, examples: tuple[int, ...]) -> Digest:
+    """Root over an item's examples, whose salts are drawn from ``key``: an RFC 9162 tree over pages.
 
-    ``example_leaf`` of ``example_salt`` for each, with what all have in common put together once: a step may list
-    thousands, and every member hashes them.
+    An entry of it is ``PAGE_EXAMPLES`` commitments, end to end; of the last page those that are left. Each is
+    ``example_commitment``, with what all have in common put together once: a step may list thousands.
     """
-    sha256 = hashlib.sha256
-    of_salt = tagged_prefix(Tag.SALT, salt, b"example", item.to_bytes(8, "big")) + _EIGHT
-    of_leaf = tagged_prefix(Tag.EXAMPLE) + _THIRTY_TWO
-    leaves = []
-    for position, example in enumerate(examples):
-        own_salt = sha256(of_salt + position.to_bytes(8, "big")).digest()
-        leaves.append(sha256(of_leaf + own_salt + _EIGHT + example.to_bytes(8, "big")).digest())
-    return root_of(leaves)
+    sha256, salts = hashlib.sha256, example_salts(key, len(examples))
+    before = tagged_prefix(Tag.EXAMPLE) + _SALT_BYTES
+    framed = struct.Struct(f">{len(before)}s32s8sQ").pack
+    committed = [
+        sha256(framed(before, salt, _EIGHT, example)).digest() for salt, example in zip(salts, examples, strict=True)
+    ]
+    firsts = range(0, len(committed), PAGE_EXAMPLES)
+    return root_of([leaf_hash(b"".join(committed[first : first + PAGE_EXAMPLES])) for first in firsts])
 
 
 def data_items_root(portion: DataPortion) -> Digest:
@@ -532,7 +546,7 @@ def use_item(
         presented=len(admitted) + sum(count.count for count in refused),
         admitted=len(admitted),
         refused=refused,
-        examples_root=examples_root(portion_salt, number, admitted),
+        examples_root=examples_root(examples_key(portion_salt, number), admitted),
     )
     return DataItem(encode(use), admitted)
 
@@ -543,7 +557,7 @@ def refusal_item(portion_salt: bytes, number: int, source: bytes, reason: str, e
         source=source,
         reason=reason,
         count=len(examples),
-        examples_root=examples_root(portion_salt, number, examples),
+        examples_root=examples_root(examples_key(portion_salt, number), examples),
     )
     return DataItem(encode(refusal), examples)
 
@@ -555,7 +569,7 @@ def check_examples(portion: DataPortion, number: int, root: bytes) -> None:
         Rejected: ``PORTION_MISMATCH`` or ``BAD_FIELD``.
     """
     examples = portion.items[number].examples
-    if any(first >= second for first, second in pairwise(examples)):
+    if not all(map(lt, examples, examples[1:])):
         raise Rejected(Reason.BAD_FIELD, f"examples of item {number} are not strictly increasing")
-    if examples_root(portion.salt, number, examples) != root:
+    if examples_root(examples_key(portion.salt, number), examples) != root:
         raise Rejected(Reason.PORTION_MISMATCH, f"examples of item {number} do not hash to its root")

@@ -7,8 +7,9 @@ network over the next even power of two, walked until it falls below n (cycle wa
 """
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Iterable
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import accumulate
 
@@ -17,8 +18,9 @@ from consensus.portions import ManifestRange
 
 ROUNDS = 6
 EPOCHS_REMEMBERED = 16
-STEPS_REMEMBERED = 64
-"""A step's refusals may come in as many events as it presents examples; each is judged by the same sample."""
+STEPS_REMEMBERED = 256
+"""A step's refusals may come in as many events as it presents examples; each is judged by the same sample, and a step
+once in each ledger block that is proposed with it. 32 KiB each at most."""
 
 
 def presented_indexes(seed: bytes, manifest_size: int, batch_size: int, step: int) -> tuple[int, ...]:
@@ -38,7 +40,6 @@ def presented_indexes(seed: bytes, manifest_size: int, batch_size: int, step: in
     return tuple(_permuted(key, manifest_size, half_bits, place) for place in places)
 
 
-@lru_cache(maxsize=STEPS_REMEMBERED)
 def presented_examples(
     manifest: tuple[ManifestRange, ...], seed: bytes, batch_size: int, step: int
 ) -> tuple[tuple[bytes, int], ...]:
@@ -52,6 +53,34 @@ def presented_examples(
     return tuple(presented)
 
 
+@lru_cache(maxsize=STEPS_REMEMBERED)
+def presented_by_source(
+    manifest: tuple[ManifestRange, ...], seed: bytes, batch_size: int, step: int
+) -> Mapping[bytes, "array[int]"]:
+    """``presented_examples`` by source: example indexes, strictly rising. Not to be changed by the caller."""
+    ends = list(accumulate(entry.count for entry in manifest))
+    indexes = sorted(presented_indexes(seed, ends[-1], batch_size, step))
+    found: dict[bytes, array[int]] = {}
+    first = 0
+    for entry, end in zip(manifest, ends, strict=True):
+        last = bisect_left(indexes, end, first)
+        if last > first:
+            shift = entry.first - (end - entry.count)
+            found.setdefault(entry.source, array("Q")).extend([index + shift for index in indexes[first:last]])
+        first = last
+    return {source: array("Q", sorted(examples)) for source, examples in found.items()}
+
+
+def is_among(presented: Mapping[bytes, "array[int]"], source: bytes, example: int) -> bool:
+    """Whether ``presented_by_source`` names an example."""
+    rising = presented.get(source, _NONE)
+    at = bisect_left(rising, example)
+    return at < len(rising) and rising[at] == example
+
+
+_NONE = array("Q")
+
+
 def _permuted(key: bytes, size: int, half_bits: int, value: int) -> int:
     mask = (1 << half_bits) - 1
     while True:
@@ -63,19 +92,25 @@ def _permuted(key: bytes, size: int, half_bits: int, value: int) -> int:
             return value
 
 
-def _permuted_by(rounds: tuple[list[int], ...], size: int, half_bits: int, values: Iterable[int]) -> tuple[int, ...]:
-    """``_permuted`` of each value; those that are to walk on do so together."""
+def _permuted_by(rounds: tuple[list[int], ...], size: int, half_bits: int, places: Iterable[int]) -> tuple[int, ...]:
+    """``_permuted`` of each place. Rounds in pairs: after two, each half is in its place again."""
     mask = (1 << half_bits) - 1
-    permuted = list(values)
-    walking = list(range(len(permuted)))
-    while walking:
-        lefts = [permuted[at] >> half_bits for at in walking]
-        rights = [permuted[at] & mask for at in walking]
-        for of_round in rounds:
-            lefts, rights = rights, [left ^ of_round[right] for left, right in zip(lefts, rights, strict=True)]
-        for at, left, right in zip(walking, lefts, rights, strict=True):
-            permuted[at] = (left << half_bits) | right
-        walking = [at for at in walking if permuted[at] >= size]
+    first, second, third, fourth, fifth, sixth = rounds
+    permuted = []
+    for place in places:
+        value = place
+        while True:
+            left, right = value >> half_bits, value & mask
+            left ^= first[right]
+            right ^= second[left]
+            left ^= third[right]
+            right ^= fourth[left]
+            left ^= fifth[right]
+            right ^= sixth[left]
+            value = left << half_bits | right
+            if value < size:
+                break
+        permuted.append(value)
     return tuple(permuted)
 
 

@@ -434,7 +434,7 @@ def _items_of(
                 salt=p.item_salt(portion.salt, number),
                 content=portion.items[number].content,
                 proof=merkle.inclusion_proof_of(leaves, number),
-                examples=(),
+                examples=None,
             )
             for number in numbers
         ),

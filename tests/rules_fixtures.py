@@ -64,7 +64,7 @@ def items_of(salt: bytes, items: Iterable[Listed], recommit: bool = True) -> tup
     made = []
     for number, (content, examples) in enumerate(items):
         if recommit and isinstance(content, p.SourceUse | p.SourceRefusal):
-            root = p.examples_root(salt, number, examples)
+            root = p.examples_root(p.examples_key(salt, number), examples)
             made.append(p.DataItem(encode(msgspec.structs.replace(content, examples_root=root)), examples))
             continue
         made.append(p.DataItem(encode(content), examples))

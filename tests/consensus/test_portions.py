@@ -10,7 +10,7 @@ from consensus import portions as p
 from consensus.codec import encode
 from consensus.identifiers import Role
 from consensus.keys import SignatureScheme
-from consensus.merkle import root_of
+from consensus.merkle import inclusion_proof_of, leaf_hash, root_of, verify_inclusion
 from consensus.rejection import Reason, Rejected
 from consensus.state import merge_counts
 
@@ -21,10 +21,29 @@ OPERATION = p.SaltedPortion(SALT, b"operation")
 PORTIONS = p.Portions(PORTION, GOVERNANCE, OPERATION)
 
 
-def test_root_over_examples_is_that_of_the_leaves_disclosed_one_by_one() -> None:
-    for examples in ((), (7,), (0, 1, 5), tuple(range(0, 600, 3)), (2**53 - 1,)):
-        leaves = [p.example_leaf(p.example_salt(SALT, 3, at), example) for at, example in enumerate(examples)]
-        assert p.examples_root(SALT, 3, examples) == root_of(leaves)
+def pages_of(key: bytes, examples: tuple[int, ...]) -> list[bytes]:
+    salts = p.example_salts(key, len(examples))
+    committed = [p.example_commitment(salt, example) for salt, example in zip(salts, examples, strict=True)]
+    return [b"".join(committed[first : first + 16]) for first in range(0, len(committed), 16)]
+
+
+@pytest.mark.parametrize("examples", [(), (7,), (0, 1, 5), (2**53 - 1,), *(tuple(range(n)) for n in (15, 16, 17, 600))])
+def test_examples_root_is_an_rfc_9162_tree_over_pages_of_sixteen_commitments(examples: tuple[int, ...]) -> None:
+    key = p.examples_key(SALT, 3)
+    assert p.examples_root(key, examples) == root_of([leaf_hash(page) for page in pages_of(key, examples)])
+
+
+def test_one_example_is_proved_by_its_salt_its_page_and_the_page_s_place() -> None:
+    examples, key = tuple(range(0, 3 * 600, 3)), p.examples_key(SALT, 3)
+    pages = pages_of(key, examples)
+    leaves = [leaf_hash(page) for page in pages]
+    for position in (0, 15, 16, 599):
+        salt = list(p.example_salts(key, position + 1))[position]
+        page, within = divmod(position, p.PAGE_EXAMPLES)
+        opened = p.example_commitment(salt, examples[position])
+        assert pages[page][32 * within : 32 * within + 32] == opened
+        proof = inclusion_proof_of(leaves, page)
+        verify_inclusion(leaf_hash(pages[page]), page, len(leaves), proof, p.examples_root(key, examples))
 
 
 def test_commitments_are_empty_where_there_is_no_portion() -> None:
@@ -58,15 +77,16 @@ def test_inner_node_of_the_item_tree_is_not_taken_for_an_item() -> None:
 
 def test_salts_of_items_examples_and_positions_all_differ() -> None:
     salts = [p.item_salt(SALT, n) for n in range(20)]
-    salts += [p.example_salt(SALT, item, position) for item in range(20) for position in range(20)]
+    salts += [salt for item in range(20) for salt in p.example_salts(p.examples_key(SALT, item), 20)]
+    salts += [p.examples_key(SALT, item) for item in range(20)]
     salts += [p.content_salt(SALT, n) for n in range(20)]
-    salts += [p.item_salt(digest("other"), 0), p.example_salt(digest("other"), 0, 0)]
+    salts += [p.item_salt(digest("other"), 0), *p.example_salts(p.examples_key(digest("other"), 0), 1)]
     assert len(set(salts)) == len(salts)
 
 
-def test_same_example_has_another_leaf_at_every_place() -> None:
-    leaves = {p.example_leaf(p.example_salt(SALT, item, position), 7) for item in range(5) for position in range(5)}
-    assert len(leaves) == 25
+def test_same_example_has_another_commitment_at_every_place() -> None:
+    keys = [p.examples_key(SALT, item) for item in range(5)]
+    assert len({p.example_commitment(salt, 7) for key in keys for salt in p.example_salts(key, 5)}) == 25
     assert p.content_leaf(SALT, b"text") != p.item_leaf(SALT, b"text")
 
 
@@ -89,7 +109,7 @@ def test_examples_that_hash_to_their_root_pass_and_any_other_list_is_refused(exa
 
 def test_examples_out_of_order_are_refused() -> None:
     for wrong in ((2, 1), (1, 1)):
-        root = p.examples_root(SALT, 0, wrong)
+        root = p.examples_root(p.examples_key(SALT, 0), wrong)
         with pytest.raises(Rejected, match="bad-field"):
             p.check_examples(p.DataPortion(SALT, (p.DataItem(b"", wrong),)), 0, root)
 

@@ -18,7 +18,7 @@ from consensus.bundle import (
     MAX_BUNDLE_BYTES,
     Bundle,
     BundleEvent,
-    DisclosedExample,
+    DisclosedExamples,
     StateProof,
     encode_bundle,
     open_bundle,
@@ -257,10 +257,7 @@ def disclosing(examples: tuple[int, ...]) -> Callable[[Bundle], Bundle]:
         items = next(event for event in bundle.events if kind_of(event) is Kind.STEP).items
         assert items is not None
         (item,) = items.items
-        listed = tuple(
-            DisclosedExample(p.example_salt(salt, item.number, position), example)
-            for position, example in enumerate(examples)
-        )
+        listed = DisclosedExamples(p.examples_key(salt, item.number), examples)
         shown = msgspec.structs.replace(item, examples=listed)
         return changed(bundle, Kind.STEP, 0, items=msgspec.structs.replace(items, items=(shown,)))
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from ledger_fixtures import digest
 
 from consensus import sampler
-from consensus.identifiers import Tag, tagged_hash
+from consensus.identifiers import ZERO_DIGEST, Tag, tagged_hash
 from consensus.portions import ManifestRange
-from consensus.sampler import presented_examples, presented_indexes
+from consensus.sampler import is_among, presented_by_source, presented_examples, presented_indexes
 
 SEED = digest("seed")
 
@@ -56,12 +56,20 @@ def test_indexes_are_spread_evenly() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1_000), st.integers(1, 20)), min_size=1, max_size=6), st.integers(1, 50))
 def test_examples_are_those_of_the_manifests_ranges(ranges: list[tuple[int, int]], step: int) -> None:
-    manifest = tuple(ManifestRange(digest(n), first, count) for n, (first, count) in enumerate(ranges))
+    # Two ranges of each source, the later examples first.
+    manifest = tuple(
+        ManifestRange(digest(n // 2), first + 2_000 * (1 - n % 2), count) for n, (first, count) in enumerate(ranges)
+    )
     total = sum(count for _, count in ranges)
     listed = {(entry.source, entry.first + n) for entry in manifest for n in range(entry.count)}
     shown = presented_examples(manifest, SEED, total, step)
     assert len(shown) == total
     assert set(shown) == listed
+    by_source = presented_by_source(manifest, SEED, total, step)
+    assert {(source, example) for source, examples in by_source.items() for example in examples} == listed
+    assert all(list(examples) == sorted(set(examples)) for examples in by_source.values())
+    assert all(is_among(by_source, *example) for example in listed)
+    assert not any(is_among(by_source, source, 2**53) or is_among(by_source, ZERO_DIGEST, 0) for source in by_source)
 
 
 def test_sampler_is_fixed() -> None:
@@ -72,11 +80,11 @@ def test_sampler_is_fixed() -> None:
 def test_many_refusals_of_one_step_do_not_sample_it_anew_each() -> None:
     """A job that refuses 4,096 examples one by one would otherwise cost every validator minutes for a ledger block."""
     manifest = (ManifestRange(digest("large"), 0, 2**40),)
-    presented_examples.cache_clear()
-    shown = {presented_examples(manifest, SEED, 512, 3) for _ in range(50)}
-    assert len(shown) == 1
-    assert presented_examples.cache_info().misses == 1
-    assert presented_examples(manifest, SEED, 512, 4) not in shown
+    presented_by_source.cache_clear()
+    shown = [presented_by_source(manifest, SEED, 512, 3) for _ in range(50)]
+    assert all(each is shown[0] for each in shown)
+    assert presented_by_source.cache_info().misses == 1
+    assert presented_by_source(manifest, SEED, 512, 4) != shown[0]
 
 
 @pytest.mark.parametrize(("size", "batch"), [(40, 8), (64, 32), (1_000, 32), (5_000, 128), (70_000, 512)])

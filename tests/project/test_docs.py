@@ -23,8 +23,8 @@ from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.portions import (
     Count,
     data_commitment,
-    example_leaf,
-    example_salt,
+    examples_key,
+    examples_root,
     item_leaf,
     item_salt,
     portion_commitment,
@@ -232,7 +232,7 @@ VECTORS = {
     "data commitment of a step, portion salt 00…, one item 90": data_commitment(
         "step", item_leaf(item_salt(ZERO, 0), b"\x90"), 1
     ).hex(),
-    "example leaf, portion salt 00…, item 0, position 0, example 7": example_leaf(example_salt(ZERO, 0, 0), 7).hex(),
+    "examples root, portion salt 00…, item 0, examples 7 and 8": examples_root(examples_key(ZERO, 0), (7, 8)).hex(),
     'parameter root of one tensor "w", F32, [2, 2], digest 00…': parameter_root(
         [TensorDescriptor("w", "F32", (2, 2), ZERO)]
     ).hex(),

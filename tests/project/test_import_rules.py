@@ -23,6 +23,7 @@ RULES = sorted((ROOT / "consensus").rglob("*.py"))
 
 PURE_MODULES = frozenset(
     {
+        "array",
         "base64",
         "binascii",
         "bisect",
@@ -38,7 +39,9 @@ PURE_MODULES = frozenset(
         "math",
         "msgspec",
         "msgspec.structs",
+        "operator",
         "re",
+        "struct",
         "typing",
     }
 )

@@ -22,11 +22,12 @@ def check(found: object, expected: object, what: str) -> None:
         raise SystemExit(f"{what}: found {found!r}, the vector says {expected!r}")
 
 
+def framed(tag: str, *parts: bytes) -> bytes:
+    return b"".join(struct.pack(">Q", len(part)) + part for part in (tag.encode(), *parts))
+
+
 def tagged(tag: str, *parts: bytes) -> bytes:
-    framed = b""
-    for part in (tag.encode(), *parts):
-        framed += struct.pack(">Q", len(part)) + part
-    return hashlib.sha256(framed).digest()
+    return hashlib.sha256(framed(tag, *parts)).digest()
 
 
 def message(tag: str, *parts: bytes) -> bytes:
@@ -143,12 +144,15 @@ def check_portions(case: dict) -> None:
         item_salt = tagged(name("salt"), salt, b"item", place)
         check(item_salt.hex(), case["item_salts"][number], "item salt")
         leaves.append(tagged(name("source-entry"), item_salt, content))
-        example_leaves = []
+        key = tagged(name("salt"), salt, b"examples", place)
+        drawn = hashlib.shake_256(framed(name("salt"), key)).digest(32 * len(examples))
+        committed = b""
         for position, example in enumerate(examples):
-            example_salt = tagged(name("salt"), salt, b"example", place, struct.pack(">Q", position))
+            example_salt = drawn[32 * position : 32 * position + 32]
             check(example_salt.hex(), case["example_salts"][number][position], "example salt")
-            example_leaves.append(tagged(name("example"), example_salt, struct.pack(">Q", example)))
-        root = tree(example_leaves)
+            committed += tagged(name("example"), example_salt, struct.pack(">Q", example))
+        pages = [committed[first : first + 16 * 32] for first in range(0, len(committed), 16 * 32)]
+        root = tree([hashlib.sha256(b"\x00" + page).digest() for page in pages])
         check(root.hex(), case["examples_roots"][number], "examples root")
         use = unpack(content)
         check(use[5], root, "root in the item")

@@ -76,7 +76,7 @@ def portions() -> list[Case]:
         salt = octets("portion salt", count)
         items = tuple(
             p.use_item(
-                salt, n, octets("source", n), "text", (p.Count("source-revoked", n + 1),), tuple(range(n, 2 * n))
+                salt, n, octets("source", n), "text", (p.Count("source-revoked", n + 1),), tuple(range(n, 10 * n))
             )
             for n in range(count)
         )
@@ -91,8 +91,13 @@ def portions() -> list[Case]:
                 "kind": "step",
                 "portions": encode(held).hex(),
                 "item_salts": [p.item_salt(salt, n).hex() for n in range(count)],
-                "example_salts": [[p.example_salt(salt, n, at).hex() for at in range(n)] for n in range(count)],
-                "examples_roots": [p.examples_root(salt, n, item.examples).hex() for n, item in enumerate(items)],
+                "example_salts": [
+                    [each.hex() for each in p.example_salts(p.examples_key(salt, n), len(item.examples))]
+                    for n, item in enumerate(items)
+                ],
+                "examples_roots": [
+                    p.examples_root(p.examples_key(salt, n), item.examples).hex() for n, item in enumerate(items)
+                ],
                 "data": data.hex(),
                 "governance": governance.hex(),
                 "operation": operation.hex(),
