@@ -19,6 +19,10 @@ Every message names the digest of all messages of the round before it, so that m
 messages find out at the next. Two messages of one round by one member are ``equivocation``; a bad dealer is named by
 ``BadDealing``. Either ends the ceremony: it is begun anew, without that member.
 
+A ceremony may *refresh* the role keys of an epoch instead of making new ones: the invitation holds that epoch's whole
+membership, everybody joins as the member it is there, dealt keys get new shares under the same key
+(``key_generation``), and summed ones stay as they are.
+
 A ``Transcript`` checks what was said, with no secret at all, and is what anyone verifies the genesis by. What a member
 says, and its secrets, are left to ``participant``; files and passphrases to the node.
 """
@@ -70,7 +74,8 @@ class Invited(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ceremony-invitation"):
     """All of a genesis but the members' keys; the fields are those of ``Genesis``. For a later epoch of the same log
-    they are its genesis's again, with that epoch's members and quorums.
+    they are its genesis's again, with that epoch's members and quorums. ``refreshes`` is the membership of the epoch
+    before where its role keys are kept.
     """
 
     version: Annotated[int, Meta(ge=VERSION, le=VERSION)]
@@ -82,6 +87,7 @@ class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     thresholds: Annotated[tuple[RoleThreshold, ...], Meta(min_length=3, max_length=3)]
     parameters: Parameters
     epoch: Annotated[int, Meta(ge=0, le=2**53 - 1)]
+    refreshes: Membership | None
 
     @property
     def digest(self) -> Digest:
@@ -95,7 +101,15 @@ class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     def key_ceremony(self, role: Role) -> dkg.Ceremony:
         """What a voting role's key is made for."""
         needed = next(entry.threshold for entry in self.thresholds if entry.role == role)
-        return dkg.Ceremony(self.nonce, self.epoch, role, needed, len(self.role_members(role)))
+        count = len(self.role_members(role))
+        groups = () if self.refreshes is None or needed == count else self.refreshes.groups
+        kept = [GroupKeys(held.threshold, held.group_key, held.share_keys) for held in groups if held.role == role]
+        return dkg.Ceremony(self.nonce, self.epoch, role, needed, count, kept[0] if kept else None)
+
+    def refreshed(self, name: str) -> Member | None:
+        """The member of that name as it was and stays; None where new keys are made."""
+        members = () if self.refreshes is None else self.refreshes.members
+        return next((member for member in members if member.name == name), None)
 
 
 class Join(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ceremony-join"):
@@ -165,11 +179,11 @@ class Awaited:
 
 
 def decode_invitation(encoded: bytes) -> Invitation:
-    """An invitation that can lead to a genesis.
+    """An invitation that can lead to a genesis, or to the members of a later epoch.
 
     Raises:
-        Rejected: ``BAD_MEMBERSHIP`` for repeated names, missing roles or quorums no genesis may have; as
-            ``codec.decode``.
+        Rejected: ``BAD_MEMBERSHIP`` for repeated names, missing roles or quorums no genesis may have, and for a refresh
+            of other members than those invited, or of no dealt key; as ``check_membership``; as ``codec.decode``.
     """
     invitation = decode(encoded, Invitation, MAX_MESSAGE_BYTES)
     scheme_needs(invitation.certificate_scheme)
@@ -185,7 +199,21 @@ def decode_invitation(encoded: bytes) -> Invitation:
                 Reason.BAD_MEMBERSHIP,
                 f"threshold {entry.threshold} of {count} {entry.role.value} members: expected n/2 < t <= n",
             )
+    if invitation.refreshes is not None:
+        _check_refresh(invitation, invitation.refreshes)
     return invitation
+
+
+def _check_refresh(invitation: Invitation, before: Membership) -> None:
+    if not scheme_needs(invitation.certificate_scheme).group_keys:
+        raise Rejected(Reason.BAD_MEMBERSHIP, f"{invitation.certificate_scheme} has no role keys to refresh")
+    invited = tuple(Invited(member.name, member.role) for member in before.members)
+    expected = (before.epoch + 1, invited, before.thresholds)
+    if (invitation.epoch, invitation.members, invitation.thresholds) != expected:
+        raise Rejected(Reason.BAD_MEMBERSHIP, "a refresh is for the next epoch, of the same members and quorums")
+    if all(invitation.key_ceremony(role).summed for role in VOTING_ROLES):
+        raise Rejected(Reason.BAD_MEMBERSHIP, "every role needs all of its members: no key has shares to refresh")
+    check_membership(before, invitation.certificate_scheme, invitation.nonce)
 
 
 class Transcript:
@@ -381,6 +409,9 @@ class Transcript:
                 f"{sender} joined as {join.member.name}, {join.member.role.value}; it was invited as a "
                 f"{self._roles[sender].value}",
             )
+        refreshed = self.invitation.refreshed(sender)
+        if refreshed is not None and join.member != refreshed:
+            raise Rejected(Reason.BAD_MEMBERSHIP, f"{sender} joined with other keys: a refresh changes no member")
         check_member_keys(join.member, self.invitation.certificate_scheme, self.invitation.nonce)
 
     def _check(self) -> None:
@@ -431,7 +462,7 @@ class Transcript:
                 for share in answer.shares:
                     dkg.check_dealt_share(ceremony, share.recipient, dealer, reveals[dealer], share)
         except dkg.BadDealing as error:
-            raise dkg.BadDealing(error.dealer, f"that is {names[error.dealer - 1]}: {error.detail}") from error
+            raise dkg.BadDealing(error.dealer, f"that is {names[error.dealer - 1]}: {error.why}") from error
 
     def accused(self, role: Role) -> dict[str, tuple[int, ...]]:
         """Dealers that are complained of, and the indices of who complains."""

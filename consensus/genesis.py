@@ -130,6 +130,7 @@ def generate_genesis(
         thresholds=tuple(RoleThreshold(role=role, threshold=quorums[role]) for role in VOTING_ROLES),
         parameters=parameters or Parameters(),
         epoch=GENESIS_EPOCH,
+        refreshes=None,
     )
     participants = [Participant(invitation, plan.name, plan.seed, plan.scheme) for plan in plans]
     transcript = hold_ceremony(invitation, participants)

@@ -15,6 +15,11 @@ constant terms. Both attacks are tests.
 
 ``t = n``: the members' own keys, each with its proof of possession, are summed.
 
+*Refresh* of a group that stays (Herzberg, Jarecki, Krawczyk and Yung, Crypto 1995): the same rounds over polynomials
+whose constant term is zero and is left out; the proof is of the lowest coefficient there is. Each member adds what it
+is dealt to its share, so the group key stays, and old and new shares lie on different polynomials: fewer than ``t`` old
+ones are worth nothing any more, not even together with new ones. ``t`` old ones still sign; only a new key ends that.
+
 In both cases the members then sign a joint proof of possession of the group key, which also shows that
 they all computed the same one. Messages are wire Structs; carrying them, keeping dealt shares
 private on the way, and drawing seeds are left to the node.
@@ -44,11 +49,12 @@ Index = Annotated[int, Meta(ge=1, le=256)]
 
 
 class BadDealing(Rejected):
-    """A member broke the ceremony; ``dealer`` is its index."""
+    """A member broke the ceremony; ``dealer`` is its index, ``why`` what it did."""
 
     def __init__(self, dealer: int, detail: str) -> None:
         super().__init__(Reason.BAD_DEALING, f"dealer {dealer}: {detail}")
         self.dealer = dealer
+        self.why = detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,13 @@ class Ceremony:
     role: Role
     threshold: int
     member_count: int
+    refreshed: GroupKeys | None = None
+    """The group whose shares are made anew under its key, where ``t < n``; None for a new key."""
+
+    @property
+    def lowest_degree(self) -> int:
+        """Of the coefficients that are dealt: a polynomial that refreshes has no constant term."""
+        return 0 if self.refreshed is None else 1
 
     @property
     def summed(self) -> bool:
@@ -76,6 +89,7 @@ class Ceremony:
             self.role.value.encode(),
             self.threshold.to_bytes(4, "big"),
             self.member_count.to_bytes(4, "big"),
+            *(() if self.refreshed is None else (self.refreshed.group_key, *self.refreshed.share_keys)),
         )
 
     @property
@@ -93,8 +107,8 @@ class Commitment(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
 
 
 class Reveal(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="dkg-reveal"):
-    """Round 2, to all: the coefficients times the generator, constant term first, and a proof of
-    knowledge of the constant term (``nonce_point``, ``response``).
+    """Round 2, to all: the coefficients times the generator, lowest degree first, and a proof of
+    knowledge of that first one (``nonce_point``, ``response``).
     """
 
     ceremony: Bytes32
@@ -158,7 +172,7 @@ class Dealer:
         self._seed = seed
         self._coefficients = [
             bls.secret_from_seed(self._derive(b"coefficient", degree.to_bytes(4, "big")))
-            for degree in range(ceremony.threshold)
+            for degree in range(ceremony.lowest_degree, ceremony.threshold)
         ]
         self._reveal = self._make_reveal()
 
@@ -182,6 +196,7 @@ class Dealer:
         value = 0
         for coefficient in reversed(self._coefficients):
             value = (value * recipient + coefficient.scalar) % bls.GROUP_ORDER
+        value = value * recipient**self.ceremony.lowest_degree % bls.GROUP_ORDER
         return DealtShare(
             ceremony=self.ceremony.id, dealer=self.index, recipient=recipient, value=value.to_bytes(32, "big")
         )
@@ -216,7 +231,7 @@ def check_reveals(
 
     Raises:
         BadDealing: naming the first dealer whose reveal is missing, is not what it committed to, or does
-            not prove knowledge of its constant term.
+            not prove knowledge of its first coefficient.
         Rejected: ``BAD_KEY`` when the sum of valid reveals is degenerate.
     """
     _check_complete(ceremony, commitments)
@@ -224,24 +239,32 @@ def check_reveals(
     for dealer in sorted(reveals):
         _check_reveal(ceremony, commitments[dealer], reveals[dealer])
     sums = [
-        bls.aggregate_public_keys([reveals[dealer].coefficients[degree] for dealer in sorted(reveals)])
-        for degree in range(ceremony.threshold)
+        bls.aggregate_public_keys([reveals[dealer].coefficients[place] for dealer in sorted(reveals)])
+        for place in range(ceremony.threshold - ceremony.lowest_degree)
     ]
-    share_keys = tuple(_evaluate(sums, index) for index in range(1, ceremony.member_count + 1))
-    return GroupKeys(ceremony.threshold, sums[0], share_keys)
+    dealt = tuple(_evaluate(ceremony, sums, index) for index in range(1, ceremony.member_count + 1))
+    before = ceremony.refreshed
+    if before is None:
+        return GroupKeys(ceremony.threshold, sums[0], dealt)
+    keys = zip(before.share_keys, dealt, strict=True)
+    return GroupKeys(ceremony.threshold, before.group_key, tuple(bls.aggregate_public_keys(pair) for pair in keys))
 
 
 def check_dealt_shares(
-    ceremony: Ceremony, index: int, reveals: Mapping[int, Reveal], dealt: Mapping[int, DealtShare]
+    ceremony: Ceremony,
+    index: int,
+    reveals: Mapping[int, Reveal],
+    dealt: Mapping[int, DealtShare],
+    before: bls.Secret | None = None,
 ) -> bls.Secret:
-    """Round 3: the recipient's own secret, from what every dealer sent to it.
+    """Round 3: the recipient's own secret, from what every dealer sent to it; a refresh adds it to the one ``before``.
 
     Raises:
         BadDealing: naming the first dealer whose value does not lie on its polynomial (a complaint).
     """
     _check_complete(ceremony, reveals)
     _check_complete(ceremony, dealt)
-    total = 0
+    total = 0 if before is None else before.scalar
     for dealer in sorted(dealt):
         value = check_dealt_share(ceremony, index, dealer, reveals[dealer], dealt[dealer])
         total = (total + value.scalar) % bls.GROUP_ORDER
@@ -258,7 +281,7 @@ def check_dealt_share(ceremony: Ceremony, recipient: int, dealer: int, reveal: R
         raise BadDealing(dealer, f"its share is for {share.recipient}, not for {recipient}")
     try:
         value = bls.Secret.from_bytes(share.value)
-        fits = bls.public_key(value) == _evaluate(reveal.coefficients, recipient)
+        fits = bls.public_key(value) == _evaluate(ceremony, reveal.coefficients, recipient)
     except Rejected as error:
         raise BadDealing(dealer, f"its share for {recipient} is no scalar: {error.detail}") from error
     if not fits:
@@ -334,31 +357,32 @@ def _check_reveal(ceremony: Ceremony, commitment: Commitment, reveal: Reveal) ->
     dealer = reveal.dealer
     if reveal.digest != commitment.digest:
         raise BadDealing(dealer, "it revealed something else than it committed to")
-    if len(reveal.coefficients) != ceremony.threshold:
-        raise BadDealing(
-            dealer, f"polynomial with {len(reveal.coefficients)} coefficients, expected {ceremony.threshold}"
-        )
+    expected = ceremony.threshold - ceremony.lowest_degree
+    if len(reveal.coefficients) != expected:
+        raise BadDealing(dealer, f"polynomial with {len(reveal.coefficients)} coefficients, expected {expected}")
     response = int.from_bytes(reveal.response, "big")
     if response >= bls.GROUP_ORDER:
         raise BadDealing(dealer, "the response of its proof of knowledge is out of range")
-    constant = reveal.coefficients[0]
-    challenge = _knowledge_challenge(ceremony, dealer, constant, reveal.nonce_point)
+    first = reveal.coefficients[0]
+    challenge = _knowledge_challenge(ceremony, dealer, first, reveal.nonce_point)
     try:
         for point in reveal.coefficients:
             bls.check_public_key(point)
-        recomputed = bls.weighted_public_key_sum([(response, bls.GENERATOR), (-challenge, constant)])
+        recomputed = bls.weighted_public_key_sum([(response, bls.GENERATOR), (-challenge, first)])
     except Rejected as error:
         raise BadDealing(dealer, error.detail) from error
     if recomputed != reveal.nonce_point:
-        raise BadDealing(dealer, "it does not prove knowledge of its constant term")
+        raise BadDealing(dealer, "it does not prove knowledge of its first coefficient")
 
 
-def _knowledge_challenge(ceremony: Ceremony, dealer: int, constant: bytes, nonce_point: bytes) -> int:
+def _knowledge_challenge(ceremony: Ceremony, dealer: int, first: bytes, nonce_point: bytes) -> int:
     """Fiat-Shamir challenge; 256 bits modulo r are uniform enough for a challenge."""
-    hashed = tagged_hash(Tag.DKG_KNOWLEDGE, ceremony.id, dealer.to_bytes(4, "big"), constant, nonce_point)
+    hashed = tagged_hash(Tag.DKG_KNOWLEDGE, ceremony.id, dealer.to_bytes(4, "big"), first, nonce_point)
     return int.from_bytes(hashed, "big") % bls.GROUP_ORDER
 
 
-def _evaluate(coefficients: Sequence[bytes], at: int) -> bytes:
+def _evaluate(ceremony: Ceremony, coefficients: Sequence[bytes], at: int) -> bytes:
     """The polynomial in the exponent at a small positive index."""
-    return bls.weighted_public_key_sum((at**degree, point) for degree, point in enumerate(coefficients))
+    return bls.weighted_public_key_sum(
+        (at**degree, point) for degree, point in enumerate(coefficients, ceremony.lowest_degree)
+    )

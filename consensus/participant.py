@@ -68,7 +68,8 @@ class Participant:
 
     ``dealt_over`` is the digest of the commitments it dealt over, empty before: whoever hosts a participant keeps it
     durably *before* a deal leaves the machine, and gives it back after a restart. ``kept`` are the seeds of a member
-    that took part before and keeps its identity, transport and log key; its BLS keys are made anew from ``seed``.
+    that took part before and keeps its identity, transport and log key; its BLS keys are made anew from ``seed``. To a
+    refresh a voter brings its ``share`` of the role key, or its own secret where keys are summed.
     """
 
     def __init__(
@@ -79,10 +80,12 @@ class Participant:
         scheme: SignatureScheme | None = None,
         dealt_over: bytes = b"",
         kept: MemberSeeds | None = None,
+        share: bls.Secret | None = None,
     ) -> None:
         """
         Raises:
-            Rejected: ``UNKNOWN_MEMBER`` for a name that was not invited, ``BAD_KEY`` for a seed that has not 32 bytes.
+            Rejected: ``UNKNOWN_MEMBER`` for a name that was not invited, ``BAD_KEY`` for a seed that has not 32 bytes
+                and, in a refresh, for another identity or share than the member has.
         """
         found = next((invited for invited in invitation.members if invited.name == name), None)
         if found is None:
@@ -95,11 +98,16 @@ class Participant:
         self.role = found.role
         self.dealt_over = dealt_over
         self._seeds = kept or member_seeds(seed)
+        self._refreshed = invitation.refreshed(name)
+        if self._refreshed is not None:
+            scheme = SignatureScheme(self._refreshed.scheme)
         self.identity: Signer = signer_for(scheme or needs.identity or SignatureScheme.ED25519, self._seeds.identity)
         self._seed = seed
         self._box_public, self._box_secret = crypto_box_seed_keypair(derive_seed(seed, "ceremony-box"))
         self._own: bls.Secret | None = None
-        if needs.member_keys and self.role in VOTING_ROLES:
+        if self._refreshed is not None:
+            self._own = self._kept_secret(self._refreshed, share)
+        elif needs.member_keys and self.role in VOTING_ROLES:
             self._own = bls.secret_from_seed(derive_seed(seed, "bls"))
 
     def __repr__(self) -> str:
@@ -107,6 +115,8 @@ class Participant:
 
     def join(self) -> bytes:
         """Round 1."""
+        if self._refreshed is not None:
+            return self._signed(Join(self.invitation.digest, self._refreshed, self._box_public))
         own, seeds = self._own, self._seeds
         bls_key = possession = log_key = b""
         identity = self.identity
@@ -141,11 +151,11 @@ class Participant:
             raise Rejected(Reason.WRONG_CHAIN, f"somebody else has joined as {self.name}")
         if not scheme_needs(self.invitation.certificate_scheme).group_keys or self.role == Role.VERIFIER:
             return None
+        if transcript.is_dealt(self.role):
+            return self._dealing_message(transcript)
         if self.name in transcript.said(Confirm):
             return None
-        if not transcript.is_dealt(self.role):
-            return self._signed(Confirm(transcript.roster, self._possession_share(transcript)))
-        return self._dealing_message(transcript)
+        return self._signed(Confirm(transcript.roster, self._possession_share(transcript)))
 
     def secret(self, transcript: Transcript) -> bls.Secret | None:
         """The member's share of its role's key, or its own BLS secret where roles have none, once it can be known.
@@ -160,7 +170,19 @@ class Participant:
         transcript.deals(self.role)
         dealt = self._dealt_to_us(transcript)
         dealt.update(self._answers_to_us(transcript))
-        return dkg.check_dealt_shares(self._ceremony, self._index, transcript.reveals(self.role), dealt)
+        before = None if self._refreshed is None else self._own
+        return dkg.check_dealt_shares(self._ceremony, self._index, transcript.reveals(self.role), dealt, before)
+
+    def _kept_secret(self, member: Member, share: bls.Secret | None) -> bls.Secret | None:
+        if member.identity_key != self.identity.public_key:
+            raise Rejected(Reason.BAD_KEY, f"another identity key than {self.name} has: a refresh changes none")
+        if self.role not in VOTING_ROLES:
+            return None
+        group = self._ceremony.refreshed
+        expected = member.bls_key if group is None else group.share_keys[self._index - 1]
+        if share is None or bls.public_key(share) != expected:
+            raise Rejected(Reason.BAD_KEY, f"not the share that {self.name} has of its role's key")
+        return share
 
     def secrets(self, transcript: Transcript) -> MemberSecrets:
         """What the member keeps, once the ceremony is over; raises as ``secret``."""
@@ -203,7 +225,7 @@ class Participant:
         asked = transcript.accused(role).get(self.name)
         if asked and self.name not in transcript.said(Answer):
             return self._signed(Answer(transcript.deals(role), tuple(dealer.share_for(index) for index in asked)))
-        if transcript.missing(Answer, tuple(transcript.accused(role))):
+        if self.name in transcript.said(Confirm) or transcript.missing(Answer, tuple(transcript.accused(role))):
             return None
         return self._signed(Confirm(transcript.deals(role), self._possession_share(transcript)))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from consensus import bls
 from consensus.ceremony import MAX_MESSAGE_BYTES, Invitation, Join, SignedMessage, Transcript, decode_invitation
 from consensus.codec import decode, encode
 from consensus.genesis import genesis_to_json
@@ -89,10 +90,12 @@ def join(
 ) -> Path:
     """Make a member's keys, keep them in a new keystore, and say so in the folder; the file written.
 
-    ``keep`` is what a member of the epoch before has, which keeps its identity, transport and log key.
+    ``keep`` is what a member of the epoch before has, which keeps its identity, transport and log key; in a refresh
+    also its share, to which is added what the others deal.
 
     Raises:
-        ConfigError: the digest is not this invitation's; the keystore exists; somebody has joined under the name.
+        ConfigError: the digest is not this invitation's; the keystore exists; somebody has joined under the name; a
+            refresh without ``keep``.
         Rejected: as ``Participant``.
     """
     folder = read_folder(path)
@@ -105,7 +108,11 @@ def join(
         raise ConfigError(f"{path}: somebody has joined as {name} already")
     seed = os.urandom(32)
     first = _first_secrets(seed, keep)
-    participant = Participant(folder.invitation, name, seed, scheme, kept=_seeds(first))
+    if folder.invitation.refreshes is not None:
+        if keep is None:
+            raise ConfigError(f"{path}: expected the keystore that {name} has now (--keep), this refreshes its keys")
+        first = msgspec.structs.replace(first, bls_share=keep.bls_share)
+    participant = Participant(folder.invitation, name, seed, scheme, kept=_seeds(first), share=_share(first))
     message = participant.join()
     Transcript(folder.invitation, [*folder.messages, message])
     Keystore.create(keystore, first, passphrase, cost)
@@ -191,7 +198,13 @@ def _participant(folder: Folder, transcript: Transcript, keystore: Keystore) -> 
     name = _name_of(transcript, keystore)
     scheme = SignatureScheme(transcript.member(name).scheme)
     return Participant(
-        folder.invitation, name, secrets.ceremony_seed, scheme, secrets.ceremony_dealt_over, _seeds(secrets)
+        folder.invitation,
+        name,
+        secrets.ceremony_seed,
+        scheme,
+        secrets.ceremony_dealt_over,
+        _seeds(secrets),
+        _share(secrets),
     )
 
 
@@ -206,6 +219,10 @@ def _name_of(transcript: Transcript, keystore: Keystore) -> str:
 
 def _seeds(secrets: Secrets) -> MemberSeeds:
     return MemberSeeds(secrets.identity_seed, secrets.transport_seed, secrets.log_seed)
+
+
+def _share(secrets: Secrets) -> bls.Secret | None:
+    return None if secrets.bls_share is None else bls.Secret.from_bytes(secrets.bls_share)
 
 
 def _first_secrets(seed: bytes, keep: Secrets | None) -> Secrets:

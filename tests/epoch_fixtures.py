@@ -53,6 +53,7 @@ def invitation_to(
         thresholds=tuple(RoleThreshold(role, default_threshold(counts[role])) for role in VOTING_ROLES),
         parameters=genesis.parameters,
         epoch=before.epoch + 1,
+        refreshes=None,
     )
 
 

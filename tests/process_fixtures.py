@@ -131,9 +131,14 @@ class Processes:
 
 
 @contextmanager
-def processes(directory: Path, *start: str) -> Iterator[Processes]:
+def processes(
+    directory: Path,
+    *start: str,
+    members: Sequence[MemberRequest] = MEMBERS,
+    thresholds: Mapping[Role, int] | None = None,
+) -> Iterator[Processes]:
     """A consortium with some of its nodes running, all gone afterwards."""
-    consortium = Processes(directory)
+    consortium = Processes(directory, members, thresholds)
     try:
         consortium.start(*start)
         yield consortium

@@ -123,6 +123,7 @@ def ceremony_init(
         ),
         parameters=Parameters() if heartbeat_ms is None else Parameters(heartbeat_ms=heartbeat_ms),
         epoch=GENESIS_EPOCH,
+        refreshes=None,
     )
     write_invitation(folder, invitation)
     if as_json:

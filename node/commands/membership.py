@@ -31,10 +31,11 @@ _CONFIG = click.option(
 
 @click.group()
 def membership() -> None:
-    """Change who takes part: members join, leave, or change their keys.
+    """Change who takes part: members join, leave, change their keys, or refresh their shares.
 
     \b
     1. one member:       membership invite FOLDER ...   and sends FOLDER to all who will be members
+                         (or membership refresh FOLDER: new shares, nothing else changes)
     2. all of them:      ceremony join, contribute, finish, as at the founding
     3. a quorum of now:  membership sign                one after the other; the last one submits
     """
@@ -103,6 +104,40 @@ def membership_invite(
         same = now == [member.name for member in before.role_members(role)]
         default = before.threshold(role) if same else default_threshold(len(now))
         kept.append(RoleThreshold(role, thresholds.get(role, default)))
+    _invite(folder, own, invited, tuple(kept), None)
+    click.echo("and with --keep KEYSTORE.json if it stays who it is.")
+
+
+@membership.command("refresh")
+@click.argument("folder", type=click.Path(path_type=Path))
+@_CONFIG
+def membership_refresh(folder: Path, config_path: Path) -> None:
+    """Write the invitation to a ceremony that gives all members new shares under the role keys they have, into FOLDER.
+
+    Nobody joins, leaves or changes keys, so verifiers see the same role keys. A share that was stolen before is worth
+    nothing any more, unless the thief has as many of one role as make its signature: then the role needs a new key, by
+    membership invite. Roles that need all of their members have no shares of a key, and stay as they are.
+
+    \b
+    Example:
+      countersign membership refresh fresh --config library/node.toml
+    """
+    own = load_member(config_path)
+    before = own.committee
+    invited = tuple(Invited(member.name, member.role) for member in before.members)
+    thresholds = tuple(RoleThreshold(role, before.threshold(role)) for role in VOTING_ROLES)
+    now = Membership(before.epoch, before.members, thresholds, before.groups)
+    _invite(folder, own, invited, thresholds, now)
+    click.echo("and with --keep and the keystore whose share it votes with now.")
+
+
+def _invite(
+    folder: Path,
+    own: LocalMember,
+    invited: tuple[Invited, ...],
+    thresholds: tuple[RoleThreshold, ...],
+    refreshes: Membership | None,
+) -> None:
     invitation = Invitation(
         version=VERSION,
         name=own.genesis.name,
@@ -110,9 +145,10 @@ def membership_invite(
         created_ms=own.genesis.created_ms,
         certificate_scheme=own.genesis.certificate_scheme,
         members=invited,
-        thresholds=tuple(kept),
+        thresholds=thresholds,
         parameters=own.genesis.parameters,
-        epoch=before.epoch + 1,
+        epoch=own.committee.epoch + 1,
+        refreshes=refreshes,
     )
     write_invitation(folder, invitation)
     click.echo(f"epoch   {invitation.epoch}\ndigest  {invitation.digest.hex()}\n")
@@ -120,8 +156,7 @@ def membership_invite(
     later = f"KEYSTORE.epoch-{invitation.epoch}.json"
     click.echo(
         f"\nSend {folder} to every member, and read them the digest by another channel. Each then joins with\n"
-        f"  countersign ceremony join {folder} --as NAME --invitation {invitation.digest.hex()} --keystore {later}\n"
-        "and with --keep KEYSTORE.json if it stays who it is."
+        f"  countersign ceremony join {folder} --as NAME --invitation {invitation.digest.hex()} --keystore {later}"
     )
 
 
@@ -201,6 +236,10 @@ def _print_signers(own: LocalMember, event: CheckedEvent) -> None:
         if names:
             click.echo(f"{said}: {', '.join(names)}")
     signers = [own.committee.member(MemberId(signer)) for signer in sorted(event.signers)]
+    kept_keys = {group.group_key for group in own.committee.groups}
+    kept = [group.role.value for group in change.membership.groups if group.group_key in kept_keys]
+    if kept:
+        click.echo(f"role keys that stay, under new shares where some members are enough: {', '.join(kept)}")
     click.echo(f"signed by {', '.join(sorted(member.name for member in signers))}")
     for role in VOTING_ROLES:
         missing = own.committee.threshold(role) - sum(member.role == role for member in signers)

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from consensus import bls
 from consensus import key_generation as dkg
 from consensus.ceremony import (
+    ROUNDS,
     Answer,
     Body,
     Commit,
@@ -27,9 +28,11 @@ from consensus.certificate_schemes import scheme_for
 from consensus.codec import decode, encode
 from consensus.identifiers import VOTING_ROLES, Digest, Role, Tag, View, tagged_message
 from consensus.keys import SignatureScheme
-from consensus.membership import SCHEME_NEEDS, Parameters, RoleThreshold, check_genesis
-from consensus.participant import Participant, hold_ceremony
+from consensus.membership import SCHEME_NEEDS, Parameters, RoleThreshold, check_genesis, committee
+from consensus.membership_change import check_change
+from consensus.participant import Participant, hold_ceremony, member_seeds
 from consensus.rejection import Reason, Rejected
+from consensus.threshold import combine_shares
 
 SMALL = {Role.DATA_SOURCE: (2, 2), Role.GOVERNANCE: (1, 1), Role.OPERATOR: (1, 1), Role.VERIFIER: (1, 0)}
 DEALT = {Role.DATA_SOURCE: (3, 2), Role.GOVERNANCE: (1, 1), Role.OPERATOR: (1, 1), Role.VERIFIER: (1, 0)}
@@ -52,6 +55,7 @@ def invitation_of(counts: dict[Role, tuple[int, int]] = DEALT, scheme: str = "bl
         thresholds=tuple(RoleThreshold(role, counts[role][1]) for role in VOTING_ROLES),
         parameters=Parameters(),
         epoch=0,
+        refreshes=None,
     )
 
 
@@ -62,13 +66,28 @@ def seed(name: str) -> bytes:
 class Table:
     """All participants of a ceremony and what has been said; a round at a time, so that a test can interfere."""
 
-    def __init__(self, invitation: Invitation | None = None) -> None:
+    def __init__(self, invitation: Invitation | None = None, before: "Table | None" = None) -> None:
+        """``before`` is the ceremony whose keys ``invitation`` refreshes."""
         self.invitation = invitation or invitation_of()
         self.members = {
             invited.name: Participant(self.invitation, invited.name, seed(invited.name))
+            if before is None
+            else before.again(self.invitation, invited.name)
             for invited in self.invitation.members
         }
         self.messages: list[bytes] = []
+
+    def again(self, invitation: Invitation, name: str) -> Participant:
+        """A member with all that it keeps of this ceremony, and a new seed."""
+        share = self.members[name].secret(self.transcript())
+        return Participant(invitation, name, seed(f"{name} again"), kept=member_seeds(seed(name)), share=share)
+
+    def held(self) -> "Table":
+        """All rounds."""
+        for _ in range(len(ROUNDS)):
+            self.round()
+        assert self.transcript().awaited() == ()
+        return self
 
     def transcript(self) -> Transcript:
         return Transcript(self.invitation, self.messages)
@@ -240,6 +259,15 @@ def test_bad_value_is_complained_of_answered_in_the_open_and_the_ceremony_ends_w
     assert_signs(table)
 
 
+def test_dealer_that_has_confirmed_still_answers_a_complaint_that_came_late() -> None:
+    table = Table().round().round()
+    table.says(SECOND, spoiled(table.due(SECOND), 1)).round(without=[SECOND]).round(without=[FIRST])
+    assert any(name == SECOND for name in table.transcript().said(Confirm))
+    assert isinstance(table.due(FIRST), Complain)
+    assert isinstance(table.round().due(SECOND), Answer)
+    assert_signs(table.held())
+
+
 def test_dealer_that_answers_a_complaint_with_a_wrong_value_is_convicted() -> None:
     table = Table().round().round()
     table.says(SECOND, spoiled(table.due(SECOND), 1)).round(without=[SECOND])
@@ -372,3 +400,117 @@ def test_changed_byte_of_a_message_is_refused(position: int) -> None:
 def test_invitation_that_leads_to_no_genesis_is_refused(changes: dict[str, object], reason: Reason) -> None:
     assert decode_invitation(encode(invitation_of())) == invitation_of()
     refused(reason, lambda: decode_invitation(encode(replace(invitation_of(), **changes))))
+
+
+# Refresh
+
+
+def founded(scheme: str = "bls-threshold") -> Table:
+    return Table(invitation_of(DEALT, scheme)).held()
+
+
+def refreshing(before: Table) -> Invitation:
+    return replace(before.invitation, epoch=1, refreshes=before.transcript().genesis().membership)
+
+
+def test_refresh_keeps_every_role_key_under_new_shares_and_may_follow_the_epoch() -> None:
+    before = founded()
+    genesis = before.transcript().genesis()
+    invitation = decode_invitation(encode(refreshing(before)))
+    table = Table(invitation, before).held()
+    after = table.transcript().membership()
+    check_change(after, committee(genesis))
+    assert after.members == genesis.members
+    assert [group.group_key for group in after.groups] == [group.group_key for group in genesis.groups]
+    assert not set(after.groups[0].share_keys) & set(genesis.groups[0].share_keys)
+    assert [group.share_keys for group in after.groups[1:]] == [group.share_keys for group in genesis.groups[1:]]
+    scheme = scheme_for(genesis, after)
+    message = certificate_message(genesis.chain_id, 1, View(1), Digest(bytes(32)))
+    shares = {}
+    for voter in scheme.committee.voters:
+        secret = table.members[voter.name].secret(table.transcript())
+        assert secret is not None
+        scheme.check_secret(voter.id, secret)
+        shares[voter.id] = scheme.share(secret, message)
+    scheme.verify(message, scheme.combine(message, shares))
+
+
+def test_old_share_makes_no_signature_together_with_new_ones() -> None:
+    before = founded()
+    table = Table(refreshing(before), before).held()
+    key, message = table.transcript().group(Role.DATA_SOURCE).group_key, b"message"
+    old, new = (
+        {
+            index: bls.sign(secret, message)
+            for index, name in enumerate((FIRST, SECOND, LAST), start=1)
+            if (secret := held.members[name].secret(held.transcript())) is not None
+        }
+        for held in (before, table)
+    )
+    bls.verify(key, message, combine_shares(2, 3, {1: new[1], 3: new[3]}))
+    for mixed in ({1: old[1], 3: new[3]}, {2: new[2], 3: old[3]}):
+        signature = combine_shares(2, 3, mixed)
+        refused(Reason.BAD_SIGNATURE, lambda signature=signature: bls.verify(key, message, signature))
+    # The limit of a refresh: as many old ones as make the key's signature still do.
+    bls.verify(key, message, combine_shares(2, 3, {1: old[1], 3: old[3]}))
+
+
+def test_dealer_that_deals_a_constant_into_a_refresh_is_named() -> None:
+    """It would move the group key, or give itself a part of it."""
+    before = founded()
+    table = Table(refreshing(before), before).round()
+    ceremony = table.invitation.key_ceremony(Role.DATA_SOURCE)
+    new_key = replace(table.invitation, refreshes=None).key_ceremony(Role.DATA_SOURCE)
+    reveal = replace(dkg.Dealer(new_key, 3, seed("any"))._reveal, ceremony=ceremony.id)
+    commitment = dkg.Commitment(ceremony.id, 3, reveal.digest)
+    table.round(without=[LAST]).says(LAST, Commit(table.transcript().roster, commitment)).round(without=[LAST])
+    over = table.transcript().commitments(Role.DATA_SOURCE)
+    table.says(LAST, Deal(over, reveal, (bytes(48), bytes(48), bytes(48))))
+    error = refused(Reason.BAD_DEALING, table.transcript)
+    assert f"that is {LAST}: polynomial with 2 coefficients, expected 1" in error.detail
+
+
+def test_false_value_in_a_refresh_is_complained_of_and_mended() -> None:
+    before = founded()
+    table = Table(refreshing(before), before).round().round()
+    table.says(LAST, spoiled(table.due(LAST), 1)).round(without=[LAST])
+    assert isinstance(table.due(FIRST), Complain)
+    table.held()
+    assert table.transcript().membership().groups[0].group_key == before.transcript().genesis().groups[0].group_key
+
+
+def test_refresh_takes_no_other_keys_than_members_have() -> None:
+    before = founded()
+    invitation = refreshing(before)
+    kept, share = member_seeds(seed(FIRST)), before.members[FIRST].secret(before.transcript())
+    other = before.members[SECOND].secret(before.transcript())
+    for seeds, held in ((kept, None), (kept, other), (member_seeds(seed("other")), share)):
+        refused(
+            Reason.BAD_KEY,
+            lambda seeds=seeds, held=held: Participant(invitation, FIRST, seed("again"), kept=seeds, share=held),
+        )
+    table = Table(invitation, before)
+    joined = table.due(FIRST)
+    assert isinstance(joined, Join)
+    table.says(FIRST, replace(joined, member=replace(joined.member, log_key=bytes(31) + b"\x01")))
+    error = refused(Reason.BAD_MEMBERSHIP, table.transcript)
+    assert "a refresh changes no member" in error.detail
+
+
+def test_invitation_to_refresh_what_cannot_be_is_refused() -> None:
+    before = founded()
+    good = refreshing(before)
+    held = good.refreshes
+    assert held is not None
+    for bad, why in (
+        (replace(good, epoch=2), "for the next epoch"),
+        (replace(good, members=good.members[:-1]), "same members"),
+        (replace(good, thresholds=(RoleThreshold(Role.DATA_SOURCE, 3), *good.thresholds[1:])), "same members"),
+        (replace(good, refreshes=replace(held, groups=held.groups[::-1])), "role keys must be given"),
+        (replace(good, certificate_scheme="ed25519"), "ed25519 has no role keys to refresh"),
+    ):
+        error = refused(Reason.BAD_MEMBERSHIP, lambda bad=bad: decode_invitation(encode(bad)))
+        assert why in error.detail
+    summed = Table(invitation_of(SMALL)).held()
+    error = refused(Reason.BAD_MEMBERSHIP, lambda: decode_invitation(encode(refreshing(summed))))
+    assert "no key has shares to refresh" in error.detail

@@ -82,6 +82,7 @@ def invitation() -> Invitation:
         tuple(RoleThreshold(role, 1) for role in VOTING_ROLES),
         Parameters(),
         epoch=0,
+        refreshes=None,
     )
 
 

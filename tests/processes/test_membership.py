@@ -8,12 +8,14 @@ import pytest
 from click.testing import CliRunner
 from process_fixtures import Processes, processes, source
 
+from consensus.identifiers import Role
 from node.ceremony import read_folder
 from node.cli import main
 from node.commands import ceremony as commands
 from node.config import Address
 from node.identity import epoch_keystore
-from node.provision import RANDOM_PASSPHRASE_COST, free_ports
+from node.keystore import Keystore
+from node.provision import RANDOM_PASSPHRASE_COST, MemberRequest, free_ports
 
 pytestmark = pytest.mark.processes
 
@@ -111,6 +113,80 @@ def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
 
         bundle, genesis = tmp_path / "new.bundle", tmp_path / "consortium" / "genesis.json"
         run("log", "prove", "--config", config["guild"], "--predicate", "included", "--event", signed["id"],
+            "--out", bundle)  # fmt: skip
+        verdict = run("verify", "included", "--bundle", bundle, "--genesis", genesis, "--chain-id",
+                      consortium.provisioned.chain_id.hex())  # fmt: skip
+        assert "to epoch 1: one change of members" in verdict
+        assert "answer: yes" in verdict
+
+
+THREE = (
+    MemberRequest("library", Role.DATA_SOURCE),
+    MemberRequest("press", Role.DATA_SOURCE),
+    MemberRequest("archive", Role.DATA_SOURCE),
+    MemberRequest("council", Role.GOVERNANCE),
+    MemberRequest("laboratory", Role.OPERATOR),
+)
+
+
+def test_shares_are_refreshed_by_commands_under_the_role_keys_that_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "MODERATE_COST", RANDOM_PASSPHRASE_COST)
+    names = [member.name for member in THREE]
+    quorums = {Role.DATA_SOURCE: 2, Role.GOVERNANCE: 1, Role.OPERATOR: 1}
+    with processes(tmp_path / "consortium", *names, members=THREE, thresholds=quorums) as consortium:
+        members, folder = consortium.provisioned.members, tmp_path / "fresh"
+        config = {name: members[name].config for name in names}
+
+        def share(keystore: Path, name: str) -> bytes | None:
+            return Keystore.open(keystore, members[name].passphrase.read_bytes().strip()).secrets.bls_share
+
+        assert consortium.post("library", source(consortium, "library", 1), 30).json()["status"] == "final"
+        before = {name: share(members[name].keystore, name) for name in names}
+        told = run("membership", "refresh", folder, "--config", config["library"])
+        invited = read_folder(folder).invitation.digest.hex()
+        assert invited in told
+        assert "--keep" in told
+        held = {name: epoch_keystore(members[name].keystore, 1) for name in names}
+        secrets = {name: ("--keystore", held[name], "--passphrase-file", members[name].passphrase) for name in names}
+        join = ("ceremony", "join", folder, "--invitation", invited, "--as")
+        assert "this refreshes its keys" in run(*join, "library", *secrets["library"], code=2)
+        other = run(*join, "press", *secrets["library"], "--keep", members["library"].keystore, code=1)
+        assert "a refresh changes none" in other
+        for name in names:
+            run(*join, name, *secrets[name], "--keep", members[name].keystore)
+        for _ in range(4):
+            for name in names:
+                run("ceremony", "contribute", folder, *secrets[name])
+        for name in names:
+            assert "members of epoch 1" in run("ceremony", "finish", folder, *secrets[name])
+
+        change, sign = tmp_path / "change.event", ("membership", "sign", "--config")
+        said = run(*sign, config["library"], "--membership", folder / "epoch-1.membership", "--out", change)
+        assert "role keys that stay, under new shares where some members are enough: data-source" in said
+        run(*sign, config["archive"], "--event", change, "--out", change)
+        run(*sign, config["council"], "--event", change, "--out", change)
+        consortium.kill("press")
+        assert "final" in run(*sign, config["laboratory"], "--event", change, "--submit")
+        for name in names:
+            if name != "press":
+                consortium.wait_until(lambda name=name: consortium.status(name)["epoch"] == 1)  # type: ignore[misc]
+        # Two of three data-sources sign under the old key with the new shares.
+        signed = consortium.post("library", source(consortium, "library", 2), 30).json()
+        assert signed["status"] == "final"
+        consortium.start("press")
+        consortium.wait_until(lambda: consortium.status("press")["voting"])
+        for name in names:
+            assert share(held[name], name) is not None
+            dealt = name in ("library", "press", "archive")
+            assert (share(held[name], name) != before[name]) is dealt
+            consortium.wait_until(  # an old share is erased once nothing is owed with it
+                lambda name=name, dealt=dealt: (share(members[name].keystore, name) is None) is dealt  # type: ignore[misc]
+            )
+
+        bundle, genesis = tmp_path / "second.bundle", tmp_path / "consortium" / "genesis.json"
+        run("log", "prove", "--config", config["council"], "--predicate", "included", "--event", signed["id"],
             "--out", bundle)  # fmt: skip
         verdict = run("verify", "included", "--bundle", bundle, "--genesis", genesis, "--chain-id",
                       consortium.provisioned.chain_id.hex())  # fmt: skip
