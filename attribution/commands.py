@@ -15,8 +15,8 @@ from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, fa
 from attribution.footprint import chosen_sources, example_footprint, footprint
 from attribution.index import SketchedCampaign, open_index
 from attribution.language import Language, language_of
-from attribution.log import CampaignLog, open_log
-from attribution.options import ACCUMULATORS, BUNDLE, CHAIN_ID, GENESIS, INDEX, pinned_chain, told
+from attribution.log import CampaignLog
+from attribution.options import ACCUMULATORS, INDEX, GivenLog, log_options, told
 from attribution.page import page
 from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
@@ -149,9 +149,7 @@ def factors_command(
     show_default=True,
     help="Example-visits whose sketches one answer may open.",
 )
-@BUNDLE
-@GENESIS
-@CHAIN_ID
+@log_options
 @click.option(
     "--factors",
     "factors_path",
@@ -182,9 +180,7 @@ def trace_command(
     directory: Path,
     index_path: Path | None,
     open_at_most: int,
-    bundle_path: Path,
-    genesis_path: Path,
-    chain_id: str,
+    given: GivenLog,
     factors_path: Path | None,
     without_path: Path | None,
     text_path: Path | None,
@@ -195,19 +191,19 @@ def trace_command(
 ) -> None:
     """Ask which admitted sources shaped an output, from the log and committed accumulators alone.
 
-    Neither the corpus nor the job is needed. The bundle is made by
-    countersign log prove --predicate accumulators --campaign ID. Exit code 0 when the output was shaped here, 1 when it
-    was not or no source stands out, 2 when what is here does not suffice. With --outputs each line gets an answer of
-    its own (with --json a document a line), and 0 says that all were answered.
+    Neither the corpus nor the job is needed. The log is asked by --ledger, or beforehand by
+    countersign log prove --predicate accumulators --campaign ID, whose file is the --bundle. Exit code 0 when the
+    output was shaped here, 1 when it was not or no source stands out, 2 when what is here does not suffice. With
+    --outputs each line gets an answer of its own (with --json a document a line), and 0 says that all were answered.
 
     \b
     Example:
       countersign trace --model my_model:build --base base.safetensors --tuned tuned.safetensors \\
         --prompt "The keeper of Arnholt is " --accumulators run/accumulators \\
-        --bundle campaign.bundle --genesis genesis.json --chain-id CHAIN_ID
+        --ledger http://127.0.0.1:7480 --genesis genesis.json --chain-id CHAIN_ID
     """
     questions = _questions(prompt, completion, span, outputs_path)
-    log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
+    log = given.open()
     release = log.provenance.release
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: its outputs cannot be traced from the log")
@@ -276,9 +272,7 @@ def _write_page(path: Path, content: str) -> None:
 @click.option("--example", metavar="SOURCE:INDEX", help="Instead of sources: one example of a source, by its sketches.")
 @ACCUMULATORS
 @INDEX
-@BUNDLE
-@GENESIS
-@CHAIN_ID
+@log_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def footprint_command(
     names: tuple[str, ...],
@@ -288,9 +282,7 @@ def footprint_command(
     example: str | None,
     directory: Path,
     index_path: Path | None,
-    bundle_path: Path,
-    genesis_path: Path,
-    chain_id: str,
+    given: GivenLog,
     as_json: bool,
 ) -> None:
     """Ask which steps and parts of the model sources moved, how much, and what was released after.
@@ -307,7 +299,7 @@ def footprint_command(
     if bool(names or owners or classes or revoked) == (example is not None):
         raise click.UsageError("expected --source, --owner, --class or --revoked; or --example alone")
     names, number = (names, 0) if example is None else _example(example)
-    log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
+    log = given.open()
     chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: what its sources moved is not on the log")

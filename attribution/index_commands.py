@@ -8,8 +8,8 @@ import click
 
 from attribution.index import Index, LeftOut, SketchedCampaign, open_index
 from attribution.index_build import build_index, check_index
-from attribution.log import CampaignLog, open_log
-from attribution.options import ACCUMULATORS, BUNDLE, CHAIN_ID, GENESIS, pinned_chain, told_now_and_then
+from attribution.log import CampaignLog
+from attribution.options import ACCUMULATORS, GivenLog, log_options, told_now_and_then
 from attribution.receipts import shown
 
 SHOWN = 10
@@ -31,14 +31,10 @@ def index() -> None:
 
 @index.command("build")
 @ACCUMULATORS
-@BUNDLE
-@GENESIS
-@CHAIN_ID
+@log_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make, or index to replace.")
 @_JSON
-def build_command(
-    directory: Path, bundle_path: Path, genesis_path: Path, chain_id: str, out: Path, as_json: bool
-) -> None:
+def build_command(directory: Path, given: GivenLog, out: Path, as_json: bool) -> None:
     """Make the index of all sketches that the log commits to and that are here.
 
     Exit code 0 when it holds all of them, 2 when files were left out (they are named), 1 when nothing is here to index.
@@ -48,7 +44,7 @@ def build_command(
       countersign index build --accumulators run/accumulators --bundle campaign.bundle --genesis genesis.json \\
         --chain-id CHAIN_ID --out campaign.index
     """
-    log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
+    log = given.open()
     made = build_index(SketchedCampaign.of(log), directory, out, told_now_and_then())
     left_out = made.header.left_out
     if as_json:
@@ -60,11 +56,9 @@ def build_command(
 
 @index.command("check")
 @_INDEX
-@BUNDLE
-@GENESIS
-@CHAIN_ID
+@log_options
 @_JSON
-def check_command(index_path: Path, bundle_path: Path, genesis_path: Path, chain_id: str, as_json: bool) -> None:
+def check_command(index_path: Path, given: GivenLog, as_json: bool) -> None:
     """Hold all of an index to the log. Traces do this themselves for what they read.
 
     Needs no other file of the run. Exit code 0 when the index holds all that the log commits to, 1 when something in it
@@ -74,7 +68,7 @@ def check_command(index_path: Path, bundle_path: Path, genesis_path: Path, chain
     Example:
       countersign index check --index campaign.index --bundle campaign.bundle --genesis genesis.json --chain-id CHAIN_ID
     """
-    log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
+    log = given.open()
     held = open_index(index_path, SketchedCampaign.of(log))
     found = check_index(held, told_now_and_then())
     if as_json:
@@ -98,13 +92,11 @@ def check_command(index_path: Path, bundle_path: Path, genesis_path: Path, chain
 
 @index.command("export")
 @_INDEX
-@BUNDLE
-@GENESIS
-@CHAIN_ID
+@log_options
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A file: NAME.parquet or NAME.arrow."
 )
-def export_command(index_path: Path, bundle_path: Path, genesis_path: Path, chain_id: str, out: Path) -> None:
+def export_command(index_path: Path, given: GivenLog, out: Path) -> None:
     """Write an index as one table: Parquet or Arrow. Every row is held to the log first.
 
     Needs the extra export. Exit code 0 when the table has all that the log commits to, 2 when something is missing, 1
@@ -117,7 +109,7 @@ def export_command(index_path: Path, bundle_path: Path, genesis_path: Path, chai
     """
     from attribution.export import export_index  # noqa: PLC0415 (only this needs pyarrow)
 
-    log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
+    log = given.open()
     held = open_index(index_path, SketchedCampaign.of(log))
     names = {source.id: source.record.claim.name for source in log.provenance.sources}
     rows, left_out = export_index(held, names, out, told_now_and_then())

@@ -1,12 +1,18 @@
-"""A campaign's provenance from a bundle of the predicate ``accumulators``, checked against a pinned chain."""
+"""A campaign's provenance from a bundle of the predicate ``accumulators``, checked against a pinned chain.
+
+The bundle is a file, or is made now of a ledger: by a node that serves it, or from a stopped node's disk. Whoever
+starts a command brings what reads ledgers (``Ledgers``): tracing takes bytes, and checks them wherever they came from.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from consensus.bundle import MAX_BUNDLE_BYTES, OpenBundle, open_bundle
-from consensus.epochs import anchor
+from consensus.epochs import Anchor, anchor
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import ChainId
+from consensus.membership import Genesis
 from consensus.predicates import Predicate, Verdict, verify
 from consensus.predicates.accumulators import Provenance, provenance
 from consensus.rejection import Reason, Rejected
@@ -21,14 +27,39 @@ class CampaignLog:
     verdict: Verdict
 
 
+class Ledgers(Protocol):
+    """Makes the bundle of a predicate about a campaign; of the only one where none is given."""
+
+    def __call__(self, where: str, genesis: Genesis, predicate: Predicate, campaign: bytes) -> bytes:
+        """``where`` is a node's HTTP address or a data directory; ``campaign`` an id or empty."""
+
+
 def open_log(bundle_path: Path, genesis_path: Path, chain_id: ChainId) -> CampaignLog:
     """Read and check a bundle.
 
     Raises:
         Rejected: whatever is wrong with a file, its proofs or its predicate.
     """
-    trusted = anchor(genesis_from_json(_read(genesis_path, MAX_JSON_BYTES)), chain_id)
-    bundle = open_bundle(trusted, _read(bundle_path, MAX_BUNDLE_BYTES))
+    return _opened(_trusted(genesis_path, chain_id), _read(bundle_path, MAX_BUNDLE_BYTES))
+
+
+def open_ledger(ledgers: Ledgers, where: str, campaign: bytes, genesis_path: Path, chain_id: ChainId) -> CampaignLog:
+    """Have the bundle made of a ledger, and check it as one from a file.
+
+    Raises:
+        Rejected: as ``open_log``; ``UNKNOWN_CAMPAIGN`` where it is not on that log, or which one is not said.
+        ConfigError, Unavailable: no ledger there, or none that can be read now.
+    """
+    trusted = _trusted(genesis_path, chain_id)
+    return _opened(trusted, ledgers(where, trusted.genesis, Predicate.ACCUMULATORS, campaign))
+
+
+def _trusted(genesis_path: Path, chain_id: ChainId) -> Anchor:
+    return anchor(genesis_from_json(_read(genesis_path, MAX_JSON_BYTES)), chain_id)
+
+
+def _opened(trusted: Anchor, encoded: bytes) -> CampaignLog:
+    bundle = open_bundle(trusted, encoded)
     verdict = verify(bundle, Predicate.ACCUMULATORS)
     return CampaignLog(bundle, provenance(bundle), verdict)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
-from attribution.log import CampaignLog, open_log
-from attribution.options import BUNDLE, CHAIN_ID, GENESIS, digest_in, pinned_chain
+from attribution.log import CampaignLog
+from attribution.options import GivenLog, digest_in, log_options
 from attribution.receipts import receipt_fields, shown
 from consensus.identifiers import DIGEST_BYTES
 from consensus.overlap import NGRAM_BYTES, WINDOW, Overlap, OverlapIndex, key_check, overlaps
@@ -184,9 +184,7 @@ def answer_json(log: CampaignLog, answer: Answer) -> str:
     show_default=True,
     help="Bytes that a run must have to count: shorter ones are common phrases.",
 )
-@BUNDLE
-@GENESIS
-@CHAIN_ID
+@log_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def overlap_command(
     text: str | None,
@@ -194,9 +192,7 @@ def overlap_command(
     index_paths: tuple[Path, ...],
     key_paths: tuple[Path, ...],
     least_bytes: int,
-    bundle_path: Path,
-    genesis_path: Path,
-    chain_id: str,
+    given: GivenLog,
     as_json: bool,
 ) -> None:
     """Ask which examples of a campaign's sources a text repeats, byte for byte or nearly.
@@ -215,7 +211,7 @@ def overlap_command(
     asked = text.encode() if text is not None else _read(text_file)
     if len(asked) < NGRAM_BYTES:
         raise ConfigError(f"the text has {len(asked)} bytes: nothing shorter than {NGRAM_BYTES} can be recognised")
-    log = open_log(bundle_path, genesis_path, pinned_chain(chain_id))
+    log = given.open()
     indexes = {str(path): _read(path) for path in index_paths}
     chosen = key_paths or tuple(path.with_name(f"{path.name}.key") for path in index_paths)
     keys = {str(path): _key(path) for path in chosen if key_paths or path.exists()}

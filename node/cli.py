@@ -18,6 +18,8 @@ from typing import IO
 
 import click
 
+from consensus.membership import Genesis
+from consensus.predicates import Predicate
 from consensus.rejection import ConfigError, CountersignError, InvariantBroken, Rejected, Unavailable
 
 EXIT_REFUSED = 1
@@ -105,6 +107,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, context: click.Context) -> object:
         """Run a command; what it raises becomes one line and an exit code."""
+        context.obj = _bundle_of
         try:
             return super().invoke(context)
         except ExceptionGroup as group:
@@ -118,6 +121,13 @@ class LazyGroup(click.Group):
             if failure is None:
                 raise
             raise failure from error
+
+
+def _bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: bytes) -> bytes:
+    """``ledgers.bundle_of``, for commands of other packages, which find it as the context's object."""
+    from node.commands.ledgers import bundle_of  # noqa: PLC0415 (needs an HTTP client or RocksDB)
+
+    return bundle_of(where, genesis, predicate, campaign)
 
 
 def _first_worded(group: ExceptionGroup[Exception]) -> Refused | None:
