@@ -242,6 +242,8 @@ class Api:
                     "median_ms": now.finality.median_ms,
                     "p99_ms": now.finality.p99_ms,
                 },
+                "clocks_ahead_ms": dict(now.clocks_ahead_ms),
+                "roles_connected": {reach.role.value: reach.connected for reach in now.roles},
                 "tolerances": [
                     {
                         "role": role.role.value,

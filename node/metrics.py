@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from node.service import Service
+from node.service import NodeStatus, Service
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -101,11 +101,31 @@ class _NodeCollector(Collector):
             ("head_timestamp_seconds", now.timestamp_ms / 1_000, "Timestamp of the newest final ledger block."),
         ):
             yield GaugeMetricFamily(f"countersign_{name}", meaning, value=value)
+        yield from self._by_label(now)
         yield CounterMetricFamily("countersign_votes", "Votes sent.", value=now.votes_sent)
         for prefix, counted in sorted(self._counters.items()):
             for counter in fields(counted):
                 value = _number(getattr(counted, counter.name))
                 yield CounterMetricFamily(f"countersign_{prefix}_{counter.name}", "Since the start.", value=value)
+
+    def _by_label(self, now: NodeStatus) -> Iterable[Metric]:
+        connected = GaugeMetricFamily(
+            "countersign_role_connected", "Voting members of a role that this node hears, and itself.", labels=["role"]
+        )
+        threshold = GaugeMetricFamily(
+            "countersign_role_threshold", "How many of a role must vote for anything to be final.", labels=["role"]
+        )
+        for reach in now.roles:
+            connected.add_metric([reach.role.value], reach.connected)
+            threshold.add_metric([reach.role.value], reach.threshold)
+        clocks = GaugeMetricFamily(
+            "countersign_clock_ahead_seconds",
+            "How far a leader's newest timestamp was ahead of this node's clock on arrival.",
+            labels=["leader"],
+        )
+        for leader, ahead_ms in now.clocks_ahead_ms:
+            clocks.add_metric([leader], ahead_ms / 1_000)
+        return connected, threshold, clocks
 
 
 def _number(value: Any) -> int:

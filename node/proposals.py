@@ -68,6 +68,8 @@ class Proposals:
         """Events that could not be appended at the last try; tried again once the log has grown."""
         self._moving = False
         """Whether events were appended since the pool was last looked through."""
+        self.clocks_ahead_ms: dict[str, int] = {}
+        """By leader, how far the timestamp of its newest ledger block was ahead of our clock when we judged it."""
 
     def remember(self, proposal: Proposal) -> None:
         """Keep a checked proposal, to judge it, serve it and journal it."""
@@ -191,11 +193,13 @@ class Proposals:
             )
             return Verdict.REFUSED
         ahead_ms = header.timestamp_ms - self._clock.now_ms()
+        leader = self._ledger.epochs.member(MemberId(header.leader)).name
+        self.clocks_ahead_ms[leader] = ahead_ms
         if abs(ahead_ms) > self._parameters.max_clock_skew_ms:
             log.warning(
                 "ledger block of view %d by %s is %d ms %s our clock, at most %d allowed: one of the two is wrong",
                 header.view,
-                self._ledger.epochs.member(MemberId(header.leader)).name,
+                leader,
                 abs(ahead_ms),
                 "ahead of" if ahead_ms > 0 else "behind",
                 self._parameters.max_clock_skew_ms,

@@ -160,6 +160,11 @@ class Replica:
         self.why_not_voting = ""
 
     @property
+    def clocks_ahead_ms(self) -> dict[str, int]:
+        """By leader, how far its newest timestamp was ahead of this node's clock."""
+        return self._proposals.clocks_ahead_ms
+
+    @property
     def halted(self) -> str | None:
         """Why the replica stopped for good, if it did."""
         return self._stopped or self.engine.halted

@@ -46,7 +46,7 @@ from node.network import Network
 from node.proposals import MAX_BLOCK_BYTES
 from node.replica import Replica, ReplicaCounters, SyncChoice
 from node.roster import former_peers, open_peers, why_removed
-from node.service import EventState, EventStatus, FinalityFigures, NodeStatus
+from node.service import EventState, EventStatus, FinalityFigures, NodeStatus, RoleReach
 from node.store import Store
 from node.voter import Voter, open_voter
 
@@ -312,6 +312,8 @@ class Node:
         """The node at this moment."""
         final = self._ledger.final
         name_of = self._ledger.epochs.member
+        committee = self._ledger.committee
+        heard = {*self.network.connected, self._identity.member.id}
         samples = self._intake.finality_ms
         finality = FinalityFigures()
         if samples:
@@ -342,6 +344,13 @@ class Node:
             votes_sent=self._voter.votes_cast if self._voter else 0,
             finality=finality,
             evidence=sum(1 for _ in self._ledger.final.state.items_with_prefix(EVIDENCE_TABLE)),
+            roles=tuple(
+                RoleReach(
+                    role, sum(member.id in heard for member in committee.role_members(role)), committee.threshold(role)
+                )
+                for role in VOTING_ROLES
+            ),
+            clocks_ahead_ms=tuple(sorted(self.replica.clocks_ahead_ms.items())),
         )
 
     def checkpoint_note(self) -> bytes:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from consensus.event import CheckedEvent
-from consensus.identifiers import Digest
+from consensus.identifiers import Digest, Role
 from consensus.rejection import Reason
 from consensus.state import ChallengeRecord
 from node.ledger import Ledger
@@ -57,6 +57,15 @@ class FinalityFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleReach:
+    """Voting members of a role that this node hears, itself among them; below ``threshold`` nothing becomes final."""
+
+    role: Role
+    connected: int
+    threshold: int
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatus:
     """A node at one moment. Roots and digests are of the newest final ledger block.
 
@@ -86,6 +95,9 @@ class NodeStatus:
     finality: FinalityFigures = FinalityFigures()
     evidence: int = 0
     """Members, epochs and offences for which the log holds evidence."""
+    roles: tuple[RoleReach, ...] = ()
+    clocks_ahead_ms: tuple[tuple[str, int], ...] = ()
+    """By leader, how far the timestamp of its newest ledger block was ahead of this node's clock on arrival."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from consensus.certificate import decode_certificate
 from consensus.checkpoint import assemble_note, checkpoint_text, sign_note
 from consensus.codec import encode
 from consensus.event import CheckedEvent, check_unsigned, pack_parts, sign_entry, unpack
-from consensus.identifiers import Digest, MemberId, Role
+from consensus.identifiers import VOTING_ROLES, Digest, MemberId, Role
 from consensus.keys import Ed25519SigningKey
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.transition import is_final
@@ -33,7 +33,7 @@ from node.ledger import Ledger
 from node.mempool import Mempool
 from node.messages import GetBeaconShare, decode_request
 from node.metrics import Metrics
-from node.service import EventState, EventStatus, GrantState, GrantStatus, NodeStatus
+from node.service import EventState, EventStatus, GrantState, GrantStatus, NodeStatus, RoleReach
 from node.store import Store
 from node.voter import VotingKeys
 
@@ -224,6 +224,8 @@ class InstantNode:
             mempool_bytes=self.mempool.held_bytes,
             voting=True,
             halted=self.halted,
+            roles=tuple(RoleReach(role, 1, self.ledger.committee.threshold(role)) for role in VOTING_ROLES),
+            clocks_ahead_ms=(("governance-1", -250),),
         )
 
     def checkpoint_note(self) -> bytes:

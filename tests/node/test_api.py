@@ -238,7 +238,12 @@ async def test_status_and_metrics_agree_with_the_ledger(tmp_path: Path) -> None:
         assert (status["log_root"], status["state_root"]) == (header.log_root.hex(), header.state_root.hex())
         assert status["chain_id"] == running.node.memory.chain_id.hex()
         assert [role["members"] for role in status["tolerances"]] == [2, 1, 1]
+        assert status["roles_connected"] == {"data-source": 1, "governance": 1, "operator": 1}
+        assert status["clocks_ahead_ms"] == {"governance-1": -250}
         answer = await running.client.get("/metrics")
+        assert 'countersign_role_connected{role="operator"} 1.0' in answer.text
+        assert 'countersign_role_threshold{role="data-source"} 2.0' in answer.text
+        assert 'countersign_clock_ahead_seconds{leader="governance-1"} -0.25' in answer.text
         assert answer.headers["content-type"].startswith("text/plain")
         lines = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
         assert lines["countersign_log_size"] == f"{header.log_size:.1f}"

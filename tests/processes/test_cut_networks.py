@@ -54,6 +54,7 @@ def test_partition_of_a_minority_stops_it_alone_and_loses_nothing_on_either_side
     for event in acknowledged:
         assert network.is_final("library", event, 60), network.log("library")
     network.wait_until(lambda: network.status("press")["peers_connected"] == [], SILENT_SECONDS)
+    assert network.status("press")["roles_connected"] == {"data-source": 1, "governance": 0, "operator": 0}
     assert network.status("press")["log_size"] == lost
     assert not network.is_final("press", stranded)
     network.heal()
@@ -139,6 +140,9 @@ def test_clock_far_off_is_refused_by_name_and_stops_nobody_else(network: Namespa
     network.wait_until(refused, 60)
     assert "ms ahead of our clock, at most 5000 allowed" in network.log("library")
     assert "by press is" not in network.log("library")
+    ahead = network.status("library")["clocks_ahead_ms"]
+    assert isinstance(ahead, dict)
+    assert ahead["archive"] > 50_000
     for name in ("press", "archive"):
         network.kill(name)
         del network.programs[name]
