@@ -50,8 +50,13 @@ NOBODY = MemberId(bytes(32))
 class NoNetwork:
     """What the product's parts are given for a network: the simulation carries everything itself."""
 
+    def __init__(self, simulation: "LedgerSimulation") -> None:
+        self.simulation = simulation
+
     def complain(self, member: MemberId, why: Rejected) -> None:
-        """A bad event of a peer's is its own affair here."""
+        """A bad event of a peer's; what a correct one said before it knew of a new epoch may be one, too."""
+        if member in self.simulation.garbage:
+            self.simulation.refused_events[why.reason.value] += 1
 
 
 class LedgerNode(Node):
@@ -73,7 +78,7 @@ class LedgerNode(Node):
     # Life and death
 
     def new_engine(self) -> Engine:
-        simulation, network = self.simulation, NoNetwork()
+        simulation, network = self.simulation, NoNetwork(self.simulation)
         self.log = Ledger(self.disk, simulation.genesis_file)
         self.mempool = Mempool(2_000, 1 << 24)
         self.intake = Intake(self.log, self.mempool, network, simulation.clock, 1 << 20)  # type: ignore[arg-type]
@@ -89,7 +94,7 @@ class LedgerNode(Node):
         self.asked_ahead: set[MemberId] = set()
         self.proposals = Proposals(
             self.log,
-            NoNetwork(),  # type: ignore[arg-type]
+            NoNetwork(simulation),  # type: ignore[arg-type]
             self.mempool,
             self.intake,
             simulation.clock,
@@ -209,9 +214,10 @@ class LedgerNode(Node):
 
     def refuse(self, sender: MemberId, refusal: Rejected) -> None:
         """Of a correct member's nothing is refused but what it said before it knew of the new epoch, or we did."""
-        if sender not in self.simulation.traitors and refusal.reason is not Reason.WRONG_EPOCH:
+        bad = self.simulation.traitors | self.simulation.garbage
+        if sender not in bad and refusal.reason is not Reason.WRONG_EPOCH:
             raise refusal
-        who = "traitor" if sender in self.simulation.traitors else "other"
+        who = "traitor" if sender in bad else "other"
         self.simulation.refused[f"{who}: {refusal.reason.value}"] += 1
 
     def receive(self, message: Message, sender: MemberId) -> None:
@@ -264,9 +270,13 @@ class LedgerNode(Node):
         self.later(self.simulation.random.randint(2, DELAY_MS), ask)
 
     def _judge(self, proposal: Proposal, header: Header, events: list[CheckedEvent] | None) -> None:
-        verdict = Verdict.MISSING if events is None else self.proposals.judge(proposal, header, events)
+        verdict = Verdict.MISSING if events is None else self.judged(proposal, header, events)
         digest = proposal.digest
         self.step("verified", lambda engine: engine.block_verified(digest, verdict, self.simulation.now_ms))
+
+    def judged(self, proposal: Proposal, header: Header, events: list[CheckedEvent]) -> Verdict:
+        """Whether a ledger block may have this member's vote."""
+        return self.proposals.judge(proposal, header, events)
 
     def _ask_for_events(self, found: dict[Digest, CheckedEvent], leaves: list[Digest], header: Header) -> None:
         for peer in self._askable([MemberId(header.leader)]):

@@ -20,6 +20,7 @@ class LedgerOutcome(Outcome):
     carried: int = 0
     spoiled: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    refused_events: Counter[str] = field(default_factory=Counter)
     distrusted: Counter[str] = field(default_factory=Counter)
     """As in ``LedgerSimulation``."""
 
@@ -42,5 +43,6 @@ def ledger_outcome(seed: int, plan: LedgerPlan) -> LedgerOutcome:
         simulation.carried,
         simulation.spoiled,
         simulation.refused,
+        simulation.refused_events,
         simulation.distrusted,
     )

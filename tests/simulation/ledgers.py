@@ -1,7 +1,8 @@
 """Simulated runs whose hosts hold real logs and states, judge real events, and go through epochs.
 
-Hosts are ``ledger_host``, members' clients ``voices``, servers that lie ``liars``, traitors ``ledger_adversary``, the
-making of a new epoch's keys ``ceremonies``. Checked beside what ``simulator`` and ``judgement`` check:
+Hosts are ``ledger_host``, members' clients ``voices``, servers that lie ``liars``, traitors ``ledger_adversary``,
+censors and senders of garbage ``ledger_saboteurs``, the making of a new epoch's keys ``ceremonies``. Checked beside
+what ``simulator`` and ``judgement`` check:
 
 - ``Distrusted``: nobody refuses what a correct host answers to who catches up.
 - ``Fallen``: no correct host raises what it must not.
@@ -22,6 +23,7 @@ from simulation.host import Node
 from simulation.judgement import JudgedSimulation
 from simulation.ledger_adversary import LedgerAdversary
 from simulation.ledger_host import LedgerNode
+from simulation.ledger_saboteurs import CensorNode, LedgerGarbageSender
 from simulation.liars import lie
 from simulation.plan import DELAY_MS, Change, LedgerPlan
 from simulation.voices import Voices
@@ -46,6 +48,7 @@ class LedgerSimulation(JudgedSimulation):
     """One run with real ledgers."""
 
     nodes: dict[MemberId, LedgerNode]  # type: ignore[assignment]
+    garbage_senders: list[LedgerGarbageSender]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -59,6 +62,8 @@ class LedgerSimulation(JudgedSimulation):
         """What traitors can show of their ledger blocks."""
         self.spoiled: Counter[str] = Counter()
         """Ledger blocks of traitors that must not be final, by the rule they break."""
+        self.refused_events: Counter[str] = Counter()
+        """Gossiped events that a host refused, by reason."""
         self.distrusted: Counter[str] = Counter()
         """Answers to who catches up that were refused, by reason."""
         self.named: list[tuple[str, str]] = []
@@ -69,6 +74,7 @@ class LedgerSimulation(JudgedSimulation):
         self.away: set[MemberId] = set()
         self.stale_answers: dict[MemberId, Blocks] = {}
         super().__init__(seed, plan, engine)
+        self.garbage_senders = [LedgerGarbageSender(self, member) for member in sorted(self.garbage)]
         self.voices = Voices(self)
 
     # Who takes part
@@ -77,15 +83,15 @@ class LedgerSimulation(JudgedSimulation):
         self.names = {member.id: member.name for member in self.committee.voters}
         """By what a host is found by."""
         self.traitor_names = {self.names[traitor] for traitor in self.traitors}
+        absent = self.traitors | self.silent | self.garbage
         for index, role in enumerate(VOTING_ROLES):
-            honest = [one.id for one in self.committee.role_members(role) if one.id not in self.traitors | self.silent]
+            honest = [one.id for one in self.committee.role_members(role) if one.id not in absent]
             honest.sort(reverse=True)  # who catches up asks the lowest first: the liars
             first = honest[: len(honest) - self.plan.liars[index]]
             self.liars.update(honest[len(first) :])
             self.away.update(first[len(first) - self.plan.away[index] :])
-        absent = self.traitors | self.silent
         return {
-            member.id: self.host_class(self, member.id, member.name)
+            member.id: (CensorNode if member.id in self.censors else self.host_class)(self, member.id, member.name)
             for member in self.committee.voters
             if member.id not in absent
         }
@@ -199,6 +205,8 @@ class LedgerSimulation(JudgedSimulation):
     def broadcast(self, sender: MemberId, message: object) -> None:
         if self.adversary is not None:
             self.adversary.hear(message)  # type: ignore[arg-type]
+        for garbage in self.garbage_senders:
+            garbage.hear(message)  # type: ignore[arg-type]
         for to in self.nodes[sender].peers():
             self.send(sender, to, message)  # type: ignore[arg-type]
 
@@ -206,6 +214,8 @@ class LedgerSimulation(JudgedSimulation):
         """An event to some."""
         if self.adversary is not None:
             self.adversary.hear_event(encoded)  # type: ignore[attr-defined]
+        for garbage in self.garbage_senders if sender not in self.garbage else ():
+            garbage.hear_event(encoded)
         for to in recipients:
             node = self.nodes.get(to)
             if node is None or not self.gets_through(sender, to):

@@ -26,6 +26,18 @@ LIVE = {
         LedgerPlan(counts=(4, 1, 1), traitors=(1, 0, 0), pushed=0.3, censorship_ms=2_000, **CHAOS, end_ms=9_000),
         8,
     ),
+    "5/1/1 with t=3, one censor, one sender of garbage": (
+        LedgerPlan(
+            counts=(5, 1, 1),
+            thresholds=(3, 1, 1),
+            censors=(1, 0, 0),
+            garbage=(1, 0, 0),
+            censorship_ms=2_000,
+            **CHAOS,
+            end_ms=16_000,
+        ),
+        6,
+    ),
     "5/1/1 with t=3, all that one who was away asks lie but one": (
         LedgerPlan(
             counts=(5, 1, 1),
@@ -65,16 +77,22 @@ SAFE = {
 def test_every_admissible_event_is_on_every_log_within_the_bound_after_healing(name: str) -> None:
     plan, count = LIVE[name]
     spoiled, kinds, distrusted = Counter[str](), Counter[str](), Counter[str]()
+    refused, refused_events = Counter[str](), Counter[str]()
     for run in outcomes(plan, seeds(count), ledger_outcome):
         assert run.gap_ms <= BOUND_IN_DELAYS * DELAY_MS, f"seed {run.seed}: {run.gap_ms} ms without finalization"
         assert run.behind == 0, f"seed {run.seed}: {run.behind} members did not catch up"
         spoiled += run.spoiled
         kinds += run.kinds
         distrusted += run.distrusted
+        refused += run.refused
+        refused_events += run.refused_events
     assert {"source", "revocation", "policy", "delegation"} <= set(kinds)
     if any(plan.traitors):
         broken = {"bad-block", "bad-timestamp", "duplicate", "log-root-mismatch", "state-root-mismatch"}
         assert broken <= set(spoiled), "traitors proposed nothing worth refusing"
+    if any(plan.garbage):
+        assert {"traitor: bad-signature", "traitor: wrong-chain", "traitor: wrong-epoch"} <= set(refused)
+        assert {"bad-signature", "malformed", "portion-mismatch"} <= set(refused_events)
     if any(plan.liars):
         named = {"bad-block", "bad-certificate", "malformed", "not-found", "wrong-chain"}
         assert named <= set(distrusted), "nobody was lied to"
