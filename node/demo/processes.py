@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -122,7 +122,7 @@ class Processes:
         environment: Mapping[str, str] | None = None,
     ) -> Child:
         """Start ``command``, appending to ``log``. With ``read_lines`` its standard output goes to ``Child.lines``."""
-        with log.open("ab") as sink:
+        with log.open("ab") as sink, interrupts_deferred():
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "node.demo.child", str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
@@ -131,8 +131,8 @@ class Processes:
                 process_group=0,
                 env=None if environment is None else {**os.environ, **environment},
             )
-        child = Child(name, process, log)
-        self._children.append(child)
+            child = Child(name, process, log)
+            self._children.append(child)
         return child
 
     def run(self, name: str, command: Sequence[str], log: Path, seconds: float) -> tuple[int, bytes]:
@@ -219,25 +219,38 @@ def stop_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, stop) for number in wanted]
-    try:
+    with _handled_by(stop):
         yield
-    finally:
-        for number, handler in zip(wanted, before, strict=True):
-            signal.signal(number, handler)
 
 
 @contextmanager
 def interrupts_ignored() -> Iterator[None]:
     """Nothing interrupts what runs inside: for tidying up."""
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, signal.SIG_IGN) for number in wanted]
+    with _handled_by(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """What interrupts meanwhile does so at the end: a child that runs must be known before anything is raised."""
+    arrived: list[int] = []
+    with _handled_by(lambda number, frame: arrived.append(number)):
+        yield
+    for number in arrived:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
+    before = [signal.signal(number, handler) for number in _STOPPING]
     try:
         yield
     finally:
-        for number, handler in zip(wanted, before, strict=True):
-            signal.signal(number, handler)
+        for number, held in zip(_STOPPING, before, strict=True):
+            signal.signal(number, held)
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _worded(code: int) -> str:

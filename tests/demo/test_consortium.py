@@ -97,6 +97,27 @@ def test_child_that_ignores_the_request_to_stop_is_killed(tmp_path: Path, monkey
     assert not alive(child.process_id)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_child_that_was_being_started_when_the_person_stopped_is_stopped_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    started: list[int] = []
+
+    class InterruptedOnceForked(subprocess.Popen[bytes]):
+        """The signal comes when the child runs and nobody knows of it yet."""
+
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)  # type: ignore[call-overload]
+            started.append(self.pid)
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", InterruptedOnceForked)
+    with stop_signals(), pytest.raises(Stopped) as caught, Processes() as processes:
+        processes.start("sleeper", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
+    assert caught.value.number == number
+    assert not alive(started[0])
+
+
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     parent = textwrap.dedent(
         f"""
