@@ -51,6 +51,8 @@ SETTLE_AFTER_MS = 1_000
 SETTLED_AT_ONCE = 256
 SETTLED_WHILE_MOVING = 16
 """Of a backlog that is being appended most events wait for their turn, not for what will never be."""
+MOVING_MS = 2_000
+"""How long after events were appended the others count as such a backlog: several views."""
 
 
 class Proposals:
@@ -66,8 +68,8 @@ class Proposals:
         self._proposals: dict[Digest, Proposal] = {}
         self._blocked: set[Digest] = set()
         """Events that could not be appended at the last try; tried again once the log has grown."""
-        self._moving = False
-        """Whether events were appended since the pool was last looked through."""
+        self._moving_until_ms = 0
+        """On the monotonic clock, until when what waits counts as a backlog that is being appended."""
         self.clocks_ahead_ms: dict[str, int] = {}
         """By leader, how far the timestamp of its newest ledger block was ahead of our clock when we judged it."""
 
@@ -150,7 +152,7 @@ class Proposals:
                 self._mempool.remove(event.leaf_hash)
             if block.events:
                 self._blocked.clear()
-                self._moving = True
+                self._moving_until_ms = self._clock.monotonic_ms() + MOVING_MS
 
     def settle(self) -> None:
         """Reject what has waited a while and the finalized state itself refuses for good; drop what is too old."""
@@ -158,8 +160,7 @@ class Proposals:
         self._mempool.expire(now_ms)
         final = self._ledger.final
         timestamp_ms = max(final.header.timestamp_ms, self._clock.now_ms())
-        most = SETTLED_WHILE_MOVING if self._moving else SETTLED_AT_ONCE
-        self._moving = False
+        most = SETTLED_WHILE_MOVING if now_ms < self._moving_until_ms else SETTLED_AT_ONCE
         for event in self._mempool.to_settle(now_ms - SETTLE_AFTER_MS, now_ms, most):
             try:
                 admit(StateView(final.state), event, timestamp_ms, self._ledger.committee)
