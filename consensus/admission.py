@@ -17,7 +17,7 @@ The rules, by kind (DESIGN of the protocol: ``docs/protocol.md``, section "Admis
 * evaluations, decisions: ``review_rules.py``. Audit challenges, audit results: ``audit_rules.py``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -30,6 +30,7 @@ from consensus.identifiers import Digest, MemberId, Role
 from consensus.job_key import check_job_key_id
 from consensus.membership import Committee
 from consensus.membership_change import MembershipChange, admit_change, holder, holders
+from consensus.pieces import HEAD, piece_named, whole_tensors
 from consensus.policy import check_author_scheme, check_grant_terms, check_policy, why_refused
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
@@ -213,9 +214,10 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
     if campaign.sketch_rank and not campaign.accumulator_window_steps:
         raise Rejected(Reason.BAD_FIELD, "sketches are kept beside accumulators, and the campaign keeps none")
     blocks = tuple(block.name for block in campaign.parameter_blocks)
-    tensors = [tensor.name for block in campaign.parameter_blocks for tensor in block.tensors]
-    if len(set(blocks)) != len(blocks) or len(set(tensors)) != len(tensors):
+    tensors = [tensor for block in campaign.parameter_blocks for tensor in block.tensors]
+    if len(set(blocks)) != len(blocks) or len({tensor.name for tensor in tensors}) != len(tensors):
         raise Rejected(Reason.BAD_FIELD, "the parameter table names a parameter block or tensor twice")
+    _check_pieces(campaign, tensors)
     manifest = tuple(item for item in event.items if isinstance(item, p.ManifestRange))
     _check_manifest(view, manifest, campaign.batch_size)
     view.put(
@@ -366,6 +368,19 @@ def check_granted_sources(
         reason = why_refused(policy, record.claim, bool(record.revocation), campaign.purpose, from_ms, until_ms)
         if reason is not None:
             raise Rejected(reason, f"source '{record.claim.name}'")
+
+
+def _check_pieces(campaign: p.Campaign, tensors: Sequence[p.Tensor]) -> None:
+    """Pieces of tensors divide them, at the granularity that says so, and no accumulators are kept."""
+    if all(piece_named(tensor.name) is None for tensor in tensors):
+        return
+    whole_tensors(tensors)
+    if campaign.routing_granularity != HEAD:
+        raise Rejected(
+            Reason.BAD_FIELD, f"pieces of tensors at routing granularity '{campaign.routing_granularity}', not '{HEAD}'"
+        )
+    if campaign.accumulator_window_steps:
+        raise Rejected(Reason.BAD_FIELD, "accumulators are of undivided tensors, and the parameter table names pieces")
 
 
 def _check_granularities(policy: p.Policy, routing: str, event: str) -> None:

@@ -13,6 +13,7 @@ from consensus import portions as p
 from consensus.bundle import OpenBundle, OpenEvent
 from consensus.event import Kind
 from consensus.parameters import TensorDescriptor, parameter_root
+from consensus.pieces import whole_tensors
 from consensus.predicates.history import complete_job_events, member_name
 from consensus.predicates.reviews import audits_of, challenges_of, tell_replays
 from consensus.predicates.verdict import Steps
@@ -45,7 +46,7 @@ def delta_exact(bundle: OpenBundle, steps: Steps, files: Sequence[ReleasedFile])
     """Roots continuous from base to release, and the file at hand is the released one.
 
     Raises:
-        Rejected: ``BUNDLE_INCOMPLETE``.
+        Rejected: ``BUNDLE_INCOMPLETE``; ``BAD_FIELD`` for a parameter table whose pieces make up no tensors.
     """
     events, head = complete_job_events(bundle)
     operator = member_name(bundle, events[0].entry.author)
@@ -141,7 +142,7 @@ def _check_file(steps: Steps, campaign: p.Campaign, release: p.Release, files: S
         f"parameter root recomputed from {len(checked.tensors)} tensors is the released {release.parameter_root.hex()}",
         problems,
     )
-    listed = [tensor for block in campaign.parameter_blocks for tensor in block.tensors]
+    listed = whole_tensors(tensor for block in campaign.parameter_blocks for tensor in block.tensors)
     table = {(tensor.name, tensor.dtype, tensor.shape) for tensor in listed}
     given = {(tensor.name, tensor.dtype, tensor.shape) for tensor in checked.tensors}
     problems = [f"{name!r} of the campaign's table is another in the file" for name, _, _ in sorted(table - given)]

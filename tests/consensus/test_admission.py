@@ -427,6 +427,7 @@ def test_campaign_opens_with_its_delegated_key() -> None:
             },
             Reason.BAD_FIELD,
         ),
+        ({"parameter_blocks": (p.ParameterBlock("a", (p.Tensor("t[0:2]", "F32", (2,)),)),)}, Reason.BAD_FIELD),
     ],
 )
 def test_false_campaign_is_refused(fields: dict[str, object], reason: Reason) -> None:
@@ -434,6 +435,36 @@ def test_false_campaign_is_refused(fields: dict[str, object], reason: Reason) ->
     delegation, opening, other = other_campaign(told)
     forged = remake(other, opening, operation=tell(opening.operation, **fields))
     assert_refused(told.ledger, forged, reason, before=[delegation])
+
+
+HEADS = tuple(
+    p.ParameterBlock(f"head.{number}", (p.Tensor(f"t[{2 * number}:{2 * number + 2}]", "F32", (2, 4)),))
+    for number in (0, 1)
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({}, False),
+        ({"parameter_blocks": HEADS[1:]}, True),
+        ({"routing_granularity": "block"}, True),
+        ({"accumulator_window_steps": 5}, True),
+    ],
+    ids=["whole", "gap", "other granularity", "accumulators"],
+)
+def test_table_of_heads_is_admitted_if_its_pieces_make_up_tensors_that_nobody_sums_up(
+    fields: dict[str, object], refused: bool
+) -> None:
+    told = opened()
+    policy = told.ledger.policy(routing_granularities=("block", "head"))
+    delegation, opening, other = other_campaign(told)
+    terms = {"policy": policy.id, "routing_granularity": "head", "parameter_blocks": HEADS, **fields}
+    by_head = remake(other, opening, operation=tell(opening.operation, **terms))
+    if refused:
+        assert_refused(told.ledger, by_head, Reason.BAD_FIELD, before=[policy, delegation])
+    else:
+        assert_admitted(told.ledger, by_head, before=[policy, delegation])
 
 
 def test_campaign_under_a_policy_that_was_replaced_is_refused() -> None:

@@ -15,6 +15,7 @@ from ledger_fixtures import (
     begin,
     story,
 )
+from rules_fixtures import remake, tell
 
 from consensus import portions as p
 from consensus.bundle import MAGIC, MAX_BUNDLE_BYTES, Bundle, encode_bundle, open_bundle
@@ -109,6 +110,29 @@ def test_tensors_outside_the_parameter_table_are_pointed_out() -> None:
     verdict = judged(hidden, exported(hidden, Predicate.DELTA_EXACT), (file,))
     assert verdict.answer is Answer.YES
     assert "1 more tensors of the file ('adapter.weight' first)" in text_of(verdict, Status.NOT_COVERED)
+
+
+@pytest.mark.parametrize(("rows", "answer"), [(2, Answer.YES), (1, Answer.NO), (3, Answer.NO)])
+def test_pieces_of_a_parameter_table_must_reach_to_the_end_of_the_files_tensors(rows: int, answer: Answer) -> None:
+    tale = begin()
+    policy = tale.ledger.policy(routing_granularities=("head",))
+    tale.ledger.seal(policy)
+    run = CampaignRun(tale.ledger, (p.ManifestRange(tale.books, 0, 8),), name="by head", batch_size=4)
+    delegation, opening = run.open()
+    assert isinstance(opening.operation, p.Campaign)
+    first, *others = opening.operation.parameter_blocks
+    name = first.tensors[0].name
+    heads = tuple(
+        p.ParameterBlock(f"head.{row}", (p.Tensor(f"{name}[{row}:{row + 1}]", "F32", (1, 2)),)) for row in range(rows)
+    )
+    by_head = tell(opening.operation, routing_granularity="head", parameter_blocks=(*heads, *others))
+    tale.ledger.seal(delegation, remake(run, opening, operation=by_head))
+    tale.ledger.seal(run.release())
+    held = Story(tale.ledger, run, tale.books, tale.records, tale.archive, run.weights_file())
+    file = ReleasedFile("f", hashlib.sha256(run.weights_file()).digest(), run.tensors())
+    verdict = judged(held, exported(held, Predicate.DELTA_EXACT), (file,))
+    assert verdict.answer is answer
+    assert (f"{name!r} of the campaign's table is another" in text_of(verdict, Status.FAILED)) == (rows != 2)
 
 
 @pytest.mark.parametrize("name", ["", "\ud800"])
