@@ -31,6 +31,7 @@ from consensus import portions as p
 from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.keys import Ed25519SigningKey
 from trainer_client.accumulators import SourceAccumulators
+from trainer_client.clipping import clip_block_gradients
 from trainer_client.commitment import (
     CommitmentWorker,
     copied_tensors,
@@ -42,7 +43,7 @@ from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks
 from trainer_client.ranks import ALONE
 from trainer_client.record import Permission, Place, Recorder, StepOutcome, StepUse
 from trainer_client.routed_modules import observed_parameters
-from trainer_client.routing import Routing, clip_block_gradients
+from trainer_client.routing import Routing
 from trainer_client.sketches import SketchBook
 from trainer_client.step_book import OptimizerDigests
 

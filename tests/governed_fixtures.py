@@ -49,6 +49,38 @@ class TinyModel(nn.Module):
         return logits
 
 
+class CausalHeads(nn.Module):
+    """Attention of two heads, queries, keys and values joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_head = 2
+        self.c_attn = nn.Linear(8, 24)
+        self.c_proj = nn.Linear(8, 8)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        query, key, value = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.c_attn(x_BTI).chunk(3, dim=-1))
+        together = functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+        output: Tensor = self.c_proj(together)
+        return output
+
+
+class TinyAttention(nn.Module):
+    """As ``TinyModel``, with attention between; parameter blocks by head ``attention.head.0``, ``attention.head.1``."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 8)
+        self.attention = CausalHeads()
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(8, 32)
+
+    def forward(self, bytes_BT: Tensor) -> Tensor:
+        x = self.embedding(bytes_BT)
+        logits: Tensor = self.head(self.dropout(x + self.attention(x)))
+        return logits
+
+
 def collate(examples: object) -> Tensor:
     return torch.tensor([list(example) for example in examples])  # type: ignore[attr-defined]
 
@@ -73,15 +105,16 @@ class Scene:
     directory: Path
     texts: dict[str, list[bytes]]
     sources: dict[str, bytes] = field(default_factory=dict)
-    model: TinyModel = field(default_factory=TinyModel)
+    model: nn.Module = field(default_factory=TinyModel)
     settings: RunSettings = SETTINGS
     plan_changes: dict[str, object] = field(default_factory=dict)
     arguments: dict[str, object] = field(default_factory=dict)
+    build: Callable[..., nn.Module] = TinyModel
     seen: list[Example] = field(default_factory=list)
     salt: bytes | None = SALT
     campaign: bytes = CAMPAIGN
     key: Ed25519SigningKey = KEY
-    wrap: Callable[[TinyModel], nn.Module] = lambda model: model
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model
     wrapped: nn.Module = field(default_factory=nn.Module)
 
     def register(self, **policy: object) -> None:
@@ -104,7 +137,7 @@ class Scene:
 
     def run(self) -> GovernedRun[bytes]:
         torch.manual_seed(1)
-        self.model = TinyModel(**self.plan_changes.pop("model", {}))  # type: ignore[arg-type]
+        self.model = self.build(**self.plan_changes.pop("model", {}))  # type: ignore[arg-type]
         self.wrapped = self.wrap(self.model)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.1)
         fields: dict[str, object] = {

@@ -75,7 +75,7 @@ class Outcome:
     error_type: str = ""
 
 
-CARRIED = ("texts", "sources", "settings", "plan_changes", "arguments", "salt", "campaign", "key")
+CARRIED = ("texts", "sources", "settings", "plan_changes", "arguments", "build", "salt", "campaign", "key")
 
 
 class Recites:
@@ -136,7 +136,7 @@ def _wrap(kind: str, model: nn.Module) -> nn.Module:
     if kind == "FSDP2":
         from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - slow to import
 
-        for layer in model.layers:
+        for layer in getattr(model, "layers", ()):
             fully_shard(layer)
         return fully_shard(model)
     if kind == "DDP with a hook":

@@ -46,11 +46,11 @@ from consensus.accumulators import (
 from consensus.codec import encode
 from consensus.identifiers import Digest
 from consensus.rejection import CountersignError
+from trainer_client.clipping import clip_factor
 from trainer_client.durable import make_durable
 from trainer_client.ranks import ALONE, Ranks
 from trainer_client.record import Example
 from trainer_client.routed_modules import observed_parameters
-from trainer_client.routing import clip_factor
 from trainer_client.sharding import as_part_of, own_part, whole
 from trainer_client.sketches import SketchBook, WindowSketches, sketch_file
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from consensus.rejection import Reason, Rejected
+from trainer_client.clipping import clip_factor
 from trainer_client.routed_modules import observed_parameters
-from trainer_client.routing import clip_factor
 
 Parts = dict[str, Tensor]
 """Parameter name to a part of its change, float64."""

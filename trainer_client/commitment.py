@@ -30,6 +30,7 @@ from consensus.identifiers import Digest, Tag, tagged_hash
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.portions import BlockDelta
 from consensus.rejection import InvariantBroken
+from trainer_client.pieces import part_of_entry
 from trainer_client.sharding import own_part
 
 MICRO = 1_000_000
@@ -122,7 +123,8 @@ def step_commitment(
     if kinds[0] != kinds[1]:
         raise InvariantBroken("the two snapshots hold different tensors")
     deltas = tuple(
-        _block_delta(block, {name: (before[name], after[name]) for name in names}) for block, names in blocks.items()
+        _block_delta(block, {name: (part_of_entry(before, name), part_of_entry(after, name)) for name in names})
+        for block, names in blocks.items()
     )
     tensors_after = tensor_descriptors(after)
     return StepCommitment(root_before or root_of_tensors(before), parameter_root(tensors_after), deltas, tensors_after)

@@ -59,6 +59,7 @@ from consensus.review import DataSlice, Metric, metric_text
 from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.audit_snapshots import AuditSnapshots, snapshot_directory
+from trainer_client.clipping import clip_block_gradients
 from trainer_client.commitment import root_of_tensors
 from trainer_client.course import Course
 from trainer_client.data_parallel import ParallelModel
@@ -81,7 +82,6 @@ from trainer_client.rollback import (
     step_beginning,
     take_snapshot,
 )
-from trainer_client.routing import clip_block_gradients
 from trainer_client.step_book import Step, random_digest, random_digest_of_all
 from trainer_client.submit import Client
 
@@ -409,6 +409,7 @@ class GovernedRun(Generic[E]):
                     self._finish_step(step, float(self._optimizer.param_groups[0]["lr"]))
                 continue
             self._optimizer.zero_grad(set_to_none=True)
+            self._model.zero_grad(set_to_none=True)  # divided tensors are not the optimizer's
             yield step
 
     def complete(self) -> bool:
@@ -494,17 +495,16 @@ class GovernedRun(Generic[E]):
             shown = examples or step.admitted[:1]
             profiles = step.grant.profiles
             weights = [list(profiles[self._classes[source]].weights_permille) for source, _ in shown]
-            open_K: list[bool] = []
+            of_step: set[tuple[int, ...]] = set()
             if self._ranks.size > 1:
                 of_step = {profiles[self._classes[source]].weights_permille for source, _ in step.admitted}
-                open_K = [any(weights_C) for weights_C in zip(*of_step, strict=True)]
             if not examples:
                 weights = [[0] * len(row_K) for row_K in weights]
             inputs, packing = taken_apart(self._arguments.collate(list(self._content(shown).values())))
             groups = [source for source, _ in shown]
             last = step.learned + 1 == len(step.batches)
             self._micro_batch.enter_context(self._parallel.pass_of(last=last))
-            self._micro_batch.enter_context(self._routing.micro_batch(weights, groups, open_K, packing))
+            self._micro_batch.enter_context(self._routing.micro_batch(weights, groups, of_step, packing))
         self._yielded = (Moment.now(), examples)
         attempt = self._ledger.place.attempt
         return Batch(step.index, attempt, inputs, examples, step.replayed, packing)

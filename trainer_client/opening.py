@@ -38,6 +38,7 @@ from trainer_client.data_parallel import ParallelModel
 from trainer_client.grants import OpenGrant
 from trainer_client.ledger_side import LedgerSide
 from trainer_client.memorization_watch import MemorizationCheck
+from trainer_client.pieces import optimizer_by_pieces
 from trainer_client.plan import (
     RANKS,
     CampaignPlan,
@@ -146,6 +147,12 @@ def open_run(
         accumulators.attach(model.module, block_of)
         stack.enter_context(accumulators)
     routing = Routing(model.module, block_of, accumulators, None if accumulators is None else accumulators.sketches)
+    if routing.division.pieces:
+        if model.is_sharded:
+            raise ConfigError("routing granularity 'head' with fully_shard: ranks hold rows, not heads; use DDP")
+        if arguments.probe_loss is None:
+            raise ConfigError("routing granularity 'head' without probe_loss: only a probe shows whose rows are whose")
+    stack.enter_context(optimizer_by_pieces(arguments.optimizer, model.module, routing.division, routing.moved))
     sources = {source.id: source for source in arguments.sources}
     claims, policy = ranks.by_first(lambda: _claims_and_policy(client, sources))
     ranks.together(lambda: _check_contents(sources, claims))

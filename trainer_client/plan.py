@@ -5,7 +5,8 @@ all of it in the ``campaign`` event, before the first step.
 
 A parameter table groups *every* parameter. Its default puts the parameters of a numbered layer
 (``blocks.3.attention.weight``) in one parameter block (``blocks.3``) and everything else in a block named by its first
-word (``head``); a policy names its exceptions by these names.
+word (``head``); a policy names its exceptions by these names. At granularity ``head`` what heads of attention own is in
+blocks of their own (``heads.py``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,11 @@ from torch import nn
 from consensus import portions as p
 from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.merkle import root_of
+from consensus.pieces import HEAD, piece_named
 from consensus.rejection import Reason, Rejected
 from trainer_client.commitment import SAFETENSORS_DTYPES, committed_tensors
+from trainer_client.heads import head_blocks
+from trainer_client.pieces import part_of_entry
 
 E = TypeVar("E")
 
@@ -36,7 +40,9 @@ class CampaignPlan:
         operator: the member that delegated the job key.
         campaign: the campaign's id, as the delegation names it.
         batch_size: examples presented at each step, refused ones included.
-        blocks: parameter block name to parameter names; None takes ``default_blocks``.
+        blocks: parameter block name to parameter names, or pieces' (``consensus/pieces.py``); None takes
+            ``default_blocks``, at granularity ``head`` with heads taken out of them. At ``head`` pieces are those of
+            heads, in whichever blocks.
         clip_norm: largest L2 norm of each parameter block's gradient.
         factors_digest: SHA-256 of the file of Kronecker factors that traces of this campaign are to use.
         accumulator_window_steps: steps per window of per-source gradient sums (``accumulators.py``); 0 keeps none.
@@ -118,14 +124,29 @@ def default_blocks(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def blocks_of(plan: CampaignPlan, model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The plan's parameter table, which must hold each parameter once.
+    """The plan's parameter table, which must hold each parameter once, whole or in pieces.
 
     Raises:
-        Rejected: ``BAD_FIELD``.
+        Rejected: ``BAD_FIELD``. RoutingUnsupported: as ``head_blocks``.
     """
-    table = dict(plan.blocks) if plan.blocks is not None else default_blocks(model)
-    listed = [name for names in table.values() for name in names]
+    by_head = plan.routing_granularity == HEAD
+    default = head_blocks(model, default_blocks(model)) if by_head else default_blocks(model)
+    table = dict(plan.blocks) if plan.blocks is not None else default
     expected = {name for name, _ in model.named_parameters()}
+    entries = [name for names in table.values() for name in names]
+    pieces = {name: piece.tensor for name in entries if name not in expected and (piece := piece_named(name))}
+    of_heads = {name for names in default.values() for name in names} - expected
+    if wrong := sorted(pieces.keys() ^ of_heads):
+        raise Rejected(
+            Reason.BAD_FIELD,
+            f"routing granularity '{plan.routing_granularity}': the parameter table's pieces of tensors are not those"
+            f" of heads: {wrong[:8]}",
+        )
+    if len(table) > p.MAX_BLOCKS:
+        raise Rejected(
+            Reason.BAD_FIELD, f"{len(table)} parameter blocks, at most {p.MAX_BLOCKS} allowed: put several in one"
+        )
+    listed = [name for name in entries if name not in pieces] + sorted(set(pieces.values()))
     if sorted(listed) != sorted(expected):
         wrong = sorted(set(listed) ^ expected) or sorted({name for name in listed if listed.count(name) > 1})
         raise Rejected(Reason.BAD_FIELD, f"the parameter table must hold each parameter once: {wrong}")
@@ -163,8 +184,8 @@ def campaign_terms(
             p.ParameterBlock(
                 block,
                 tuple(
-                    p.Tensor(name, SAFETENSORS_DTYPES[tensors[name].dtype], tuple(tensors[name].shape))
-                    for name in names
+                    p.Tensor(name, SAFETENSORS_DTYPES[held.dtype], tuple(held.shape))
+                    for name, held in ((name, part_of_entry(tensors, name)) for name in names)
                 ),
             )
             for block, names in blocks_of(plan, model).items()

@@ -8,6 +8,8 @@ across dimension 0). So a real batch is tried:
 2. A batch with one example less runs too: no module takes another dimension for that of examples.
 3. With example 0 blocked and the others at uneven weights, replacing it changes no bit of any gradient or buffer (where
    examples are packed and the replacement has another length, nothing but rounding).
+4. Where heads of attention are parameter blocks: the rows and columns that are said to be a head's are
+   (``heads.check_layouts``), and with example 0 blocked in every other head, replacing it changes no bit of those.
 
 What a probe shows it shows of this batch. Whoever computes something else later is found by the log's other checks
 or not at all.
@@ -20,7 +22,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trainer_client.heads import check_layouts
 from trainer_client.packing import taken_apart
+from trainer_client.pieces import Division
+from trainer_client.random_states import random_states, set_random_states
 from trainer_client.route import FULL_PERMILLE, RoutingError, RoutingLeak
 from trainer_client.routing import Routing
 from trainer_client.sharding import own_part
@@ -62,7 +67,7 @@ def probe(
 
     Raises:
         RoutingUnsupported: a module is outside the census or is not called with examples first.
-        RoutingLeak: one of the three does not hold; the message names the parameter or buffer.
+        RoutingLeak: one of these does not hold; the message names the parameter or buffer.
         RoutingError: fewer than two examples.
     """
     if inputs.count < 2:
@@ -70,10 +75,10 @@ def probe(
     parameters = dict(model.named_parameters())
     gradients_before = {name: parameter.grad for name, parameter in parameters.items()}
     buffers_before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    random_before = _random_states()
+    random_before = random_states()
 
     def outcome(routing: Routing, shown: Inputs, weights_BK: list[list[int]]) -> dict[str, Tensor]:
-        _set_random_states(random_before)
+        set_random_states(random_before)
         _restore_buffers(model, buffers_before)
         for parameter in parameters.values():
             parameter.grad = None
@@ -95,28 +100,36 @@ def probe(
             outcome(routing, inputs.shorter, uneven)
             first = outcome(routing, inputs.whole, blocked + uneven)
             second = outcome(routing, inputs.replaced, blocked + uneven)
+            pairs: list[tuple[dict[str, Tensor], ...]] = [(first, second)]
+            heads = sorted({each.block for pieces in routing.division.pieces.values() for each in pieces})
+            for closed in (set(heads[::2]), set(heads[1::2])) if heads else ():
+                partly = [[0 if block in closed else 500 for block in range(routing.block_count)]]
+                found = [outcome(routing, shown, partly + uneven) for shown in (inputs.whole, inputs.replaced)]
+                pairs.append(tuple(_parts_in(routing.division, each, closed) for each in found))
+        if heads:
+            set_random_states(random_before)
+            check_layouts(model, lambda: loss_of_inputs(model, inputs.whole))
     finally:
-        _set_random_states(random_before)
+        set_random_states(random_before)
         _restore_buffers(model, buffers_before)
         for name, parameter in parameters.items():
             parameter.grad = gradients_before[name]
     # Of another length, the replacement moves others to other positions, where sums are formed in another order.
     exact = taken_apart(inputs.whole)[1] == taken_apart(inputs.replaced)[1]
     same = _same_bits if exact else _same_but_for_rounding
-    changed = [name for name in sorted(first) if not same(first[name], second[name])]
+    changed = [name for one, other in pairs for name in sorted(one) if not same(one[name], other[name])]
     if changed:
         raise RoutingLeak(f"replacing a blocked example changes: {changed}")
 
 
-def _random_states() -> list[Tensor]:
-    """torch's global random states: the CPU's, then each CUDA device's."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
-
-
-def _set_random_states(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
+def _parts_in(division: Division, gradients: Mapping[str, Tensor], blocks: set[int]) -> dict[str, Tensor]:
+    """The pieces of divided tensors' gradients that are in these parameter blocks, by the names a table gives them."""
+    return {
+        each.piece.name: each.of(gradients[name])
+        for name, pieces in division.pieces.items()
+        for each in pieces
+        if each.block in blocks
+    }
 
 
 def _restore_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> None:

@@ -27,13 +27,15 @@ from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.balance import Balance, BalanceSheet
 from trainer_client.calls import CampaignStatus
+from trainer_client.clipping import clip_block_gradients
 from trainer_client.commitment import copied_tensors, optimizer_state_digest, parameter_root_of, step_commitment
 from trainer_client.packing import Packed, taken_apart
+from trainer_client.pieces import optimizer_by_pieces
 from trainer_client.plan import RANKS, TrainingSource, check_content
 from trainer_client.record import Example
 from trainer_client.resumption import RecordedStep, past_since, read_opening
 from trainer_client.rollback import Stateful
-from trainer_client.routing import GradientObserver, Routing, clip_block_gradients
+from trainer_client.routing import GradientObserver, Routing
 from trainer_client.submit import Client
 
 E = TypeVar("E")
@@ -166,6 +168,7 @@ def bench(
         observer = accumulators or balance or (_Unheard() if grouped else None)
         routing = Routing(job.model, block_of, observer, None if accumulators is None else accumulators.sketches)
         stack.enter_context(routing)
+        stack.enter_context(optimizer_by_pieces(job.optimizer, job.model, routing.division, routing.moved))
         yield Bench(logged, job, routing, blocks, block_of, _clip_norm(logged.terms), accumulators, balance)
 
 
@@ -199,6 +202,7 @@ class Bench(Generic[E]):
         """One step; the root of the accumulators' window that it ends, or nothing."""
         job = self.job
         job.optimizer.zero_grad(set_to_none=True)
+        job.model.zero_grad(set_to_none=True)  # divided tensors are not the optimizer's
         size = job.micro_batch_size or self.logged.terms.batch_size
         for first in range(0, len(admitted), size):
             self._learn(step, admitted[first : first + size])

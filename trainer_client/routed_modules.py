@@ -202,16 +202,16 @@ class _RoutedByRowwiseRule(torch.autograd.Function):
 
 
 def _linear(module: nn.Module, x: Tensor, route: Route) -> Tensor:
-    output: Tensor = _RoutedLinear.apply(*_autocast(module, x), route)  # type: ignore[no-untyped-call]
+    output: Tensor = _RoutedLinear.apply(*in_autocast_dtype(module, x), route)  # type: ignore[no-untyped-call]
     return output
 
 
 def _conv1d(module: nn.Module, x: Tensor, route: Route) -> Tensor:
-    output: Tensor = _RoutedConv1D.apply(*_autocast(module, x), route)  # type: ignore[no-untyped-call]
+    output: Tensor = _RoutedConv1D.apply(*in_autocast_dtype(module, x), route)  # type: ignore[no-untyped-call]
     return output
 
 
-def _autocast(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def in_autocast_dtype(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Input, weight and bias in the dtype in which autocast, where it is on, would multiply them."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
@@ -262,11 +262,16 @@ def routed_forward(module: nn.Module) -> RoutedForward | None:
     names = {name for name, _ in module.named_parameters(recurse=False)}
     if forward in ROUTED_FORWARDS and names <= {"weight", "bias"}:
         return ROUTED_FORWARDS[forward]
-    # Whoever has a module of this class has imported its home; nobody else needs transformers.
-    transformers_home = sys.modules.get("transformers.pytorch_utils")
-    if transformers_home is not None and forward is transformers_home.Conv1D.forward:
+    if is_conv1d(module):
         return _conv1d
     return _by_rowwise_rule if is_rowwise(module) else None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is the linear of GPT-2's makers, whose weight is ``[I, O]``."""
+    # Whoever has a module of this class has imported its home; nobody else needs transformers.
+    transformers_home = sys.modules.get("transformers.pytorch_utils")
+    return transformers_home is not None and type(module).forward is transformers_home.Conv1D.forward
 
 
 def census(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ and nothing else. What the policy blocks never enters the sum:
   block may be left out of the batch altogether: c still counts them, the gradient stays the same.
 * **A block that no example of a step may move has no gradient at all** (``None``). AdamW moves a parameter
   with a zero gradient, by its momentum and by weight decay; it skips one without.
-* **Clipping is per block** (``clip_block_gradients``). A global norm lets a blocked example's other blocks
+* **Clipping is per block** (``clipping.py``). A global norm lets a blocked example's other blocks
   shrink the update of this one.
 * **Default deny.** Trainable parameters may be owned only by the module types of ``routed_modules.census``,
   called with the examples along dimension 0. Anything else is refused by name, before the first step:
@@ -28,6 +28,10 @@ and nothing else. What the policy blocks never enters the sum:
   micro-batch: the same values, in a shape whose gradient is still told apart by example.
 * **A backward pass runs under the weights of its forward pass.** Each micro-batch is a token; a gradient that
   arrives under another one raises. Gradient checkpointing recomputes inside the same micro-batch, or raises.
+
+* **A table may divide tensors among the heads of attention** (``pieces.py``, ``headwise.py``): each piece is routed by
+  its own block's weights. A piece that no example may move, of a tensor of which another piece is moved, only an
+  optimizer leaves alone whose parameters are pieces (``pieces.optimizer_by_pieces``).
 
 Forwards are replaced on module instances inside ``with Routing(...)`` and put back on exit, whatever happens.
 
@@ -41,9 +45,9 @@ vocabulary. A ``*`` stands for any number of positions between B and the feature
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
@@ -52,10 +56,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer_client.headwise import DividedForwards
 from trainer_client.packing import Packing
+from trainer_client.pieces import Division, Moved, division_of
 from trainer_client.route import FULL_PERMILLE, Route, RoutingError, RoutingLeak, RoutingUnsupported, Weights
 from trainer_client.routed_modules import census, routed_forward
-from trainer_client.sharding import own_part, whole
+from trainer_client.sharding import own_part
 
 __all__ = [
     "MicroBatch",
@@ -64,12 +70,7 @@ __all__ = [
     "RoutingLeak",
     "RoutingUnsupported",
     "StepWeights",
-    "clip_block_gradients",
 ]
-
-
-CLIP_EPSILON = 1e-6
-"""Added to a norm before dividing by it, as in ``torch.nn.utils.clip_grad_norm_``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,14 +123,14 @@ class Routing:
 
     Args:
         model: its trainable parameters must all appear in ``block_of_parameter``.
-        block_of_parameter: name as in ``model.named_parameters()`` (a tied tensor under its first name)
-            to the index of its parameter block, from 0 without gaps.
+        block_of_parameter: name as in ``model.named_parameters()`` (a tied tensor under its first name), or of a piece
+            (``consensus/pieces.py``), to the index of its parameter block, from 0 without gaps.
         observer: then every micro-batch names the group of each example.
         product_observer: see its class.
 
     Raises:
-        RoutingUnsupported: a trainable parameter has no block or a module outside the census, or names or
-            indexes are left over.
+        RoutingUnsupported: a trainable parameter has no block or a module outside the census, names or
+            indexes are left over, or tensors are divided and somebody observes.
     """
 
     def __init__(
@@ -142,9 +143,19 @@ class Routing:
         self._model = model
         self._observer = observer
         self._product_observer = product_observer
-        self._block_of = _checked_blocks(model, block_of_parameter)
+        self.division = division_of(model, block_of_parameter)
+        self._block_of = _checked_blocks(model, block_of_parameter, self.division)
         self.block_count = max(self._block_of.values()) + 1
+        if self.division.pieces and (observer is not None or product_observer is not None):
+            raise RoutingUnsupported(
+                "accumulators, sketches and balance sheets are of undivided tensors: not by head yet"
+            )
+        self._shared = tuple(self.division.shared.values())
+        # What heads share has weights of its own, behind those of the parameter blocks.
+        self._block_of |= {each.tensor: self.block_count + place for place, each in enumerate(self._shared)}
+        self.moved = Moved()
         self._modules = census(model)
+        self._divided = DividedForwards(model, self.division, self._block_of, self._entered, self._plain_route)
         self._active: MicroBatch | None = None
         self._installed = False
         self._reset_step()
@@ -177,26 +188,30 @@ class Routing:
         self,
         weights_permille_BK: Sequence[Sequence[int]],
         groups_B: Sequence[bytes] = (),
-        open_K: Sequence[bool] = (),
+        weights_of_step: Collection[Sequence[int]] = (),
         packing: Packing | None = None,
     ) -> Iterator[MicroBatch]:
         """Weights for the forward *and* backward pass of one micro-batch: a row per example.
 
-        ``groups_B`` names each example's group, for the observer; neighbours of one group cost least. ``open_K`` says
-        which parameter blocks an example of any rank may move in this step, where there are several ranks: a block
-        that only others' may move gets zeros here, since every rank must bring the gradients that one brings.
+        ``groups_B`` names each example's group, for the observer; neighbours of one group cost least.
+        ``weights_of_step`` are the rows that examples of any rank have in this step, where there are several ranks: a
+        parameter block that only others' may move gets zeros here, since every rank must bring the gradients that one
+        brings.
         ``packing``: examples are not rows, they have spans of positions (``packing.py``).
 
         Raises:
             RoutingError: outside ``with routing``, inside another micro-batch, not B rows of K
-                integers from 0 to 1000, weight in a block that is not open, or an observer and not B groups.
+                integers from 0 to 1000, weight in a block that no row of the step has, or an observer and not B groups.
         """
         if not self._installed or self._active is not None:
             raise RoutingError("a micro-batch runs inside 'with routing' and outside any other micro-batch")
         if self._observer is not None and len(groups_B) != len(weights_permille_BK):
             raise RoutingError(f"expected a group for each of {len(weights_permille_BK)} examples for the observer")
-        columns_KB = _columns(weights_permille_BK, self.block_count)
-        opened_K = tuple(open_K) or tuple(any(weights_B) for weights_B in columns_KB)
+        columns_KB = self._with_shared(_columns(weights_permille_BK, self.block_count))
+        opened_K = tuple(any(weights_B) for weights_B in columns_KB)
+        if weights_of_step:
+            of_step_KC = self._with_shared(_columns(tuple(weights_of_step), self.block_count))
+            opened_K = tuple(any(weights_C) for weights_C in of_step_KC)
         for block, weights_B in enumerate(columns_KB):
             if any(weights_B) and not opened_K[block]:
                 raise RoutingError(f"parameter block {block} is said to be closed and an example has weight in it")
@@ -206,6 +221,7 @@ class Routing:
         self._active = token
         try:
             yield token
+            self._divided.finish()
             for block, weights_B in enumerate(token.weights_KB):
                 self._total_permille_K[block] += sum(weights_B)
                 self._open_K[block] |= token.open_K[block]
@@ -237,17 +253,30 @@ class Routing:
         Raises:
             RoutingLeak: such a block holds a gradient that is not zero.
         """
-        finished = StepWeights(tuple(self._total_permille_K), self._example_count, self._micro_batch_count)
+        totals_K = tuple(self._total_permille_K[: self.block_count])
+        finished = StepWeights(totals_K, self._example_count, self._micro_batch_count)
         open_K = tuple(self._open_K)
         self._reset_step()
+        self.moved.blocks = frozenset(block for block, is_open in enumerate(open_K) if is_open)
         for name, parameter in self._model.named_parameters():
-            block = self._block_of.get(name)
-            if block is None or open_K[block] or parameter.grad is None:
+            gradient = parameter.grad
+            if gradient is None or (name not in self._block_of and name not in self.division.pieces):
                 continue
-            if own_part(parameter.grad).count_nonzero().item():
-                raise RoutingLeak(f"parameter {name!r} of blocked parameter block {block} has a gradient")
-            parameter.grad = None
+            closed = self._closed_parts(name, own_part(gradient))
+            for part, block in closed:
+                if part.count_nonzero().item():
+                    raise RoutingLeak(f"parameter {name!r} of blocked parameter block {block} has a gradient")
+            if len(closed) == len(self.division.pieces.get(name, (name,))):
+                parameter.grad = None
         return finished
+
+    def _closed_parts(self, name: str, gradient: Tensor) -> list[tuple[Tensor, int]]:
+        """Those of a gradient's pieces that no example of the step may move, and their parameter blocks."""
+        pieces = self.division.pieces.get(name)
+        if pieces is None:
+            block = self._block_of[name]
+            return [] if block in self.moved.blocks else [(gradient, block)]
+        return [(each.of(gradient), each.block) for each in pieces if each.block not in self.moved.blocks]
 
     def check_token(self, token: MicroBatch) -> None:
         """Raises ``RoutingLeak`` unless ``token`` is the micro-batch now running."""
@@ -255,14 +284,51 @@ class Routing:
             raise RoutingLeak("a backward pass outside the micro-batch of its forward pass")
 
     def _reset_step(self) -> None:
-        self._total_permille_K = [0] * self.block_count
-        self._open_K = [False] * self.block_count
+        count = self.block_count + len(self._shared)
+        self._total_permille_K = [0] * count
+        self._open_K = [False] * count
         self._example_count = 0
         self._micro_batch_count = 0
+
+    def _with_shared(self, weights_KB: tuple[Weights, ...]) -> tuple[Weights, ...]:
+        return (*weights_KB, *(each.weights(weights_KB) for each in self._shared))
+
+    def _entered(self, module_name: str, module: nn.Module, input: Tensor) -> Tensor:
+        """A call's input, once it is seen to have examples first."""
+        token = self._active
+        if token is None:
+            raise RoutingError(f"module {module_name!r} ran with gradients outside a micro-batch")
+        if input.dim() >= 2 and input.shape[0] == 1 and isinstance(module, nn.Embedding):
+            input = input.expand(token.rows, *input.shape[1:])
+        packing = token.packing
+        rows_first = input.dim() >= 2 and input.shape[0] == token.rows
+        if not rows_first or (packing is not None and input.shape[1] != packing.row_positions):
+            expected = f"{token.rows} examples along dimension 0 and at least 2 dimensions"
+            if packing is not None:
+                expected = f"{packing.rows} rows of {packing.row_positions} positions first"
+            raise RoutingUnsupported(f"module {module_name!r} expects {expected}, found shape {tuple(input.shape)}")
+        return input
+
+    def _plain_route(self, block: int) -> Route:
+        """The route of a parameter block in the micro-batch now running, observed by nobody."""
+        token = self._active
+        assert token is not None
+        packing = token.packing
+        return Route(
+            token.weights_KB[block],
+            partial(self.check_token, token),
+            token.groups_B,
+            open_elsewhere=token.open_K[block],
+            spans_B=() if packing is None else packing.spans_B,
+            is_full=packing is None or packing.is_full,
+        )
 
     def _routed_forward(self, module_name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The replacement for ``module.forward``: routed where gradients are recorded, else the original."""
         original = module.forward
+        divided = self._divided.of(module_name, module)
+        if divided is not None:
+            return _uncompiled(lambda input: divided(input) if torch.is_grad_enabled() else original(input))
         routed = routed_forward(module)
         assert routed is not None, "the census holds no other"
         name_of = {id(parameter): name for name, parameter in self._model.named_parameters()}
@@ -288,66 +354,19 @@ class Routing:
         def forward(input: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return original(input)  # type: ignore[no-any-return]
-            token = self._active
-            if token is None:
-                raise RoutingError(f"module {module_name!r} ran with gradients outside a micro-batch")
-            if input.dim() >= 2 and input.shape[0] == 1 and isinstance(module, nn.Embedding):
-                input = input.expand(token.rows, *input.shape[1:])
-            packing = token.packing
-            rows_first = input.dim() >= 2 and input.shape[0] == token.rows
-            if not rows_first or (packing is not None and input.shape[1] != packing.row_positions):
-                expected = f"{token.rows} examples along dimension 0 and at least 2 dimensions"
-                if packing is not None:
-                    expected = f"{packing.rows} rows of {packing.row_positions} positions first"
-                raise RoutingUnsupported(f"module {module_name!r} expects {expected}, found shape {tuple(input.shape)}")
-            route = Route(
-                token.weights_KB[block],
-                partial(self.check_token, token),
-                token.groups_B,
-                None if observer is None else observe,
-                None if self._product_observer is None else observe_product,
-                token.open_K[block],
-                () if packing is None else packing.spans_B,
-                packing is None or packing.is_full,
-            )
+            input = self._entered(module_name, module, input)
+            route = self._plain_route(block)
+            if observer is not None or self._product_observer is not None:
+                observed_product = None if self._product_observer is None else observe_product
+                route = replace(route, observe=None if observer is None else observe, observe_product=observed_product)
             return routed(module, input, route)
 
-        # A compiled model calls it between compiled pieces: weights change with every micro-batch, code must not.
-        return torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward  # type: ignore[no-untyped-call]
+        return _uncompiled(forward)
 
 
-def clip_factor(norm: float, maximum_norm: float) -> float:
-    """By how much a gradient of that norm is scaled."""
-    return min(1.0, maximum_norm / (norm + CLIP_EPSILON))
-
-
-def clip_block_gradients(
-    model: nn.Module, block_of_parameter: Mapping[str, int], maximum_norm: float
-) -> tuple[float | None, ...]:
-    """Scales each parameter block's gradient to an L2 norm of at most ``maximum_norm``, each on its own.
-
-    Returns:
-        The norm of each block before clipping; ``None`` for a block without gradient.
-
-    Raises:
-        RoutingError: a norm is not finite (an admitted example overflowed; blocked ones cannot).
-    """
-    gradients_K: list[list[Tensor]] = [[] for _ in range(max(block_of_parameter.values()) + 1)]
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradients_K[block_of_parameter[name]].append(parameter.grad)
-    norms: list[float | None] = []
-    for block, gradients in enumerate(gradients_K):
-        if not gradients:
-            norms.append(None)
-            continue
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
-        if not torch.isfinite(norm):
-            raise RoutingError(f"the gradient of parameter block {block} has norm {norm.item()}")
-        scale = torch.clamp(maximum_norm / (norm + CLIP_EPSILON), max=1.0)
-        torch._foreach_mul_([own_part(gradient) for gradient in gradients], scale)
-        norms.append(norm.item())
-    return tuple(norms)
+def _uncompiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A compiled model calls it between compiled pieces: weights change with every micro-batch, code must not."""
+    return torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward  # type: ignore[no-untyped-call]
 
 
 class _TokenCheck(torch.autograd.Function):
@@ -365,10 +384,12 @@ class _TokenCheck(torch.autograd.Function):
         return delta_B, None
 
 
-def _checked_blocks(model: nn.Module, block_of_parameter: Mapping[str, int]) -> dict[str, int]:
+def _checked_blocks(model: nn.Module, block_of_parameter: Mapping[str, int], division: Division) -> dict[str, int]:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    known = {name for name, _ in model.named_parameters()}
-    if not trainable:
+    trainable -= division.pieces.keys()
+    known = {name for name, _ in model.named_parameters()} - division.pieces.keys()
+    known |= {each.piece.name for pieces in division.pieces.values() for each in pieces}
+    if not trainable and not division.pieces:
         raise RoutingUnsupported("the model has no trainable parameter")
     without, unknown = trainable - block_of_parameter.keys(), block_of_parameter.keys() - known
     if without or unknown:

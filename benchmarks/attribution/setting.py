@@ -18,10 +18,11 @@ from torch import Tensor
 
 from attribution.query import Output, log_chances
 from trainer_client.accumulators import SourceAccumulators
+from trainer_client.clipping import clip_block_gradients
 from trainer_client.demo.base import BaseTraining
 from trainer_client.demo.corpus import BASE_TOPICS
 from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks, per_example_loss
-from trainer_client.routing import Routing, clip_block_gradients
+from trainer_client.routing import Routing
 
 PIECE_BYTES = 64
 PROMPT_BYTES = 16

@@ -19,11 +19,12 @@ from consensus.keys import Ed25519SigningKey
 from consensus.portions import BlockWeight, ClassRule, SourceUse, StepOperation
 from consensus.rejection import Reason, Rejected
 from trainer_client.accumulators import AccumulatorsBroken, SourceAccumulators, check_conservation
+from trainer_client.clipping import clip_block_gradients
 from trainer_client.governed import DEFAULT_SETTINGS, governed
 from trainer_client.plan import CampaignPlan, TrainingSource, default_blocks
 from trainer_client.rollback import TrainingState, restore_snapshot, take_snapshot
 from trainer_client.routed_modules import observed_parameters
-from trainer_client.routing import Routing, clip_block_gradients
+from trainer_client.routing import Routing
 
 torch.set_num_threads(1)
 RELATIVE_ERROR = 1e-5

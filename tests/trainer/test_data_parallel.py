@@ -11,6 +11,7 @@ from governed_fixtures import (
     CAMPAIGN,
     STEPS,
     Scene,
+    TinyAttention,
     TinyModel,
     assert_moved_alike,
     collate,
@@ -212,14 +213,20 @@ def test_what_would_not_be_one_job_is_refused_by_name_on_every_rank(tmp_path: Pa
     with running_node() as node:
         scene = new_scene(node, tmp_path / "run")
         other_texts = {**scene.texts, "manual": examples_of("something else")}
+        by_head = {"build": TinyAttention, "plan_changes": {"routing_granularity": "head"}}
         attempts = (
             Attempt("neither"),
             Attempt("DDP with a hook"),
             Attempt("DDP", changes={1: {"plan_changes": {**scene.plan_changes, "planned_steps": 5}}}),
             Attempt("DDP", changes={1: {"texts": other_texts}}),
+            Attempt("FSDP2", changes={0: by_head, 1: by_head}),
         )
-        neither, hooked, planned, content = run_on_ranks(scene, *attempts)
-        for outcomes, text in ((neither, "neither in DistributedDataParallel"), (hooked, "communication hook")):
+        neither, hooked, planned, content, sharded = run_on_ranks(scene, *attempts)
+        for outcomes, text in (
+            (neither, "neither in DistributedDataParallel"),
+            (hooked, "communication hook"),
+            (sharded, "ranks hold rows, not heads"),
+        ):
             assert {outcome.error_type for outcome in outcomes} == {"ConfigError"}
             assert all(text in outcome.error for outcome in outcomes)
         assert "rank 1 was started with another plan" in planned[0].error

@@ -29,6 +29,7 @@ from consensus.sampler import presented_examples
 from trainer_client.commitment import parameter_root_of
 from trainer_client.evaluation import mean_metric, slice_of
 from trainer_client.governed import governed
+from trainer_client.heads import head_blocks
 from trainer_client.hf import (
     FixedLengthCollator,
     GovernanceCallback,
@@ -37,7 +38,8 @@ from trainer_client.hf import (
     TrainerUnsupported,
     causal_losses,
 )
-from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
+from trainer_client.pieces import part_of_entry
+from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, default_blocks, manifest_of
 from trainer_client.replay import Replayed, ReplayJob, read_logged_campaign, replay
 from trainer_client.route import RoutingLeak
 from trainer_client.submit import Client
@@ -250,6 +252,26 @@ def test_refused_example_changes_no_bit_and_blocked_one_no_bit_of_the_block_in_t
     assert all(torch.equal(plain[name], secret[name]) for name in plain)
     assert all(torch.equal(plain[name], paper[name]) for name in plain if name.startswith("transformer.h.0."))
     assert not all(torch.equal(plain[name], paper[name]) for name in plain if name.startswith("transformer.h.1."))
+
+
+@pytest.mark.parametrize("build", [gpt2, lora])
+def test_training_by_heads_moves_all_heads_but_the_closed_one(scene: Scene, build: type[nn.Module]) -> None:
+    model = build()
+    table = head_blocks(model, default_blocks(model))
+    closed, open_ = sorted(block for block in table if block.endswith(("h.0.attn.head.0", "h.0.attn.head.1")))
+    rules = (ClassRule(name, 1_000, (BlockWeight(closed, 0),)) for name in ("documentation", "news"))
+    scene.node.policy(classes=tuple(rules), routing_granularities=("head",))
+    scene.plan_changes["routing_granularity"] = "head"
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = scene.trainer(model)
+    trainer.train()
+    assert scene.node.head(bytes([7]) * 32).closed == "released"
+    moved = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for block in (closed, open_):
+        same = [torch.equal(part_of_entry(moved, entry), part_of_entry(base, entry)) for entry in table[block]]
+        assert same == [block == closed] * len(same)
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize("changes", [{"activation_checkpointing": True}, {"bf16": True}], ids=str)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from trainer_client.clipping import clip_block_gradients
 from trainer_client.probe import probe, tensor_inputs
 from trainer_client.routing import (
     Routing,
     RoutingError,
     RoutingLeak,
     RoutingUnsupported,
-    clip_block_gradients,
 )
 
 EXAMPLES, LENGTH, WIDTH, VOCABULARY = 6, 5, 8, 11
