@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -110,6 +110,7 @@ class Scene:
     plan_changes: dict[str, object] = field(default_factory=dict)
     arguments: dict[str, object] = field(default_factory=dict)
     build: Callable[..., nn.Module] = TinyModel
+    trained: Callable[[nn.Module], Iterable[object]] = nn.Module.parameters
     seen: list[Example] = field(default_factory=list)
     salt: bytes | None = SALT
     campaign: bytes = CAMPAIGN
@@ -139,7 +140,7 @@ class Scene:
         torch.manual_seed(1)
         self.model = self.build(**self.plan_changes.pop("model", {}))  # type: ignore[arg-type]
         self.wrapped = self.wrap(self.model)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(self.trained(self.model), lr=0.01, weight_decay=0.1)  # type: ignore[arg-type]
         fields: dict[str, object] = {
             "chain_id": self.node.chain_id,
             "operator": self.node.member_id("operator-1"),

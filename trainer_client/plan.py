@@ -237,7 +237,7 @@ def _hyperparameters(plan: CampaignPlan, optimizer: torch.optim.Optimizer) -> tu
             f"optimizer.{number}.{name}": repr(value)
             for number, group in enumerate(optimizer.param_groups)
             for name, value in group.items()
-            if name != "params"
+            if name not in ("params", "param_names")  # the parameter table has the names
         },
         **plan.hyperparameters,
     }

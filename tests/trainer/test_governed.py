@@ -465,6 +465,25 @@ def test_loss_that_is_not_finite_is_refused(scene: Scene) -> None:
     assert scene.node.head(CAMPAIGN).steps == 0
 
 
+class DeepModel(TinyModel):
+    """The names of its parameters are more than a setting on the log may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.extend([nn.Linear(8, 8) for _ in range(250)])
+
+
+def test_campaign_of_an_optimizer_that_knows_its_parameters_names_is_admitted(scene: Scene) -> None:
+    scene.register()
+    scene.build, scene.trained = DeepModel, nn.Module.named_parameters
+    with scene.run():
+        pass
+    (opened,) = scene.events(Kind.CAMPAIGN)
+    settings = {setting.name for setting in opened.operation.hyperparameters}  # type: ignore[union-attr]
+    assert "optimizer.0.lr" in settings
+    assert "optimizer.0.param_names" not in settings
+
+
 def test_loss_of_another_length_is_refused(scene: Scene) -> None:
     scene.register()
     with pytest.raises(RoutingError, match="one loss per example"):
