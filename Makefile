@@ -15,6 +15,8 @@ PEERS := .venv-peers/.installed
 PYTHON ?=
 # Seeds per plan of `make simulate`.
 SEEDS ?= 200
+# Processes that `make test` runs tests in, whole files at a time; 0 for none but itself, as a debugger needs.
+TEST_PROCESSES ?= 2
 # Passed on to what a target runs, as in `make test PYTEST_ARGUMENTS="tests/consensus -k merkle"`.
 DEMO_ARGUMENTS ?=
 BENCH_ARGUMENTS ?=
@@ -30,7 +32,7 @@ demo: $(INSTALLED) ## Run a whole network and a governed fine-tune on this machi
 
 .PHONY: test
 test: lint ## Everything that must pass: lint, types, import rules, all tests.
-	@$(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGUMENTS)
 
 .PHONY: lint
 lint: $(INSTALLED) ## Lint, format check, strict types, import rules; no tests.

@@ -377,7 +377,7 @@ def test_option_that_cannot_be_governed_is_refused_by_name(
     assert scene.events(Kind.CAMPAIGN) == []
 
 
-@pytest.mark.parametrize("option", [{"model_init": gpt2}, {"train_dataset": [{"input_ids": [1]}]}], ids=str)
+@pytest.mark.parametrize("option", [{"model_init": gpt2}, {"train_dataset": [{"input_ids": [1]}]}], ids=", ".join)
 def test_trainers_own_model_or_examples_are_refused_by_name(scene: Scene, option: dict[str, object]) -> None:
     with pytest.raises(TrainerUnsupported, match=next(iter(option))):
         scene.trainer(gpt2(), **option)
