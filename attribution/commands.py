@@ -1,7 +1,7 @@
 """``countersign trace``, ``countersign footprint`` and ``countersign factors``."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from attribution.query import log_chance
 from attribution.questions import Question, greedy_text, read_questions
 from attribution.report import Answer, footprint_json, footprint_text, trace_json, trace_text
 from attribution.sketches import RunFolder, SketchStore
+from attribution.standings import standings, standings_fields, standings_text
 from attribution.trace import control_outputs, trace_output, untraced_tensors
 from attribution.weights import find_windows, freeze_others, load_model, read_tensors
 from consensus.rejection import ConfigError, Reason, Rejected
@@ -125,6 +126,21 @@ def factors_command(
     click.echo(f"kept in  {out}")
 
 
+_CHOICES = (
+    click.option("--source", "names", multiple=True, help="A source's name or event id; may be given more than once."),
+    click.option("--owner", "owners", multiple=True, help="All sources of a member."),
+    click.option("--class", "classes", multiple=True, help="All sources of a content class."),
+    click.option("--revoked", is_flag=True, help="All sources that are revoked by now."),
+)
+
+
+def _chosen(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that choose sources, as ``chosen_sources`` takes them."""
+    for option in reversed(_CHOICES):
+        command = option(command)
+    return command
+
+
 @click.command("trace")
 @_MODEL
 @_ADAPTER
@@ -140,6 +156,7 @@ def factors_command(
     type=click.Path(path_type=Path),
     help='Instead of --prompt: a file with a question a line, {"prompt": …, "completion": …, "tokens": …}.',
 )
+@_chosen
 @ACCUMULATORS
 @INDEX
 @click.option(
@@ -177,6 +194,10 @@ def trace_command(
     completion: str | None,
     span: str | None,
     outputs_path: Path | None,
+    names: tuple[str, ...],
+    owners: tuple[str, ...],
+    classes: tuple[str, ...],
+    revoked: bool,
     directory: Path,
     index_path: Path | None,
     open_at_most: int,
@@ -195,6 +216,8 @@ def trace_command(
     countersign log prove --predicate accumulators --campaign ID, whose file is the --bundle. Exit code 0 when the
     output was shaped here, 1 when it was not or no source stands out, 2 when what is here does not suffice. With
     --outputs each line gets an answer of its own (with --json a document a line), and 0 says that all were answered.
+    With --source, --owner, --class or --revoked it ends with the outputs in which these sources stand out, and 0 says
+    that there are any.
 
     \b
     Example:
@@ -203,12 +226,15 @@ def trace_command(
         --ledger http://127.0.0.1:7480 --genesis genesis.json --chain-id CHAIN_ID
     """
     questions = _questions(prompt, completion, span, outputs_path)
+    if outputs_path is None and (names or owners or classes or revoked):
+        raise click.UsageError("--source, --owner, --class and --revoked ask about --outputs")
     log = given.open()
     release = log.provenance.release
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: its outputs cannot be traced from the log")
     if release is None:
         raise Rejected(Reason.ROOT_NOT_FINAL, "the campaign has released nothing: there is no tuned model to ask about")
+    chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
     store = _store(log, index_path)
     language = language_of(architecture, tokenizer_path)
     base = load_model(architecture, base_path, log.provenance.campaign.base_root, "campaign's base model", adapter_path)
@@ -249,11 +275,19 @@ def trace_command(
         else:
             click.echo("\n" * bool(number) + trace_text(log, answer))
         answers.append(answer)
+    standing = standings(answers, chosen)
+    if chosen and as_json:
+        click.echo(json.dumps(standings_fields(standing, len(answers))))
+    elif chosen:
+        click.echo("\n" + standings_text(standing, len(answers)))
     if page_path is not None:
         _write_page(page_path, page(log, answers))
     if search.missing or log.provenance.uncovered:
         click.get_current_context().exit(2)
-    answered = outputs_path is not None or all(answer.trace.shaped_here for answer in answers)
+    if chosen:
+        answered = any(each.stands_out for each in standing)
+    else:
+        answered = outputs_path is not None or all(answer.trace.shaped_here for answer in answers)
     click.get_current_context().exit(0 if answered else 1)
 
 
@@ -265,10 +299,7 @@ def _write_page(path: Path, content: str) -> None:
 
 
 @click.command("footprint")
-@click.option("--source", "names", multiple=True, help="A source's name or event id; may be given more than once.")
-@click.option("--owner", "owners", multiple=True, help="All sources of a member.")
-@click.option("--class", "classes", multiple=True, help="All sources of a content class.")
-@click.option("--revoked", is_flag=True, help="All sources that are revoked by now.")
+@_chosen
 @click.option("--example", metavar="SOURCE:INDEX", help="Instead of sources: one example of a source, by its sketches.")
 @ACCUMULATORS
 @INDEX

@@ -1,5 +1,6 @@
 """Outputs of a really trained model, traced from its log: each fact to its source, and nothing that is not proved."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,7 +10,7 @@ import pytest
 import torch
 from attribution_fixtures import CAMPAIGN, CONFIG, FACTS, REFUSED, STEPS, WINDOW_STEPS, ask, build, opened_log, traced
 from click.testing import CliRunner, Result
-from ledger_fixtures import story
+from ledger_fixtures import LIBRARIAN, story
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
@@ -103,6 +104,68 @@ def test_file_of_questions_gets_an_answer_a_line_with_what_both_models_say(tmp_p
     assert first["says"]["tuned"] == facts[0][1]
     assert first["says"]["base"] != facts[0][1]
     assert (first["prompt"], second["prompt"]) == tuple(prompt for prompt, _ in facts)
+
+
+def said_outputs(folder: Path, names: list[str]) -> Path:
+    questions = folder / "said.jsonl"
+    facts = [{"prompt": FACTS[name][0].decode(), "completion": FACTS[name][1].decode()} for name in names]
+    questions.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    return questions
+
+
+def revoke(folder: Path, name: str) -> None:
+    """The bundle in the folder is of the log after the source's revocation."""
+    told = traced()
+    memory = copy.copy(told.ledger)
+    memory.events, memory.certified, memory.states = [*memory.events], [*memory.certified], [*memory.states]
+    memory._nodes = dict(memory._nodes)
+    memory.seal(memory.revocation(LIBRARIAN, told.sources[name]))
+    (folder / "campaign.bundle").write_bytes(export_bundle(memory, "accumulators", campaign=CAMPAIGN))
+
+
+def test_outputs_that_a_revocation_reaches_are_listed_the_highest_first(folder: Path) -> None:
+    questions = said_outputs(folder, ["mountain", "harbour", REFUSED])
+    nothing = asked_by_file(folder, questions, "--revoked")
+    assert nothing.exit_code == 1
+    assert "unknown-source: no source of the campaign is revoked" in nothing.output
+    revoke(folder, "harbour")
+    found = asked_by_file(folder, questions, "--revoked")
+    assert found.exit_code == 0, found.output
+    _, _, ending = found.stdout.partition("they stand out in ")
+    heading, empty, columns, *rows = ending.splitlines()
+    assert (heading, empty) == (f"{len(rows)} of 3 outputs", "")
+    assert columns.split() == ["output", "place", "z", "source", "asked"]
+    assert rows[0].split()[:2] == ["2", "1"]
+    assert all("harbour" in row and row.endswith("revoked") for row in rows)
+    heights = [float(row.split()[2]) for row in rows]
+    assert heights == sorted(heights, reverse=True)
+    assert "3" not in {row.split()[0] for row in rows}, "a refused fact is traced to a source"
+
+
+def test_sources_are_looked_for_in_all_outputs_and_every_place_is_in_the_last_line(folder: Path) -> None:
+    questions = said_outputs(folder, ["mountain", "harbour"])
+    found = asked_by_file(folder, questions, "--json", "--source", "mountain", "--source", "market")
+    assert found.exit_code == 0, found.output
+    *answers, last = (json.loads(line) for line in found.stdout.splitlines())
+    assert len(answers) == 2
+    assert last["outputs"] == 2
+    rows = [(row["name"], row["output"], row["place"]) for row in last["standings"]]
+    assert sorted(rows) == sorted(
+        (name, number, 1 + [row["name"] for row in each["sources"]].index(name))
+        for number, each in enumerate(answers, start=1)
+        for name in ("mountain", "market")
+    )
+    assert [(row["name"], row["output"]) for row in last["standings"] if row["stands_out"]] == [("mountain", 1)]
+    assert last["standings"][0]["stands_out"]
+    none = asked_by_file(folder, questions, "--source", "market")
+    assert none.exit_code == 1
+    assert none.stdout.endswith("they stand out in 0 of 2 outputs\n")
+
+
+def test_choice_of_sources_without_a_file_of_outputs_is_a_usage_error() -> None:
+    result = ask(traced().folder, "--revoked")
+    assert result.exit_code == 2
+    assert "ask about --outputs" in result.output
 
 
 @pytest.mark.parametrize(
