@@ -1,5 +1,6 @@
 """Node processes stopped the hard way: a signal under load, a kill in mid catch-up, a disk that is full."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -7,7 +8,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -84,7 +84,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-@contextmanager
+@contextlib.contextmanager
 def mounted(*arguments: str, at: Path) -> Iterator[None]:
     """A file system at a folder; the test is skipped where mounting one is not permitted."""
     done = subprocess.run(["mount", *arguments, str(at)], capture_output=True, check=False)
@@ -119,13 +119,9 @@ def test_full_disk_stops_a_node_by_name_and_loses_nothing_acknowledged(
         first = flood(consortium, "library", 0, 200)
         Processes.wait_until(lambda: consortium.status(name)["log_size"] == len(first))
         filler = small_disk / "filler"
-        with filler.open("wb") as full:
-            try:
-                while True:
-                    full.write(bytes(64 << 10))
-                    full.flush()
-            except OSError:
-                pass
+        with filler.open("wb", buffering=0) as full, contextlib.suppress(OSError):
+            while True:
+                full.write(bytes(64 << 10))
         second = flood(consortium, "library", 1_000, 1_000)
         process = consortium.running[name]
         assert process.wait(timeout=30) == 1, consortium.log(name)
