@@ -26,7 +26,7 @@ from attribution.query import (
     log_odds_gradients,
 )
 from attribution.report import replays
-from attribution.trace import Trace
+from attribution.trace import SHAPED_Z, Trace
 from attribution.weights import accumulators_of, find_windows, linear_weights, read_tensors
 from consensus.accumulators import AccumulatorWindow
 from consensus.bundle import MAGIC, Bundle, encode_bundle, open_bundle
@@ -155,11 +155,18 @@ def test_sources_are_looked_for_in_all_outputs_and_every_place_is_in_the_last_li
         for number, each in enumerate(answers, start=1)
         for name in ("mountain", "market")
     )
-    assert [(row["name"], row["output"]) for row in last["standings"] if row["stands_out"]] == [("mountain", 1)]
+    for row in last["standings"]:
+        of_output = answers[row["output"] - 1]
+        (z,) = (each["z"] for each in of_output["sources"] if each["name"] == row["name"])
+        assert row["stands_out"] is (of_output["made_likelier"] and z >= SHAPED_Z)
+    assert (last["standings"][0]["name"], last["standings"][0]["output"]) == ("mountain", 1)
     assert last["standings"][0]["stands_out"]
-    none = asked_by_file(folder, questions, "--source", "market")
-    assert none.exit_code == 1
-    assert none.stdout.endswith("they stand out in 0 of 2 outputs\n")
+
+
+def test_sources_that_stand_out_in_no_output_are_told_to_and_exit_one(folder: Path) -> None:
+    found = asked_by_file(folder, said_outputs(folder, [REFUSED]), "--source", "market")
+    assert found.exit_code == 1
+    assert found.stdout.endswith("they stand out in 0 of 1 outputs\n")
 
 
 def test_choice_of_sources_without_a_file_of_outputs_is_a_usage_error() -> None:
