@@ -16,7 +16,7 @@ from node.demo.processes import Processes, Stopped, stop_signals
 from node.demo.story import Options, Story
 from node.demo.training import TrainingOptions
 
-DEFAULT_STEPS = 180
+DEFAULT_STEPS = 120
 WATCH_SECONDS = 1.0
 
 
