@@ -7,6 +7,7 @@ A node that does not answer, is not ready or has too much to do raises ``Unavail
 bound. Proxies of the environment are not used: a token is for the node alone.
 """
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
 MAX_JSON_BYTES = 64 << 20
+PAGE_EVENTS = 500
 
 A = TypeVar("A")
 
@@ -194,6 +196,14 @@ class NodeClient:
         """Part of the log's listing; ``filters`` are ``kind``, ``campaign``, ``source``."""
         parameters = {**filters, "start": str(start), "limit": str(limit)}
         return _decoded(self._request("GET", "/v1/events", parameters), EventPage)
+
+    def every_event(self, filters: dict[str, str]) -> Iterator[EventRow]:
+        """The log's listing to its end, a page at a time; ``filters`` as ``events``."""
+        start: int | None = 0
+        while start is not None:
+            page = self.events(filters, start, PAGE_EVENTS)
+            yield from page.events
+            start = page.next
 
     # State
 

@@ -4,10 +4,10 @@ Nothing is believed here: whoever asks holds the bundle against the chain that i
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from consensus.event import Kind
-from consensus.identifiers import DIGEST_BYTES
 from consensus.membership import Genesis
 from consensus.predicates import Predicate
 from consensus.rejection import Reason, Rejected
@@ -15,10 +15,10 @@ from consensus.state import CAMPAIGN_TABLE
 from node.bundles import export_bundle
 from node.client import NodeClient
 from node.commands.connection import TOKEN_VARIABLE
+from node.request_fields import digest
 
 NAMED = 5
 """Campaigns named to somebody who did not say which."""
-PAGE_EVENTS = 500
 
 
 def bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: bytes) -> bytes:
@@ -36,7 +36,8 @@ def bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: byte
     """
     if "://" in where:
         with NodeClient(where, os.environ.get(TOKEN_VARIABLE)) as client:
-            asked = campaign or _only(_listed(client))
+            listed = client.every_event({"kind": Kind.CAMPAIGN.value})
+            asked = campaign or _only([digest("campaign", row.campaign) for row in listed])
             return client.bundle(predicate.value, {"campaign": asked.hex()})
     from node.api_log import LogReading  # noqa: PLC0415 (a node that is asked needs no database)
     from node.ledger import Ledger  # noqa: PLC0415
@@ -50,29 +51,7 @@ def bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: byte
         return export_bundle(reading, predicate.value, campaign=campaign or _only(keys))
 
 
-def _listed(client: NodeClient) -> list[bytes]:
-    found: list[bytes] = []
-    start: int | None = 0
-    while start is not None:
-        page = client.events({"kind": Kind.CAMPAIGN.value}, start, PAGE_EVENTS)
-        found += [_identifier(row.campaign) for row in page.events]
-        start = page.next
-    return found
-
-
-def _identifier(text: str) -> bytes:
-    try:
-        found = bytes.fromhex(text)
-    except ValueError:
-        found = b""
-    if len(found) != DIGEST_BYTES:
-        raise Rejected(
-            Reason.MALFORMED, f"the node lists a campaign {text!a:.80}: expected {2 * DIGEST_BYTES} hex digits"
-        )
-    return found
-
-
-def _only(campaigns: list[bytes]) -> bytes:
+def _only(campaigns: Sequence[bytes]) -> bytes:
     if not campaigns:
         raise Rejected(Reason.UNKNOWN_CAMPAIGN, "the log has no campaign")
     if len(campaigns) > 1:

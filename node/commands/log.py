@@ -12,7 +12,7 @@ from consensus.epochs import Anchor, Pin, anchor
 from consensus.event import Kind, check_event, pack_parts
 from consensus.receipt import verify_receipt
 from consensus.rejection import Reason, Rejected
-from node.client import EventRow, NodeClient
+from node.client import PAGE_EVENTS, EventRow, NodeClient
 from node.commands.connection import connect, node_options
 from node.commands.fields import hex_argument
 from node.commands.log_disk import log_fsck, log_repair
@@ -23,7 +23,6 @@ from node.config import load_config
 from node.identity import load_genesis
 from node.verify import read_pin
 
-PAGE_EVENTS = 500
 FOLLOW_SECONDS = 1.0
 
 _CONFIG = click.option(

@@ -21,7 +21,6 @@ from consensus.state import CAMPAIGN_TABLE, CampaignRecord, Usage, read_record, 
 from node.client import NodeClient
 from node.demo.facts import BlockShare, GrantFacts, SourceFacts, StepFacts
 
-PAGE_EVENTS = 500
 MICRO = 1_000_000
 PERMILLE = 1_000
 
@@ -107,7 +106,7 @@ def read_campaign(client: DemoClient, committee: Committee, campaign: str) -> Ca
 
 def count_events(client: NodeClient, kind: Kind) -> int:
     """How many events of a kind are on the log."""
-    return sum(1 for _ in _rows(client, {"kind": kind.value}))
+    return sum(1 for _ in client.every_event({"kind": kind.value}))
 
 
 def certificate_bytes(client: NodeClient, event: str) -> int:
@@ -117,17 +116,8 @@ def certificate_bytes(client: NodeClient, event: str) -> int:
 
 
 def _events(client: NodeClient, committee: Committee, kind: Kind, campaign: str) -> Iterator[tuple[int, CheckedEvent]]:
-    for index, identifier in _rows(client, {"kind": kind.value, "campaign": campaign}):
-        yield index, check_event(client.event_bytes(identifier), committee)
-
-
-def _rows(client: NodeClient, filters: dict[str, str]) -> Iterator[tuple[int, str]]:
-    start: int | None = 0
-    while start is not None:
-        page = client.events(filters, start, PAGE_EVENTS)
-        for row in page.events:
-            yield row.index, row.id
-        start = page.next
+    for row in client.every_event({"kind": kind.value, "campaign": campaign}):
+        yield row.index, check_event(client.event_bytes(row.id), committee)
 
 
 def _step(index: int, event: CheckedEvent, undone: bool) -> StepFacts:

@@ -17,6 +17,7 @@ from consensus.membership import ED25519_LIST
 from consensus.predicates import Predicate
 from consensus.rejection import Reason, Rejected
 from node.cli import main
+from node.client import EventPage, EventRow, NodeClient
 from node.commands.ledgers import bundle_of
 
 HERE = dataclasses.replace(told(), ledger=traced().ledger)
@@ -161,3 +162,15 @@ def test_log_without_a_campaign_or_a_ledger_block_says_so(tmp_path: Path) -> Non
         with pytest.raises(Rejected) as caught:
             bundle_of(str(tmp_path / name), memory.genesis, Predicate.ACCUMULATORS, b"")
         assert caught.value.reason is reason
+
+
+def test_campaign_that_a_node_lists_and_that_is_no_id_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listing(self: NodeClient, filters: dict[str, str], start: int, limit: int) -> EventPage:
+        return EventPage((EventRow(0, "", "campaign", "", campaign="zz"),))
+
+    monkeypatch.setattr(NodeClient, "events", listing)
+    code, said = by_ledger("http://127.0.0.1:1")
+    assert code == 1
+    assert "malformed: campaign 'zz'" in said

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,24 @@ def prepare(consortium: Processes, directory: Path) -> None:
     made.members["archive"] = archive
 
 
+def next_secrets(consortium: Processes, names: Iterable[str]) -> dict[str, tuple[object, ...]]:
+    """The options that name each member's keystore of epoch 1."""
+    members = consortium.provisioned.members
+    return {
+        name: ("--keystore", epoch_keystore(members[name].keystore, 1), "--passphrase-file", members[name].passphrase)
+        for name in names
+    }
+
+
+def finish_ceremony(folder: Path, secrets: Mapping[str, tuple[object, ...]]) -> None:
+    """All rounds after the joining, by all who have joined."""
+    for _ in range(4):
+        for own in secrets.values():
+            run("ceremony", "contribute", folder, *own)
+    for own in secrets.values():
+        assert "members of epoch 1" in run("ceremony", "finish", folder, *own)
+
+
 def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,16 +90,11 @@ def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
         run("membership", "invite", folder, "--config", config["library"], "--add", "archive:data-source",
             "--remove", "press")  # fmt: skip
         invited = read_folder(folder).invitation.digest.hex()
-        held = {name: epoch_keystore(members[name].keystore, 1) for name in NEXT}
-        secrets = {name: ("--keystore", held[name], "--passphrase-file", members[name].passphrase) for name in NEXT}
+        secrets = next_secrets(consortium, NEXT)
         for name in NEXT:
             keep = () if name == "archive" else ("--keep", members[name].keystore)
             run("ceremony", "join", folder, "--as", name, "--invitation", invited, *secrets[name], *keep)
-        for _ in range(4):
-            for name in NEXT:
-                run("ceremony", "contribute", folder, *secrets[name])
-        for name in NEXT:
-            assert "members of epoch 1" in run("ceremony", "finish", folder, *secrets[name])
+        finish_ceremony(folder, secrets)
 
         change, sign = tmp_path / "change.event", ("membership", "sign", "--config")
         said = run(*sign, config["library"], "--membership", folder / "epoch-1.membership", "--out", change)
@@ -148,19 +162,15 @@ def test_shares_are_refreshed_by_commands_under_the_role_keys_that_stay(
         invited = read_folder(folder).invitation.digest.hex()
         assert invited in told
         assert "--keep" in told
+        secrets = next_secrets(consortium, names)
         held = {name: epoch_keystore(members[name].keystore, 1) for name in names}
-        secrets = {name: ("--keystore", held[name], "--passphrase-file", members[name].passphrase) for name in names}
         join = ("ceremony", "join", folder, "--invitation", invited, "--as")
         assert "this refreshes its keys" in run(*join, "library", *secrets["library"], code=2)
         other = run(*join, "press", *secrets["library"], "--keep", members["library"].keystore, code=1)
         assert "a refresh changes none" in other
         for name in names:
             run(*join, name, *secrets[name], "--keep", members[name].keystore)
-        for _ in range(4):
-            for name in names:
-                run("ceremony", "contribute", folder, *secrets[name])
-        for name in names:
-            assert "members of epoch 1" in run("ceremony", "finish", folder, *secrets[name])
+        finish_ceremony(folder, secrets)
 
         change, sign = tmp_path / "change.event", ("membership", "sign", "--config")
         said = run(*sign, config["library"], "--membership", folder / "epoch-1.membership", "--out", change)

@@ -214,10 +214,13 @@ class LedgerNode(Node):
 
     def refuse(self, sender: MemberId, refusal: Rejected) -> None:
         """Of a correct member's nothing is refused but what it said before it knew of the new epoch, or we did."""
-        bad = self.simulation.traitors | self.simulation.garbage
-        if sender not in bad and refusal.reason is not Reason.WRONG_EPOCH:
+        who = "other"
+        if sender in self.simulation.traitors:
+            who = "traitor"
+        elif sender in self.simulation.garbage:
+            who = "garbage"
+        elif refusal.reason is not Reason.WRONG_EPOCH:
             raise refusal
-        who = "traitor" if sender in bad else "other"
         self.simulation.refused[f"{who}: {refusal.reason.value}"] += 1
 
     def receive(self, message: Message, sender: MemberId) -> None:

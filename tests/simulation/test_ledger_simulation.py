@@ -91,7 +91,7 @@ def test_every_admissible_event_is_on_every_log_within_the_bound_after_healing(n
         broken = {"bad-block", "bad-timestamp", "duplicate", "log-root-mismatch", "state-root-mismatch"}
         assert broken <= set(spoiled), "traitors proposed nothing worth refusing"
     if any(plan.garbage):
-        assert {"traitor: bad-signature", "traitor: wrong-chain", "traitor: wrong-epoch"} <= set(refused)
+        assert {"garbage: bad-signature", "garbage: wrong-chain", "garbage: wrong-epoch"} <= set(refused)
         assert {"bad-signature", "malformed", "portion-mismatch"} <= set(refused_events)
     if any(plan.liars):
         named = {"bad-block", "bad-certificate", "malformed", "not-found", "wrong-chain"}

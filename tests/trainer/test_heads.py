@@ -21,7 +21,7 @@ from governed_fixtures import (
     same_bits,
     weights,
 )
-from peft import LoraConfig, get_peft_model
+from lora_fixtures import with_lora
 from rank_fixtures import Attempt, run_on_ranks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,15 +65,6 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(num_attention_heads=4, num_key_value_heads=2, attention_bias=True, **sizes, **SMALL)
     )
-
-
-def with_lora(model: nn.Module, targets: list[str], **changes: object) -> nn.Module:
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", **changes))
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return tuned
 
 
 def without_A(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from lora_fixtures import with_lora
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -50,15 +50,6 @@ def checkpointed_llama() -> nn.Module:
     model = llama(tie_word_embeddings=True)
     model.activation_checkpointing_enable()
     return model
-
-
-def with_lora(model: nn.Module, targets: list[str], **changes: object) -> nn.Module:
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", **changes))
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return tuned
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
