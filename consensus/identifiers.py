@@ -106,7 +106,8 @@ def tagged_prefix(tag: Tag, *parts: bytes) -> bytes:
 
 def tagged_message(tag: Tag, *parts: bytes) -> bytes:
     """The bytes to sign for ``parts`` under ``tag``: the tag, a zero byte, then their tagged hash."""
-    return tag.value.encode() + b"\x00" + tagged_hash(tag, *parts)
+    return _TAG_MESSAGES[tag] + tagged_hash(tag, *parts)
 
 
+_TAG_MESSAGES = {tag: tag.value.encode() + b"\x00" for tag in Tag}
 _TAG_PREFIXES = {tag: len(tag.value.encode()).to_bytes(8, "big") + tag.value.encode() for tag in Tag}

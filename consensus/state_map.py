@@ -28,8 +28,10 @@ entries; its hash leaves no room for an omission. That a prefix is unused is sho
 search for any key under it ends: had the prefix entries, that leaf would be one of them.
 
 Maps are immutable; a change shares all untouched nodes with its origin, so each branch of the BFT round
-lays its own over the finalized one. Hashes are filled in when a root or a proof is asked for: a batch of
-changes hashes each touched node once. Loops, no recursion: depth is bounded by 264, not by the interpreter.
+lays its own over the finalized one. Hashes are filled in when a root or a proof is asked for, and before a
+change: a node without one belongs to the batch of changes that made it, and the rest of that batch changes it
+in place, so that a batch copies and hashes each touched node once. Loops, no recursion: depth is bounded by
+264, not by the interpreter.
 
 Left to others: what keys and values mean (``state.py``), storage (``node/store.py``), who certified the
 root.
@@ -151,6 +153,8 @@ class StateMap:
     def set_many(self, changes: Mapping[bytes, bytes | None]) -> "StateMap":
         """The map after all ``changes``; None removes. The same map where nothing changes."""
         top, count = self._top, self._count
+        if top is not None:
+            _digest_of(top)  # now none of the nodes here is taken for one of the batch's own
         for key in sorted(changes):
             _require_key(key)
             value = changes[key]
@@ -348,10 +352,17 @@ def _without(top: _Node | None, key: bytes) -> tuple[_Node | None, int]:
 
 
 def _rebuilt(above: list[_Branch], key: bytes, node: _Node) -> _Node:
-    """Copies of the branches ``above``, root first, with ``node`` where ``key`` leads."""
+    """The branches ``above``, root first, with ``node`` where ``key`` leads: copies, but for those without a hash."""
     for branch in reversed(above):
         bit = branch.bit
         goes_right = key[bit >> 3] & _MASKS[bit & 7]
+        if not branch.digest:
+            # All above it were made by this batch, too.
+            if goes_right:
+                branch.right = node
+            else:
+                branch.left = node
+            return above[0]
         node = _Branch(bit, branch.left, node) if goes_right else _Branch(bit, node, branch.right)
     return node
 

@@ -37,7 +37,7 @@ from node import request_fields as fields
 from node.bundles import export_bundle
 from node.endpoints import Call, Endpoint
 from node.errors_http import NOTE, OCTETS, HttpReply, json_reply
-from node.ledger import CAMPAIGN_TERM, KIND_TERM, SOURCE_TERM, Ledger, term
+from node.ledger import CAMPAIGN_TERM, KIND_TERM, SOURCE_TERM, Ledger
 from node.service import EventState, EventStatus, Service
 from node.store import Store
 
@@ -121,10 +121,10 @@ class LogApi:
         if "kind" in query:
             if query["kind"] not in frozenset(Kind):
                 raise Rejected(Reason.MALFORMED, f"kind '{query['kind']}', expected one of: {', '.join(Kind)}")
-            terms.append(term(KIND_TERM, query["kind"].encode()))
+            terms.append(KIND_TERM + query["kind"].encode())
         for name, prefix in (("campaign", CAMPAIGN_TERM), ("source", SOURCE_TERM)):
             if name in query:
-                terms.append(term(prefix, fields.digest(name, query[name])))
+                terms.append(prefix + fields.digest(name, query[name]))
         limit = fields.whole_number("limit", query.get("limit", str(DEFAULT_LIMIT)), least=1, most=MAX_LIMIT)
         start = fields.optional_number(query, "start", 0)
         indexes, following = await _matching(self._ledger.store, terms, start, limit, log_size)
@@ -344,7 +344,7 @@ class LogReading:
     def campaign_indexes(self, campaign: bytes) -> Sequence[int]:
         """Where the campaign's events stand."""
         found: list[int] = []
-        while page := self._store.scan(term(CAMPAIGN_TERM, campaign), found[-1] + 1 if found else 0, MAX_LIMIT):
+        while page := self._store.scan(CAMPAIGN_TERM + campaign, found[-1] + 1 if found else 0, MAX_LIMIT):
             found += page
         return [index for index in found if index < self._log_size]
 

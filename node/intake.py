@@ -59,6 +59,7 @@ class Intake:
             self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
             raise
         if added:
+            self._tell_arrival()
             self._submitted_ms[event.id] = self._clock.monotonic_ms()
             if len(self._submitted_ms) > 4 * FINALITY_SAMPLES:
                 self._submitted_ms.popitem(last=False)
@@ -79,6 +80,8 @@ class Intake:
             except Rejected as error:
                 self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
                 self._network.complain(sender, error)
+        if taken:
+            self._tell_arrival()
         return taken
 
     def restore(self, events: Iterable[bytes]) -> None:
@@ -88,6 +91,7 @@ class Intake:
                 self._take(encoded)
             except Rejected as error:
                 log.warning("an event of the vote journal is refused: %s", error)
+        self._tell_arrival()
 
     def check(self, encoded: bytes) -> CheckedEvent:
         """Check an event without pooling it.
@@ -103,11 +107,11 @@ class Intake:
         event = self.check(encoded)
         if self._ledger.store.index_of_event(event.id) is not None:
             return event, False
-        added = self._mempool.add(event, self._clock.monotonic_ms(), sender)
-        if added:
-            arrived, self.arrived = self.arrived, trio.Event()
-            arrived.set()
-        return event, added
+        return event, self._mempool.add(event, self._clock.monotonic_ms(), sender)
+
+    def _tell_arrival(self) -> None:
+        arrived, self.arrived = self.arrived, trio.Event()
+        arrived.set()
 
     def begin_epoch(self) -> None:
         """Check what waits by the members of the new epoch: nothing of one that left is admitted any more."""

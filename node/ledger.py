@@ -436,20 +436,15 @@ def framed(payload: bytes) -> bytes:
     return len(payload).to_bytes(4, "big") + payload
 
 
-def term(prefix: bytes, of: bytes) -> bytes:
-    """The term under which ``Store.scan`` lists log indexes."""
-    return prefix + of
-
-
 def index_terms(event: CheckedEvent) -> tuple[bytes, ...]:
-    """What an event is listed under: kind, author, campaign, each source it names."""
+    """What ``Store.scan`` lists an event under: kind, author, campaign, each source it names."""
     entry = event.entry
-    terms = {term(KIND_TERM, entry.kind.value.encode()), term(AUTHOR_TERM, entry.author)}
+    terms = {KIND_TERM + entry.kind.encode(), AUTHOR_TERM + entry.author}
     if entry.campaign != bytes(32):
-        terms.add(term(CAMPAIGN_TERM, entry.campaign))
+        terms.add(CAMPAIGN_TERM + entry.campaign)
     for item in event.items:
         if isinstance(item, _SOURCE_ITEMS):
-            terms.add(term(SOURCE_TERM, item.source))
+            terms.add(SOURCE_TERM + item.source)
         elif isinstance(item, SourceClaim):
-            terms.add(term(SOURCE_TERM, event.id))
+            terms.add(SOURCE_TERM + event.id)
     return tuple(sorted(terms))

@@ -39,16 +39,13 @@ nothing may follow it in its epoch."""
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """An event, when it came (monotonic milliseconds), and the peer that brought it, None for a client of this node."""
+    """An event, when it came (monotonic milliseconds), the peer that brought it, None for a client of this node, and
+    its size on the wire."""
 
     event: CheckedEvent
     since_ms: int
     sender: MemberId | None
-
-    @property
-    def size_bytes(self) -> int:
-        """Its size on the wire."""
-        return len(self.event.entry_bytes) + len(self.event.portions_bytes)
+    size_bytes: int
 
 
 @dataclass(slots=True)
@@ -95,7 +92,7 @@ class Mempool:
             return False
         if event.id in self._by_id:
             raise Rejected(Reason.DUPLICATE, f"event {event.id.hex()} waits with other signatures")
-        waiting = Waiting(event, now_ms, sender)
+        waiting = Waiting(event, now_ms, sender, len(event.entry_bytes) + len(event.portions_bytes))
         share = self._shares.get(sender) or _Share()
         taken_events, taken_bytes = (0, 0) if sender is None else (len(share.waiting), share.held_bytes)
         if (

@@ -260,7 +260,8 @@ class Proposals:
         with trio.move_on_after(ARRIVAL_SECONDS):
             while True:
                 arrived = self._intake.arrived
-                found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
+                missing = [leaf for leaf in leaves if leaf not in found]
+                found.update((leaf, event) for leaf in missing if (event := self._mempool.get(leaf)) is not None)
                 if len(found) == len(leaves):
                     break
                 await arrived.wait()

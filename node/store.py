@@ -28,6 +28,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from rocksdict import AccessType, Rdict, WriteBatch
 
@@ -427,8 +428,11 @@ class Store:
         return self._opened_database().families[name]
 
     def _get(self, family: str, key: bytes) -> bytes | None:
-        with self._translated(f"read from {family}"):
-            found: bytes | None = self._family(family).get(key)
+        database = self._opened_database()
+        try:  # not ``_translated``: a node reads for every event it receives
+            found: bytes | None = database.families[family].get(key)
+        except Exception as error:
+            self._fail(f"read from {family}", error)
         return found
 
     def _page(self, family: str, start: bytes, prefix: bytes, limit: int) -> list[tuple[bytes, bytes]]:
@@ -454,12 +458,15 @@ class Store:
         try:
             yield
         except Exception as error:
-            if type(error) is not Exception:  # rocksdict's own errors are bare Exceptions
-                raise
-            if poisons:
-                self._failure = f"{what}: {error}"
-            hint = f": {_CHECK}" if "Corruption" in str(error) else ""
-            raise InvariantBroken(f"{self._directory}: {what} failed: {error}{hint}") from error
+            self._fail(what, error, poisons)
+
+    def _fail(self, what: str, error: Exception, poisons: bool = False) -> NoReturn:
+        if type(error) is not Exception:  # rocksdict's own errors are bare Exceptions
+            raise error
+        if poisons:
+            self._failure = f"{what}: {error}"
+        hint = f": {_CHECK}" if "Corruption" in str(error) else ""
+        raise InvariantBroken(f"{self._directory}: {what} failed: {error}{hint}") from error
 
 
 __all__ = ["BlockWrite", "EntryWrite", "Head", "Store"]

@@ -1,6 +1,5 @@
 """Receipts: what an outsider believes of an event or a record, and every way to fool him that must fail."""
 
-from dataclasses import replace
 from functools import cache
 
 import msgspec
@@ -111,7 +110,7 @@ def test_unsigned_policy_on_a_log_of_traitors_has_no_receipt() -> None:
     ledger = story(released=False).ledger
     event = ledger.events[0]
     unsigned = encode(msgspec.structs.replace(event.entry, signatures=()))
-    ledger.collude([replace(event, entry_bytes=unsigned, leaf_hash=Digest(leaf_hash(unsigned)))], {})
+    ledger.collude([event._replace(entry_bytes=unsigned, leaf_hash=Digest(leaf_hash(unsigned)))], {})
     refused(Reason.MISSING_SIGNATURE, receipt_of(ledger, len(ledger.events) - 1))
 
 

@@ -167,6 +167,20 @@ def test_the_root_does_not_depend_on_the_order_or_on_what_was_removed(
     assert built.root == detour.root == StateMap().set_many(entries).root == reference_root(entries)
 
 
+@fast
+@given(maps, st.dictionaries(keys, st.none() | values, max_size=12), st.dictionaries(keys, values, max_size=12))
+def test_versions_whose_root_nobody_asked_for_do_not_change_either(
+    first: dict[bytes, bytes], second: dict[bytes, bytes | None], third: dict[bytes, bytes]
+) -> None:
+    built = StateMap().set_many(first)
+    changed = built.set_many(second)
+    forked = built.set_many(third)
+    both = {key: value for key, value in {**first, **second}.items() if value is not None}
+    for version, model in ((built, first), (changed, both), (forked, {**first, **third})):
+        assert dict(version.items()) == model
+        assert version.root == reference_root(model)
+
+
 def test_golden_roots() -> None:
     small = StateMap().set(table_key(1, "a"), b"value")
     large = StateMap().set_many({table_key(index % 5, index): b"v%d" % index for index in range(1_000)})

@@ -19,7 +19,7 @@ from consensus.portions import Policy
 from consensus.receipt import verify_receipt, verify_state_receipt
 from consensus.state import POLICY_HEAD_KEY, SOURCE_TABLE, SourceRecord, read_record
 from node.api_log import _matching
-from node.ledger import CAMPAIGN_TERM, KIND_TERM, term
+from node.ledger import CAMPAIGN_TERM, KIND_TERM
 
 
 @asynccontextmanager
@@ -108,7 +108,7 @@ async def test_seeks_of_a_listing_are_bounded_and_can_be_gone_on_with(
     monkeypatch.setattr("node.api_log.MAX_SEEKS", 3)
     node, store = node_of(told(), tmp_path / "store")
     with store:
-        terms = [term(KIND_TERM, b"step"), term(CAMPAIGN_TERM, told().run.id)]
+        terms = [KIND_TERM + b"step", CAMPAIGN_TERM + told().run.id]
         found: list[int] = []
         following: int | None = 0
         while following is not None:
