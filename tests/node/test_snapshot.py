@@ -592,11 +592,15 @@ async def test_verifying_node_begins_at_a_snapshot_among_running_voters(
 ) -> None:
     monkeypatch.setattr(snapshot, "REQUEST_SECONDS", 10.0)
     consortium = Consortium(tmp_path)
-    voters = [consortium.node(name) for name in ("data-source-1", "data-source-2", "governance-1", "operator-1")]
+    names = ("data-source-1", "data-source-2", "governance-1", "operator-1")
+    voters = [consortium.node(name) for name in names]
     async with running(voters):
         for number in range(3 * AT_LEAST):
             event = voters[0].submit(consortium.source_event("data-source-1", number))
             assert (await voters[0].wait_final(event.id, 20)).state is EventState.FINAL
+    # Begun anew, they no longer hold for it all that they voted on: a log so short would be replayed from that alone.
+    voters = [consortium.node(name) for name in names]
+    async with running(voters):
         joining = consortium.node("verifier-1", sync="snapshot")
         async with running([joining]):
             await until_nodes(
@@ -604,7 +608,7 @@ async def test_verifying_node_begins_at_a_snapshot_among_running_voters(
             )
             late = voters[0].submit(consortium.source_event("data-source-1", 1_000))
             await until_nodes(lambda: joining.status_of(late.id).state is EventState.FINAL)
-            assert joining.snapshot().head == voters[0].snapshot().head
+            await until_nodes(lambda: joining.snapshot().head == voters[0].snapshot().head)
     assert joined_at_snapshot(tmp_path / "verifier-1", joining)
 
 
