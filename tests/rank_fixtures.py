@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from governed_fixtures import Scene, losses
+from governed_fixtures import Scene, collate, losses
 from torch import nn
 
 from consensus.identifiers import ChainId, MemberId
 from consensus.rejection import CountersignError
+from trainer_client.picked_replay import replay_picked
+from trainer_client.ranks import Ranks
 from trainer_client.record import Example
+from trainer_client.replay import ReplayJob, read_logged_campaign, replay
 
 TIMEOUT_SECONDS = 300
 KINDS = ("DDP", "FSDP2")
@@ -43,11 +46,25 @@ class NodeAt:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A run of the scene. ``changes`` are of one rank's scene, by rank; ``kill`` is a rank and the step it dies at."""
+    """A run of the scene. ``changes`` are of one rank's scene, by rank; ``kill`` is a rank and the step it dies at.
+
+    With ``replay`` not a run but a replay of the campaign on the log.
+    """
 
     kind: str
     kill: tuple[int, int] | None = None
     changes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    replay: "Replay | None" = None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What is asked of a replay; ``picked`` steps only, where there are any."""
+
+    weight_decay: float = 0.1
+    picked: tuple[int, ...] = ()
+    without: tuple[bytes, ...] = ()
+    balanced: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,10 @@ class Specification:
 
 @dataclass
 class Outcome:
-    """How a rank's run ended: what it was shown by step, its stand-ins, its weights, or its error."""
+    """How a rank's run ended: what it was shown by step, its stand-ins, its weights, or its error.
+
+    Of a replay ``replayed`` are the steps that came out as recorded, ``differing`` what of the first did not.
+    """
 
     seen: list[tuple[int, Example]] = field(default_factory=list)
     stand_ins: int = 0
@@ -71,6 +91,8 @@ class Outcome:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     recoveries: int = 0
     rollbacks: int = 0
+    differing: tuple[str, ...] = ()
+    root: bytes = b""
     error: str = ""
     error_type: str = ""
 
@@ -156,6 +178,9 @@ def _run(specification: Specification, attempt: Attempt, rank: int) -> Outcome:
         setattr(scene, name, value)
     outcome = Outcome()
     try:
+        if attempt.replay is not None:
+            _replay(scene, attempt.replay, outcome)
+            return outcome
         with scene.run() as run:
             for batch in run.batches():
                 if attempt.kill == (rank, batch.step):
@@ -169,10 +194,48 @@ def _run(specification: Specification, attempt: Attempt, rank: int) -> Outcome:
         outcome.recoveries, outcome.rollbacks = summary.recoveries, summary.rollbacks
     except CountersignError as error:
         outcome.error_type, outcome.error = type(error).__name__, str(error)
-    for name, parameter in scene.model.named_parameters():
+    for name, parameter in () if attempt.replay is not None else scene.model.named_parameters():
         held = parameter.detach()
         outcome.weights[name] = (held.full_tensor() if hasattr(held, "full_tensor") else held).clone()
     return outcome
+
+
+def job_of(scene: Scene, weight_decay: float = 0.1) -> ReplayJob[bytes]:
+    """A scene's job as it stands before its first step."""
+    torch.manual_seed(1)
+    model = scene.wrap(scene.build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=weight_decay)
+    size = scene.arguments["micro_batch_size"]
+    return ReplayJob(model, optimizer, scene.training_sources, losses, collate, micro_batch_size=size)  # type: ignore[arg-type]
+
+
+def replay_job(config: Path) -> ReplayJob[bytes]:
+    """For ``countersign replay --job`` in the processes of ``torchrun``: ``config`` is of ``replay_configuration``."""
+    kind, node, scene = pickle.loads(config.read_bytes())
+    dist.init_process_group("gloo")
+    made = Scene(node=node, **scene)
+    made.wrap = lambda model: _wrap(kind, model)
+    return job_of(made)
+
+
+def replay_configuration(scene: Scene, kind: str) -> bytes:
+    """What ``replay_job`` reads."""
+    node = NodeAt(scene.node.url, scene.node.chain_id, scene.node.member_id("operator-1"))
+    fields = {"directory": scene.directory, **{name: getattr(scene, name) for name in CARRIED}}
+    return pickle.dumps((kind, node, fields))
+
+
+def _replay(scene: Scene, asked: Replay, outcome: Outcome) -> None:
+    job = job_of(scene, asked.weight_decay)
+    ranks = Ranks.of_job()
+    logged = read_logged_campaign(scene.client(), scene.campaign)
+    if asked.picked:
+        picked = replay_picked(logged, job, asked.picked, ranks=ranks)
+        outcome.replayed, difference = picked.matched, picked.difference
+    else:
+        found = replay(logged, job, asked.without, balanced=asked.balanced, ranks=ranks)
+        outcome.replayed, outcome.root, difference = found.matched, found.root, found.difference
+    outcome.differing = () if difference is None else (f"step {difference.step}", *difference.what)
 
 
 def _main() -> None:

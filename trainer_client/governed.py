@@ -453,7 +453,7 @@ class GovernedRun(Generic[E]):
                 beginning=beginning,
                 started=time.perf_counter(),
                 before=self._course.snapshot_if_due(),
-                batches=self._batches_of(admitted),
+                batches=self._ranks.micro_batches(admitted, self._micro_batch_size),
             )
             self._grant = grant
             self._admitted.update(source for source, _ in self._step.admitted)
@@ -474,14 +474,8 @@ class GovernedRun(Generic[E]):
             beginning=step_beginning(self._state),
             started=time.perf_counter(),
             before=None,
-            batches=self._batches_of(admitted),
+            batches=self._ranks.micro_batches(admitted, self._micro_batch_size),
         )
-
-    def _batches_of(self, admitted: tuple[Example, ...]) -> tuple[tuple[Example, ...], ...]:
-        """This rank's micro-batches of a step, empty ones where another rank has more."""
-        own, size = self._ranks.share_of(admitted), self._micro_batch_size
-        count = -(-self._ranks.largest_share(len(admitted)) // size)
-        return tuple(tuple(own[number * size : (number + 1) * size]) for number in range(count))
 
     def _content(self, examples: tuple[Example, ...]) -> dict[Example, E]:
         return {(source, example): self._sources[source].examples[example] for source, example in examples}

@@ -40,6 +40,7 @@ from trainer_client.ledger_side import LedgerSide
 from trainer_client.memorization_watch import MemorizationCheck
 from trainer_client.pieces import optimizer_by_pieces
 from trainer_client.plan import (
+    DATA_PARALLEL,
     RANKS,
     CampaignPlan,
     RunSettings,
@@ -257,7 +258,7 @@ def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks)
         raise ConfigError(
             f"audit_snapshot_every_steps with {ranks.size} processes: an audit's one adds up in another order"
         )
-    layout = {RANKS: str(ranks.size), "data_parallel": model.kind}
+    layout = {RANKS: str(ranks.size), DATA_PARALLEL: model.kind}
     if micro_batch_size is not None:
         layout["micro_batch_size"] = str(micro_batch_size)
     return replace(plan, hyperparameters={**layout, **plan.hyperparameters})

@@ -21,8 +21,8 @@ from consensus.accumulators import ends_window, window_bounds
 from consensus.identifiers import ZERO_DIGEST, Digest
 from consensus.rejection import Reason, Rejected
 from trainer_client.audit_snapshots import Restoration, SnapshotFolder
-from trainer_client.commitment import copied_tensors
-from trainer_client.replay import Bench, Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job, differences
+from trainer_client.ranks import ALONE, Ranks
+from trainer_client.replay import Bench, Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job
 from trainer_client.tensor_digests import differing_tensors
 
 E = TypeVar("E")
@@ -74,8 +74,9 @@ def replay_picked(
     picked: Sequence[int],
     snapshots: SnapshotFolder | None = None,
     on_step: OnStep = lambda done, of: None,
+    ranks: Ranks = ALONE,
 ) -> PickedReplay:
-    """Take the picked steps of a campaign again, from snapshots where there are any.
+    """Take the picked steps of a campaign again, from snapshots where there are any. All of the job's ranks call it.
 
     Raises:
         Rejected: ``STEP_CHAIN_BROKEN`` for steps that are not on the log, or not rising; ``DIGEST_MISMATCH`` for a
@@ -83,10 +84,10 @@ def replay_picked(
         ConfigError: a snapshot cannot be read.
     """
     check_picked(logged, picked)
-    check_job(logged, job)
+    check_job(logged, job, ranks=ranks)
     starts = (0, *(snapshots.steps if snapshots is not None else ()))
-    with bench(logged, job, accumulated=True) as run:
-        walk = _Walk(logged, run, snapshots, Restoration(job.model, job.optimizer, job.scheduler))
+    with bench(logged, job, ranks, accumulated=True) as run:
+        walk = _Walk(logged, run, snapshots, Restoration(run.parallel.module, job.optimizer, job.scheduler))
         found = []
         for number, step in enumerate(picked, 1):
             found.append(PickedStep(step, walk.reach(step, max(start for start in starts if start < step))))
@@ -121,7 +122,7 @@ class _Walk:
         self._restoration = restoration
         self._empty = None if run.accumulators is None else run.accumulators.state_dict()
         self._at = _Position()
-        self._before = copied_tensors(run.job.model)
+        self._before = run.copied()
         self.first: Difference | None = None
         self.executed = self.windows = self.windows_cut = 0
 
@@ -143,19 +144,18 @@ class _Walk:
             assert self._empty is not None
             self._run.accumulators.load_state_dict(self._empty)
         self._at = _Position(start, start)
-        self._before = copied_tensors(self._run.job.model)
+        self._before = self._run.copied()
 
     def _take(self, index: int) -> None:
         run, step = self._run, self._logged.steps[index - 1]
         accumulator_root = run.take(step, run.admitted(step))
         self._restoration.stepped(index)
         self.executed += 1
-        after = copied_tensors(run.job.model)
-        what = differences(step, self._before, after, run.blocks, run.job.optimizer)
+        after = run.copied()
+        compared = accumulator_root if self._ends_whole_window(index) else None
+        what = run.differences(step, self._before, after, compared)
         if what:
             what += self._tensors(index, after)
-        if self._ends_whole_window(index) and accumulator_root != step.operation.accumulator_root:
-            what += ("accumulators",)
         self._at.step, self._before = index, after
         if what:
             self._at.broken = Difference(index, what)

@@ -28,6 +28,7 @@ from trainer_client.pieces import part_of_entry
 E = TypeVar("E")
 
 RANKS = "ranks"
+DATA_PARALLEL = "data_parallel"
 """The hyperparameter that says how many processes trained, where there were several."""
 
 

@@ -122,6 +122,11 @@ class Ranks:
         """How many of ``count`` items the rank with most of them has."""
         return -(-count // self.size)
 
+    def micro_batches(self, items: Sequence[T], size: int) -> tuple[tuple[T, ...], ...]:
+        """This rank's part of a step's items, ``size`` at a time; empty ones at the end where another rank has more."""
+        own, count = self.share_of(items), -(-self.largest_share(len(items)) // size)
+        return tuple(tuple(own[number * size : (number + 1) * size]) for number in range(count))
+
     def summed_by_first(self, tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
         """On the first rank the sums over all ranks of tensors in main memory, in order of rank; nothing elsewhere.
 

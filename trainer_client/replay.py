@@ -5,6 +5,9 @@ Every step's parameter root, optimizer digest, deltas per parameter block and ac
 ones, and the first difference ends the replay: what comes after one follows from it. Bit-exact on the same build of
 torch and number of threads; elsewhere kernels differ in the last bits, and the first difference says no more than that.
 
+**By as many processes as the run had.** Sums over ranks are formed by DDP or FSDP2, in an order of theirs, so that only
+the same number of them gives the same bits. All call the same functions; the first compares, and the others are told.
+
 **Without a source** its examples have weight zero from its first step on, with everything else as it was: order,
 grants, normalisation, what was refused or undone. That is what retraining without it would have made of the same
 campaign, in one run, and what a trace estimates.
@@ -28,14 +31,17 @@ from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.balance import Balance, BalanceSheet
 from trainer_client.calls import CampaignStatus
 from trainer_client.clipping import clip_block_gradients
-from trainer_client.commitment import copied_tensors, optimizer_state_digest, parameter_root_of, step_commitment
+from trainer_client.commitment import optimizer_state_digest, step_commitment
+from trainer_client.data_parallel import ParallelModel
 from trainer_client.packing import Packed, taken_apart
 from trainer_client.pieces import optimizer_by_pieces
-from trainer_client.plan import RANKS, TrainingSource, check_content
+from trainer_client.plan import DATA_PARALLEL, RANKS, TrainingSource, check_content
+from trainer_client.ranks import ALONE, Ranks
 from trainer_client.record import Example
 from trainer_client.resumption import RecordedStep, past_since, read_opening
 from trainer_client.rollback import Stateful
 from trainer_client.routing import GradientObserver, Routing
+from trainer_client.step_book import optimizer_digest_of_all
 from trainer_client.submit import Client
 
 E = TypeVar("E")
@@ -46,7 +52,8 @@ class ReplayJob(Generic[E]):
     """A job as it stood before its first step: ``model`` has the base weights, seeds are set.
 
     ``loss`` gives one loss per example, as in training, and is given what ``collate`` returns; the rest is as in
-    ``governed``.
+    ``governed``. Of several processes each makes one, in its process group, with ``model`` in
+    ``DistributedDataParallel`` or sharded by ``fully_shard`` as in training.
     """
 
     model: nn.Module
@@ -113,44 +120,51 @@ def replay(
     on_step: OnStep = lambda done, of: None,
     *,
     balanced: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Replayed:
-    """Train the job's model as the log says; it holds the result afterwards.
+    """Train the job's model as the log says; it holds the result afterwards. All of the job's ``ranks`` call it.
 
     ``balanced``: keep a balance sheet (``balance.py``), and compare no accumulators; nothing at all where the run kept
     none, since splitting gradients by source then sums them in another order.
 
     Raises:
         Rejected: ``DIGEST_MISMATCH`` for another base model or other examples; ``UNKNOWN_SOURCE`` for a source of the
-            campaign that the job lacks, or one to leave out that the campaign never had; ``BAD_FIELD`` for a campaign
-            of several processes; as ``Balance``.
-        RoutingError: as ``routing.py``.
+            campaign that the job lacks, or one to leave out that the campaign never had; ``BAD_FIELD`` for another
+            number of processes than the campaign had, and for a balance sheet of several; as ``Balance``.
+        RoutingError: as ``routing.py``. ConfigError: as ``data_parallel.ParallelModel``. RankFailed: another process
+            failed.
     """
-    check_job(logged, job, without)
+    check_job(logged, job, without, ranks)
+    if balanced and ranks.size > 1:
+        raise Rejected(Reason.BAD_FIELD, f"a balance sheet of {ranks.size} processes: each sees its own examples alone")
     balance = Balance(job.model, job.optimizer) if balanced else None
-    with bench(logged, job, accumulated=not (without or balanced), balance=balance) as run:
+    with bench(logged, job, ranks, accumulated=not (without or balanced), balance=balance) as run:
         grouped = bool(logged.terms.accumulator_window_steps)
         matched = 0
-        before = copied_tensors(job.model)
+        before = run.copied()
         for number, step in enumerate(logged.steps, 1):
             admitted = tuple(example for example in run.admitted(step) if example[0] not in without)
             accumulator_root = run.take(step, admitted)
             on_step(number, len(logged.steps))
             if without or (balanced and not grouped):
                 continue
-            after = copied_tensors(job.model)
-            expected_root = b"" if balanced else step.operation.accumulator_root
-            what = differences(step, before, after, run.blocks, job.optimizer)
-            what += ("accumulators",) if accumulator_root != expected_root else ()
+            after = run.copied()
+            what = run.differences(step, before, after, None if balanced else accumulator_root)
             if what:
-                return Replayed(number, matched, Difference(step.index, what), parameter_root_of(job.model))
+                return Replayed(number, matched, Difference(step.index, what), run.root())
             matched, before = number, after
         sheet = None if balance is None else balance.sheet(run.blocks)
-    return Replayed(len(logged.steps), matched, None, parameter_root_of(job.model), sheet)
+        return Replayed(len(logged.steps), matched, None, run.root(), sheet)
 
 
 @contextmanager
 def bench(
-    logged: LoggedCampaign, job: ReplayJob[E], *, accumulated: bool, balance: Balance | None = None
+    logged: LoggedCampaign,
+    job: ReplayJob[E],
+    ranks: Ranks = ALONE,
+    *,
+    accumulated: bool,
+    balance: Balance | None = None,
 ) -> Iterator["Bench[E]"]:
     """What steps are taken on, with the job's model under the campaign's routing; afterwards it is as it was.
 
@@ -158,18 +172,21 @@ def bench(
     """
     blocks = {block.name: tuple(tensor.name for tensor in block.tensors) for block in logged.terms.parameter_blocks}
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
+    parallel = ParallelModel(job.model, ranks)
+    model = parallel.module
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        accumulators = _accumulators(logged, folder) if accumulated else None
+        accumulators = _accumulators(logged, folder, ranks) if accumulated else None
         if accumulators is not None:
-            accumulators.attach(job.model, block_of)
+            accumulators.attach(model, block_of)
             stack.enter_context(accumulators)
         grouped = bool(logged.terms.accumulator_window_steps)
         observer = accumulators or balance or (_Unheard() if grouped else None)
-        routing = Routing(job.model, block_of, observer, None if accumulators is None else accumulators.sketches)
+        routing = Routing(model, block_of, observer, None if accumulators is None else accumulators.sketches)
         stack.enter_context(routing)
-        stack.enter_context(optimizer_by_pieces(job.optimizer, job.model, routing.division, routing.moved))
-        yield Bench(logged, job, routing, blocks, block_of, _clip_norm(logged.terms), accumulators, balance)
+        stack.enter_context(optimizer_by_pieces(job.optimizer, model, routing.division, routing.moved))
+        clip_norm = _clip_norm(logged.terms)
+        yield Bench(logged, job, ranks, parallel, routing, blocks, block_of, clip_norm, accumulators, balance)
 
 
 class _Unheard(GradientObserver):
@@ -185,6 +202,8 @@ class Bench(Generic[E]):
 
     logged: LoggedCampaign
     job: ReplayJob[E]
+    ranks: Ranks
+    parallel: ParallelModel
     routing: Routing
     blocks: Mapping[str, tuple[str, ...]]
     block_of: Mapping[str, int]
@@ -198,17 +217,44 @@ class Bench(Generic[E]):
         presented = presented_examples(self.logged.manifest, terms.sampler_seed, terms.batch_size, step.index)
         return step.in_order(presented)
 
+    def copied(self) -> dict[str, Tensor]:
+        """Copies of what the model's root covers, on the first of the ranks; nothing elsewhere. All must ask."""
+        return self.parallel.copied()
+
+    def root(self) -> Digest:
+        """The parameter root of the model as it is now."""
+        return self.parallel.root()
+
+    def differences(
+        self,
+        step: RecordedStep,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        accumulator_root: bytes | None,
+    ) -> tuple[str, ...]:
+        """What of a step that was just taken is not as recorded; told to all of the ranks. None compares no window."""
+        own = optimizer_state_digest(self.job.optimizer)
+        found = optimizer_digest_of_all(own, self.ranks) if self.parallel.is_sharded else own
+
+        def compared() -> tuple[str, ...]:
+            what = differences(step, before, after, self.blocks, found)
+            if accumulator_root is not None and accumulator_root != step.operation.accumulator_root:
+                what += ("accumulators",)
+            return what
+
+        return self.ranks.by_first(compared)
+
     def take(self, step: RecordedStep, admitted: tuple[Example, ...]) -> bytes:
-        """One step; the root of the accumulators' window that it ends, or nothing."""
-        job = self.job
+        """One step; the root of the accumulators' window that it ends, on the first of the ranks, or nothing."""
+        job, model = self.job, self.parallel.module
         job.optimizer.zero_grad(set_to_none=True)
-        job.model.zero_grad(set_to_none=True)  # divided tensors are not the optimizer's
-        size = job.micro_batch_size or self.logged.terms.batch_size
-        for first in range(0, len(admitted), size):
-            self._learn(step, admitted[first : first + size])
+        model.zero_grad(set_to_none=True)  # divided tensors are not the optimizer's
+        batches = self.ranks.micro_batches(admitted, job.micro_batch_size or self.logged.terms.batch_size)
+        for number, examples in enumerate(batches, 1):
+            self._learn(step, admitted, examples, last=number == len(batches))
         if admitted:
             self.routing.finish_step()
-            norms = clip_block_gradients(job.model, self.block_of, self.clip_norm)
+            norms = clip_block_gradients(model, self.block_of, self.clip_norm)
             if self.accumulators is not None:
                 self.accumulators.take_step(step.permission.policy, job.optimizer, norms, self.clip_norm)
             if self.balance is not None:
@@ -223,37 +269,60 @@ class Bench(Generic[E]):
         window = self.accumulators.end_step(step.index, recorded=True)
         return b"" if window is None else window.result()
 
-    def _learn(self, step: RecordedStep, examples: tuple[Example, ...]) -> None:
+    def _learn(
+        self, step: RecordedStep, admitted: tuple[Example, ...], examples: tuple[Example, ...], *, last: bool
+    ) -> None:
         job = self.job
         if self.logged.terms.accumulator_window_steps:
             examples = by_source(examples)
         if self.accumulators is not None:
             self.accumulators.expect(step.index, examples)
         contents = {source.id: source.examples for source in job.sources}
-        inputs, packing = taken_apart(job.collate([contents[source][number] for source, number in examples]))
-        weights_BK = [list(step.weights_permille(source)) for source, _ in examples]
-        with self.routing.micro_batch(weights_BK, [source for source, _ in examples], packing=packing):
+        shown = examples or admitted[:1]  # a stand-in, where another process has more
+        inputs, packing = taken_apart(job.collate([contents[source][number] for source, number in shown]))
+        weights_BK = [list(step.weights_permille(source)) for source, _ in shown]
+        of_step: set[tuple[int, ...]] = set()
+        if self.ranks.size > 1:
+            of_step = {tuple(step.weights_permille(source)) for source, _ in admitted}
+        if not examples:
+            weights_BK = [[0] * len(row_K) for row_K in weights_BK]
+        groups = [source for source, _ in shown]
+        with self.parallel.pass_of(last=last), self.routing.micro_batch(weights_BK, groups, of_step, packing):
             loss_B = job.loss(job.model, inputs if packing is None else Packed(inputs, packing))
-            self.routing.routed_loss(loss_B, self.logged.terms.batch_size).backward()  # type: ignore[no-untyped-call]
+            loss = self.routing.routed_loss(loss_B, self.logged.terms.batch_size)
+            (loss * self.ranks.size if self.ranks.size > 1 else loss).backward()  # type: ignore[no-untyped-call]
 
 
-def check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[bytes] = ()) -> None:
-    """The job has the campaign's base model and its sources' examples.
+def check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[bytes] = (), ranks: Ranks = ALONE) -> None:
+    """The job has the campaign's base model and its sources' examples, in as many processes as the campaign.
 
     Raises:
         Rejected: as ``replay``.
     """
-    root = parameter_root_of(job.model)
+    settings = {setting.name: setting.value for setting in logged.terms.hyperparameters}
+    recorded = settings.get(RANKS, "1")
+    if recorded != str(ranks.size):
+        raise Rejected(
+            Reason.BAD_FIELD,
+            f"the campaign was trained by {recorded!a:.20} processes, the replay runs in {ranks.size} and would add up"
+            " in another order: begin as many (torchrun --no-python --nproc-per-node N -- countersign replay ...)",
+        )
+    parallel = ParallelModel(job.model, ranks)
+    if ranks.size > 1 and parallel.kind != settings.get(DATA_PARALLEL):
+        raise Rejected(
+            Reason.BAD_FIELD,
+            f"the campaign was trained with {settings.get(DATA_PARALLEL, '')!a:.20}, the job has {parallel.kind}",
+        )
+    root = parallel.root()
     if root != logged.terms.base_root:
         raise Rejected(
             Reason.DIGEST_MISMATCH,
             f"the campaign began at root {logged.terms.base_root.hex()}, the job's model has {root.hex()}",
         )
-    ranks = next((setting.value for setting in logged.terms.hyperparameters if setting.name == RANKS), "1")
-    if ranks != "1":
-        raise Rejected(
-            Reason.BAD_FIELD, f"the campaign was trained by {ranks!a:.20} processes: one alone adds up in another order"
-        )
+    ranks.together(lambda: _check_sources(logged, job, without))
+
+
+def _check_sources(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[bytes]) -> None:
     at_hand = {source.id: source for source in job.sources}
     for held in logged.manifest:
         if held.source not in at_hand:
@@ -269,7 +338,7 @@ def differences(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     blocks: Mapping[str, tuple[str, ...]],
-    optimizer: torch.optim.Optimizer,
+    optimizer_digest: Digest,
 ) -> tuple[str, ...]:
     """What of a step is not as recorded."""
     recorded = step.operation
@@ -281,17 +350,17 @@ def differences(
     ]
     if found.root_after != recorded.root_after and not what:
         what.append("parameters")
-    if optimizer_state_digest(optimizer) != recorded.optimizer_digest:
+    if optimizer_digest != recorded.optimizer_digest:
         what.append("optimizer state")
     return tuple(what)
 
 
-def _accumulators(logged: LoggedCampaign, folder: Path) -> SourceAccumulators | None:
+def _accumulators(logged: LoggedCampaign, folder: Path, ranks: Ranks) -> SourceAccumulators | None:
     terms = logged.terms
     if not terms.accumulator_window_steps:
         return None
     window_steps, planned_steps = terms.accumulator_window_steps, terms.planned_steps
-    return SourceAccumulators(folder, logged.id, window_steps, planned_steps, terms.sketch_rank)
+    return SourceAccumulators(folder, logged.id, window_steps, planned_steps, terms.sketch_rank, ranks=ranks)
 
 
 def _clip_norm(terms: p.Campaign) -> float:

@@ -19,8 +19,9 @@ from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.audit_snapshots import SnapshotFolder
 from trainer_client.balance import BalanceSheet
-from trainer_client.commitment import copied_tensors, parameter_root_of
+from trainer_client.data_parallel import ParallelModel
 from trainer_client.picked_replay import PickedReplay, replay_picked
+from trainer_client.ranks import Ranks
 from trainer_client.replay import LoggedCampaign, Replayed, ReplayJob, read_logged_campaign, replay
 from trainer_client.submit import Client
 from trainer_client.tolerant_replay import replay_within
@@ -107,9 +108,11 @@ def replay_command(
 
     Needs the base model and the sources' examples, which are checked against the log, and the build of torch and
     number of threads of the job, for the same bits. Exit code 0 when every step came out as recorded, 1 at the first
-    that did not. With --steps or --audit only those are taken again, each from the newest snapshot before it
-    (--snapshots), and the tensors of the one that differs are named as well. On another build than the
-    job's, --tolerance compares the numbers in snapshots instead of bits, from each to the next.
+    that did not. A campaign of several processes takes as many, whose process group the job's function makes
+    (torchrun --no-python --nproc-per-node 2 -- countersign replay ...). With --steps or --audit only those are taken
+    again, each from the newest snapshot before it (--snapshots), and the tensors of the one that differs are named as
+    well. On another build than the job's, --tolerance compares the numbers in snapshots instead of bits, from each to
+    the next.
     With --without nothing is compared: the weights are those of the same campaign without the source.
     With --balance the change of every linear's parameters is split among sources and weight decay, exactly: an account
     of what was added to the weights, not of who mattered.
@@ -136,28 +139,39 @@ def replay_command(
     asked = listed_steps(step_list) if step_list is not None else ()
     asked = asked if audited is None else audited.steps
     job = load_job(factory, config)
-    with Client(node_url, token) as client:
-        client.genesis(chain)
-        logged = read_logged_campaign(client, identifier)
+    ranks = Ranks.of_job()
+    if ranks.size > 1 and snapshot_folder is not None:
+        raise click.UsageError("--snapshots in several processes: runs of several keep none")
+
+    def read() -> LoggedCampaign:
+        with Client(node_url, token) as client:
+            client.genesis(chain)
+            return read_logged_campaign(client, identifier)
+
+    logged = ranks.by_first(read)
+    told = _told if ranks.is_first else _untold
     begun = time.perf_counter()
     picked: PickedReplay | None = None
     if some_steps:
         folder = None if snapshot_folder is None else SnapshotFolder(snapshot_folder, identifier)
         if folder is not None and tolerance is not None:
-            picked = replay_within(logged, job, asked, folder, tolerance, _told)
+            picked = replay_within(logged, job, asked, folder, tolerance, told)
         else:
-            picked = replay_picked(logged, job, asked, folder, _told)
-        found = Replayed(picked.executed, picked.matched, picked.difference, parameter_root_of(job.model))
+            picked = replay_picked(logged, job, asked, folder, told, ranks)
+        found = Replayed(picked.executed, picked.matched, picked.difference, ParallelModel(job.model, ranks).root())
     else:
-        found = replay(logged, job, without, _told, balanced=balanced)
+        found = replay(logged, job, without, told, balanced=balanced, ranks=ranks)
     seconds = time.perf_counter() - begun
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(copied_tensors(job.model), out)
-    document = _document(chain, logged, found, picked, audited, without, seconds)
-    if report_path is not None:
-        report_path.write_text(document + "\n", encoding="utf-8")
-    click.echo(document if as_json else _text(logged, found, picked, without, seconds))
+    ended = ParallelModel(job.model, ranks).copied() if out is not None else {}
+    if ranks.is_first:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            save_file(ended, out)
+        document = _document(chain, logged, found, picked, audited, without, seconds)
+        if report_path is not None:
+            report_path.write_text(document + "\n", encoding="utf-8")
+        click.echo(document if as_json else _text(logged, found, picked, without, seconds))
+    ranks.close()
     click.get_current_context().exit(0 if found.difference is None else 1)
 
 
@@ -338,6 +352,10 @@ def _plain(value: Any) -> Any:
 def _told(done: int, of: int) -> None:
     if sys.stderr.isatty() and (done == of or done % max(1, of // TOLD_EVERY) == 0):
         click.echo(f"step {done} of {of}", err=True)
+
+
+def _untold(done: int, of: int) -> None:
+    return
 
 
 def _digest(option: str, text: str) -> bytes:

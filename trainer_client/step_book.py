@@ -278,9 +278,7 @@ class OptimizerDigests:
     def finish(self) -> Digest:
         """The digest begun last, on the first rank."""
         own = ZERO_DIGEST if self._own is None else self._own.result()
-        if not self._is_sharded or self._ranks.size == 1:
-            return own
-        return tagged_hash(Tag.OPTIMIZER, *self._ranks.gathered(own))
+        return optimizer_digest_of_all(own, self._ranks) if self._is_sharded else own
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -310,6 +308,11 @@ def random_digest(state: RandomState) -> Digest:
 def random_digest_of_all(own: Digest, ranks: Ranks) -> Digest:
     """The digest of this process's random states; of several ranks', over theirs in order."""
     return own if ranks.size == 1 else tagged_hash(Tag.RANDOM_STATE, *ranks.gathered(own))
+
+
+def optimizer_digest_of_all(own: Digest, ranks: Ranks) -> Digest:
+    """The digest of an optimizer's state, of which each rank holds a part: of several, over theirs in order."""
+    return own if ranks.size == 1 else tagged_hash(Tag.OPTIMIZER, *ranks.gathered(own))
 
 
 class _CapturedState:

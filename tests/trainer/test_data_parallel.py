@@ -1,10 +1,15 @@
 """Runs of several processes over gloo: one event a step, the weights of one process, and everybody goes one way."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import rank_fixtures
 import torch
 from fake_node import FakeNode, running_node
 from governed_fixtures import (
@@ -20,7 +25,7 @@ from governed_fixtures import (
     same_bits,
     weights,
 )
-from rank_fixtures import KINDS, Attempt, Outcome, Recites, run_on_ranks
+from rank_fixtures import KINDS, Attempt, Outcome, Recites, Replay, replay_configuration, run_on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,11 +45,12 @@ CLASSES = (
 
 @dataclass
 class Trained:
-    """A scene trained by two ranks, and the same by one process."""
+    """A scene trained by two ranks, replays of it by as many, by name, and the same run by one process."""
 
     kind: str
     scene: Scene
     outcomes: list[Outcome]
+    replays: dict[str, list[Outcome]]
     alone: Scene
 
 
@@ -61,10 +67,22 @@ def new_scene(node: FakeNode, directory: Path) -> Scene:
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     with running_node() as node, running_node() as other:
         scene = new_scene(node, tmp_path_factory.mktemp("ranks"))
-        (outcomes,) = run_on_ranks(scene, Attempt(request.param))
+        other_kind = next(kind for kind in KINDS if kind != request.param)
+        replays = {
+            "whole": Attempt(request.param, replay=Replay()),
+            "other decay": Attempt(request.param, replay=Replay(weight_decay=0.2)),
+            "picked": Attempt(request.param, replay=Replay(picked=(2, STEPS))),
+            "without": Attempt(request.param, replay=Replay(without=(scene.sources["paper"],))),
+            "balanced": Attempt(request.param, replay=Replay(balanced=True)),
+            "other wrapper": Attempt(other_kind, replay=Replay()),
+            "other text": Attempt(
+                request.param, replay=Replay(), changes={1: {"texts": {**scene.texts, "manual": examples_of("else")}}}
+            ),
+        }
+        outcomes, *replayed = run_on_ranks(scene, Attempt(request.param), *replays.values())
         alone = new_scene(other, tmp_path_factory.mktemp("alone"))
         alone.train()
-        yield Trained(request.param, scene, outcomes, alone)
+        yield Trained(request.param, scene, outcomes, dict(zip(replays, replayed, strict=True)), alone)
 
 
 def steps_of(scene: Scene) -> list[StepOperation]:
@@ -198,6 +216,64 @@ def test_run_of_which_a_rank_was_killed_ends_with_the_weights_of_one_that_was_no
         for outcome, whole in zip(outcomes, trained.outcomes, strict=True):
             assert min(step for step, _ in outcome.seen) > 1
             assert same_bits(outcome.weights, whole.weights)
+
+
+def test_replay_by_as_many_processes_gives_every_bit_of_steps_and_accumulators_again(trained: Trained) -> None:
+    head = trained.scene.node.head(CAMPAIGN)
+    for outcome in trained.replays["whole"]:
+        assert (outcome.error, outcome.differing) == ("", ())
+        assert (outcome.replayed, outcome.root) == (STEPS, head.root)
+    for outcome in trained.replays["picked"]:
+        assert (outcome.error, outcome.differing, outcome.replayed) == ("", (), 2)
+
+
+def test_replay_by_as_many_processes_tells_all_of_them_the_first_difference(trained: Trained) -> None:
+    first, second = trained.replays["other decay"]
+    assert first == second
+    assert first.replayed == 0
+    assert first.differing[0] == "step 1"
+    assert "optimizer state" in first.differing
+
+
+def test_replay_without_a_source_by_several_processes_compares_nothing_and_ends_elsewhere(trained: Trained) -> None:
+    first, second = trained.replays["without"]
+    assert first == second
+    assert (first.error, first.replayed, first.differing) == ("", 0, ())
+    assert first.root not in (b"", trained.scene.node.head(CAMPAIGN).root)
+
+
+def test_replay_by_several_processes_refuses_what_it_cannot_hold_by_name_on_all(trained: Trained) -> None:
+    for name, text in (("other wrapper", f"trained with '{trained.kind}'"), ("balanced", "a balance sheet of 2")):
+        assert [outcome.error_type for outcome in trained.replays[name]] == ["Rejected", "Rejected"]
+        assert all(text in outcome.error for outcome in trained.replays[name])
+    first, second = trained.replays["other text"]
+    assert (first.error_type, second.error_type) == ("RankFailed", "Rejected")
+    assert "digest-mismatch" in first.error
+
+
+def test_replay_command_in_as_many_processes_prints_one_document(trained: Trained, tmp_path: Path) -> None:
+    tests = Path(rank_fixtures.__file__).parent
+    config = tmp_path / "job"
+    config.write_bytes(replay_configuration(trained.scene, trained.kind))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--no-python",
+        "--nproc-per-node",
+        "2",
+        "--",
+    ]
+    command += [str(Path(sys.executable).with_name("countersign")), "replay", "--job", "rank_fixtures:replay_job"]
+    command += ["--config", str(config), "--node", trained.scene.node.url, "--campaign", CAMPAIGN.hex()]
+    command += ["--chain-id", trained.scene.node.chain_id.hex(), "--out", str(tmp_path / "again.safetensors"), "--json"]
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["matched"], document["difference"]) == (STEPS, None)
+    assert root_of_tensors(load_file(tmp_path / "again.safetensors")).hex() == document["recorded_root"]
 
 
 def test_replay_by_one_process_of_a_run_by_two_is_refused_by_name(trained: Trained) -> None:
