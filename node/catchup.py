@@ -160,7 +160,7 @@ class CatchUp:
             passed_over: set[MemberId] = set()
             while self._ledger.final.header.height < height:
                 peers = self._network.connected - passed_over
-                for peer in sorted(peers, key=lambda peer: (self._disappointments[peer], peer)):
+                for peer in sorted(self._network.in_own_order(peers), key=lambda peer: self._disappointments[peer]):
                     if await self._from_peer(peer):
                         break
                     passed_over.add(peer)

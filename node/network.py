@@ -31,8 +31,9 @@ A *former* member may not know that it is one. Connections to it are kept like a
 answered (what it may have is left to the request handler); ``broadcast`` passes it over, and it is not ``connected``.
 """
 
+import hashlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -150,6 +151,10 @@ class Network:
     def peer_count(self) -> int:
         """How many other members there are, connected or not; no former ones."""
         return sum(not state.is_former for state in self._members.values())
+
+    def in_own_order(self, members: Iterable[MemberId]) -> list[MemberId]:
+        """Members in an order that stays, and differs from node to node: not all ask the same one first."""
+        return sorted(members, key=lambda member: hashlib.sha256(self._own_id_bytes + member).digest())
 
     @property
     def listen_port(self) -> int:

@@ -464,3 +464,12 @@ async def test_inbox_wakes_one_receiver_for_each_frame_and_all_at_the_end() -> N
         await trio.testing.wait_all_tasks_blocked()
         assert sorted(received) == [b"%d" % number for number in range(5)]
         await inbox.aclose()
+
+
+def test_each_node_asks_its_peers_in_an_order_of_its_own() -> None:
+    parties = make_parties(8)
+    peers = [party.peer.member for party in parties]
+    orders = [network_of(party, parties).in_own_order(peers) for party in parties]
+    assert all(sorted(order) == sorted(peers) for order in orders)
+    assert orders[0] == network_of(parties[0], parties).in_own_order(reversed(peers))
+    assert len({order[0] for order in orders}) > 2
