@@ -53,6 +53,10 @@ bench: $(INSTALLED) ## Measure, one benchmark after the other, on an otherwise i
 bench-attribution: $(PEERS) ## Traces beside kronfluence and TRAK: fine-tunes repeated without some of it, 20 minutes or more.
 	@.venv-peers/bin/python benchmarks/attribution/bench.py $(BENCH_ARGUMENTS)
 
+.PHONY: bench-trainer
+bench-trainer: $(PEERS) ## A governed training step beside a plain one, MLflow's logging and model-signing's hash; 5 minutes.
+	@.venv-peers/bin/python benchmarks/bench_trainer.py --peers $(BENCH_ARGUMENTS)
+
 .PHONY: clean
 clean: ## Remove .venv, caches, build output and what the demo left.
 	@rm -rf $(VENV) .venv-peers build dist *.egg-info demo-run .cache .coverage

@@ -3,6 +3,7 @@
 A plain AdamW step, the same step routed by per-example weights, without and with sketches and accumulators, the routed
 steps with all that is recorded of each, and the plain step again take turns on one model: the ratio of the two plain
 ones (the A/A control) says how far this machine can be trusted, the ratios of the others to plain are the overhead.
+With ``--peers`` plain steps with what others do beside them take turns, too (``trainer_peers.py``).
 *Recorded* is copies of the parameters, roots and deltas, the optimizer's digest and the signed event, every step;
 hashing has threads of its own, whose processor time counts. Commitments and event are measured apart, too, as parts of
 a plain step.
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 from harness import Report, at_most, run_benchmark, watch_load
 from torch import Tensor, nn
 from torch.nn import functional
+from trainer_peers import peer_steps
 
 from consensus import portions as p
 from consensus.identifiers import ChainId, Digest, MemberId
@@ -201,12 +204,14 @@ def cpu_seconds_of(call: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def measure_routing(report: Report, subject: Subject) -> float:
-    """Interleaved plain, routed and plain steps; returns the plain step's CPU seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        steps = Steps(subject, Path(folder))
+def measure_routing(report: Report, subject: Subject, *, peers: bool) -> float:
+    """Interleaved plain, routed and plain steps, and ``peers``'; returns the plain step's CPU seconds."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        steps = Steps(subject, folder)
+        others = stack.enter_context(peer_steps(steps.plain, subject.model, folder)) if peers else {}
         first: list[float] = []
-        governed: dict[str, list[float]] = {kind: [] for kind in steps.routings}
+        governed: dict[str, list[float]] = {kind: [] for kind in (*steps.routings, *others)}
         second: list[float] = []
         with watch_load() as load:
             for number in range(-1, subject.rounds):
@@ -215,6 +220,7 @@ def measure_routing(report: Report, subject: Subject) -> float:
                 for kind, routing in steps.routings.items():
                     with routing:
                         took[kind] = cpu_seconds_of(partial(steps.routed, kind))
+                took |= {kind: cpu_seconds_of(step) for kind, step in others.items()}
                 other = cpu_seconds_of(steps.plain)
                 if number >= 0:  # the first round warms up
                     first.append(one)
@@ -274,12 +280,14 @@ def measure(report: Report, arguments: argparse.Namespace) -> None:
     report.note("one thread; ratios are medians over interleaved rounds, CPU time of the whole process")
     for make in (byte_model, gpt):
         subject = make(arguments.quick)
-        measure_event(report, subject, measure_routing(report, subject))
+        measure_event(report, subject, measure_routing(report, subject, peers=arguments.peers))
 
 
 def main() -> int:
     """The command line."""
-    return run_benchmark("trainer", measure, argparse.ArgumentParser(description="Measure a governed training step."))
+    parser = argparse.ArgumentParser(description="Measure a governed training step.")
+    parser.add_argument("--peers", action="store_true", help="also MLflow's and model-signing's part, if installed")
+    return run_benchmark("trainer", measure, parser)
 
 
 if __name__ == "__main__":
