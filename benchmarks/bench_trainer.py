@@ -43,6 +43,7 @@ from trainer_client.commitment import (
     step_commitment,
 )
 from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks
+from trainer_client.pieces import whole_entries
 from trainer_client.ranks import ALONE
 from trainer_client.record import Permission, Place, Recorder, StepOutcome, StepUse
 from trainer_client.routed_modules import observed_parameters
@@ -130,7 +131,7 @@ class Steps:
         self._book = SketchBook(SKETCH_RANK)
         self._book.attach(observed_parameters(self._model))
         self._accumulators = SourceAccumulators(directory, bytes(32), 1 << 30, 1 << 30, SKETCH_RANK)
-        self._accumulators.attach(self._model, self._block_of)
+        self._accumulators.attach(self._model, self._block_of, whole_entries(self._model))
         self._done = 0
         self._before: dict[str, Tensor] = {}
         self._worker = CommitmentWorker(subject.blocks)

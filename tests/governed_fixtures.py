@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from consensus.event import CheckedEvent, Kind
 from consensus.keys import Ed25519SigningKey
-from consensus.portions import ClassRule, SourceRefusal
+from consensus.portions import BlockWeight, ClassRule, SourceRefusal
 from consensus.sampler import presented_examples
 from trainer_client.calls import Retries
 from trainer_client.governed import DEFAULT_SETTINGS, GovernedRun, governed
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
 from trainer_client.record import Example
+from trainer_client.replay import ReplayJob
 from trainer_client.submit import Client
 
 CAMPAIGN = bytes([7]) * 32
@@ -193,6 +194,29 @@ class Scene:
                 assert isinstance(item, SourceRefusal)
                 counts[item.reason] += item.count
         return counts
+
+
+def by_heads(scene: Scene) -> None:
+    """Nobody may move head 0; ``news`` may not move head 1 either."""
+    nobody = BlockWeight("attention.head.0", 0)
+    scene.register(
+        routing_granularities=("block", "head"),
+        classes=(
+            ClassRule("documentation", 1_000, (nobody,)),
+            ClassRule("news", 1_000, (nobody, BlockWeight("attention.head.1", 0))),
+        ),
+    )
+    scene.build = TinyAttention
+    scene.plan_changes.update(routing_granularity="head", model={"dropout": 0.5})
+    scene.arguments["probe_loss"] = losses
+
+
+def job_again(scene: Scene) -> ReplayJob[bytes]:
+    """What takes a campaign ``by_heads`` again."""
+    torch.manual_seed(1)
+    model = TinyAttention(0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    return ReplayJob(model, optimizer, scene.training_sources, losses, collate)
 
 
 class RecitesAt:

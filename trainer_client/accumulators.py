@@ -1,6 +1,7 @@
 """Per-source accumulators: what each source added to the gradients of a window of steps, at full rank.
 
-For policy, source and parameter of a linear, over the steps t of a window (``consensus/accumulators.py``):
+For policy, source and parameter of a linear, over the steps t of a window (``consensus/accumulators.py``), and by head
+for each piece of one (``pieces.py``):
 
     sum_t  learning_rate_t * clip_factor_t * sum_{i of the source} (w_i / 1000) * g_i / c
 
@@ -48,17 +49,18 @@ from consensus.identifiers import Digest
 from consensus.rejection import CountersignError
 from trainer_client.clipping import clip_factor
 from trainer_client.durable import make_durable
+from trainer_client.pieces import Entries
 from trainer_client.ranks import ALONE, Ranks
 from trainer_client.record import Example
 from trainer_client.routed_modules import observed_parameters
-from trainer_client.sharding import as_part_of, own_part, whole
+from trainer_client.sharding import as_part_of, whole
 from trainer_client.sketches import SketchBook, WindowSketches, sketch_file
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """How far parts may be from their total, relative to the sum of their norms, by the gradients' narrowest dtype."""
 
 Sums = dict[str, Tensor]
-"""Parameter name to sum."""
+"""Sums by the parameter table's names: of a whole parameter or of a piece."""
 
 
 class AccumulatorsBroken(CountersignError):
@@ -93,7 +95,7 @@ class SourceAccumulators:
         self._planned_steps = planned_steps
         self._dtype = dtype
         self.sketches = SketchBook(sketch_rank) if sketch_rank else None
-        self._parameters: dict[str, nn.Parameter] = {}
+        self._entries: Entries = {}
         self._block_of: Mapping[str, int] = {}
         self._pending: dict[tuple[bytes, str], Tensor] = {}
         self._sums: dict[tuple[bytes, bytes], Sums] = {}
@@ -103,17 +105,17 @@ class SourceAccumulators:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="accumulators")
         self.cpu_seconds = 0.0
 
-    def attach(self, model: nn.Module, block_of_parameter: Mapping[str, int]) -> None:
-        """Learns whose gradients to sum; makes the directories.
+    def attach(self, model: nn.Module, block_of_entry: Mapping[str, int], entries: Entries) -> None:
+        """Learns whose gradients to sum; makes the directories. ``entries`` are the model's.
 
         Raises:
             RoutingUnsupported: as ``routed_modules.census``.
         """
-        parameters = dict(model.named_parameters())
-        self._parameters = {name: parameters[name] for name in observed_parameters(model)}
-        self._block_of = block_of_parameter
+        observed = frozenset(observed_parameters(model))
+        self._entries = {name: entry for name, entry in entries.items() if entry.tensor_name in observed}
+        self._block_of = block_of_entry
         if self.sketches is not None:
-            self.sketches.attach(self._parameters)
+            self.sketches.attach(self._entries)
         for name in ("windows", "blobs"):
             (self._directory / name).mkdir(parents=True, exist_ok=True)
 
@@ -124,7 +126,7 @@ class SourceAccumulators:
 
     def observe(self, parameter: str, group: bytes, gradient: Tensor) -> None:
         """One source's part of one parameter's gradient, in one backward pass."""
-        if parameter not in self._parameters:
+        if parameter not in self._entries:
             return
         if gradient.dtype in (torch.bfloat16, torch.float16):
             self._narrowest = gradient.dtype
@@ -149,12 +151,13 @@ class SourceAccumulators:
         rates = {id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]}
         self._wait()
         factors = {}
-        for name, parameter in self._parameters.items():
-            norm, rate = norms[self._block_of[name]], rates.get(id(parameter), 0.0)
-            if parameter.grad is None or norm is None:
+        for name, entry in self._entries.items():
+            norm, rate = norms[self._block_of[name]], rates.get(id(entry.parameter), 0.0)
+            gradient = entry.gradient
+            if gradient is None or norm is None:
                 continue
             factors[name] = rate * clip_factor(norm, maximum_norm) / self._ranks.size
-            _add(self._total, name, own_part(parameter.grad), rate)
+            _add(self._total, name, gradient, rate)
         if self.sketches is not None:
             self.sketches.take_step(policy, factors)
         pending, self._pending = self._pending, {}
@@ -174,7 +177,7 @@ class SourceAccumulators:
         sketches = None if self.sketches is None else self.sketches.end_window()
         if not recorded:
             return None
-        total = {name: whole(as_part_of(part, self._parameters[name])) for name, part in sorted(total.items())}
+        total = {name: whole(as_part_of(part, self._entries[name].tensor)) for name, part in sorted(total.items())}
         if self._ranks.size > 1:
             total = {name: part.cpu() for name, part in total.items()}
             sums, sketches = self._of_all_ranks(sums, sketches)

@@ -11,7 +11,8 @@ which add up to the change of theta. An account of change and of nothing else: w
 what had come out without it, is another question (``replay.py``, without the source). Kept in float64; the optimizer's
 own float32 leaves the *rest*.
 
-Formed in a replay, in the routed backward pass. Not split: embeddings, norms, tensors shared with an embedding.
+Formed in a replay, in the routed backward pass; by head for each piece of a tensor, which the optimizer has as a
+parameter of its own (``pieces.py``). Not split: embeddings, norms, tensors shared with an embedding.
 """
 
 import math
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 
 from consensus.rejection import Reason, Rejected
 from trainer_client.clipping import clip_factor
+from trainer_client.pieces import Entries
 from trainer_client.routed_modules import observed_parameters
 
 Parts = dict[str, Tensor]
-"""Parameter name to a part of its change, float64."""
+"""By the parameter table's names, whole parameters and pieces: parts of their change, float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,14 @@ class Balance:
         Rejected: ``BAD_FIELD`` for an optimizer whose update is not the one above.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         unusual = [name for group in optimizer.param_groups for name in ("amsgrad", "maximize") if group.get(name)]
         if type(optimizer) is not torch.optim.AdamW or unusual:
             what = ", ".join([type(optimizer).__name__, *unusual])
             raise Rejected(Reason.BAD_FIELD, f"a balance sheet is of torch.optim.AdamW, found {what}")
-        parameters = dict(model.named_parameters())
-        self._parameters = {name: parameters[name] for name in observed_parameters(model)}
-        self._unsplit = tuple(name for name in parameters if name not in self._parameters)
-        self._first = {name: _wide(parameter) for name, parameter in self._parameters.items()}
+        self._entries: Entries = {}
+        self._unsplit: tuple[str, ...] = ()
+        self._first: Parts = {}
         self._pending: dict[bytes, Parts] = {}
         self._moments: dict[bytes, Parts] = {}
         self._parts: dict[bytes, Parts] = {}
@@ -75,25 +76,36 @@ class Balance:
         self._before: Parts = {}
         self._factors: dict[str, float] = {}
 
+    def attach(self, model: nn.Module, entries: Entries) -> None:
+        """Learns whose change to split, from here on; ``entries`` are the model's.
+
+        Raises:
+            RoutingUnsupported: as ``routed_modules.census``.
+        """
+        observed = frozenset(observed_parameters(model))
+        self._entries = {name: entry for name, entry in entries.items() if entry.tensor_name in observed}
+        self._unsplit = tuple(name for name, _ in model.named_parameters() if name not in observed)
+        self._first = {name: _wide(entry.value) for name, entry in self._entries.items()}
+
     def observe(self, parameter: str, group: bytes, gradient: Tensor) -> None:
         """One source's part of one parameter's gradient, in one backward pass."""
-        if parameter in self._parameters:
+        if parameter in self._entries:
             _add(self._pending.setdefault(group, {}), parameter, gradient.double())
 
     def before_step(self, block_of: Mapping[str, int], norms: Sequence[float | None], maximum_norm: float) -> None:
         """Between clipping and ``optimizer.step()``; ``norms`` are those of the parameter blocks before clipping."""
         self._factors, self._before = {}, {}
-        for name, parameter in self._parameters.items():
+        for name, entry in self._entries.items():
             norm = norms[block_of[name]]
-            if parameter.grad is not None and norm is not None:
+            if entry.gradient is not None and norm is not None:
                 self._factors[name] = clip_factor(norm, maximum_norm)
-                self._before[name] = _wide(parameter)
+                self._before[name] = _wide(entry.value)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """After ``optimizer.step()`` and before the schedule's."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for name, factor in self._factors.items():
-            parameter = self._parameters[name]
+            parameter = self._entries[name].parameter
             group, state = groups[id(parameter)], optimizer.state[parameter]
             _add(self._decay, name, -float(group["lr"]) * float(group["weight_decay"]) * self._before[name])
             scale = _scale(group, state)
@@ -105,7 +117,7 @@ class Balance:
 
     def sheet(self, blocks: Mapping[str, Sequence[str]]) -> BalanceSheet:
         """The account so far, by parameter block."""
-        change = {name: _wide(parameter) - self._first[name] for name, parameter in self._parameters.items()}
+        change = {name: _wide(entry.value) - self._first[name] for name, entry in self._entries.items()}
         rest = {name: held.clone() for name, held in change.items()}
         for parts in (*self._parts.values(), self._decay):
             for name, part in parts.items():

@@ -15,6 +15,9 @@ what heads put into A x. With w_i the weight in the shared one's block and w_ih 
 so that weights alike in all of a layer give what they give undivided, and an example enters through no head that it may
 not move. Left out, not multiplied by zero, as everywhere (``route.py``).
 
+**Where somebody observes**, each of these gradients is formed group by group, as undivided ones are, and the observer
+is told of each piece under the name that the table gives it.
+
 Left to others: which pieces there are (``pieces.py``), when forwards are replaced (``routing.py``).
 
 Shape suffixes: B examples, I inputs, O outputs, R rank. A ``*`` stands for positions.
@@ -30,42 +33,70 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from trainer_client.pieces import Division, PieceOfBlock, SharedByHeads
-from trainer_client.route import FULL_PERMILLE, Route, RoutingUnsupported
+from trainer_client.route import FULL_PERMILLE, Observe, Route, RoutingUnsupported
 from trainer_client.routed_modules import in_autocast_dtype, is_conv1d
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Indexes ``first`` to ``end - 1`` along the divided dimension, and whose rows enter there."""
+    """Indexes ``first`` to ``end - 1`` along the divided dimension, whose rows enter there, and the pieces within."""
 
     first: int
     end: int
     route: Route
+    pieces: tuple[PieceOfBlock, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """A whole tensor, divided along ``dimension``; a tensor that is not divided is one span."""
+    """A whole tensor, divided along ``dimension``; a tensor that is not divided is one span, without pieces.
 
+    ``observe`` is told of the tensor or of its pieces, by name.
+    """
+
+    tensor: str
     dimension: int
     spans: tuple[Span, ...]
+    observe: Observe | None
 
     @property
     def open(self) -> bool:
         """Whether any example of this micro-batch enters anywhere."""
         return any(span.route.open for span in self.spans)
 
+    def all_by(self, route: Route) -> "Spans":
+        """An undivided tensor's, by another route."""
+        (span,) = self.spans
+        return replace(self, spans=(replace(span, route=route),))
+
     def gradient(self, like: Tensor, of_span: Callable[[Span], Tensor]) -> Tensor | None:
         """The tensor's gradient, put together of its spans'; None where no example of any rank enters."""
         if not self.open:
             return torch.zeros_like(like) if any(span.route.open_elsewhere for span in self.spans) else None
         if len(self.spans) == 1:
-            return of_span(self.spans[0])
+            return self._observed(self.spans[0], of_span)
         whole = torch.zeros_like(like)
         for span in self.spans:
             if span.route.open:
-                whole.narrow(self.dimension, span.first, span.end - span.first).copy_(of_span(span))
+                whole.narrow(self.dimension, span.first, span.end - span.first).copy_(self._observed(span, of_span))
         return whole
+
+    def _observed(self, span: Span, of_span: Callable[[Span], Tensor]) -> Tensor:
+        """What ``of_span`` makes of the span; where somebody observes, the sum over groups of what it makes of each."""
+        if self.observe is None:
+            return of_span(span)
+        total: Tensor | None = None
+        for group, route in span.route.by_group():
+            part = of_span(replace(span, route=route))
+            # The first part is copied: the observer keeps its own, autograd keeps the sum.
+            total = part.clone() if total is None else total.add_(part)
+            if not span.pieces:
+                self.observe(self.tensor, group, part)
+            for each in span.pieces:
+                first, length = each.piece.first - span.first, each.piece.end - each.piece.first
+                self.observe(each.piece.name, group, part.narrow(self.dimension, first, length))
+        assert total is not None, "the span is open"
+        return total
 
     def weighted(self, operand: Tensor) -> Tensor:
         """The operand ``[B, *, F]``, divided along its features, by the weights of heads; zeros where none enters."""
@@ -80,16 +111,19 @@ class Spans:
         return masked.view(operand.shape)
 
 
-def spans_of(pieces: Sequence[PieceOfBlock], route_of_block: Callable[[int], Route]) -> Spans:
+def spans_of(
+    pieces: Sequence[PieceOfBlock], route_of_block: Callable[[int], Route], observe: Observe | None = None
+) -> Spans:
     """Pieces with their routes, neighbours of equal weights as one."""
     spans: list[Span] = []
     for each in pieces:
         route = route_of_block(each.block)
         if spans and _alike(spans[-1].route, route):
-            spans[-1] = Span(spans[-1].first, each.piece.end, spans[-1].route)
+            last = spans[-1]
+            spans[-1] = Span(last.first, each.piece.end, last.route, (*last.pieces, each))
         else:
-            spans.append(Span(each.piece.first, each.piece.end, route))
-    return Spans(pieces[0].piece.dimension, tuple(spans))
+            spans.append(Span(each.piece.first, each.piece.end, route, (each,)))
+    return Spans(pieces[0].piece.tensor, pieces[0].piece.dimension, tuple(spans), observe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +148,17 @@ class PairedCall:
     by_outputs: bool
     through: Spans
 
-    def shared_gradient(self, delta: Tensor, u: Tensor, x: Tensor, outer_OR: Tensor, inner_RI: Tensor) -> Tensor:
-        """The shared matrix's: A's from the error that comes back through B, or B's from what A was given."""
-        route = self.through.spans[0].route
-        if self.by_outputs:
-            if len(self.through.spans) > 1:
-                delta, route = self.through.weighted(delta), self._entering
-            return route.weighted_products(delta.matmul(outer_OR), x)
-        if len(self.through.spans) > 1:
-            u, route = self.through.weighted(x).matmul(inner_RI.t()), self._entering
-        return route.weighted_products(delta, u)
+    def shared_operands(
+        self, delta: Tensor, u: Tensor, x: Tensor, outer_OR: Tensor, inner_RI: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of the shared matrix's product: A's from the error that comes back through B, or B's from what A was given.
 
-    @property
-    def _entering(self) -> Route:
-        """For operands that have their weights: of examples that may move no head nothing enters."""
-        return (self.inner if self.by_outputs else self.outer).spans[0].route
+        Where heads differ these have their weights, and the shared one's route says who enters through any head.
+        """
+        alike = len(self.through.spans) == 1
+        if self.by_outputs:
+            return (delta if alike else self.through.weighted(delta)).matmul(outer_OR), x
+        return delta, u if alike else self.through.weighted(x).matmul(inner_RI.t())
 
 
 class _DividedLinear(torch.autograd.Function):
@@ -188,16 +218,18 @@ class _PairedOuter(torch.autograd.Function):
         need_u, need_outer, need_bias, _, need_inner, _ = ctx.needs_input_grad
         delta = delta.contiguous()
         inner_delta = delta.matmul(outer_OR)
+        shared = call.inner if call.by_outputs else call.outer
+        operands = call.shared_operands(delta, u, x, outer_OR, inner_RI) if shared.open else ()
 
         def of_inner(span: Span) -> Tensor:
             if call.by_outputs:
-                return call.shared_gradient(delta, u, x, outer_OR, inner_RI)  # type: ignore[no-any-return]
+                return span.route.weighted_products(*operands)
             return span.route.weighted_products(inner_delta, _features(x, span, call.inner))
 
         def of_outer(span: Span) -> Tensor:
             if call.by_outputs:
                 return span.route.weighted_products(_features(delta, span, call.outer), u)
-            return call.shared_gradient(delta, u, x, outer_OR, inner_RI)  # type: ignore[no-any-return]
+            return span.route.weighted_products(*operands)
 
         return (
             inner_delta if need_u else None,
@@ -216,6 +248,7 @@ class DividedForwards:
         block_of_entry: of whole tensors; of a shared one, the number under which its own routes are asked for.
         enter: checks one call of a module under its name, and returns its input.
         route_of_block: the running micro-batch's.
+        observe: told of entries by the table's names, whole tensors and pieces; None where nobody observes.
 
     Raises:
         RoutingUnsupported: a module with pieces is no linear.
@@ -228,8 +261,10 @@ class DividedForwards:
         block_of_entry: Mapping[str, int],
         enter: Callable[[str, nn.Module, Tensor], Tensor],
         route_of_block: Callable[[int], Route],
+        observe: Observe | None,
     ) -> None:
         self._division = division
+        self._observe = observe
         self._block_of = block_of_entry
         self._enter = enter
         self._route_of_block = route_of_block
@@ -291,13 +326,14 @@ class DividedForwards:
             raise RoutingUnsupported(
                 f"module {name!r} is called with something else than what LoRA's inner matrix gave"
             )
-        call = PairedCall(
-            self._spans(inner, "weight"),
-            self._spans(module, "weight"),
-            self._bias(module),
-            shared.by_outputs,
-            self._through(shared),
-        )
+        through = self._through(shared)
+        inner_spans, outer_spans = self._spans(inner, "weight"), self._spans(module, "weight")
+        if len(through.spans) == 1:
+            if shared.by_outputs:
+                inner_spans = inner_spans.all_by(through.spans[0].route)
+            else:
+                outer_spans = outer_spans.all_by(through.spans[0].route)
+        call = PairedCall(inner_spans, outer_spans, self._bias(module), shared.by_outputs, through)
         u, outer_OR, bias_O = in_autocast_dtype(module, u)
         x, inner_RI, _ = in_autocast_dtype(inner, x)
         output: Tensor = _PairedOuter.apply(u, outer_OR, bias_O, x.detach(), inner_RI, call)  # type: ignore[no-untyped-call]
@@ -321,8 +357,9 @@ class DividedForwards:
         name = self._name_of[id(parameter)]
         pieces = self._division.pieces.get(name)
         if pieces is not None:
-            return spans_of(pieces, self._route_of_block)
-        return Spans(0, (Span(0, len(parameter), self._route_of_block(self._block_of[name])),))
+            return spans_of(pieces, self._route_of_block, self._observe)
+        whole = Span(0, len(parameter), self._route_of_block(self._block_of[name]))
+        return Spans(name, 0, (whole,), self._observe)
 
 
 def check_divisible(name: str, module: nn.Module, kind: str) -> None:

@@ -145,7 +145,6 @@ def open_run(
     blocks = blocks_of(plan, model.module)
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
     if accumulators is not None:
-        accumulators.attach(model.module, block_of)
         stack.enter_context(accumulators)
     routing = Routing(model.module, block_of, accumulators, None if accumulators is None else accumulators.sketches)
     if routing.division.pieces:
@@ -153,7 +152,11 @@ def open_run(
             raise ConfigError("routing granularity 'head' with fully_shard: ranks hold rows, not heads; use DDP")
         if arguments.probe_loss is None:
             raise ConfigError("routing granularity 'head' without probe_loss: only a probe shows whose rows are whose")
-    stack.enter_context(optimizer_by_pieces(arguments.optimizer, model.module, routing.division, routing.moved))
+    entries = stack.enter_context(
+        optimizer_by_pieces(arguments.optimizer, model.module, routing.division, routing.moved)
+    )
+    if accumulators is not None:
+        accumulators.attach(model.module, block_of, entries)
     sources = {source.id: source for source in arguments.sources}
     claims, policy = ranks.by_first(lambda: _claims_and_policy(client, sources))
     ranks.together(lambda: _check_contents(sources, claims))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from consensus.pieces import TensorPiece, piece_named
 from trainer_client.route import FULL_PERMILLE, RoutingUnsupported, Weights
+from trainer_client.sharding import own_part
 
 INNER, OUTER = ".lora_A.", ".lora_B."
 """In the names of LoRA's matrices: of the one that takes the projection's input, of the one that gives its output."""
@@ -113,10 +114,53 @@ def part_of_entry(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensors[piece.tensor].narrow(piece.dimension, piece.first, piece.end - piece.first)
 
 
+class Moved:
+    """Which parameter blocks an example of the step just finished may move; told by ``routing.py``."""
+
+    def __init__(self) -> None:
+        self.blocks: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry of a parameter table while a run is open. ``parameter`` is the optimizer's: of a divided tensor a piece.
+
+    ``tensor`` is the model's, called ``tensor_name``; ``part`` of it is meant, or None for the whole of it.
+    """
+
+    tensor_name: str
+    tensor: nn.Parameter
+    parameter: nn.Parameter
+    part: PieceOfBlock | None
+    moved: Moved
+
+    @property
+    def value(self) -> Tensor:
+        """Sharing the model's memory."""
+        return self.tensor if self.part is None else self.part.of(self.tensor)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Of a step just finished, this rank's part; None where no example of the step may move the entry."""
+        gradient = self.tensor.grad
+        if gradient is None or self.part is None:
+            return None if gradient is None else own_part(gradient)
+        return self.part.of(gradient) if self.part.block in self.moved.blocks else None
+
+
+Entries = Mapping[str, Entry]
+"""By the names that a table gives them."""
+
+
+def whole_entries(model: nn.Module) -> Entries:
+    """Those of a table that divides none of the model's tensors."""
+    return {name: Entry(name, parameter, parameter, None, Moved()) for name, parameter in model.named_parameters()}
+
+
 @contextmanager
 def optimizer_by_pieces(
-    optimizer: torch.optim.Optimizer, model: nn.Module, division: Division, moved: "Moved"
-) -> Iterator[None]:
+    optimizer: torch.optim.Optimizer, model: nn.Module, division: Division, moved: Moved
+) -> Iterator[Entries]:
     """Lets the optimizer have pieces instead of divided tensors; afterwards it has the tensors again.
 
     Each tensor's state is then put together of its pieces'; counts of steps, one a piece, become the largest. Where
@@ -125,25 +169,19 @@ def optimizer_by_pieces(
     Raises:
         RoutingUnsupported: the optimizer already has state of another shape than its tensor's.
     """
+    entries = whole_entries(model)
     if not division.pieces:
-        yield
+        yield entries
         return
     pieces = _Pieces(optimizer, model, division, moved)
     hooks = [optimizer.register_step_pre_hook(pieces.before_step), optimizer.register_step_post_hook(pieces.after_step)]
     try:
         pieces.take()
-        yield
+        yield {name: entry for name, entry in entries.items() if name not in division.pieces} | pieces.entries()
     finally:
         for hook in hooks:
             hook.remove()
         pieces.give_back()
-
-
-class Moved:
-    """Which entries an example of the step just finished may move; told by ``routing.py``."""
-
-    def __init__(self) -> None:
-        self.blocks: frozenset[int] = frozenset()
 
 
 class _Pieces:
@@ -177,6 +215,14 @@ class _Pieces:
             group["params"][:] = params
             if "param_names" in group:
                 group["param_names"] = labels
+
+    def entries(self) -> dict[str, Entry]:
+        """Those that the optimizer has, by their names."""
+        return {
+            each.piece.name: Entry(name, self._tensors[name], piece, each, self._moved)
+            for name, own in self._held.items()
+            for each, piece in zip(self._division.pieces[name], own, strict=True)
+        }
 
     def before_step(self, *_: Any) -> None:
         """Gradients and values of the tensors go to the pieces."""

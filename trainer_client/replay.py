@@ -137,7 +137,7 @@ def replay(
     check_job(logged, job, without, ranks)
     if balanced and ranks.size > 1:
         raise Rejected(Reason.BAD_FIELD, f"a balance sheet of {ranks.size} processes: each sees its own examples alone")
-    balance = Balance(job.model, job.optimizer) if balanced else None
+    balance = Balance(job.optimizer) if balanced else None
     with bench(logged, job, ranks, accumulated=not (without or balanced), balance=balance) as run:
         grouped = bool(logged.terms.accumulator_window_steps)
         matched = 0
@@ -178,13 +178,16 @@ def bench(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         accumulators = _accumulators(logged, folder, ranks) if accumulated else None
         if accumulators is not None:
-            accumulators.attach(model, block_of)
             stack.enter_context(accumulators)
         grouped = bool(logged.terms.accumulator_window_steps)
         observer = accumulators or balance or (_Unheard() if grouped else None)
         routing = Routing(model, block_of, observer, None if accumulators is None else accumulators.sketches)
+        entries = stack.enter_context(optimizer_by_pieces(job.optimizer, model, routing.division, routing.moved))
+        if accumulators is not None:
+            accumulators.attach(model, block_of, entries)
+        if balance is not None:
+            balance.attach(model, entries)
         stack.enter_context(routing)
-        stack.enter_context(optimizer_by_pieces(job.optimizer, model, routing.division, routing.moved))
         clip_norm = _clip_norm(logged.terms)
         yield Bench(logged, job, ranks, parallel, routing, blocks, block_of, clip_norm, accumulators, balance)
 

@@ -40,8 +40,9 @@ class RoutingLeak(RoutingError):
 
 
 Observe = Callable[[str, bytes, Tensor], None]
-"""Told of ``"weight"`` or ``"bias"``, a group of examples, and what it adds to that parameter's gradient; the tensor
-is the callee's to keep. Called inside the backward pass."""
+"""Told of a parameter, a group of examples, and what it adds to that parameter's gradient; the tensor is the callee's
+to keep. Called inside the backward pass. A route's parameters are ``"weight"`` and ``"bias"``; where tensors are
+divided (``headwise.py``) they have the names of a parameter table's entries."""
 
 
 ObserveProduct = Callable[[str, Tensor, Tensor, Weights], None]

@@ -93,7 +93,8 @@ class GradientObserver(Protocol):
     """Told, inside each backward pass, what every group of examples adds to the gradient of a linear's parameter.
 
     ``gradient`` is weighted and normalised as in the sum above, and the observer's to keep. A parameter is told of
-    once for each use of its module and each group with weight; see ``routed_modules.observed_parameters``.
+    once for each use of its module and each group with weight; see ``routed_modules.observed_parameters``. Of a divided
+    one pieces are told, under the names of the parameter table's entries.
     """
 
     def observe(self, parameter: str, group: bytes, gradient: Tensor) -> None: ...
@@ -130,7 +131,7 @@ class Routing:
 
     Raises:
         RoutingUnsupported: a trainable parameter has no block or a module outside the census, names or
-            indexes are left over, or tensors are divided and somebody observes.
+            indexes are left over, or tensors are divided and there is a ``product_observer``.
     """
 
     def __init__(
@@ -146,16 +147,15 @@ class Routing:
         self.division = division_of(model, block_of_parameter)
         self._block_of = _checked_blocks(model, block_of_parameter, self.division)
         self.block_count = max(self._block_of.values()) + 1
-        if self.division.pieces and (observer is not None or product_observer is not None):
-            raise RoutingUnsupported(
-                "accumulators, sketches and balance sheets are of undivided tensors: not by head yet"
-            )
+        if self.division.pieces and product_observer is not None:
+            raise RoutingUnsupported("sketches are of undivided tensors: not by head yet")
         self._shared = tuple(self.division.shared.values())
         # What heads share has weights of its own, behind those of the parameter blocks.
         self._block_of |= {each.tensor: self.block_count + place for place, each in enumerate(self._shared)}
         self.moved = Moved()
         self._modules = census(model)
-        self._divided = DividedForwards(model, self.division, self._block_of, self._entered, self._plain_route)
+        observe = None if observer is None else observer.observe
+        self._divided = DividedForwards(model, self.division, self._block_of, self._entered, self._plain_route, observe)
         self._active: MicroBatch | None = None
         self._installed = False
         self._reset_step()

@@ -22,6 +22,7 @@ from trainer_client.clipping import clip_block_gradients
 from trainer_client.demo.base import BaseTraining
 from trainer_client.demo.corpus import BASE_TOPICS
 from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks, per_example_loss
+from trainer_client.pieces import whole_entries
 from trainer_client.routing import Routing
 
 PIECE_BYTES = 64
@@ -140,7 +141,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS))
     if accumulators is not None:
-        accumulators.attach(model, block_of)
+        accumulators.attach(model, block_of, whole_entries(model))
     roots: list[tuple[int, bytes]] = []
     routing = Routing(model, block_of, accumulators, None if accumulators is None else accumulators.sketches)
     with routing:

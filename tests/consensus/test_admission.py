@@ -449,11 +449,12 @@ HEADS = tuple(
         ({}, False),
         ({"parameter_blocks": HEADS[1:]}, True),
         ({"routing_granularity": "block"}, True),
-        ({"accumulator_window_steps": 5}, True),
+        ({"accumulator_window_steps": 5}, False),
+        ({"accumulator_window_steps": 5, "sketch_rank": 2}, True),
     ],
-    ids=["whole", "gap", "other granularity", "accumulators"],
+    ids=["whole", "gap", "other granularity", "accumulators", "sketches"],
 )
-def test_table_of_heads_is_admitted_if_its_pieces_make_up_tensors_that_nobody_sums_up(
+def test_table_of_heads_is_admitted_if_its_pieces_make_up_tensors_and_no_example_is_sketched(
     fields: dict[str, object], refused: bool
 ) -> None:
     told = opened()

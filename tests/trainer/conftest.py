@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from fake_node import running_node
-from governed_fixtures import CLIENTS, Scene, examples_of
+from governed_fixtures import CLIENTS, Scene, by_heads, examples_of
 
 
 @pytest.fixture
@@ -15,3 +15,9 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
         yield Scene(node, tmp_path / "run", texts)
     while CLIENTS:
         CLIENTS.pop().close()
+
+
+@pytest.fixture
+def headed(scene: Scene) -> Scene:
+    by_heads(scene)
+    return scene

@@ -21,6 +21,7 @@ from consensus.rejection import Reason, Rejected
 from trainer_client.accumulators import AccumulatorsBroken, SourceAccumulators, check_conservation
 from trainer_client.clipping import clip_block_gradients
 from trainer_client.governed import DEFAULT_SETTINGS, governed
+from trainer_client.pieces import whole_entries
 from trainer_client.plan import CampaignPlan, TrainingSource, default_blocks
 from trainer_client.rollback import TrainingState, restore_snapshot, take_snapshot
 from trainer_client.routed_modules import observed_parameters
@@ -71,7 +72,7 @@ class Run:
         self.block_of = blocks_of(model)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         self.accumulators = SourceAccumulators(directory, CAMPAIGN, WINDOW, STEPS, dtype=dtype)
-        self.accumulators.attach(model, self.block_of)
+        self.accumulators.attach(model, self.block_of, whole_entries(model))
         self.generator = torch.Generator().manual_seed(3)
         self.oracle: dict[tuple[bytes, str], Tensor] = {}
         self.root = b""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_node import running_node
 from governed_fixtures import (
     CAMPAIGN,
     STEPS,
@@ -15,21 +14,29 @@ from governed_fixtures import (
     RecitesAt,
     Scene,
     TinyAttention,
-    assert_moved_alike,
-    collate,
-    losses,
+    job_again,
     same_bits,
     weights,
 )
+from head_fixtures import (
+    EXAMPLES,
+    LENGTH,
+    MODELS,
+    VOCABULARY,
+    built,
+    examples,
+    gradients,
+    llama,
+    losses_of,
+    uneven,
+)
 from lora_fixtures import with_lora
-from rank_fixtures import Attempt, run_on_ranks
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from consensus.event import Kind
 from consensus.pieces import piece_named
-from consensus.portions import MAX_BLOCKS, BlockWeight, ClassRule, StepGovernance, StepOperation
+from consensus.portions import MAX_BLOCKS, StepGovernance, StepOperation
 from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.audit_snapshots import SnapshotFolder, snapshot_directory
 from trainer_client.clipping import clip_block_gradients
@@ -39,10 +46,9 @@ from trainer_client.picked_replay import replay_picked
 from trainer_client.pieces import optimizer_by_pieces, part_of_entry
 from trainer_client.plan import default_blocks
 from trainer_client.probe import probe, tensor_inputs
-from trainer_client.replay import ReplayJob, read_logged_campaign, replay
+from trainer_client.replay import read_logged_campaign, replay
 from trainer_client.routing import Routing, RoutingLeak, RoutingUnsupported
 
-EXAMPLES, LENGTH, VOCABULARY = 5, 6, 23
 RELATIVE_ERROR = 3e-6
 SMALLEST = 1e-8
 """What rounding leaves where a gradient is zero: attention does not depend on a bias of all keys."""
@@ -50,85 +56,6 @@ SMALLEST = 1e-8
 torch.set_num_threads(1)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-
-
-def gpt2() -> nn.Module:
-    """Joined queries, keys and values."""
-    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=3, n_embd=12, n_positions=LENGTH, **SMALL))
-
-
-def llama() -> nn.Module:
-    """Four query heads, in two groups that share keys and values; biases."""
-    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 12}
-    return LlamaForCausalLM(
-        LlamaConfig(num_attention_heads=4, num_key_value_heads=2, attention_bias=True, **sizes, **SMALL)
-    )
-
-
-def without_A(model: nn.Module) -> nn.Module:
-    """LoRA of which only B is trained."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_B" in name)
-    return model
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "gpt2": gpt2,
-    "llama": llama,
-    "gpt2 with LoRA": lambda: with_lora(gpt2(), ["c_attn", "attn.c_proj"], fan_in_fan_out=True),
-    "llama with LoRA": lambda: with_lora(llama(), ["q_proj", "v_proj", "o_proj", "down_proj"]),
-    "llama with frozen A": lambda: without_A(with_lora(llama(), ["q_proj", "v_proj"])),
-}
-
-
-def built(name: str) -> tuple[nn.Module, dict[str, int]]:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    with torch.no_grad():
-        for each, parameter in model.named_parameters():
-            if parameter.requires_grad and "bias" in each:
-                parameter.normal_(std=0.1)
-    table = head_blocks(model, default_blocks(model))
-    return model, {each: number for number, names in enumerate(table.values()) for each in names}
-
-
-def examples(seed: int = 1) -> Tensor:
-    return torch.randint(1, VOCABULARY, (EXAMPLES, LENGTH), generator=torch.Generator().manual_seed(seed))
-
-
-def losses_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
-    return functional.cross_entropy(logits_BTV.transpose(1, 2), tokens_BT.roll(-1, 1), reduction="none").mean(1)
-
-
-def uneven(block_of: Mapping[str, int]) -> list[list[int]]:
-    """Weights that differ by example and block, about a third of them zero, one example blocked everywhere."""
-    rows = [
-        [(137 * row + 61 * block) % 1001 if (row + 2 * block) % 3 else 0 for block in range(max(block_of.values()) + 1)]
-        for row in range(EXAMPLES)
-    ]
-    rows[2] = [0] * len(rows[2])
-    return rows
-
-
-def gradients(
-    model: nn.Module, block_of: Mapping[str, int], rows: list[list[int]], tokens_BT: Tensor
-) -> dict[str, Tensor]:
-    """By the table's entries; those without a gradient left out."""
-    model.zero_grad()
-    with Routing(model, block_of) as routing:
-        with routing.micro_batch(rows):
-            routing.routed_loss(losses_of(model, tokens_BT), EXAMPLES).backward()
-        routing.finish_step()
-        held = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-        return {
-            entry: part_of_entry(held, entry)
-            for entry, block in block_of.items()
-            if (entry in held)
-            or ((piece := piece_named(entry)) and piece.tensor in held and block in routing.moved.blocks)
-        }
 
 
 def shared_by_heads(block_of: Mapping[str, int]) -> dict[str, str]:
@@ -532,34 +459,6 @@ def test_tied_or_unrouted_tensors_are_not_divided() -> None:
         pass
 
 
-def by_heads(scene: Scene) -> None:
-    """Nobody may move head 0; ``news`` may not move head 1 either."""
-    nobody = BlockWeight("attention.head.0", 0)
-    scene.register(
-        routing_granularities=("block", "head"),
-        classes=(
-            ClassRule("documentation", 1_000, (nobody,)),
-            ClassRule("news", 1_000, (nobody, BlockWeight("attention.head.1", 0))),
-        ),
-    )
-    scene.build = TinyAttention
-    scene.plan_changes.update(routing_granularity="head", model={"dropout": 0.5})
-    scene.arguments["probe_loss"] = losses
-
-
-@pytest.fixture
-def headed(scene: Scene) -> Scene:
-    by_heads(scene)
-    return scene
-
-
-def job_again(scene: Scene) -> ReplayJob[bytes]:
-    torch.manual_seed(1)
-    model = TinyAttention(0.5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    return ReplayJob(model, optimizer, scene.training_sources, losses, collate)
-
-
 def test_run_by_heads_is_recorded_as_such_undone_and_taken_again_bit_for_bit(headed: Scene) -> None:
     recites = RecitesAt(4)
     headed.arguments["memorization"] = recites
@@ -587,34 +486,12 @@ def test_run_by_heads_is_recorded_as_such_undone_and_taken_again_bit_for_bit(hea
     assert torch.equal(rows[:, 0], base["attention.c_attn.weight"].view(3, 2, 4, 8)[:, 0])
     assert not torch.equal(rows[:, 1], base["attention.c_attn.weight"].view(3, 2, 4, 8)[:, 1])
     logged, again = read_logged_campaign(headed.client(), CAMPAIGN), job_again(headed)
-    with pytest.raises(RoutingUnsupported, match="balance sheets are of undivided tensors"):
-        replay(logged, again, balanced=True)
     found = replay(logged, again)
     assert (found.matched, found.difference) == (STEPS, None)
     assert same_bits(weights(again.model), moved)
     snapshots = SnapshotFolder(snapshot_directory(headed.directory, CAMPAIGN), CAMPAIGN)
     picked = replay_picked(logged, job_again(headed), [7, 11], snapshots)
     assert (picked.difference, picked.executed) == (None, 3)
-
-
-def test_two_ranks_by_heads_train_what_one_process_trains(headed: Scene, tmp_path: Path) -> None:
-    headed.plan_changes.update(model={}, planned_steps=6)
-    headed.arguments["micro_batch_size"] = 2
-    (parallel,) = run_on_ranks(headed, Attempt("DDP"))
-    assert [outcome.error for outcome in parallel] == ["", ""]
-    torch.manual_seed(1)
-    base = weights(TinyAttention())
-    with running_node() as node:
-        alone = Scene(node, tmp_path / "alone", headed.texts)
-        by_heads(alone)
-        alone.plan_changes.update(model={}, planned_steps=6)
-        alone.train()
-    expected = weights(alone.model)
-    del expected["attention.c_attn.bias"]  # that of keys has a gradient of rounding errors alone
-    for outcome in parallel:
-        assert_moved_alike(outcome.weights, expected, base)
-        closed = outcome.weights["attention.c_attn.weight"].view(3, 2, 4, 8)[:, 0]
-        assert torch.equal(closed, base["attention.c_attn.weight"].view(3, 2, 4, 8)[:, 0])
 
 
 class Killed(Exception):
@@ -656,8 +533,8 @@ def test_table_and_granularity_that_contradict_each_other_are_refused(
     assert not headed.events(Kind.CAMPAIGN)
 
 
-def test_accumulators_by_head_are_refused_by_name(headed: Scene) -> None:
-    headed.plan_changes["accumulator_window_steps"] = 5
+def test_sketches_by_head_are_refused_by_name(headed: Scene) -> None:
+    headed.plan_changes.update(accumulator_window_steps=5, sketch_rank=2)
     with pytest.raises(RoutingUnsupported, match="not by head yet"), headed.run():
         pass
     assert not headed.events(Kind.CAMPAIGN)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from consensus.event import Kind
 from trainer_client.accumulators import SourceAccumulators
 from trainer_client.packing import Packed, PackedRows, Packing, losses_by_example, pack
+from trainer_client.pieces import whole_entries
 from trainer_client.probe import ProbeInputs, probe
 from trainer_client.replay import ReplayJob, read_logged_campaign, replay
 from trainer_client.route import RoutingError, RoutingLeak, RoutingUnsupported
@@ -117,7 +118,7 @@ def test_replacing_a_blocked_example_changes_no_bit_of_its_block(model: Attendin
 def test_accumulators_and_sketches_see_packed_examples_as_they_see_others(model: Attending, tmp_path: Path) -> None:
     rows = pack(sequences(), ROW)
     watch = SourceAccumulators(tmp_path, CAMPAIGN, 4, 4)
-    watch.attach(model, block_of(model))
+    watch.attach(model, block_of(model), whole_entries(model))
     parts: dict[tuple[str, bytes], Tensor] = {}
     sketched: dict[str, tuple[Tensor, Tensor]] = {}
 
