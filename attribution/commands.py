@@ -25,6 +25,7 @@ from attribution.sketches import RunFolder, SketchStore
 from attribution.standings import standings, standings_fields, standings_text
 from attribution.trace import control_outputs, trace_output, untraced_tensors
 from attribution.weights import find_windows, freeze_others, load_model, read_tensors
+from consensus.pieces import tensor_named
 from consensus.rejection import ConfigError, Reason, Rejected
 
 P = TypeVar("P")
@@ -241,7 +242,7 @@ def trace_command(
     tuned = load_model(architecture, tuned_path, release.parameter_root, "campaign's release", adapter_path)
     others = {} if without_path is None else {"without": _unchecked_model(architecture, adapter_path, without_path)}
     blocks = log.provenance.campaign.parameter_blocks
-    freeze_others(tuned, {tensor.name for block in blocks for tensor in block.tensors})
+    freeze_others(tuned, {tensor_named(tensor.name) for block in blocks for tensor in block.tensors})
     search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
     sequences = _sequences(text_path, language, context_tokens)
     factors, origin = chosen_factors(log, tuned, factors_path, sequences)

@@ -2,7 +2,8 @@
 
 Of the committed accumulators, per parameter block and window of steps: the norm of what the chosen sources added to
 the gradients (times learning rate), and their *part* of all that was added, ``<A_chosen, A_all> / <A_all, A_all>``.
-Parts of all sources add up to one; a negative one pulled against the sum. An account of gradients, not of the weights
+Parts of all sources add up to one; a negative one pulled against the sum. A parameter block that others moved and these
+sources have no sum in was *closed* to them: they gave it no direct update. An account of gradients, not of the weights
 they became: AdamW scales both alike. One example is asked about by its sketches: then the norm is that of their rank's
 part of what it added.
 """
@@ -43,6 +44,7 @@ class ExampleUse:
 class Footprint:
     """``blocks`` by name in the campaign's order, ``windows`` by first and last step; ``whole`` over both.
 
+    ``closed`` are blocks that others moved in these windows, and none of the sources directly; not told of an example.
     ``of_example``: it is one example's, not the sources'.
     """
 
@@ -50,6 +52,7 @@ class Footprint:
     blocks: dict[str, Motion]
     windows: dict[tuple[int, int], Motion]
     whole: Motion
+    closed: tuple[str, ...] = ()
     of_example: ExampleUse | None = None
 
     @property
@@ -201,7 +204,9 @@ class _Account:
             blocks[self._block_of[name]].add(self._chosen.get(name), part)
             whole.add(self._chosen.get(name), part)
         motions = {name: held.motion for name, held in blocks.items()}
-        return Footprint(sources, motions, self._windows, whole.motion, of_example)
+        moved, own = ({self._block_of[name] for name in sums} for sums in (self._everything, self._chosen))
+        closed = tuple(name for name in blocks if name in moved - own) if of_example is None else ()
+        return Footprint(sources, motions, self._windows, whole.motion, closed, of_example)
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:

@@ -112,17 +112,23 @@ def _percent_of(part: float, most: float) -> float:
 
 def _heat(ranked: Sequence[SourceScore], columns: Mapping[str, str] | Mapping[int, str], which: str) -> str:
     """Parts of the score, coloured by their size beside the largest of the table."""
-    table: list[tuple[SourceScore, list[float]]] = []
+    table: list[tuple[SourceScore, list[float | None]]] = []
     for row in ranked:
         held: Mapping[object, float] = getattr(row, which)
-        table.append((row, [held.get(column, 0.0) for column in columns]))
-    most = max((abs(part) for _, parts in table for part in parts), default=0.0)
+        table.append((row, [held.get(column) for column in columns]))
+    most = max((abs(part) for _, parts in table for part in parts if part is not None), default=0.0)
     head = "".join(f"<th>{_text(name)}</th>" for name in columns.values())
     rows = []
     for row, parts in table:
-        cells = "".join(f"<td class='cell' style='{_colour(part, most)}'>{part:+.2g}</td>" for part in parts)
+        cells = "".join(_cell(part, most) for part in parts)
         rows.append(f"<tr><td>{_text(row.source.record.claim.name)}</td>{cells}</tr>")
     return f"<div class='card'><table class='heat'><tr><th>source</th>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _cell(part: float | None, most: float) -> str:
+    if part is None:
+        return "<td class='cell' title='no direct update'>–</td>"
+    return f"<td class='cell' style='{_colour(part, most)}'>{part:+.2g}</td>"
 
 
 def _colour(part: float, most: float) -> str:

@@ -19,6 +19,7 @@ from consensus.predicates.reviews import replayed_steps
 
 ROWS_SHOWN = 10
 EXAMPLES_SHOWN = 5
+BLOCKS_SHOWN = 6
 FACTORS_SHOWN = {
     FactorsOrigin.COMMITTED: "the campaign's own",
     FactorsOrigin.GIVEN: "the asker's choice, since the campaign commits to none",
@@ -138,10 +139,14 @@ def footprint_text(log: CampaignLog, found: Footprint, search: Search) -> str:
     if use is not None:
         steps = ", ".join(str(step) for step in use.steps) or "none"
         lines += ["", f"example {use.example} of it, admitted to steps {steps}"]
-    lines += ["", f"{'what it moved':32}  {'norm':>10}  {'part':>8}"]
-    lines += [_motion(f"steps {first} to {last}", motion) for (first, last), motion in found.windows.items()]
-    lines += [_motion(shown(block)[:32], motion) for block, motion in found.blocks.items()]
-    lines += [_motion("everything", found.whole), ""]
+    width, closed = max([32, *(len(shown(block)) for block in found.blocks)]), set(found.closed)
+    lines += ["", f"{'what it moved':{width}}  {'norm':>10}  {'part':>8}"]
+    lines += [_motion(f"steps {first} to {last}", motion, width) for (first, last), motion in found.windows.items()]
+    lines += [
+        f"{shown(block):{width}}  no direct update" if block in closed else _motion(shown(block), motion, width)
+        for block, motion in found.blocks.items()
+    ]
+    lines += [_motion("everything", found.whole, width), ""]
     release = provenance.release
     if release is None:
         lines.append("released  nothing")
@@ -197,6 +202,7 @@ def footprint_json(log: CampaignLog, found: Footprint, search: Search) -> str:
         "example": None if found.of_example is None else dataclasses.asdict(found.of_example),
         "whole": _motion_fields(found.whole),
         "blocks": {block: _motion_fields(motion) for block, motion in found.blocks.items()},
+        "no_direct_update": list(found.closed),
         "windows": [
             {"first_step": first, "last_step": last, **_motion_fields(motion)}
             for (first, last), motion in found.windows.items()
@@ -217,8 +223,17 @@ def _receipt(row: SourceScore) -> list[str]:
     return [
         shown(row.source.record.claim.name),
         *_receipt_lines(row.source),
-        f"  moved     {', '.join(f'{shown(block)} {part:+.3g}' for block, part in blocks[:6])}",
+        f"  moved     {', '.join(f'{shown(block)} {part:+.3g}' for block, part in blocks[:BLOCKS_SHOWN])}",
+        *_closed(row),
     ]
+
+
+def _closed(row: SourceScore) -> list[str]:
+    if not row.closed:
+        return []
+    more = len(row.closed) - BLOCKS_SHOWN
+    names = ", ".join(shown(block) for block in row.closed[:BLOCKS_SHOWN])
+    return [f"  closed    no direct update of {names}" + (f" and {more} more" if more > 0 else "")]
 
 
 def _examples(log: CampaignLog, found: SourceExamples) -> list[str]:
@@ -354,6 +369,7 @@ def _row(row: SourceScore) -> dict[str, object]:
         "score": row.score,
         "admitted": source.admitted,
         "by_block": dict(row.by_block),
+        "no_direct_update": list(row.closed),
         "by_window": {str(step): part for step, part in row.by_window.items()},
         "by_policy": {policy.hex(): part for policy, part in row.by_policy.items()},
         "receipt": {
@@ -365,9 +381,9 @@ def _row(row: SourceScore) -> dict[str, object]:
     }
 
 
-def _motion(what: str, motion: Motion) -> str:
+def _motion(what: str, motion: Motion, width: int) -> str:
     part = "–" if motion.part is None else f"{100 * motion.part:.1f} %"
-    return f"{what:32}  {motion.norm:>10.4g}  {part:>8}"
+    return f"{what:{width}}  {motion.norm:>10.4g}  {part:>8}"
 
 
 def _motion_fields(motion: Motion) -> dict[str, float | None]:

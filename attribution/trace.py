@@ -7,6 +7,9 @@ Positive: the source's examples raised the output. The scores of control outputs
 shaped, give each source a mean and a deviation to be judged by; there, scores are divided by the query's length in the
 metric of ``P``, since an unlikely output has a long gradient whoever wrote it (docs/adr/013, docs/adr/018).
 
+Where a parameter table divides tensors among heads, accumulators are of its pieces (``consensus/pieces.py``). The
+query's gradient is the whole weight's, preconditioned as such, and then cut: scores of pieces add up to the weight's.
+
 Only what is committed counts: a window whose file is missing or altered is left out and named, and the answer says
 which steps it rests on.
 """
@@ -27,6 +30,7 @@ from attribution.sketches import RunFolder, SketchQuery, SketchStore
 from attribution.weights import Summed, WindowFile, map_entries
 from consensus import portions as p
 from consensus.accumulators import WindowEntry
+from consensus.pieces import TensorPiece, piece_named, tensor_named
 from consensus.predicates.accumulators import Provenance, UsedSource
 from consensus.rejection import Reason, Rejected
 
@@ -41,7 +45,10 @@ SHAPED_Z = 3.0
 
 @dataclass(frozen=True, slots=True)
 class SourceScore:
-    """One source's part. ``z`` is against the controls; parts by block, window and policy each add up to ``score``."""
+    """One source's part. ``z`` is against the controls; parts by block, window and policy each add up to ``score``.
+
+    ``closed`` are parameter blocks that others moved in these windows, and this source did not directly.
+    """
 
     source: UsedSource
     score: float
@@ -49,6 +56,7 @@ class SourceScore:
     by_block: Mapping[str, float]
     by_window: Mapping[int, float]
     by_policy: Mapping[bytes, float]
+    closed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +125,7 @@ def trace_output(
 
     Raises:
         Rejected: ``BAD_FIELD`` for fewer than 25 controls; ``NOT_FOUND`` without any window's file; ``BAD_FIELD`` for
-            accumulators of weights the model does not have; as ``accumulators_of``.
+            accumulators or a parameter table that do not fit the model; as ``map_entries``.
     """
     if len(controls) < LEAST_CONTROLS:
         raise Rejected(Reason.BAD_FIELD, f"expected at least {LEAST_CONTROLS} control outputs, found {len(controls)}")
@@ -126,6 +134,7 @@ def trace_output(
     progress("gradients of the output and its controls")
     asked = (output, *controls)
     queries, lengths = preconditioned_queries(tuned, factors, asked)
+    queries = queries_of_entries(queries, provenance.campaign)
     block_of = {tensor.name: block.name for block in provenance.campaign.parameter_blocks for tensor in block.tensors}
     known = {source.id: source for source in provenance.sources}
     tallies = {source: _Tally([0.0] * len(asked)) for source in known}
@@ -138,6 +147,7 @@ def trace_output(
             if block is None:
                 raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} are in no parameter block")
             tally.add(parts, block, file.window.last, entry.policy)
+    moved = {block for tally in tallies.values() for block in tally.by_block}
     ranked = [
         SourceScore(
             known[source],
@@ -146,6 +156,11 @@ def trace_output(
             tally.by_block,
             tally.by_window,
             tally.by_policy,
+            tuple(
+                block.name
+                for block in provenance.campaign.parameter_blocks
+                if block.name in moved and block.name not in tally.by_block
+            ),
         )
         for source, tally in tallies.items()
         if known[source].admitted
@@ -169,17 +184,22 @@ def trace_output(
 
 
 def window_scores(queries: Mapping[str, Tensor], file: WindowFile) -> Iterator[tuple[WindowEntry, str, list[float]]]:
-    """For each source's entry of a window and each weight of the queries: the part of every query's score.
+    """For each source's entry of a window and each weight, or piece, of the queries: the part of every query's score.
 
     Args:
-        queries: ``[K, P, Q]`` by parameter name.
+        queries: ``[K, P, Q]`` by the parameter table's names.
 
     Raises:
-        Rejected: ``BAD_FIELD`` for accumulators of another shape than the model's; as ``map_entries``.
+        Rejected: ``BAD_FIELD`` for accumulators of another shape than the model's, or of a weight that is divided
+            otherwise; as ``map_entries``.
     """
+    weights = {tensor_named(name) for name in queries}
 
     def meet(together: Sequence[Summed]) -> list[tuple[WindowEntry, str, list[float]]]:
         found = []
+        for name in {name for _, sums in together for name in sums if name not in queries}:
+            if tensor_named(name) in weights:
+                raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} are not of the parameter table's pieces")
         for name, gradients_KPQ in queries.items():
             those = [(entry, sums[name]) for entry, sums in together if name in sums]
             if not those:
@@ -193,6 +213,32 @@ def window_scores(queries: Mapping[str, Tensor], file: WindowFile) -> Iterator[t
 
     for parts in map_entries(meet, file):
         yield from parts
+
+
+def queries_of_entries(queries: dict[str, Tensor], campaign: p.Campaign) -> dict[str, Tensor]:
+    """Queries ``[K, P, Q]`` of whole weights by the campaign's table: a divided weight's are cut into its pieces.
+
+    ``queries`` is left empty, so that no weight's are there twice.
+
+    Raises:
+        Rejected: ``BAD_FIELD`` for pieces beyond the weight.
+    """
+    pieces_of: dict[str, list[TensorPiece]] = {}
+    for tensor in (tensor for block in campaign.parameter_blocks for tensor in block.tensors):
+        piece = piece_named(tensor.name)
+        if piece is not None:
+            pieces_of.setdefault(piece.tensor, []).append(piece)
+    found: dict[str, Tensor] = {}
+    for name in tuple(queries):
+        whole_KPQ = queries.pop(name)
+        if name not in pieces_of:
+            found[name] = whole_KPQ
+        for piece in pieces_of.get(name, ()):
+            if piece.dimension > 1 or piece.end > whole_KPQ.shape[1 + piece.dimension]:
+                raise Rejected(Reason.BAD_FIELD, f"{piece.name!a} is no piece of this model's weight")
+            part = whole_KPQ.narrow(1 + piece.dimension, piece.first, piece.end - piece.first)
+            found[piece.name] = part.contiguous()
+    return found
 
 
 def preconditioned_queries(
@@ -235,9 +281,8 @@ def control_outputs(sequences: Sequence[Sequence[int]], like: Output) -> tuple[O
 
 def untraced_tensors(campaign: p.Campaign, factors: Mapping[str, WeightFactors]) -> tuple[str, ...]:
     """Tensors of the campaign that no answer speaks of: embeddings, norms, biases."""
-    return tuple(
-        tensor.name for block in campaign.parameter_blocks for tensor in block.tensors if tensor.name not in factors
-    )
+    tensors = [tensor_named(tensor.name) for block in campaign.parameter_blocks for tensor in block.tensors]
+    return tuple(name for name in dict.fromkeys(tensors) if name not in factors)
 
 
 def _deviations(scores: Sequence[float], lengths: Sequence[float]) -> float:

@@ -54,6 +54,12 @@ def piece_named(name: str) -> TensorPiece | None:
     return piece if piece.name == name and piece.first < piece.end else None
 
 
+def tensor_named(name: str) -> str:
+    """The tensor that a table's entry is, or is a piece of."""
+    piece = piece_named(name)
+    return name if piece is None else piece.tensor
+
+
 def whole_tensors(entries: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """The tensors that a parameter table's entries make up, by name; pieces among them divide theirs entirely.
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from consensus.pieces import TensorPiece, piece_named, whole_tensors
+from consensus.pieces import TensorPiece, piece_named, tensor_named, whole_tensors
 from consensus.portions import Tensor
 from consensus.rejection import Reason, Rejected
 
@@ -12,6 +12,7 @@ def test_piece_is_read_back_from_its_name(dimension: int) -> None:
     piece = TensorPiece("layers.0.q.weight", dimension, 16, 32)
     assert piece_named(piece.name) == piece
     assert TensorPiece("q.weight", 1, 0, 16).name == "q.weight[:,0:16]"
+    assert tensor_named(piece.name) == tensor_named(piece.tensor) == piece.tensor
 
 
 @pytest.mark.parametrize(
