@@ -371,7 +371,7 @@ def check_granted_sources(
 
 
 def _check_pieces(campaign: p.Campaign, tensors: Sequence[p.Tensor]) -> None:
-    """Pieces of tensors divide them, at the granularity that says so, and no sketches are kept."""
+    """Pieces of tensors divide them, at the granularity that says so."""
     if all(piece_named(tensor.name) is None for tensor in tensors):
         return
     whole_tensors(tensors)
@@ -379,8 +379,6 @@ def _check_pieces(campaign: p.Campaign, tensors: Sequence[p.Tensor]) -> None:
         raise Rejected(
             Reason.BAD_FIELD, f"pieces of tensors at routing granularity '{campaign.routing_granularity}', not '{HEAD}'"
         )
-    if campaign.sketch_rank:
-        raise Rejected(Reason.BAD_FIELD, "sketches are of undivided tensors, and the parameter table names pieces")
 
 
 def _check_granularities(policy: p.Policy, routing: str, event: str) -> None:

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from consensus.pieces import piece_named
 from trainer_client.heads import head_blocks
+from trainer_client.packing import PackedRows, pack
 from trainer_client.pieces import part_of_entry
 from trainer_client.plan import default_blocks
 from trainer_client.routing import Routing
@@ -66,6 +67,15 @@ def examples(seed: int = 1) -> Tensor:
 def losses_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     return functional.cross_entropy(logits_BTV.transpose(1, 2), tokens_BT.roll(-1, 1), reduction="none").mean(1)
+
+
+def packed_losses(model: nn.Module, rows: PackedRows) -> Tensor:
+    """``losses_of`` of ``examples()``, which are packed into these rows."""
+    targets = pack(examples().roll(-1, 1).tolist(), rows.packing.row_positions)
+    given = {"position_ids": rows.positions_RT, "attention_mask": rows.attention_R1TT, "use_cache": False}
+    logits_RVT = model(input_ids=rows.tokens_RT, **given).logits.transpose(1, 2)
+    losses_RT = functional.cross_entropy(logits_RVT, targets.tokens_RT, reduction="none")
+    return torch.stack([losses_RT.flatten()[first:end].mean() for first, end in rows.packing.spans_B])
 
 
 def uneven(block_of: Mapping[str, int]) -> list[list[int]]:

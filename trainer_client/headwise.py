@@ -16,7 +16,7 @@ so that weights alike in all of a layer give what they give undivided, and an ex
 not move. Left out, not multiplied by zero, as everywhere (``route.py``).
 
 **Where somebody observes**, each of these gradients is formed group by group, as undivided ones are, and the observer
-is told of each piece under the name that the table gives it.
+is told of each piece under the name that the table gives it; whoever observes products, of each piece's operands.
 
 Left to others: which pieces there are (``pieces.py``), when forwards are replaced (``routing.py``).
 
@@ -33,8 +33,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from trainer_client.pieces import Division, PieceOfBlock, SharedByHeads
-from trainer_client.route import FULL_PERMILLE, Observe, Route, RoutingUnsupported
+from trainer_client.route import FULL_PERMILLE, Observe, ObserveProduct, Route, RoutingUnsupported
 from trainer_client.routed_modules import in_autocast_dtype, is_conv1d
+
+
+@dataclass(frozen=True, slots=True)
+class Observers:
+    """Who is told of gradients, and of what weights' gradients are the product of, by the table's names."""
+
+    gradient: Observe | None = None
+    product: ObserveProduct | None = None
+
+
+NOBODY = Observers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +57,21 @@ class Span:
     route: Route
     pieces: tuple[PieceOfBlock, ...] = ()
 
+    @property
+    def parts(self) -> list[tuple[str, int, int]]:
+        """Each piece's name, its first index within the span, and its length."""
+        pieces = [each.piece for each in self.pieces]
+        return [(piece.name, piece.first - self.first, piece.end - piece.first) for piece in pieces]
+
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """A whole tensor, divided along ``dimension``; a tensor that is not divided is one span, without pieces.
-
-    ``observe`` is told of the tensor or of its pieces, by name.
-    """
+    """A whole tensor, divided along ``dimension``; a tensor that is not divided is one span, without pieces."""
 
     tensor: str
     dimension: int
     spans: tuple[Span, ...]
-    observe: Observe | None
+    observers: Observers
 
     @property
     def open(self) -> bool:
@@ -68,6 +82,14 @@ class Spans:
         """An undivided tensor's, by another route."""
         (span,) = self.spans
         return replace(self, spans=(replace(span, route=route),))
+
+    def weight_gradient(self, like: Tensor, operands: Callable[[Span], tuple[Tensor, Tensor]]) -> Tensor | None:
+        """Of a weight whose gradient in a span is the product of two ``[B, *, P]`` and ``[B, *, Q]``."""
+        if self.observers.product is not None:
+            for span in self.spans:
+                if span.route.open:
+                    self._tell_operands(self.observers.product, span, *operands(span))
+        return self.gradient(like, lambda span: span.route.weighted_products(*operands(span)))
 
     def gradient(self, like: Tensor, of_span: Callable[[Span], Tensor]) -> Tensor | None:
         """The tensor's gradient, put together of its spans'; None where no example of any rank enters."""
@@ -83,7 +105,8 @@ class Spans:
 
     def _observed(self, span: Span, of_span: Callable[[Span], Tensor]) -> Tensor:
         """What ``of_span`` makes of the span; where somebody observes, the sum over groups of what it makes of each."""
-        if self.observe is None:
+        observe = self.observers.gradient
+        if observe is None:
             return of_span(span)
         total: Tensor | None = None
         for group, route in span.route.by_group():
@@ -91,12 +114,21 @@ class Spans:
             # The first part is copied: the observer keeps its own, autograd keeps the sum.
             total = part.clone() if total is None else total.add_(part)
             if not span.pieces:
-                self.observe(self.tensor, group, part)
-            for each in span.pieces:
-                first, length = each.piece.first - span.first, each.piece.end - each.piece.first
-                self.observe(each.piece.name, group, part.narrow(self.dimension, first, length))
+                observe(self.tensor, group, part)
+            for name, first, length in span.parts:
+                observe(name, group, part.narrow(self.dimension, first, length))
         assert total is not None, "the span is open"
         return total
+
+    def _tell_operands(self, observe: ObserveProduct, span: Span, left: Tensor, right: Tensor) -> None:
+        left, right = (span.route.by_example(operand) for operand in (left, right))
+        if not span.pieces:
+            observe(self.tensor, left, right, span.route.weights_B)
+        for name, first, length in span.parts:
+            if self.dimension == 0:
+                observe(name, left.narrow(-1, first, length), right, span.route.weights_B)
+            else:
+                observe(name, left, right.narrow(-1, first, length), span.route.weights_B)
 
     def weighted(self, operand: Tensor) -> Tensor:
         """The operand ``[B, *, F]``, divided along its features, by the weights of heads; zeros where none enters."""
@@ -112,7 +144,7 @@ class Spans:
 
 
 def spans_of(
-    pieces: Sequence[PieceOfBlock], route_of_block: Callable[[int], Route], observe: Observe | None = None
+    pieces: Sequence[PieceOfBlock], route_of_block: Callable[[int], Route], observers: Observers = NOBODY
 ) -> Spans:
     """Pieces with their routes, neighbours of equal weights as one."""
     spans: list[Span] = []
@@ -123,7 +155,7 @@ def spans_of(
             spans[-1] = Span(last.first, each.piece.end, last.route, (*last.pieces, each))
         else:
             spans.append(Span(each.piece.first, each.piece.end, route, (each,)))
-    return Spans(pieces[0].piece.tensor, pieces[0].piece.dimension, tuple(spans), observe)
+    return Spans(pieces[0].piece.tensor, pieces[0].piece.dimension, tuple(spans), observers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,15 +217,14 @@ class _DividedLinear(torch.autograd.Function):
             grad_x = delta.matmul(weight if call.outputs == 0 else weight.t())
         if need_weight:
 
-            def of_span(span: Span) -> Tensor:
+            def operands(span: Span) -> tuple[Tensor, Tensor]:
                 if call.weight.dimension == call.outputs:
                     left, right = _features(delta, span, call.weight), x
                 else:
                     left, right = delta, _features(x, span, call.weight)
-                operands = (left, right) if call.outputs == 0 else (right, left)
-                return span.route.weighted_products(*operands)
+                return (left, right) if call.outputs == 0 else (right, left)
 
-            grad_weight = call.weight.gradient(weight, of_span)
+            grad_weight = call.weight.weight_gradient(weight, operands)
         if need_bias:
             grad_bias = _bias_gradient(call.bias, delta)
         return grad_x, grad_weight, grad_bias, None
@@ -219,24 +250,20 @@ class _PairedOuter(torch.autograd.Function):
         delta = delta.contiguous()
         inner_delta = delta.matmul(outer_OR)
         shared = call.inner if call.by_outputs else call.outer
-        operands = call.shared_operands(delta, u, x, outer_OR, inner_RI) if shared.open else ()
+        of_shared = call.shared_operands(delta, u, x, outer_OR, inner_RI) if shared.open else None
 
-        def of_inner(span: Span) -> Tensor:
-            if call.by_outputs:
-                return span.route.weighted_products(*operands)
-            return span.route.weighted_products(inner_delta, _features(x, span, call.inner))
+        def of_inner(span: Span) -> tuple[Tensor, Tensor]:
+            return of_shared if call.by_outputs else (inner_delta, _features(x, span, call.inner))  # type: ignore[return-value]
 
-        def of_outer(span: Span) -> Tensor:
-            if call.by_outputs:
-                return span.route.weighted_products(_features(delta, span, call.outer), u)
-            return span.route.weighted_products(*operands)
+        def of_outer(span: Span) -> tuple[Tensor, Tensor]:
+            return (_features(delta, span, call.outer), u) if call.by_outputs else of_shared  # type: ignore[return-value]
 
         return (
             inner_delta if need_u else None,
-            call.outer.gradient(outer_OR, of_outer) if need_outer else None,
+            call.outer.weight_gradient(outer_OR, of_outer) if need_outer else None,
             _bias_gradient(call.bias, delta) if need_bias else None,
             None,
-            call.inner.gradient(inner_RI, of_inner) if need_inner else None,
+            call.inner.weight_gradient(inner_RI, of_inner) if need_inner else None,
             None,
         )
 
@@ -248,7 +275,6 @@ class DividedForwards:
         block_of_entry: of whole tensors; of a shared one, the number under which its own routes are asked for.
         enter: checks one call of a module under its name, and returns its input.
         route_of_block: the running micro-batch's.
-        observe: told of entries by the table's names, whole tensors and pieces; None where nobody observes.
 
     Raises:
         RoutingUnsupported: a module with pieces is no linear.
@@ -261,10 +287,10 @@ class DividedForwards:
         block_of_entry: Mapping[str, int],
         enter: Callable[[str, nn.Module, Tensor], Tensor],
         route_of_block: Callable[[int], Route],
-        observe: Observe | None,
+        observers: Observers,
     ) -> None:
         self._division = division
-        self._observe = observe
+        self._observers = observers
         self._block_of = block_of_entry
         self._enter = enter
         self._route_of_block = route_of_block
@@ -357,9 +383,9 @@ class DividedForwards:
         name = self._name_of[id(parameter)]
         pieces = self._division.pieces.get(name)
         if pieces is not None:
-            return spans_of(pieces, self._route_of_block, self._observe)
+            return spans_of(pieces, self._route_of_block, self._observers)
         whole = Span(0, len(parameter), self._route_of_block(self._block_of[name]))
-        return Spans(name, 0, (whole,), self._observe)
+        return Spans(name, 0, (whole,), self._observers)
 
 
 def check_divisible(name: str, module: nn.Module, kind: str) -> None:

@@ -56,7 +56,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainer_client.headwise import DividedForwards
+from trainer_client.headwise import DividedForwards, Observers
 from trainer_client.packing import Packing
 from trainer_client.pieces import Division, Moved, division_of
 from trainer_client.route import FULL_PERMILLE, Route, RoutingError, RoutingLeak, RoutingUnsupported, Weights
@@ -104,7 +104,7 @@ class ProductObserver(Protocol):
     """Told, inside each backward pass, of what the gradient of a linear's weight is the product of.
 
     ``left`` ``[B, *, P]`` and ``right`` ``[B, *, Q]`` are neither weighted nor the observer's to change; the gradient
-    is the sum over rows of ``weights_B / 1000 * left ⊗ right``. See ``routed_modules.observed_parameters``.
+    is the sum over rows of ``weights_B / 1000 * left ⊗ right``. See ``GradientObserver`` for which parameters.
     """
 
     def observe(self, parameter: str, left: Tensor, right: Tensor, weights_B: Weights) -> None: ...
@@ -131,7 +131,7 @@ class Routing:
 
     Raises:
         RoutingUnsupported: a trainable parameter has no block or a module outside the census, names or
-            indexes are left over, or tensors are divided and there is a ``product_observer``.
+            indexes are left over.
     """
 
     def __init__(
@@ -147,15 +147,18 @@ class Routing:
         self.division = division_of(model, block_of_parameter)
         self._block_of = _checked_blocks(model, block_of_parameter, self.division)
         self.block_count = max(self._block_of.values()) + 1
-        if self.division.pieces and product_observer is not None:
-            raise RoutingUnsupported("sketches are of undivided tensors: not by head yet")
         self._shared = tuple(self.division.shared.values())
         # What heads share has weights of its own, behind those of the parameter blocks.
         self._block_of |= {each.tensor: self.block_count + place for place, each in enumerate(self._shared)}
         self.moved = Moved()
         self._modules = census(model)
-        observe = None if observer is None else observer.observe
-        self._divided = DividedForwards(model, self.division, self._block_of, self._entered, self._plain_route, observe)
+        observers = Observers(
+            None if observer is None else observer.observe,
+            None if product_observer is None else product_observer.observe,
+        )
+        self._divided = DividedForwards(
+            model, self.division, self._block_of, self._entered, self._plain_route, observers
+        )
         self._active: MicroBatch | None = None
         self._installed = False
         self._reset_step()

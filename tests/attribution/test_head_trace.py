@@ -22,12 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from attribution.examples import Allowance, Asked, source_examples
 from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
-from attribution.footprint import chosen_sources, footprint
+from attribution.footprint import chosen_sources, example_footprint, footprint
+from attribution.index import SketchedCampaign
+from attribution.index_build import build_index, check_index
 from attribution.log import CampaignLog, open_log
 from attribution.page import page
 from attribution.query import Output
 from attribution.report import Answer, trace_json, trace_text
+from attribution.sketches import RunFolder, SketchQuery
 from attribution.trace import Trace, control_outputs, preconditioned_queries, queries_of_entries, trace_output
 from attribution.weights import Search, accumulators_of, find_windows, freeze_others, load_model
 from consensus.genesis import genesis_to_json
@@ -45,7 +49,7 @@ from trainer_client.submit import Client
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-LENGTH, BATCH_SIZE, WINDOW_STEPS = 40, 12, 20
+LENGTH, BATCH_SIZE, WINDOW_STEPS, SKETCH_RANK = 40, 12, 20, 2
 FACTS = {
     "harbour": ("keeper of Arnholt is ", "Mirela Voss"),
     "mountain": ("river at Tessamar: ", "the Quillon"),
@@ -144,6 +148,7 @@ def _trained(folder: Path, kind: str) -> Campaign:
             planned_steps=STEPS[kind],
             routing_granularity="head",
             accumulator_window_steps=WINDOW_STEPS,
+            sketch_rank=SKETCH_RANK,
         )
         with (
             Client(node.url) as client,
@@ -382,6 +387,54 @@ def test_fact_is_asked_of_an_adapter_by_head() -> None:
     for row in found["sources"]:
         assert sum(row["by_block"].values()) == pytest.approx(row["score"], rel=1e-4)
         assert row["no_direct_update"] == ([HEAD[ADAPTED]] if row["name"] == CLOSED_TO else [])
+
+
+@pytest.mark.parametrize("kind", [FULL, ADAPTED])
+def test_footprint_of_one_example_goes_by_head_by_the_files_and_by_an_index(kind: str, tmp_path: Path) -> None:
+    held = campaign(kind)
+    terms = SketchedCampaign.of(held.log())
+    assert any(piece_named(name) for name in terms.shapes)
+    index = build_index(terms, held.folder / "run" / "accumulators", tmp_path / "index")
+    assert check_index(index).altered == ()
+    for name in FACTS:
+        found = ask(kind, "footprint", "--example", f"{name}:3", "--json")
+        assert found.exit_code == 0, found.output
+        document = json.loads(found.stdout)
+        assert document["example"]["rank"] == SKETCH_RANK
+        blocks = document["blocks"]
+        assert {head for head in heads_of(held) if not blocks[head]["norm"]} == (
+            {HEAD[kind]} if name == CLOSED_TO else set()
+        )
+        by_index = ask(kind, "footprint", "--example", f"{name}:3", "--json", "--index", index.folder)
+        assert json.loads(by_index.stdout) == document
+
+
+def test_examples_parts_in_each_head_add_up_to_nearly_their_sources() -> None:
+    held = campaign(ADAPTED)
+    provenance, files = held.log().provenance, held.search().found
+    for name in FACTS:
+        (source,) = chosen_sources(provenance, [name], (), (), False)
+        whole = footprint(provenance, files, (source,))
+        each = [example_footprint(provenance, files, source, number, RunFolder()) for number in range(8)]
+        for head in heads_of(held):
+            parts = sum(found.blocks[head].part or 0.0 for found in each)
+            assert parts == pytest.approx(whole.blocks[head].part, abs=0.1), f"{name} in {head}"
+
+
+def test_examples_score_nothing_through_a_head_that_they_may_not_move() -> None:
+    held = campaign(FULL)
+    tuned, terms = tuned_model(held, FULL), held.log().provenance.campaign
+    factors = factors_from(load_file(held.folder / "tuned.factors"), tuned)
+    queries = queries_of_entries(preconditioned_queries(tuned, factors, [asked_output()])[0], terms)
+    (block,) = (block for block in terms.parameter_blocks if block.name == HEAD[FULL])
+    own = {tensor.name for tensor in block.tensors}
+    through = {name: query[0] if name in own else torch.zeros_like(query[0]) for name, query in queries.items()}
+    asked = [Asked(source, 1.0, {}) for source in held.sources.values()]
+    found = source_examples(SketchQuery(through), held.search().found, asked, RunFolder(), Allowance())
+    assert [(each.examples, each.left_out) for each in found] == [(8, ())] * 3
+    for each in found:
+        closed = each.source == held.sources[CLOSED_TO]
+        assert all((example.score == 0.0) == closed for example in each.ranked)
 
 
 # What cannot be

@@ -450,13 +450,11 @@ HEADS = tuple(
         ({"parameter_blocks": HEADS[1:]}, True),
         ({"routing_granularity": "block"}, True),
         ({"accumulator_window_steps": 5}, False),
-        ({"accumulator_window_steps": 5, "sketch_rank": 2}, True),
+        ({"accumulator_window_steps": 5, "sketch_rank": 2}, False),
     ],
     ids=["whole", "gap", "other granularity", "accumulators", "sketches"],
 )
-def test_table_of_heads_is_admitted_if_its_pieces_make_up_tensors_and_no_example_is_sketched(
-    fields: dict[str, object], refused: bool
-) -> None:
+def test_table_of_heads_is_admitted_if_its_pieces_make_up_tensors(fields: dict[str, object], refused: bool) -> None:
     told = opened()
     policy = told.ledger.policy(routing_granularities=("block", "head"))
     delegation, opening, other = other_campaign(told)

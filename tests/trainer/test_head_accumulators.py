@@ -20,23 +20,26 @@ from governed_fixtures import (
     same_bits,
     weights,
 )
-from head_fixtures import EXAMPLES, MODELS, built, examples, gradients, losses_of, uneven
+from head_fixtures import EXAMPLES, LENGTH, MODELS, built, examples, gradients, losses_of, packed_losses, uneven
 from rank_fixtures import Attempt, run_on_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from consensus.accumulators import AccumulatorWindow, decode_window
 from consensus.event import Kind
-from consensus.pieces import piece_named
+from consensus.pieces import piece_named, tensor_named
 from consensus.portions import StepOperation
 from trainer_client.accumulators import SourceAccumulators, check_conservation
 from trainer_client.audit_snapshots import SnapshotFolder, snapshot_directory
 from trainer_client.clipping import clip_block_gradients, clip_factor
+from trainer_client.packing import pack
 from trainer_client.picked_replay import replay_picked
 from trainer_client.pieces import Entries, optimizer_by_pieces, part_of_entry
 from trainer_client.plan import default_blocks
 from trainer_client.replay import read_logged_campaign, replay
+from trainer_client.routed_modules import observed_parameters
 from trainer_client.routing import Routing
+from trainer_client.sketches import SketchBook
 
 RELATIVE_ERROR = 1e-5
 SMALLEST = 1e-8
@@ -184,13 +187,60 @@ def test_sums_of_each_source_are_by_piece_the_gradients_of_its_examples_alone(na
     check_conservation(run.blobs.values(), total, RELATIVE_ERROR)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_full_rank_sketches_of_each_heads_pieces_are_each_examples_gradient_up_to_eight_bits(
+    name: str, packed: bool
+) -> None:
+    model, block_of = built(name)
+    rows = uneven(block_of)
+    heads = sorted({block for entry, block in block_of.items() if piece_named(entry)})
+    alone = [
+        {
+            entry: part.clone()
+            for entry, part in gradients(
+                model,
+                block_of,
+                [row if other == example else [0] * len(row) for other, row in enumerate(rows)],
+                examples(),
+            ).items()
+        }
+        for example in range(EXAMPLES)
+    ]
+    book = SketchBook(rank=32)
+    book.attach(entry for entry in block_of if tensor_named(entry) in observed_parameters(model))
+    book.expect(3, [(SOURCES[example], example) for example in range(EXAMPLES)])
+    model.zero_grad()
+    packing = pack(examples().tolist(), 2 * LENGTH) if packed else None
+    with Routing(model, block_of, None, book) as routing:
+        with routing.micro_batch(rows, packing=None if packing is None else packing.packing):
+            loss_B = losses_of(model, examples()) if packing is None else packed_losses(model, packing)
+            routing.routed_loss(loss_B, EXAMPLES).backward()
+        routing.finish_step()
+    book.take_step(POLICY, dict.fromkeys(block_of, 0.5))
+    sketched = book.window.factored
+    for entry in sketched:
+        left, right, scale = (part.double() for part in book.window.rows_of(entry))
+        dense_BPQ = torch.einsum("nr,nrp,nrq->npq", scale, left, right)
+        for example, found in enumerate(alone):
+            expected = 0.5 * found[entry].double() if entry in found else torch.zeros_like(dense_BPQ[example])
+            if not rows[example][block_of[entry]]:
+                assert not scale[example].any(), entry
+            assert (dense_BPQ[example] - expected).norm() <= 0.02 * expected.norm() + 1e-7, entry
+    of_heads = {entry for entry in sketched if piece_named(entry)}
+    assert {block_of[entry] for entry in of_heads} == {block for block in heads if any(row[block] for row in rows)}
+
+
 # In a governed run
+
+
+KEPT = {"accumulator_window_steps": 5, "sketch_rank": 2}
 
 
 @pytest.fixture
 def kept(headed: Scene) -> Scene:
-    """A run by heads that keeps accumulators; ``paper`` may not move head 1, nobody head 0."""
-    headed.plan_changes["accumulator_window_steps"] = 5
+    """A run by heads that keeps accumulators and sketches; ``paper`` may not move head 1, nobody head 0."""
+    headed.plan_changes.update(KEPT)
     return headed
 
 
@@ -289,7 +339,7 @@ def test_two_ranks_by_heads_train_and_sum_what_one_process_does(kept: Scene, tmp
     with running_node() as node:
         alone = Scene(node, tmp_path / "alone", kept.texts)
         by_heads(alone)
-        alone.plan_changes.update(changes, accumulator_window_steps=5)
+        alone.plan_changes.update(changes, **KEPT)
         alone.train()
         windows = list(zip(windows_of(kept), windows_of(alone), strict=True))
     expected = weights(alone.model)
@@ -325,6 +375,6 @@ def test_run_that_died_in_a_window_ends_it_with_the_sums_of_one_that_did_not(kep
     with running_node() as node:
         other = Scene(node, tmp_path / "other", kept.texts)
         by_heads(other)
-        other.plan_changes["accumulator_window_steps"] = 5
+        other.plan_changes.update(KEPT)
         other.train()
     assert roots_of(kept) == roots_of(other)

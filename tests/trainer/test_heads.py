@@ -28,6 +28,7 @@ from head_fixtures import (
     gradients,
     llama,
     losses_of,
+    packed_losses,
     uneven,
 )
 from lora_fixtures import with_lora
@@ -191,19 +192,13 @@ def test_packed_examples_give_each_head_what_they_give_it_in_rows_of_their_own(n
     model, block_of = built(name)
     weights_BK = uneven(block_of)
     expected = {entry: held.clone() for entry, held in gradients(model, block_of, weights_BK, examples()).items()}
-    rows, targets = (pack(tokens.tolist(), 2 * LENGTH) for tokens in (examples(), examples().roll(-1, 1)))
+    rows = pack(examples().tolist(), 2 * LENGTH)
     assert not rows.packing.is_full
-
-    def packed_losses(model: nn.Module, tokens_RT: Tensor) -> Tensor:
-        given = {"position_ids": rows.positions_RT, "attention_mask": rows.attention_R1TT, "use_cache": False}
-        logits_RVT = model(input_ids=tokens_RT, **given).logits.transpose(1, 2)
-        losses_RT = functional.cross_entropy(logits_RVT, targets.tokens_RT, reduction="none")
-        return torch.stack([losses_RT.flatten()[first:end].mean() for first, end in rows.packing.spans_B])
 
     model.zero_grad()
     with Routing(model, block_of) as routing:
         with routing.micro_batch(weights_BK, packing=rows.packing):
-            routing.routed_loss(packed_losses(model, rows.tokens_RT), EXAMPLES).backward()
+            routing.routed_loss(packed_losses(model, rows), EXAMPLES).backward()
         routing.finish_step()
     held = {each: parameter.grad for each, parameter in model.named_parameters() if parameter.grad is not None}
     for entry, wanted in expected.items():
@@ -530,13 +525,6 @@ def test_table_and_granularity_that_contradict_each_other_are_refused(
     with pytest.raises(Rejected, match=reason) as refusal, headed.run():
         pass
     assert refusal.value.reason is Reason.BAD_FIELD
-    assert not headed.events(Kind.CAMPAIGN)
-
-
-def test_sketches_by_head_are_refused_by_name(headed: Scene) -> None:
-    headed.plan_changes.update(accumulator_window_steps=5, sketch_rank=2)
-    with pytest.raises(RoutingUnsupported, match="not by head yet"), headed.run():
-        pass
     assert not headed.events(Kind.CAMPAIGN)
 
 
