@@ -325,20 +325,17 @@ def environment() -> dict[str, str]:
 
 
 def _balance_lines(logged: LoggedCampaign, sheet: BalanceSheet) -> list[str]:
-    """A table: parts of each parameter block's change, along it; every column adds up to 100 %."""
-    rows = [(f"{logged.claims[source].name!a:.32}", entries) for source, entries in sheet.sources.items()]
-    rows += [("weight decay", sheet.decay), ("rest (rounding)", sheet.rest)]
-    width = max(10, *(len(block) + 2 for block in sheet.changes))
-    lines = ["part of the change of each parameter block, along it; a column adds up to 100 %"]
-    lines.append(f"{'':34}" + "".join(f"{block:>{max(width, 10)}}" for block in sheet.changes))
-    for name, entries in rows:
-        lines.append(
-            f"{name:34}" + "".join(f"{100 * entries[block].share:>{max(width, 10)}.1f}" for block in sheet.changes)
-        )
-    lines.append(
-        f"{'norm of the change':34}" + "".join(f"{norm:>{max(width, 10)}.4g}" for norm in sheet.changes.values())
-    )
-    lines.append(f"not split: {len(sheet.unsplit)} tensors (embeddings, norms)")
+    """A table: parts of each parameter block's change, along it; every line adds up to 100 %."""
+    columns = [(f"{logged.claims[source].name!a:.32}", entries) for source, entries in sheet.sources.items()]
+    columns += [("weight decay", sheet.decay), ("rest (rounding)", sheet.rest)]
+    first = max((len(block) for block in sheet.changes), default=0)
+    lines = ["part of the change of each parameter block, along it; a line adds up to 100 %"]
+    lines.append(f"{'':{first}}" + "".join(f"  {name:>8}" for name, _ in columns) + "  norm of the change")
+    for block, norm in sheet.changes.items():
+        cells = [(max(8, len(name)), entries[block]) for name, entries in columns]
+        parts = "".join(f"  {f'{100 * entry.share:.1f}' if entry.norm else '–':>{width}}" for width, entry in cells)
+        lines.append(f"{block:{first}}{parts}  {norm:>18.4g}")
+    lines.append(f"not split: {len(sheet.unsplit)} tensors (embeddings, norms); –: nothing was added")
     return lines
 
 

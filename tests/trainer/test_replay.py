@@ -282,9 +282,15 @@ def test_command_replays_the_demonstrations_job_and_leaves_a_source_out(
         assert root_of_tensors(load_file(out)).hex() == document["root"] != document["recorded_root"]
         code, printed = ask(config, node.url, chain_id, "--balance")
         assert code == 0
-        assert "a column adds up to 100 %" in printed
-        assert "weight decay" in printed
+        _, table = printed.split("a line adds up to 100 %\n")
+        header, *rows, _ = table.strip().splitlines()
+        assert "  weight decay  " in header
         balance = json.loads(ask(config, node.url, chain_id, "--balance", "--json")[1])["balance"]
+        assert [row.split()[0] for row in rows] == list(balance["changes"])
+        for row in rows:
+            _, *parts, norm = row.replace("–", "0").split()
+            assert sum(map(float, parts)) == pytest.approx(100, abs=0.1 * len(parts))
+            assert float(norm) > 0
         assert source in balance["sources"]
         changed = json.loads(config.read_text()) | {"learning_rate_micro": 1_999}
         config.write_text(json.dumps(changed))
