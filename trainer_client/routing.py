@@ -56,12 +56,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainer_client.headwise import DividedForwards, Observers
+from trainer_client.headwise import DividedForwards
 from trainer_client.packing import Packing
 from trainer_client.pieces import Division, Moved, division_of
 from trainer_client.route import FULL_PERMILLE, Route, RoutingError, RoutingLeak, RoutingUnsupported, Weights
 from trainer_client.routed_modules import census, routed_forward
 from trainer_client.sharding import own_part
+from trainer_client.spans import Observers
 
 __all__ = [
     "MicroBatch",
