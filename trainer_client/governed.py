@@ -67,7 +67,7 @@ from trainer_client.evaluation import file_sha256
 from trainer_client.grants import OpenGrant
 from trainer_client.memorization_manifest import NAME as MANIFEST_NAME
 from trainer_client.memorization_manifest import measured_by, recited_metric, write_manifest
-from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch
+from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch, last_pass_from
 from trainer_client.opening import RunArguments, open_run, own_directory
 from trainer_client.outbox import Fate
 from trainer_client.packing import Packing, taken_apart
@@ -131,6 +131,9 @@ class GovernedRun(Generic[E]):
             self._settings.check_memorization_every_steps,
             self._plan.planned_steps,
             self._micro_batch_size,
+            last_pass_from(
+                sum(entry.count for entry in self._manifest), self._plan.batch_size, self._plan.planned_steps
+            ),
         )
         self._stack = ExitStack()
         self._micro_batch = ExitStack()
@@ -311,7 +314,7 @@ class GovernedRun(Generic[E]):
 
         The signals found, in order. The file ``memorization.jsonl`` in the run's directory lists them all; its digest
         and how many examples are recited go to the log (``memorization_manifest.py``). Any recited bars the release
-        until a decision of governance, or until later weights recite none.
+        until a decision of governance (``wait_for_decisions``).
 
         Raises:
             ConfigError: the run checks no memorization, or has taken no step yet.
@@ -346,17 +349,48 @@ class GovernedRun(Generic[E]):
         self._book.note("evaluation", self._course.done, id=event.id.hex(), detail=f"{name}: {detail}")
         return event
 
-    def release(self, path: Path) -> RecordedEvent:
-        """Save the weights as safetensors, wait until every step is final, and release exactly these.
+    def wait_for_decisions(self, limit_seconds: float) -> None:
+        """Wait until no finding bars the release: until governance has accepted each of those that are open.
+
+        Where an accelerator is too dear to wait for people, leave it out: ``release`` is refused then, and the job,
+        started again after the decision, goes on from here.
 
         Raises:
-            Rejected: a step or the release was refused.
+            Rejected: ``FINDING_OPEN``: one was rejected, or still waits after ``limit_seconds``; a step was refused.
+        """
+        self._settle()
+        findings = self._ledger.open_findings()
+        if not findings:
+            return
+        for finding in findings:
+            self._book.note("finding", self._course.done, id=finding.hex(), detail="bars the release")
+        with self._record.costs.paused():
+            left = self._ledger.wait_for_decisions(limit_seconds)
+        if left:
+            raise Rejected(
+                Reason.FINDING_OPEN,
+                f"no decision after {limit_seconds:.0f} s about {len(left)} findings, the first is {left[0].hex()}",
+            )
+
+    def _settle(self) -> None:
+        """Wait until everything recorded is on the log.
+
+        Raises:
+            Rejected: something was refused.
         """
         self._course.resolve()
         with self._record.costs.paused():
             failure = self._ledger.wait_all_settled()
         if failure is not None:
             raise _rejected(failure)
+
+    def release(self, path: Path) -> RecordedEvent:
+        """Save the weights as safetensors, wait until every step is final, and release exactly these.
+
+        Raises:
+            Rejected: a step or the release was refused. After ``FINDING_OPEN`` it may be called again.
+        """
+        self._settle()
         tensors = self._parallel.copied()
         digest = self._ranks.by_first(lambda: self._save(tensors, path))
         with self._record.costs.paused():

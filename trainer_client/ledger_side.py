@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from consensus import portions as p
 from consensus.event import Kind
@@ -21,7 +22,16 @@ from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
 from consensus.review import DataSlice, Evaluation, Metric, examination_digest
-from consensus.state import Usage, usage_key
+from consensus.state import (
+    CAMPAIGN_HEAD_TABLE,
+    EVALUATION_TABLE,
+    CampaignHead,
+    EvaluationRecord,
+    Standing,
+    Usage,
+    review_key,
+    usage_key,
+)
 from trainer_client.calls import CampaignStatus
 from trainer_client.delivery import Delivery
 from trainer_client.grants import GrantKeeper, OpenGrant
@@ -42,7 +52,11 @@ MAX_DISCARDED = 1_024
 WAIT_SECONDS = 0.2
 EXIT_WAIT_SECONDS = 5.0
 LOG_AFTER_SECONDS = 5.0
+DECISION_POLL_SECONDS = 0.5
 MAXIMUM_RECOVERIES = 3
+
+R = TypeVar("R", bound=p.Wire)
+T = TypeVar("T")
 
 GRANT_FAULTS = frozenset(
     reason.value
@@ -269,18 +283,53 @@ class LedgerSide:
         self._put([event])
         return event
 
+    def wait_for_decisions(self, limit_seconds: float) -> tuple[bytes, ...]:
+        """Wait until no finding bars the release; the evaluations and audits that still do after so long.
+
+        Raises:
+            Rejected: ``FINDING_OPEN``: governance rejected one. Unavailable: the pause limit is over.
+        """
+        deadline = time.monotonic() + limit_seconds
+        while True:
+            findings = self.open_findings()
+            left_seconds = deadline - time.monotonic()
+            if not findings or left_seconds <= 0:
+                return findings
+            for finding in findings:
+                key = review_key(EVALUATION_TABLE, self._plan.campaign, finding)
+                record = self._state_record(key, EvaluationRecord)
+                if record is not None and record.standing == Standing.REJECTED:
+                    raise Rejected(Reason.FINDING_OPEN, f"governance rejected evaluation {finding.hex()}")
+            time.sleep(min(DECISION_POLL_SECONDS, left_seconds))
+
+    def open_findings(self) -> tuple[bytes, ...]:
+        """The evaluations and audits that bar the campaign's release, as the log stands.
+
+        Raises:
+            Unavailable: the pause limit is over.
+        """
+        head = self._state_record(CAMPAIGN_HEAD_TABLE + self._plan.campaign, CampaignHead)
+        return () if head is None else head.open_findings
+
     def record_release(self, file_name: str, file_sha256: bytes) -> RecordedEvent:
         """Release these weights and wait until that is on the log."""
-        event = self._recorder.release(file_name, file_sha256)
-        self._put([event])
-        self._require_final(event)
-        return event
+        return self._record_end(lambda: self._recorder.release(file_name, file_sha256))
 
     def record_abandon(self, reason: str) -> RecordedEvent:
         """End the campaign without a release and wait until that is on the log."""
-        event = self._recorder.abandon(reason)
+        return self._record_end(lambda: self._recorder.abandon(reason))
+
+    def _record_end(self, record: Callable[[], RecordedEvent]) -> RecordedEvent:
+        """What closes the campaign, on the log; where the log refuses it the campaign stands as it stood."""
+        stands = self.place
+        event = record()
         self._put([event])
-        self._require_final(event)
+        try:
+            self._require_final(event)
+        except Rejected:
+            self._recorder.move_to(stands)
+            self._last_event = None
+            raise
         return event
 
     def news(self, candidate: RecordedEvent | None) -> News:
@@ -390,10 +439,17 @@ class LedgerSide:
             raise
 
     def _head(self) -> CampaignStatus:
+        return self._asked(lambda: self._client.campaign(self._plan.campaign))
+
+    def _state_record(self, key: bytes, record: type[R]) -> R | None:
+        return self._asked(lambda: self._client.state_record(key, record))
+
+    def _asked(self, ask: Callable[[], T]) -> T:
+        """An answer of the node about the campaign, once it gives one."""
         started = time.monotonic()
         while True:
             try:
-                return self._client.campaign(self._plan.campaign)
+                return ask()
             except Unavailable as problem:
                 _log.warning("waiting to learn where the campaign stands: %s", problem)
                 self._check_limit(started, "the campaign's head")

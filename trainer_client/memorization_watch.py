@@ -8,14 +8,17 @@ the script hands its logits to ``run.learn``:
 * **every so many steps** (``check_memorization_every_steps``) one above a quarter of the threshold is as well: the
   training pass shows the model *before* the step, and in the demonstration's fine-tune single steps lifted a recital
   from 36 % of the threshold to above it, none from less;
+* from where the **last whole pass** over the manifest begins every step counts as such a one: no later step looks at an
+  example that was shown for the last time;
 * in the **last step** every admitted example is a suspect;
 * after a recital, up to ``SWEPT_EXAMPLES`` others of the same sources are assessed, nearest in number first: what is
   repeated in one example is often repeated in its neighbours, and each would cost a step of its own.
 
 Suspects alone are assessed, after the step, under the model it left; a step without suspects needs no snapshot. A
-recital that one step lifts past the threshold from under a quarter is found when the example is next presented.
-Dropout makes the glance see less; the assessment runs without it. Without logits the suspects are all admitted
-examples of every so many steps, and nobody in the steps between.
+recital that one step lifts past the threshold from under a quarter is found when the example is next presented; what
+other examples' steps lift after its last showing, the survey finds (``memorization_manifest.py``). Dropout makes the
+glance see less; the assessment runs without it. Without logits the suspects are all admitted examples of every so many
+steps, and nobody in the steps between.
 
 Left to others: what a signal is (``memorization.py``), what follows from one (``governed.py``).
 """
@@ -87,14 +90,32 @@ class DetectorCheck:
         return {names[found.position]: found.signal_permille for found in report.flagged}
 
 
-class MemorizationWatch(Generic[E]):
-    """Chooses the suspects of each step and has them assessed, at most ``most_at_once`` in a forward pass."""
+def last_pass_from(examples: int, batch_size: int, planned_steps: int) -> int:
+    """The step with which the last whole pass over ``examples`` begins, 1 where there is none."""
+    steps_of_a_pass = max(1, examples // batch_size)
+    return max(1, planned_steps - planned_steps % steps_of_a_pass - steps_of_a_pass + 1)
 
-    def __init__(self, check: MemorizationCheck[E] | None, every_steps: int, last_step: int, most_at_once: int) -> None:
+
+class MemorizationWatch(Generic[E]):
+    """Chooses the suspects of each step and has them assessed, at most ``most_at_once`` in a forward pass.
+
+    Args:
+        last_pass_from: the step with which the last whole pass over the manifest begins.
+    """
+
+    def __init__(
+        self,
+        check: MemorizationCheck[E] | None,
+        every_steps: int,
+        last_step: int,
+        most_at_once: int,
+        last_pass_from: int,
+    ) -> None:
         self._check = check
         self._every_steps = every_steps
         self._most_at_once = most_at_once
         self._last_step = last_step
+        self._last_pass_from = last_pass_from
         self._suspects: dict[Example, E] = {}
 
     @property
@@ -130,7 +151,8 @@ class MemorizationWatch(Generic[E]):
             self._suspects |= examples
         elif predicted is not None:
             logits_BTV, target_BT = predicted
-            floor_permille = threshold_permille // SUSPICION_DIVISOR if due else threshold_permille
+            closely = due or step >= self._last_pass_from
+            floor_permille = threshold_permille // SUSPICION_DIVISOR if closely else threshold_permille
             found = self._check.glance(examples, hits_of(logits_BTV.detach(), target_BT).cpu(), floor_permille)
             self._suspects |= {example: examples[example] for example in found}
 

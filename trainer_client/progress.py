@@ -23,7 +23,7 @@ from typing import IO, Self
 @dataclass(frozen=True, slots=True)
 class Progress:
     """One happening: ``campaign`` or ``resumed``, ``grant``, ``refusal``, ``step``, ``rollback``, ``recovery``,
-    ``evaluation``, ``release``.
+    ``evaluation``, ``finding``, ``release``.
 
     ``loss`` is the mean over admitted examples in nats, ``refused`` counts examples, ``memorization_permille``
     the largest signal; a field that does not apply is None or 0.

@@ -101,6 +101,12 @@ class SharedLedger:
     ) -> RecordedEvent | None:
         return self._told(lambda own: own.record_evaluation(name, metrics, data, script))
 
+    def wait_for_decisions(self, limit_seconds: float) -> tuple[bytes, ...]:
+        return self._told(lambda own: own.wait_for_decisions(limit_seconds))
+
+    def open_findings(self) -> tuple[bytes, ...]:
+        return self._told(lambda own: own.open_findings())
+
     def record_release(self, file_name: str, file_sha256: bytes) -> RecordedEvent:
         return self._told(lambda own: own.record_release(file_name, file_sha256))
 

@@ -5,7 +5,8 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def test_missed_threshold_bars_the_release_until_governance_accepts(scene: Scene
         trained(scene, {STEPS: [mean_metric("loss", [1.0, 2.0, 3.0], at_most=0.5)]})
     assert refusal.value.reason is Reason.FINDING_OPEN
     (finding,) = scene.node.head(CAMPAIGN).open_findings
-    accept(scene.node, finding)
+    decide(scene.node, finding)
     with scene.run() as run:
         for batch in run.batches():
             run.learn(losses(scene.model, batch.inputs))
@@ -157,8 +158,35 @@ def test_missed_threshold_bars_the_release_until_governance_accepts(scene: Scene
     assert scene.node.head(CAMPAIGN).closed == "released"
 
 
-def accept(node: FakeNode, finding: bytes) -> None:
-    decision = p.SaltedPortion(bytes(32), encode(Decision(finding, "accept", "as agreed")))
+def test_refused_release_leaves_the_run_where_it_stood(scene: Scene) -> None:
+    scene.register()
+    with scene.run() as run:
+        for batch in run.batches():
+            run.learn(losses(scene.model, batch.inputs))
+        run.evaluate("held-out", [mean_metric("loss", [1.0, 2.0, 3.0], at_most=0.5)], data=SLICE, script=SCRIPT)
+        with pytest.raises(Rejected) as refusal:
+            run.release(scene.directory / "tuned.safetensors")
+        assert refusal.value.reason is Reason.FINDING_OPEN
+        (finding,) = scene.node.head(CAMPAIGN).open_findings
+        decide(scene.node, finding)
+        run.release(scene.directory / "tuned.safetensors")
+    assert scene.node.head(CAMPAIGN).closed == "released"
+
+
+def test_campaign_can_be_abandoned_after_its_release_was_refused(scene: Scene) -> None:
+    scene.register()
+    with scene.run() as run:
+        for batch in run.batches():
+            run.learn(losses(scene.model, batch.inputs))
+        run.evaluate("held-out", [mean_metric("loss", [1.0, 2.0, 3.0], at_most=0.5)], data=SLICE, script=SCRIPT)
+        with pytest.raises(Rejected):
+            run.release(scene.directory / "tuned.safetensors")
+        run.abandon("worse than before")
+    assert scene.node.head(CAMPAIGN).closed == "abandoned"
+
+
+def decide(node: FakeNode, finding: bytes, outcome: str = "accept") -> None:
+    decision = p.SaltedPortion(bytes(32), encode(Decision(finding, outcome, "as agreed")))
     node.by_member("governance-1", Kind.DECISION, p.Portions(None, decision, None), campaign=CAMPAIGN)
 
 
@@ -315,6 +343,61 @@ def test_example_recited_late_bars_the_release(scene: Scene) -> None:
     with pytest.raises(Rejected) as refusal:
         body()
     assert refusal.value.reason is Reason.FINDING_OPEN
+
+
+def surveyed(scene: Scene, on_finding: Callable[[bytes], None], limit_seconds: float) -> None:
+    """A run whose survey finds an example recited, which then waits for a decision; ``on_finding`` is told of it."""
+    scene.register()
+    check = Recites()
+    scene.arguments |= {
+        "memorization": check,
+        "on_progress": lambda told: on_finding(bytes.fromhex(told.id)) if told.event == "finding" else None,
+    }
+    with scene.run() as run:
+        for batch in run.batches():
+            run.learn(losses(scene.model, batch.inputs))
+        check.examples = {(scene.sources["manual"], 3): 900}
+        run.survey_memorization()
+        run.wait_for_decisions(limit_seconds)
+        run.release(scene.directory / "tuned.safetensors")
+
+
+def test_run_that_waits_releases_once_governance_accepted_what_was_recited_late(scene: Scene) -> None:
+    told: list[bytes] = []
+
+    def decide_soon(finding: bytes) -> None:
+        told.append(finding)
+        threading.Timer(0.2, lambda: decide(scene.node, finding)).start()
+
+    surveyed(scene, decide_soon, 60.0)
+    (evaluation,) = scene.events(Kind.EVALUATION)
+    assert told == [evaluation.id]
+    assert scene.node.head(CAMPAIGN).closed == "released"
+
+
+def test_run_that_waits_ends_at_once_where_governance_rejects(scene: Scene) -> None:
+    with pytest.raises(Rejected, match="governance rejected") as refusal:
+        surveyed(scene, lambda finding: decide(scene.node, finding, "reject"), 600.0)
+    assert refusal.value.reason is Reason.FINDING_OPEN
+    assert scene.node.head(CAMPAIGN).closed == ""
+
+
+def test_run_that_waits_in_vain_names_the_finding_and_can_be_taken_up(scene: Scene) -> None:
+    scene.settings = replace(scene.settings, snapshot_every_steps=1, checkpoint_every_steps=1)
+    findings: list[bytes] = []
+    with pytest.raises(Rejected, match="no decision after 0 s about 1 findings") as refusal:
+        surveyed(scene, findings.append, 0.0)
+    assert refusal.value.reason is Reason.FINDING_OPEN
+    assert findings[0].hex() in refusal.value.detail
+    decide(scene.node, findings[0])
+    with scene.run() as run:
+        for batch in run.batches():
+            run.learn(losses(scene.model, batch.inputs))
+        run.survey_memorization()
+        run.wait_for_decisions(0.0)
+        run.release(scene.directory / "tuned.safetensors")
+    assert len(evaluations(scene)) == 1
+    assert scene.node.head(CAMPAIGN).closed == "released"
 
 
 def test_survey_without_a_check_or_before_any_step_is_refused_by_name(scene: Scene) -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from consensus.portions import MemorizationSignal
+from consensus.portions import ManifestRange, MemorizationSignal
 from consensus.rejection import InvariantBroken
+from consensus.sampler import presented_examples
 from trainer_client.memorization import MemorizationDetector, hits_of
-from trainer_client.memorization_watch import SWEPT_EXAMPLES, DetectorCheck, MemorizationWatch
+from trainer_client.memorization_watch import SWEPT_EXAMPLES, DetectorCheck, MemorizationWatch, last_pass_from
 from trainer_client.record import Example
 
 SOURCE, OTHER = bytes([1]) * 32, bytes([2]) * 32
@@ -50,8 +51,8 @@ class Recorder:
         return {name: self.recited[name] for name in examples if name in self.recited}
 
 
-def suspected(step: int, predicted: tuple[Tensor, Tensor] | None) -> bool:
-    watch = MemorizationWatch(Recorder(), every_steps=5, last_step=99, most_at_once=4)
+def suspected(step: int, predicted: tuple[Tensor, Tensor] | None, last_pass_from: int = 100) -> bool:
+    watch = MemorizationWatch(Recorder(), every_steps=5, last_step=99, most_at_once=4, last_pass_from=last_pass_from)
     watch.look(step, {(SOURCE, 0): TEXT}, predicted, THRESHOLD_PERMILLE)
     return watch.has_suspects
 
@@ -66,20 +67,51 @@ def test_glance_suspects_above_the_threshold_always_and_above_a_quarter_when_due
     assert suspected(step, as_logits(recited_bytes(recited))) is expected
 
 
+@pytest.mark.parametrize(("step", "expected"), [(86, False), (87, True), (88, True)])
+def test_every_step_is_due_where_an_example_may_be_shown_for_the_last_time(step: int, expected: bool) -> None:
+    assert suspected(step, as_logits(recited_bytes(8)), last_pass_from=87) is expected
+    assert not suspected(step, as_logits(recited_bytes(7)), last_pass_from=87)
+    assert not suspected(step, None, last_pass_from=87)
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "planned_steps", "expected"),
+    [(192, 16, 180, 169), (192, 16, 185, 169), (192, 16, 191, 169), (192, 16, 192, 181), (50, 16, 7, 4)],
+)
+def test_last_pass_begins_where_no_later_whole_pass_does(
+    examples: int, batch_size: int, planned_steps: int, expected: int
+) -> None:
+    assert last_pass_from(examples, batch_size, planned_steps) == expected
+    manifest, seed = (ManifestRange(SOURCE, 0, examples),), bytes(32)
+    passes = range(1, planned_steps + 1, examples // batch_size)
+    shown = presented_examples(manifest, seed, batch_size, expected)
+    assert expected in passes
+    assert len({*shown, *presented_examples(manifest, seed, batch_size, expected + 1)}) == 2 * batch_size
+
+
+@pytest.mark.parametrize(("examples", "planned_steps"), [(192, 12), (192, 5), (8, 1)])
+def test_run_of_no_more_than_one_pass_is_looked_at_closely_from_its_first_step(
+    examples: int, planned_steps: int
+) -> None:
+    assert last_pass_from(examples, 16, planned_steps) == 1
+
+
 @pytest.mark.parametrize(("step", "expected"), [(4, False), (5, True), (99, True)])
 def test_without_logits_everybody_is_suspected_when_due(step: int, expected: bool) -> None:
     assert suspected(step, None) is expected
 
 
 def test_without_a_check_nobody_is_suspected() -> None:
-    watch: MemorizationWatch[bytes] = MemorizationWatch(None, every_steps=1, last_step=1, most_at_once=4)
+    watch: MemorizationWatch[bytes] = MemorizationWatch(
+        None, every_steps=1, last_step=1, most_at_once=4, last_pass_from=100
+    )
     watch.look(1, {(SOURCE, 0): TEXT}, None, THRESHOLD_PERMILLE)
     assert not watch.has_suspects
     assert watch.signals(MODEL, THRESHOLD_PERMILLE) == ()
 
 
 def test_suspects_of_one_step_are_forgotten_in_the_next() -> None:
-    watch = MemorizationWatch(Recorder(), every_steps=1, last_step=99, most_at_once=4)
+    watch = MemorizationWatch(Recorder(), every_steps=1, last_step=99, most_at_once=4, last_pass_from=100)
     watch.look(1, {(SOURCE, 0): TEXT}, None, THRESHOLD_PERMILLE)
     watch.begin()
     assert not watch.has_suspects
@@ -87,7 +119,7 @@ def test_suspects_of_one_step_are_forgotten_in_the_next() -> None:
 
 def test_suspects_of_all_micro_batches_are_assessed_few_at_once_in_order() -> None:
     check = Recorder({(SOURCE, 1): 700, (SOURCE, 4): 5})
-    watch = MemorizationWatch(check, every_steps=1, last_step=99, most_at_once=2)
+    watch = MemorizationWatch(check, every_steps=1, last_step=99, most_at_once=2, last_pass_from=100)
     for first in (3, 0):
         watch.look(1, {(SOURCE, first + offset): TEXT for offset in range(3)}, None, THRESHOLD_PERMILLE)
     found = watch.signals(MODEL, THRESHOLD_PERMILLE)
@@ -97,7 +129,7 @@ def test_suspects_of_all_micro_batches_are_assessed_few_at_once_in_order() -> No
 
 def test_sweep_finds_recited_neighbours_and_leaves_out_known_ones() -> None:
     check = Recorder({(SOURCE, 11): 1_000, (SOURCE, 12): THRESHOLD_PERMILLE, (OTHER, 10): 1_000})
-    watch = MemorizationWatch(check, every_steps=1, last_step=99, most_at_once=1_000)
+    watch = MemorizationWatch(check, every_steps=1, last_step=99, most_at_once=1_000, last_pass_from=100)
     sources = {SOURCE: [TEXT] * 500, OTHER: [TEXT] * 500}
     found = watch.sweep(MODEL, [(SOURCE, 10)], sources, {(SOURCE, 9)}, THRESHOLD_PERMILLE)
     assert found == (MemorizationSignal(SOURCE, 11, 1_000),)
