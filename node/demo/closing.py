@@ -10,7 +10,7 @@ from pathlib import Path
 
 from consensus.event import Kind
 from consensus.rejection import Unavailable
-from node.demo.consortium import GUILD, LABORATORY, Claims, Consortium
+from node.demo.consortium import COUNCIL, GUILD, LABORATORY, Claims, Consortium
 from node.demo.display import NO, OK, safe
 from node.demo.facts import (
     CheckFacts,
@@ -20,6 +20,7 @@ from node.demo.facts import (
     RecallFacts,
     ReplayFacts,
     RunFacts,
+    SurveyFacts,
     ToleranceFacts,
     TracingFacts,
 )
@@ -38,6 +39,7 @@ class Seen:
     parties: tuple[PartyFacts, ...]
     checks: tuple[CheckFacts, ...]
     recall: tuple[RecallFacts, ...]
+    survey: SurveyFacts
     replay: ReplayFacts
     tracing: TracingFacts
     release_file: Path
@@ -86,6 +88,8 @@ def gather(consortium: Consortium, claims: Claims, job: JobSummary, run: Seen) -
         shares=campaign.shares,
         checks=run.checks,
         recall=run.recall,
+        survey=run.survey,
+        decisions=campaign.decisions,
         replay=run.replay,
         tracing=run.tracing,
         ledger_blocks=status.height,
@@ -145,6 +149,7 @@ def closing_rows(facts: RunFacts) -> list[tuple[str, str]]:
             f"{facts.memorization_overhead_percent:.1f} % of it the memorization check",
         ),
         *_recalled(facts),
+        ("strongest recital left", _recited(facts)),
         ("steps that came out again", f"[bold]{facts.replay.matched}[/] of {facts.replay.steps}, bit for bit"),
         ("nodes at one log", OK if facts.replicated else NO),
         *((check.predicate, OK if check.passed else f"{NO} {safe(check.answer)}") for check in facts.checks),
@@ -187,6 +192,15 @@ def as_typed(*arguments: str) -> str:
         here = Path.cwd()
         program = str(own.relative_to(here) if own.is_relative_to(here) else own)
     return shlex.join([program, *arguments])
+
+
+def _recited(facts: RunFacts) -> str:
+    survey = facts.survey
+    text = f"[bold]{survey.highest_permille} ‰[/] [dim]of {survey.examples} examples shown[/]"
+    if not survey.recited:
+        return f"{text}, none above {survey.threshold_permille} ‰"
+    above = f"[bold]{len(survey.recited)}[/] above {survey.threshold_permille} ‰"
+    return f"{text}, {above}, which {COUNCIL} accepted on the log"
 
 
 def _recalled(facts: RunFacts) -> list[tuple[str, str]]:

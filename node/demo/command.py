@@ -16,7 +16,7 @@ from node.demo.processes import Processes, Stopped, stop_signals
 from node.demo.story import Options, Story
 from node.demo.training import TrainingOptions
 
-DEFAULT_STEPS = 120
+DEFAULT_STEPS = 180
 WATCH_SECONDS = 1.0
 
 
@@ -48,6 +48,7 @@ WATCH_SECONDS = 1.0
     help="Where the base model is kept once it is trained.",
 )
 @click.option("--base-steps", type=click.IntRange(min=1), hidden=True, help="Train the base model this briefly.")
+@click.option("--job-module", default="trainer_client.demo.job", hidden=True, help="Run this module as the job.")
 @click.pass_context
 def demo_command(
     context: click.Context,
@@ -58,11 +59,13 @@ def demo_command(
     steps: int,
     cache: Path,
     base_steps: int | None,
+    job_module: str,
 ) -> None:
     """Run a whole consortium and one governed fine-tune on this machine.
 
     Five nodes, real text, a small language model; one source with the wrong licence, one for another purpose, one
-    withdrawn in mid-run, one that the model starts to recite; a node killed on the way. Then the proofs.
+    withdrawn in mid-run, one that the model starts to recite; a node killed on the way. What it recites in the end,
+    found too late to undo, is governance's to decide about. Then the proofs.
 
     \b
     Examples:
@@ -70,7 +73,7 @@ def demo_command(
       countersign demo --out trial --keep-running
     """
     display = Display(quiet=quiet)
-    options = Options(out, keep, TrainingOptions(steps, cache, base_steps))
+    options = Options(out, keep, TrainingOptions(steps, cache, base_steps, job_module))
     try:
         with stop_signals(), Processes() as processes:
             facts, consortium = Story(options, display, processes).tell()

@@ -85,7 +85,19 @@ class Moment:
     text: str
 
 
-MOMENT_KINDS = ("consortium", "claim", "refusal", "rollback", "revocation", "killed", "back", "grant", "release")
+MOMENT_KINDS = (
+    "consortium",
+    "claim",
+    "refusal",
+    "rollback",
+    "revocation",
+    "killed",
+    "back",
+    "grant",
+    "finding",
+    "decision",
+    "release",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +126,36 @@ class CheckFacts:
     def passed(self) -> bool:
         """Whether the answer is yes."""
         return self.answer == "yes"
+
+
+@dataclass(frozen=True, slots=True)
+class RecitedFacts:
+    """An example that the tuned model recites above the policy's threshold, by its number in its source."""
+
+    source: str
+    owner: str
+    example: int
+    signal_permille: int
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyFacts:
+    """The survey before the release: how many examples were assessed, and which are recited, the strongest first."""
+
+    evaluation: str
+    examples: int
+    highest_permille: int
+    threshold_permille: int
+    recited: tuple[RecitedFacts, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionFacts:
+    """A decision on the log about the campaign: whose, what, and why."""
+
+    signers: tuple[str, ...]
+    outcome: str
+    rationale: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +271,8 @@ class RunFacts:
     shares: tuple[BlockShare, ...]
     checks: tuple[CheckFacts, ...]
     recall: tuple[RecallFacts, ...]
+    survey: SurveyFacts
+    decisions: tuple[DecisionFacts, ...]
     replay: ReplayFacts
     tracing: TracingFacts
     ledger_blocks: int
@@ -310,6 +354,18 @@ def summary_of(facts: RunFacts) -> dict[str, object]:
             }
             for recall in facts.recall
         },
+        "memorization": {
+            "examples": facts.survey.examples,
+            "highest_signal_permille": facts.survey.highest_permille,
+            "threshold_permille": facts.survey.threshold_permille,
+            "recited": [
+                {"source": each.source, "example": each.example, "signal_permille": each.signal_permille}
+                for each in facts.survey.recited
+            ],
+        },
+        "decisions": [
+            {"by": list(each.signers), "outcome": each.outcome, "rationale": each.rationale} for each in facts.decisions
+        ],
         "replay": {
             "steps": facts.replay.steps,
             "matched": facts.replay.matched,

@@ -17,9 +17,10 @@ from consensus.identifiers import MemberId
 from consensus.membership import Committee
 from consensus.receipt import MAX_RECEIPT_BYTES, Receipt
 from consensus.rejection import Reason, Rejected
+from consensus.review import Decision
 from consensus.state import CAMPAIGN_TABLE, CampaignRecord, Usage, read_record, usage_key
 from node.client import NodeClient
-from node.demo.facts import BlockShare, GrantFacts, SourceFacts, StepFacts
+from node.demo.facts import BlockShare, DecisionFacts, GrantFacts, SourceFacts, StepFacts
 
 MICRO = 1_000_000
 PERMILLE = 1_000
@@ -33,6 +34,7 @@ class CampaignFindings:
     grants: tuple[GrantFacts, ...]
     sources: tuple[SourceFacts, ...]
     shares: tuple[BlockShare, ...]
+    decisions: tuple[DecisionFacts, ...]
     final_steps: int
     rollbacks: int
 
@@ -99,6 +101,9 @@ def read_campaign(client: DemoClient, committee: Committee, campaign: str) -> Ca
         grants=tuple(_grant(event, committee) for _, event in _events(client, committee, Kind.GRANT, campaign)),
         sources=sources,
         shares=tuple(_share(block, weights[block], names) for block in record.blocks),
+        decisions=tuple(
+            _decision(event, committee) for _, event in _events(client, committee, Kind.DECISION, campaign)
+        ),
         final_steps=head.steps,
         rollbacks=head.rollbacks,
     )
@@ -163,6 +168,15 @@ def _grant(event: CheckedEvent, committee: Committee) -> GrantFacts:
         last_step=event.governance.last_step,
         sources=len(event.items),
         signers=tuple(sorted(committee.member(MemberId(signer)).name for signer in event.signers)),
+    )
+
+
+def _decision(event: CheckedEvent, committee: Committee) -> DecisionFacts:
+    assert isinstance(event.governance, Decision)
+    return DecisionFacts(
+        signers=tuple(sorted(committee.member(MemberId(signer)).name for signer in event.signers)),
+        outcome=event.governance.outcome,
+        rationale=event.governance.rationale,
     )
 
 

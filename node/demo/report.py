@@ -10,7 +10,17 @@ from pathlib import Path
 from string import Template
 
 from node.demo.charts import Mark, heat_map, loss_curve
-from node.demo.facts import CheckFacts, Moment, RecallFacts, ReplayFacts, RunFacts, SourceFacts, TraceFacts
+from node.demo.facts import (
+    CheckFacts,
+    DecisionFacts,
+    Moment,
+    RecallFacts,
+    ReplayFacts,
+    RunFacts,
+    SourceFacts,
+    SurveyFacts,
+    TraceFacts,
+)
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -21,6 +31,8 @@ MARK_LETTERS = {
     "killed": ("K", "operator's node killed"),
     "back": ("B", "node back"),
     "grant": ("G", "grant renewed"),
+    "finding": ("F", "recital found too late to undo"),
+    "decision": ("D", "decision signed"),
 }
 
 
@@ -36,6 +48,7 @@ def render(facts: RunFacts) -> str:
         heat=_heat(facts),
         sources=_sources(facts.sources),
         recall=_recall(facts.recall),
+        recited=_recited(facts.survey, facts.decisions),
         replay=_replay(facts.replay),
         traces=_traces(facts),
         checks="".join(_check(check, number == 0) for number, check in enumerate(facts.checks)),
@@ -49,11 +62,18 @@ def render(facts: RunFacts) -> str:
 
 def _lead(facts: RunFacts) -> str:
     voting = sum(party.votes for party in facts.parties)
+    count = len(facts.survey.recited)
+    recited = (
+        f" The released model recites {_counted(count, 'example')} above the policy's threshold, found too late to "
+        "undo: governance accepted that on the log."
+        if count
+        else ""
+    )
     return escape(
         f"{len(facts.parties)} nodes, {voting} of them voting, recorded {facts.final_steps} training steps over "
         f"{len(facts.sources)} sources under one signed policy. {facts.refused_examples} examples were refused, "
         f"{_counted(facts.rollbacks, 'rollback')} undid what the model had begun to recite, and "
-        f"{_counted(facts.revocations, 'source was', 'sources were')} withdrawn while it ran."
+        f"{_counted(facts.revocations, 'source was', 'sources were')} withdrawn while it ran.{recited}"
     )
 
 
@@ -194,6 +214,23 @@ def _recall(recall: Sequence[RecallFacts]) -> str:
 def _said(text: str, completion: str, probability: float) -> str:
     right = " right" if text == completion else ""
     return f'<span class="said{right}">{escape(text)}</span><br><small>{100 * probability:.1f} % per byte</small>'
+
+
+def _recited(survey: SurveyFacts, decisions: Sequence[DecisionFacts]) -> str:
+    text = (
+        f"<p>Of {survey.examples} examples the strongest is recited at {survey.highest_permille} ‰; the policy bears "
+        f"{survey.threshold_permille} ‰.</p>"
+    )
+    if survey.recited:
+        rows = [
+            (f"<b>{escape(each.source)}</b>", escape(each.owner), f"{each.example}", f"{each.signal_permille} ‰")
+            for each in survey.recited
+        ]
+        text += _table(("source", "owner", "example", "recited"), rows, numbers=frozenset({2, 3}))
+    if decisions:
+        said = [(escape(", ".join(each.signers)), escape(each.outcome), escape(each.rationale)) for each in decisions]
+        text += _table(("signed by", "decision", "because"), said)
+    return text
 
 
 def _replay(replay: ReplayFacts) -> str:

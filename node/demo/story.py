@@ -28,6 +28,7 @@ from node.demo.consortium import (
     found,
     read_corpus,
 )
+from node.demo.deciding import Deciding, named
 from node.demo.directory import prepare
 from node.demo.display import NO, OK, Display, safe
 from node.demo.facts import (
@@ -37,6 +38,7 @@ from node.demo.facts import (
     RecallFacts,
     ReplayFacts,
     RunFacts,
+    SurveyFacts,
     TraceFacts,
     TracingFacts,
     summary_of,
@@ -61,6 +63,8 @@ COLOURS = {
     "killed": "bold blue",
     "back": "blue",
     "grant": "dim",
+    "finding": "red",
+    "decision": "bold yellow",
     "claim": "dim",
 }
 
@@ -98,7 +102,7 @@ class Story:
         claims = self._claim(consortium)
         training = self._training(consortium, claims)
         job = self._train(training)
-        self._release(consortium, training, job)
+        survey = self._release(consortium, claims, training, job)
         recall = recalled(claims, job)
         replays = Replays(training)
         replay = self._replay(replays, claims, recall)
@@ -112,6 +116,7 @@ class Story:
             parties,
             checks,
             recall,
+            survey,
             replay,
             tracing,
             training.release_file,
@@ -238,7 +243,7 @@ class Story:
         return Claims(corpus, signed, policy, policy_event, access)
 
     def _training(self, consortium: Consortium, claims: Claims) -> Training:
-        return Training(
+        training = Training(
             consortium=consortium,
             processes=self._processes,
             display=self._display,
@@ -248,7 +253,12 @@ class Story:
             revoked=claims.source(claims.corpus.revoked),
             access=claims.access,
             options=self._options.training,
+            decide=lambda finding, step: self._deciding(consortium, claims, training).decide(finding, step),
         )
+        return training
+
+    def _deciding(self, consortium: Consortium, claims: Claims, training: Training) -> Deciding:
+        return Deciding(consortium, self._processes, claims, training.manifest, self._show, self._seconds)
 
     def _train(self, training: Training) -> JobSummary:
         steps = self._options.training.steps
@@ -263,13 +273,21 @@ class Story:
         )
         return job
 
-    def _release(self, consortium: Consortium, training: Training, job: JobSummary) -> None:
+    def _release(self, consortium: Consortium, claims: Claims, training: Training, job: JobSummary) -> SurveyFacts:
         self._display.act(5, "Release", "the weights, bound to the recorded steps")
+        with self._display.waiting("countersign campaign recited"):
+            survey = self._deciding(consortium, claims, training).survey()
+        text = f"{survey.examples} examples were surveyed, the strongest is recited at {survey.highest_permille} ‰"
+        if survey.recited:
+            self._display.done(f"{text}: {safe(named(survey.recited))}, released by {COUNCIL}'s decision on the log")
+        else:
+            self._display.done(f"{text}; none above the policy's {survey.threshold_permille} ‰")
         answer = consortium.nodes[GUILD].client.event(job.release, 30.0)
         self._display.done(f"{safe(str(training.release_file))}, {training.release_file.stat().st_size / 1e6:.1f} MB")
         self._display.done(f"release event {job.release[:16]}… is final in ledger block {answer.height}")
         text = f"the final weights are released, bound by event {job.release[:16]}…"
         self._remember(Moment("release", self._seconds(), None, text))
+        return survey
 
     def _replicated(self, consortium: Consortium) -> tuple[PartyFacts, ...]:
         """Where all nodes stand, once they stand at one height; else where they stood last."""

@@ -31,6 +31,7 @@ STATUS_SECONDS = 0.7
 CHECK_MEMORIZATION_EVERY_STEPS = 15
 ACCUMULATOR_WINDOW_STEPS = 30
 SKETCH_RANK = 2
+DECISION_WAIT_SECONDS = 120.0
 PATIENCE_SECONDS = 240.0
 """A job that says nothing for so long is given up."""
 
@@ -90,6 +91,7 @@ class TrainingOptions:
     steps: int
     cache_directory: Path
     base_steps: int | None
+    job_module: str = "trainer_client.demo.job"
 
 
 @dataclass(slots=True)
@@ -116,6 +118,8 @@ class Training:
     revoked: SignedSource
     access: JobAccess
     options: TrainingOptions
+    decide: Callable[[str, int], None]
+    """What is done about a finding that bars the release; the last step."""
     view: TrainingView = field(init=False)
     disruption: Disruption = field(default_factory=Disruption)
     revocation: str = ""
@@ -145,6 +149,11 @@ class Training:
         return self.directory / "accumulators"
 
     @property
+    def manifest(self) -> Path:
+        """Where the job lists how strongly the model recites each example that it was shown."""
+        return self.directory / "memorization.jsonl"
+
+    @property
     def release_file(self) -> Path:
         """Where the job leaves the fine-tuned weights."""
         return self.consortium.directory / "release" / "model.safetensors"
@@ -159,7 +168,7 @@ class Training:
         self.release_file.parent.mkdir()
         config = self.directory / "job.json"
         config.write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
-        command = [sys.executable, "-P", "-m", "trainer_client.demo.job", "--config", str(config)]
+        command = [sys.executable, "-P", "-m", self.options.job_module, "--config", str(config)]
         job = self.processes.start("the training job", command, self.directory / "job.log", read_lines=True)
         with self.display.training(self.view):
             self._follow(job)
@@ -185,6 +194,7 @@ class Training:
             "check_memorization_every_steps": CHECK_MEMORIZATION_EVERY_STEPS,
             "accumulator_window_steps": ACCUMULATOR_WINDOW_STEPS,
             "sketch_rank": SKETCH_RANK,
+            "decision_wait_seconds": DECISION_WAIT_SECONDS,
             "sources": [
                 {
                     "id": source.id,
@@ -242,6 +252,8 @@ class Training:
                 )
             case "step":
                 self._stepped(line)
+            case "finding":
+                self.decide(line.id, line.step)
             case _:
                 pass
 

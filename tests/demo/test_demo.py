@@ -1,6 +1,8 @@
 """``countersign demo`` end to end, with real processes: short of steps and with a barely trained base model.
 
-What a full run shows besides (facts learned, a recital undone) needs more steps than a test has.
+What a full run shows besides (facts learned, a recital undone) needs more steps than a test has. The job is the
+demonstration's own but for its check of memorization: it sees nothing in any step, and one example in the survey before
+the release.
 """
 
 import json
@@ -64,9 +66,11 @@ def running_demo(directory: Path, cache: Path, *arguments: str) -> Iterator[tupl
     """The demonstration in ``directory``/out, and the file that its output goes to."""
     output = directory / "output"
     command = [f"{SCRIPTS}/countersign", "demo", "--out", str(directory / "out"), "--steps", str(STEPS)]
-    command += ["--base-steps", "2", "--cache", str(cache), *arguments]
+    command += ["--base-steps", "2", "--cache", str(cache), "--job-module", "late_recital_job", *arguments]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
     with output.open("wb") as sink:
-        demo = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+        demo = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
     try:
         yield demo, output
     finally:
@@ -106,6 +110,14 @@ def test_whole_demonstration_proves_what_it_says_and_leaves_no_process(tmp_path:
         assert "the operator's node is back" in text
         assert "withdraws scoping-notes" in text
         assert "source-revoked" in text
+
+        assert "the model recites example 0 of debugger-manual (900 ‰)" in " ".join(text.split())
+        assert summary["memorization"]["recited"] == [
+            {"source": "debugger-manual", "example": 0, "signal_permille": 900}
+        ]
+        decisions = [(decision["by"], decision["outcome"]) for decision in summary["decisions"]]
+        assert decisions == [(["library"], "note"), (["council"], "accept")]
+        assert summary["rollbacks"] == 0
 
         assert summary["replay"] == {"steps": STEPS, "matched": STEPS, "without": "assignment-letters"}
         assert set(summary["traces"]) == set(summary["recall"])

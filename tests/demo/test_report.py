@@ -12,16 +12,19 @@ from node.demo.display import sparkline
 from node.demo.facts import (
     BlockShare,
     CheckFacts,
+    DecisionFacts,
     FinalityFacts,
     GrantFacts,
     Moment,
     PartyFacts,
     RankedFacts,
     RecallFacts,
+    RecitedFacts,
     ReplayFacts,
     RunFacts,
     SourceFacts,
     StepFacts,
+    SurveyFacts,
     ToleranceFacts,
     TraceFacts,
     TracingFacts,
@@ -101,6 +104,8 @@ def facts() -> RunFacts:
             ),
         ),
         recall=(RecallFacts("letters", "The mayor is ", "Eklund.", "the the", "Eklund.", 0.01, 0.9, "admitted"),),
+        survey=SurveyFacts("e0" * 32, 40, 604, 800, ()),
+        decisions=(),
         replay=ReplayFacts(4, 4, "", "letters", "countersign replay --campaign x", 3.5),
         tracing=TracingFacts(
             (
@@ -214,6 +219,38 @@ def test_traces_show_where_they_lead_and_the_rest_beside_it() -> None:
             "z": {"letters": 1.5},
         },
     }
+
+
+def test_page_and_summary_say_what_the_released_model_recites_and_who_accepted_that() -> None:
+    made = dataclasses.replace(
+        facts(),
+        survey=SurveyFacts("e0" * 32, 40, 854, 800, (RecitedFacts("letters", "press", 21, 854),)),
+        decisions=(
+            DecisionFacts(("press",), "note", "no objection"),
+            DecisionFacts(("council",), "accept", "published & <free>"),
+        ),
+    )
+    page = render(made)
+    assert "The released model recites 1 example above the policy" in page
+    assert "<b>letters</b>" in page
+    assert "854 ‰" in page
+    assert "published &amp; &lt;free&gt;" in page
+    assert tags_left(page) == []
+    summary = summary_of(made)
+    assert summary["memorization"] == {
+        "examples": 40,
+        "highest_signal_permille": 854,
+        "threshold_permille": 800,
+        "recited": [{"source": "letters", "example": 21, "signal_permille": 854}],
+    }
+    assert [each["outcome"] for each in summary["decisions"]] == ["note", "accept"]  # type: ignore[attr-defined]
+
+
+def test_page_of_a_model_that_recites_nothing_names_the_strongest_signal_and_no_decision() -> None:
+    page = render(facts())
+    assert "Of 40 examples the strongest is recited at 604 ‰; the policy bears 800 ‰." in page
+    assert "The released model recites" not in page
+    assert "signed by</th><th>decision" not in page
 
 
 def test_step_that_did_not_come_out_again_spoils_the_verdict() -> None:

@@ -24,7 +24,8 @@ log; with ``content_salt`` the examples are checked against the claim. Everythin
 Killed and started again with the same file, it goes on where it was.
 
 On standard output: one JSON object a line, a ``progress.Progress`` each (``event`` is ``campaign`` or ``resumed``,
-``grant``, ``refusal``, ``step``, ``rollback``, ``recovery``, ``evaluation`` or ``release``), besides ``base`` while the
+``grant``, ``refusal``, ``step``, ``rollback``, ``recovery``, ``evaluation``, ``finding`` where one bars the release,
+which the job then waits for a decision about (``decision_wait_seconds``), or ``release``), besides ``base`` while the
 base model is trained and a last ``done``. ``run_directory/summary.json`` holds totals, losses, cost, and what base and
 tuned model complete of the planted facts.
 """
@@ -115,6 +116,7 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_every_steps: int = 40
     audit_snapshot_every_steps: int = 0
     closing_margin_ms: int = 2_000
+    decision_wait_seconds: float = 0.0
     base_file: str = ""
     accumulator_window_steps: int = 0
     sketch_rank: int = 0
@@ -213,6 +215,7 @@ class Job:
                 loss_B, predicted = loss_and_predictions(model, batch.inputs)
                 run.learn(loss_B, predicted)
             self._evaluate(run, base, model)
+            run.wait_for_decisions(config.decision_wait_seconds)
             release = run.release(self._file(config.release_file))
             self._summarize(run, base, model, run_directory, release.id.hex())
         _print({"event": "done", "step": config.steps, "of": config.steps})
