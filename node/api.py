@@ -19,6 +19,7 @@ from consensus.event import MAX_ENTRY_BYTES, MAX_EVENT_BYTES, Entry, event_id, u
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import ChallengeRecord
 from node import request_fields as fields
+from node.api_custody import CustodyApi
 from node.api_log import LogApi, status_fields
 from node.auth import Gate
 from node.config import ApiSection, api_tokens
@@ -48,7 +49,8 @@ class Api:
         self._max_event_bytes = min(config.max_body_bytes, MAX_EVENT_BYTES)
         self._gate = Gate(tokens)
         self._metrics = metrics
-        self._router = Router((*self._endpoints(), *LogApi(service).endpoints()))
+        custody = CustodyApi(service, config.max_body_bytes)
+        self._router = Router((*self._endpoints(), *LogApi(service).endpoints(), *custody.endpoints()))
         self._document = document(self.endpoints, VERSION)
 
     @property

@@ -47,6 +47,9 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "campaign": LazyCommand("node.commands.campaign", "campaign", "Check what a campaign recorded."),
     "decision": LazyCommand("node.commands.decision", "decision", "Record decisions, with their reasons."),
     "audit": LazyCommand("node.commands.audit", "audit", "Record what replays found."),
+    "custody": LazyCommand(
+        "node.commands.custody", "custody", "Keep a campaign's sums and sketches with others than its operator."
+    ),
     "grant": LazyCommand("node.commands.grant", "grant", "See and countersign grants."),
     "log": LazyCommand("node.commands.log", "log", "Read, prove and check the log."),
     "trace": LazyCommand("attribution.commands", "trace_command", "Ask which admitted sources shaped an output."),

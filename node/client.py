@@ -9,12 +9,13 @@ bound. Proxies of the environment are not used: a token is for the node alone.
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import httpx
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
+from consensus.accumulators import MAX_WINDOW_BYTES
 from consensus.bundle import MAX_BUNDLE_BYTES
 from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 
@@ -136,6 +137,43 @@ class BeaconAnswer(Struct, frozen=True):
     beacon: str
 
 
+class CustodyFileRow(Struct, frozen=True):
+    """A file that a window's list names, and how much of it a custodian has."""
+
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    size_bytes: int
+    held_bytes: int
+
+
+class CustodyWindowRow(Struct, frozen=True):
+    """A window of accumulators that stands on the log, and what a custodian has of it."""
+
+    first_step: int
+    last_step: int
+    root: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    listed: bool
+    files: tuple[CustodyFileRow, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is there."""
+        return self.listed and all(file.held_bytes == file.size_bytes for file in self.files)
+
+
+class CustodyAnswer(Struct, frozen=True):
+    """What a custodian keeps of a campaign, and how much room it has for all of them."""
+
+    maximum_bytes: int
+    set_aside_bytes: int
+    windows: tuple[CustodyWindowRow, ...]
+
+
+class HandedIn(Struct, frozen=True):
+    """How much of a file is there after a part of it was handed in."""
+
+    held_bytes: int
+
+
 class NodeClient:
     """One node's HTTP interface. Use it in a ``with`` block."""
 
@@ -240,6 +278,33 @@ class NodeClient:
     def sign_grant(self, grant_id: str) -> GrantAnswer:
         """Countersign a grant with the node's member key."""
         return _decoded(self._request("POST", f"/v1/grants/{grant_id}/sign", content=b""), GrantAnswer)
+
+    # Custody
+
+    def custody(self, campaign: str) -> CustodyAnswer:
+        """What the node keeps of a campaign's windows.
+
+        Raises:
+            Rejected: ``NOT_FOUND``: it is no custodian; ``UNKNOWN_CAMPAIGN``.
+        """
+        return _decoded(self._request("GET", f"/v1/custody/{campaign}"), CustodyAnswer)
+
+    def hand_in_window(self, campaign: str, root: str, content: bytes) -> None:
+        """Hand in a window's list."""
+        self._request("PUT", f"/v1/custody/{campaign}/windows/{root}", content=content)
+
+    def hand_in_part(self, campaign: str, sha256: str, offset: int, content: bytes) -> HandedIn:
+        """Hand in the next part of a file."""
+        path = f"/v1/custody/{campaign}/blobs/{sha256}"
+        return _decoded(self._request("PUT", path, {"offset": str(offset)}, content), HandedIn)
+
+    def custody_window(self, campaign: str, root: str) -> bytes:
+        """A window's list as the custodian has it, not yet held to its root."""
+        return self._request("GET", f"/v1/custody/{campaign}/windows/{root}", max_bytes=MAX_WINDOW_BYTES)
+
+    def custody_part(self, campaign: str, sha256: str, offset: int) -> bytes:
+        """Part of a file as the custodian has it, from ``offset`` on, not yet held to its SHA-256."""
+        return self._request("GET", f"/v1/custody/{campaign}/blobs/{sha256}", {"offset": str(offset)})
 
     # Proofs
 

@@ -137,6 +137,12 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     sync_bytes_per_second: Annotated[int, Meta(ge=1 << 20, le=2**53 - 1)] = 8 << 20
 
 
+class CustodySection(Struct, frozen=True, forbid_unknown_fields=True):
+    """How much of campaigns' files this node keeps, all together; 0: it is no custodian."""
+
+    maximum_bytes: Annotated[int, Meta(ge=0, le=2**53 - 1)] = 0
+
+
 class RoundSection(Struct, frozen=True, forbid_unknown_fields=True):
     """How long this voter waits for others; its own choice, no rule of the network."""
 
@@ -153,6 +159,7 @@ class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     countersign: CountersignSection = CountersignSection()
     limits: LimitsSection = LimitsSection()
     round: RoundSection = RoundSection()
+    custody: CustodySection = CustodySection()
 
 
 def load_config(path: Path) -> NodeConfig:

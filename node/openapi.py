@@ -34,6 +34,9 @@ _PARAMETERS: dict[str, tuple[str, dict[str, object]]] = {
     "size": ("Size of a log seen before, which the bundle is to continue.", {"type": "integer", "minimum": 1}),
     "earlier": ("Height of the older ledger block.", {"type": "integer", "minimum": 1}),
     "predicate": ("A predicate.", {"type": "string"}),
+    "root": ("Root of a window of accumulators.", {"type": "string", "pattern": "^[0-9a-f]{64}$"}),
+    "sha256": ("SHA-256 of a file.", {"type": "string", "pattern": "^[0-9a-f]{64}$"}),
+    "offset": ("Where the part begins, in bytes; 0 without it.", {"type": "integer", "minimum": 0}),
     "place": ("A C2SP tile path: LEVEL/INDEX[.p/WIDTH] or entries/INDEX[.p/WIDTH].", {"type": "string"}),
 }
 

@@ -27,6 +27,7 @@ from node.beacons import BeaconDesk
 from node.clock import Clock, SystemClock
 from node.config import NodeConfig
 from node.countersign import CountersignDesk
+from node.custody import CustodyDesk
 from node.ended_epochs import leave_ended_epochs
 from node.evidence import EvidenceDesk
 from node.identity import (
@@ -61,6 +62,7 @@ KEPT_FREE_BYTES = 4 << 20
 
 EVIDENCE_DIRECTORY = "evidence"
 BEACON_SHARES_DIRECTORY = "beacon-shares"
+CUSTODY_DIRECTORY = "custody"
 LATER_KEYS_TRIED_SECONDS = 5.0
 """How long a node without any connection waits before it tries the keys it will have."""
 LEAVING_SECONDS = 0.5
@@ -120,6 +122,7 @@ class Node:
         if not self._is_genesis_member:
             self._desk_begins_epoch()
         self.beacons = BeaconDesk(self._ledger, config.node.data_directory / BEACON_SHARES_DIRECTORY, self.network)
+        self.custody = CustodyDesk(config.node.data_directory / CUSTODY_DIRECTORY, config.custody.maximum_bytes)
         self._beacons_begin_epoch()
         self._leave_ended_epochs()
         self._note: tuple[int, bytes] | None = None

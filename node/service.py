@@ -13,6 +13,7 @@ from consensus.event import CheckedEvent
 from consensus.identifiers import Digest, Role
 from consensus.rejection import Reason
 from consensus.state import ChallengeRecord
+from node.custody import CustodyDesk
 from node.ledger import Ledger
 from node.mempool import Mempool
 from node.messages import BeaconShare
@@ -200,6 +201,10 @@ class Service(Protocol):
     @property
     def beacons(self) -> Beacons:
         """Shares and beacons of audits."""
+
+    @property
+    def custody(self) -> CustodyDesk:
+        """What this node keeps of campaigns' files."""
 
     def submit(self, encoded: bytes) -> CheckedEvent:
         """Check a signed event, keep it for the next ledger block and pass it on. An event already pending or

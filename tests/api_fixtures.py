@@ -27,6 +27,7 @@ from consensus.transition import is_final
 from node.api import Api
 from node.beacons import BeaconDesk
 from node.config import Address, ApiSection
+from node.custody import CustodyDesk
 from node.errors_http import HttpReply
 from node.http_server import HttpLimits, HttpRequest, serve_http
 from node.ledger import Ledger
@@ -149,12 +150,13 @@ def beacon_desk(memory: MemoryLedger, ledger: Ledger, name: str, directory: Path
 class InstantNode:
     """A ``Service`` of one process that finalizes at once. ``held`` keeps events pending instead."""
 
-    def __init__(self, memory: MemoryLedger, store: Store, max_events: int = 1_000) -> None:
+    def __init__(self, memory: MemoryLedger, store: Store, max_events: int = 1_000, custody_bytes: int = 0) -> None:
         self.memory = memory
         self.ledger = Ledger(store, memory.genesis)
         self.mempool = Mempool(max_events, 1 << 24)
         self.grants = Desk(self)
         self.beacons = beacon_desk(memory, self.ledger, "operator-1", store._directory / "beacon-shares")
+        self.custody = CustodyDesk(store._directory / "custody", custody_bytes)
         self.name, self.role = "operator-1", Role.OPERATOR.value
         self.halted = ""
         self.held = False
@@ -239,7 +241,9 @@ class InstantNode:
         return self.memory.ids[name]
 
 
-def node_of(story: Story, directory: Path, max_events: int = 1_000) -> tuple[InstantNode, Store]:
+def node_of(
+    story: Story, directory: Path, max_events: int = 1_000, custody_bytes: int = 0
+) -> tuple[InstantNode, Store]:
     """A node that stands where the story ends."""
     memory = copy.copy(story.ledger)
     memory.events = list(memory.events)
@@ -247,7 +251,7 @@ def node_of(story: Story, directory: Path, max_events: int = 1_000) -> tuple[Ins
     memory.states = list(memory.states)
     memory._nodes = dict(memory._nodes)
     store = Store.open(directory, memory.chain_id, create=True)
-    return InstantNode(memory, store, max_events), store
+    return InstantNode(memory, store, max_events, custody_bytes), store
 
 
 class Served:
@@ -283,9 +287,10 @@ async def served(
     headers: Mapping[str, str] | None = None,
     max_events: int = 1_000,
     story: Story | None = None,
+    custody_bytes: int = 0,
 ) -> AsyncIterator[Served]:
     """A node on a free port, at the end of the story."""
-    node, store = node_of(story or told(), directory, max_events)
+    node, store = node_of(story or told(), directory, max_events, custody_bytes)
     with store:
         config = ApiSection(listen=Address("127.0.0.1", 0), tokens=tokens, max_body_bytes=max_body_bytes)
         api = Api(node, config, tokens, Metrics(node))
