@@ -136,6 +136,7 @@ def _policy() -> p.Policy:
         required_metadata=(),
         least_sketch_rank=0,
         auditors=(),
+        custody=(),
         maximum_grant_steps=1_000_000,
         maximum_grant_duration_ms=GRANT_MS,
         revocation="drain",

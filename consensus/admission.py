@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from consensus import audit_rules, campaign_rules, review_rules
+from consensus import audit_rules, campaign_rules, custody_rules, review_rules
 from consensus import portions as p
 from consensus.campaign_rules import changed, check_job_key, check_sequence, open_campaign
 from consensus.event import CheckedEvent, Kind
@@ -236,6 +236,7 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
             event_granularity=campaign.event_granularity,
             accumulator_window_steps=campaign.accumulator_window_steps,
             sketch_rank=campaign.sketch_rank,
+            custody=policy.custody if campaign.accumulator_window_steps else (),
         ),
     )
     view.put(
@@ -424,4 +425,5 @@ _HANDLERS: dict[Kind, Callable[[StateView, CheckedEvent, int, Committee], None]]
     Kind.DECISION: review_rules.admit_decision,
     Kind.AUDIT_CHALLENGE: audit_rules.admit_audit_challenge,
     Kind.AUDIT_RESULT: audit_rules.admit_audit_result,
+    Kind.CUSTODY: custody_rules.admit_custody,
 }

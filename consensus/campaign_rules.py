@@ -8,7 +8,8 @@ stands; every event here is by the campaign's job key, next in sequence, and mov
   parameter block that no admitted example may touch has not moved; windows of accumulators are committed where
   they end.
 * *refusal*: the true reason, before its step. *rollback*: restores a root on the log, and must follow a step
-  whose memorization signal is above the policy's threshold. *release*: the root on the log, with no finding open.
+  whose memorization signal is above the policy's threshold. *release*: the root on the log, with no finding open,
+  and what the campaign committed to in custody (``custody_rules.py``).
 """
 
 from array import array
@@ -19,6 +20,7 @@ import msgspec
 
 from consensus import portions as p
 from consensus.accumulators import ends_window
+from consensus.custody_rules import check_in_custody
 from consensus.event import CheckedEvent
 from consensus.job_key import scheme_of
 from consensus.membership import Committee
@@ -434,7 +436,7 @@ def admit_release(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     """
     release = event.operation
     assert isinstance(release, p.Release)
-    _, head = job_event(view, event, timestamp_ms)
+    campaign, head = job_event(view, event, timestamp_ms)
     if head.rollback_required:
         raise Rejected(Reason.ROLLBACK_REQUIRED, "the last step's memorization signal is above the threshold")
     if head.pending:
@@ -450,6 +452,7 @@ def admit_release(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
             f"releases {release.parameter_root.hex()} after {release.steps} steps, the log stands at "
             f"{head.root.hex()} after {head.steps}",
         )
+    check_in_custody(view, event.entry.campaign, campaign, head, committee)
     view.put(
         CAMPAIGN_HEAD_TABLE + event.entry.campaign,
         changed(head, next_sequence=head.next_sequence + 1, closed="released", release=event.id),

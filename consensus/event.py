@@ -16,6 +16,7 @@ grant                          the author (operator), ``t_r`` governance members
                                data-source authority whose source it names
 decision                       the author of a voting role; of governance, ``t_r`` members of it, the author among them
 audit-challenge, audit-result  the author, a member that is not an operator
+custody                        the author, a member that is not an operator
 campaign, step, refusal,       the operator's delegated job key (``job_key.py``)
 rollback, abandon, release,
 evaluation
@@ -69,6 +70,7 @@ class Kind(StrEnum):
     DECISION = "decision"
     AUDIT_CHALLENGE = "audit-challenge"
     AUDIT_RESULT = "audit-result"
+    CUSTODY = "custody"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ SHAPES: Mapping[Kind, Shape] = {
     Kind.DECISION: Shape(VOTING_ROLES, False, True, None, Decision, None),
     Kind.AUDIT_CHALLENGE: Shape(AUDITING_ROLES, False, True, None, AuditChallenge, None),
     Kind.AUDIT_RESULT: Shape(AUDITING_ROLES, False, True, None, AuditResult, None),
+    Kind.CUSTODY: Shape(AUDITING_ROLES, False, True, None, p.Custody, None),
 }
 
 SINGLE_ITEM_KINDS = frozenset({Kind.SOURCE, Kind.REVOCATION})

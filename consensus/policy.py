@@ -4,7 +4,7 @@ The trainer client and every validator call the same functions, so that what the
 the log requires to be refused are one rule.
 """
 
-from consensus.identifiers import Digest
+from consensus.identifiers import Digest, Role
 from consensus.keys import SignatureScheme
 from consensus.portions import ClassProfile, ClassRule, GrantTerms, Policy, SourceClaim
 from consensus.rejection import Reason, Rejected
@@ -13,6 +13,8 @@ REVOCATION_DRAIN = "drain"
 REVOCATION_VOID = "void"
 ROUTING_GRANULARITIES = ("block", "layer", "head")
 EVENT_GRANULARITIES = ("epoch", "batch", "example")
+CUSTODY_ROLES = tuple(role.value for role in Role if role is not Role.OPERATOR)
+"""Who may be asked to hold what the operator's job left."""
 AUTHOR_SCHEMES = tuple(scheme.label for scheme in SignatureScheme)
 
 DISCRETIONARY_REFUSALS = frozenset({Reason.MEMORIZATION_ABOVE_THRESHOLD.value})
@@ -35,6 +37,9 @@ def check_policy(policy: Policy) -> None:
         unknown = sorted(set(listed) - set(known))
         if unknown or not listed:
             raise Rejected(Reason.BAD_FIELD, f"{what}: expected some of {', '.join(known)}, found {unknown or 'none'}")
+    unknown = sorted(set(policy.custody) - set(CUSTODY_ROLES))
+    if unknown:
+        raise Rejected(Reason.BAD_FIELD, f"custody: expected some of {', '.join(CUSTODY_ROLES)}, found {unknown}")
     for what, names in (
         ("licence", policy.licences),
         ("purpose", policy.purposes),
@@ -43,6 +48,7 @@ def check_policy(policy: Policy) -> None:
         ("event granularity", policy.event_granularities),
         ("author scheme", policy.author_schemes),
         ("required fact", policy.required_metadata),
+        ("role of custody", policy.custody),
         ("auditor", tuple(auditor.hex() for auditor in policy.auditors)),
         *((f"block of class {rule.content_class}", tuple(b.block for b in rule.blocks)) for rule in policy.classes),
     ):

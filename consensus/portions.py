@@ -167,6 +167,7 @@ class Policy(Wire, frozen=True):
     ``least_sketch_rank`` is how finely a campaign must sketch its gradients example by example, 0 where it need not;
     ``author_schemes`` are the signature schemes (``SignatureScheme.label``) that may sign a policy and what runs under
     it; ``auditors`` are the members, none of them an operator, that alone may audit by lot, where there are any;
+    ``custody`` are the roles of which a member must hold a campaign's accumulators before its release;
     ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once).
     """
 
@@ -181,10 +182,17 @@ class Policy(Wire, frozen=True):
     required_metadata: Annotated[tuple[Name, ...], Meta(max_length=256)]
     least_sketch_rank: SketchRank
     auditors: Annotated[tuple[Bytes32, ...], Meta(max_length=64)]
+    custody: Annotated[tuple[Name, ...], Meta(max_length=8)]
     maximum_grant_steps: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     maximum_grant_duration_ms: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     revocation: Name
     rationale: Text
+
+
+class Custody(Wire, frozen=True):
+    """The author holds the files of every window of accumulators that stands in the campaign up to ``last_event``."""
+
+    last_event: Bytes32
 
 
 class GrantTerms(Wire, frozen=True):

@@ -77,6 +77,7 @@ class Reason(StrEnum):
     NOTHING_TO_ROLL_BACK = "nothing-to-roll-back"
     ROOT_NOT_FINAL = "root-not-final"
     FINDING_OPEN = "finding-open"
+    CUSTODY_MISSING = "custody-missing"
     # Audits
     NO_BEACON = "no-beacon"
     AUDIT_LATE = "audit-late"

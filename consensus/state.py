@@ -21,6 +21,7 @@ table     key                 record
 13        campaign ‖ event    ``DecisionRecord``
 14        campaign ‖ event    ``AuditRecord``: steps that a member other than the operator took again
 15        campaign ‖ event    ``ChallengeRecord``: an audit by lot, and how it stands
+16        campaign ‖ member   ``CustodyRecord``: up to where a member holds a campaign's files
 ========  ==================  ==================================================
 """
 
@@ -64,6 +65,7 @@ EVALUATION_TABLE = b"\x0c"
 DECISION_TABLE = b"\x0d"
 AUDIT_TABLE = b"\x0e"
 CHALLENGE_TABLE = b"\x0f"
+CUSTODY_TABLE = b"\x10"
 
 R = TypeVar("R", bound=Wire)
 
@@ -122,6 +124,7 @@ class CampaignRecord(Wire, frozen=True):
     event_granularity: Name
     accumulator_window_steps: Natural
     sketch_rank: Natural
+    custody: tuple[Name, ...]
 
 
 class SourceCounts(Wire, frozen=True):
@@ -326,13 +329,23 @@ class ChallengeRecord(Wire, frozen=True):
         return self.standing == ChallengeStanding.REJECTED or (self.barring and unsettled)
 
 
+class CustodyRecord(Wire, frozen=True):
+    """A member's newest word that it holds a campaign's files, all up to ``last_event`` (``CampaignHead``'s then)."""
+
+    campaign: Bytes32
+    event: Bytes32
+    custodian: Bytes32
+    last_event: Bytes32
+    recorded_at_ms: Natural
+
+
 def review_prefix(table: bytes, campaign: bytes) -> bytes:
     """What the keys of a campaign's records in ``table`` begin with, 17 bytes."""
     return table + tagged_hash(DomainTag.CAMPAIGN, campaign)[:16]
 
 
 def review_key(table: bytes, campaign: bytes, event: bytes) -> bytes:
-    """Key of a review: the campaign's prefix, then the first 16 bytes of the event's id."""
+    """Key of a review: the campaign's prefix, then the first 16 bytes of the event's id (of custody: the member's)."""
     return review_prefix(table, campaign) + event[:16]
 
 

@@ -50,6 +50,7 @@ from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
     CAMPAIGN_TABLE,
     CHALLENGE_TABLE,
+    CUSTODY_TABLE,
     DECISION_TABLE,
     DELEGATION_TABLE,
     EVALUATION_TABLE,
@@ -370,7 +371,7 @@ def _accumulators(export: _Export) -> None:
         export.add(index, data=export.portions(index).data)
         export.keys |= {SOURCE_TABLE + source, usage_key(export.campaign, source)}
     export.keys.add(CAMPAIGN_HEAD_TABLE + export.campaign)
-    export.prefixes.add(review_prefix(AUDIT_TABLE, export.campaign))
+    export.prefixes |= {review_prefix(table, export.campaign) for table in (AUDIT_TABLE, CUSTODY_TABLE)}
 
 
 def _metadata_complete(export: _Export) -> None:

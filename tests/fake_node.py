@@ -118,6 +118,7 @@ class FakeNode:
             "required_metadata": (),
             "least_sketch_rank": 0,
             "auditors": (),
+            "custody": (),
             "maximum_grant_steps": 100,
             "maximum_grant_duration_ms": 3_600_000,
             "revocation": "drain",

@@ -276,6 +276,7 @@ class MemoryLedger:
                 required_metadata=("optimizer",),
                 least_sketch_rank=0,
                 auditors=(),
+                custody=(),
                 event_granularities=("batch",),
                 maximum_grant_steps=100,
                 maximum_grant_duration_ms=86_400_000,
@@ -346,6 +347,11 @@ class MemoryLedger:
         result = AuditResult(1, 1, 1, (), bytes(32), "", (p.Setting("torch", "2.13.0"),), "", None)
         result = msgspec.structs.replace(result, **fields)
         return self.signed(Kind.AUDIT_RESULT, [auditor], p.Portions(None, self.salted(result), None), campaign=campaign)
+
+    def custody(self, custodian: str, campaign: bytes, last_event: bytes) -> CheckedEvent:
+        """A member's word that it holds a campaign's files, all up to an event."""
+        portions = p.Portions(None, self.salted(p.Custody(last_event)), None)
+        return self.signed(Kind.CUSTODY, [custodian], portions, campaign=campaign)
 
     def audit_challenge(self, auditor: str, campaign: bytes, number: int = 1, **fields: object) -> CheckedEvent:
         """An audit by lot of two of the first four steps, to be answered within an hour."""

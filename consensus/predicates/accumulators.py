@@ -18,13 +18,16 @@ from consensus.predicates.reviews import Audit, audits_of, tell_replays
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason, Rejected
 from consensus.state import (
+    CUSTODY_TABLE,
     GRANT_TABLE,
     POLICY_TABLE,
     SOURCE_TABLE,
+    CustodyRecord,
     GrantRecord,
     PolicyRecord,
     SourceRecord,
     Usage,
+    review_prefix,
     usage_key,
 )
 
@@ -69,6 +72,8 @@ class Provenance:
     sources: tuple[UsedSource, ...]
     release: p.Release | None
     audits: tuple[Audit, ...] = ()
+    custodians: tuple[str, ...] = ()
+    """Members that say they hold the files of all windows that stand."""
 
 
 def accumulators(bundle: OpenBundle, steps: Steps) -> None:
@@ -94,6 +99,10 @@ def accumulators(bundle: OpenBundle, steps: Steps) -> None:
         steps.unknown(f"the last {found.uncovered} steps: no window that stands holds them")
     note_closing(bundle, steps)
     steps.attested(f"that the accumulators hold what the examples added to the gradients: {found.operator}")
+    if found.custodians:
+        steps.attested(f"that all files of these windows are held besides: {', '.join(found.custodians)}")
+    else:
+        steps.not_covered("who holds the files of these windows, besides the operator")
     tell_replays(steps, found.audits, found.steps)
     steps.not_covered("embeddings and norms, which are not accumulated")
 
@@ -140,7 +149,14 @@ def provenance(bundle: OpenBundle) -> Provenance:
         ),
         release=release if isinstance(release, p.Release) else None,
         audits=audits_of(bundle),
+        custodians=_custodians(bundle, head.last_event),
     )
+
+
+def _custodians(bundle: OpenBundle, last_event: bytes) -> tuple[str, ...]:
+    records = bundle.range(review_prefix(CUSTODY_TABLE, bundle.campaign), CustodyRecord).values()
+    own = [record for record in records if (record.campaign, record.last_event) == (bundle.campaign, last_event)]
+    return tuple(sorted(member_name(bundle, record.custodian) for record in own))
 
 
 def _used_source(bundle: OpenBundle, source: bytes, grants: dict[bytes, GrantRecord]) -> UsedSource:

@@ -1,6 +1,7 @@
 """``countersign custody``: handing a campaign's files to a custodian, seeing what it keeps, having them back."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,16 +9,21 @@ import click
 
 from consensus.accumulators import MAX_WINDOW_BYTES, AccumulatorWindow, decode_window
 from consensus.bundle import open_bundle
+from consensus.codec import encode
 from consensus.epochs import anchor
+from consensus.event import Kind, make_entry
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import ChainId
+from consensus.portions import Custody, Portions, SaltedPortion
 from consensus.predicates import Predicate
 from consensus.predicates.accumulators import Window, provenance
 from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 from node.client import CustodyAnswer, NodeClient
 from node.commands.connection import connect, node_options
 from node.commands.fields import digest_argument
+from node.commands.member import load_member, signed_by
 from node.commands.output import print_json, print_table
+from node.commands.submission import deliver
 from node.files import open_regular, sync_directory
 
 PART_BYTES = 4 << 20
@@ -134,6 +140,45 @@ def custody_status(
         if rows:
             print_table(("steps", "", "bytes"), rows)
     context.exit(0 if whole == len(held.windows) else 1)
+
+
+@custody.command("sign")
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The custodian's configuration file; its own node is asked what it holds.",
+)
+@_CAMPAIGN
+@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file instead.")
+@_JSON
+def custody_sign(config_path: Path, campaign: bytes, out: Path | None, as_json: bool) -> None:
+    """Say on the log that this member holds all that stands of a campaign. Refused while a window is not there whole.
+
+    Where the policy names this member's role under custody, a release waits for it: sign when the last step is final.
+    It is about the campaign as it stands; later steps need another word. Any member but an operator may say so.
+
+    \b
+    Example:
+      countersign custody sign --config library/node.toml --campaign CAMPAIGN_ID
+    """
+    own = load_member(config_path)
+    with connect(config_path, None, None) as client:
+        # Before what is held is looked at: a window that ends in between is then not signed for.
+        last_event = client.campaign(campaign.hex()).last_event
+        held = client.custody(campaign.hex())
+    lacking = [window for window in held.windows if not window.is_whole]
+    if lacking or not held.windows:
+        first = f": steps {lacking[0].first_step} to {lacking[0].last_step}" if lacking else ""
+        raise Rejected(
+            Reason.CUSTODY_MISSING, f"{len(lacking)} of {len(held.windows)} windows are not here whole{first}"
+        )
+    content = SaltedPortion(os.urandom(32), encode(Custody(bytes.fromhex(last_event))))
+    portions = Portions(None, content, None)
+    entry = make_entry(own.committee.chain_id, Kind.CUSTODY, own.member.id, portions, campaign=campaign)
+    event, encoded = signed_by(own, entry, portions)
+    deliver(event, encoded, submit_with=config_path if out is None else None, out=out, as_json=as_json)
 
 
 @custody.command("fetch")

@@ -46,6 +46,7 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     required_metadata: tuple[str, ...] = ()
     least_sketch_rank: int = 0
     auditors: tuple[str, ...] = ()
+    custody: tuple[str, ...] = ()
     rationale: str = ""
 
 
@@ -157,6 +158,7 @@ def read_policy(path: Path, members: Sequence[Member] = ()) -> Policy:
         required_metadata=file.required_metadata,
         least_sketch_rank=file.least_sketch_rank,
         auditors=tuple(_auditor(path, name, members) for name in file.auditors),
+        custody=file.custody,
         maximum_grant_steps=file.maximum_grant_steps,
         maximum_grant_duration_ms=1_000 * file.maximum_grant_duration_seconds,
         revocation=file.revocation,

@@ -61,6 +61,7 @@ def every_kind(counts: dict[str, int] | None = None) -> tuple[Story, dict[Kind, 
     events[Kind.DECISION] = ledger.decision(run.id, run.id, "note")
     events[Kind.AUDIT_CHALLENGE] = ledger.audit_challenge(HOSPITAL, run.id)
     events[Kind.AUDIT_RESULT] = ledger.audit_result(HOSPITAL, run.id)
+    events[Kind.CUSTODY] = ledger.custody(HOSPITAL, run.id, run.head.last_event)
     events[Kind.RELEASE] = run.release()
     abandon = p.Portions(None, None, ledger.salted(p.Abandon("")))
     events[Kind.ABANDON] = run.written(Kind.ABANDON, abandon)

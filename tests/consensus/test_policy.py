@@ -28,6 +28,7 @@ POLICY = p.Policy(
     required_metadata=("code.commit",),
     least_sketch_rank=0,
     auditors=(),
+    custody=(),
     maximum_grant_steps=10,
     maximum_grant_duration_ms=1_000,
     revocation="drain",

@@ -12,15 +12,20 @@ import pytest
 import trio
 from api_fixtures import Served, refusal, served
 from click.testing import CliRunner, Result
-from ledger_fixtures import Story, begin
+from ledger_fixtures import HOSPITAL, Story, begin
+from node_fixtures import CHEAP, PASSPHRASE, kept_secrets
 
 from consensus.accumulators import VERSION, AccumulatorWindow, WindowEntry, WindowTerms, window_root
+from consensus.bundle import open_bundle
 from consensus.codec import encode
+from consensus.epochs import anchor
 from consensus.genesis import genesis_to_json
 from consensus.membership import ED25519_LIST
+from consensus.predicates.accumulators import provenance
 from consensus.rejection import Reason, Rejected
 from node.cli import main
 from node.custody import CommittedWindow, CustodyDesk
+from node.keystore import Keystore
 
 CAMPAIGN, POLICY, SOURCE = bytes([7]) * 32, bytes([1]) * 32, bytes([2]) * 32
 TOTAL, SUM, SKETCHES = b"total" * 100, b"sum of a source" * 50, b"sketches" * 30
@@ -364,3 +369,43 @@ async def test_run_that_lost_a_file_is_named_and_the_rest_stays_handed_in(tmp_pa
         assert (result.exit_code, sha256(SKETCHES).hex() in result.stderr) == (2, True), result.output
         shown = await command("status", *asked)
         assert "1 to 2  incomplete" in shown.output
+
+
+# The word on the log
+
+
+def member_config(directory: Path, told: Story, address: object, name: str) -> Path:
+    """The configuration of a member of the story, with its keystore."""
+    (directory / "genesis.json").write_bytes(genesis_to_json(told.ledger.genesis))
+    Keystore.create(directory / "keystore.json", kept_secrets(told.ledger.secrets[name]), PASSPHRASE, CHEAP)
+    passphrase = directory / "passphrase"
+    passphrase.write_bytes(PASSPHRASE)
+    passphrase.chmod(0o600)
+    config = directory / "node.toml"
+    config.write_text(
+        f'[node]\nname = "{name}"\ngenesis = "genesis.json"\nchain_id = "{told.ledger.chain_id.hex()}"\n'
+        'data_directory = "data"\nkeystore = "keystore.json"\npassphrase_file = "passphrase"\n'
+        f'[network]\nlisten = "127.0.0.1:1"\n[api]\nlisten = "{address}"\n',
+        encoding="utf-8",
+    )
+    return config
+
+
+@pytest.mark.trio
+async def test_custodian_signs_only_for_what_it_holds_whole_and_the_bundle_names_it(tmp_path: Path) -> None:
+    async with custodian(tmp_path) as (running, told, held):
+        config = member_config(tmp_path, told, running.address, HOSPITAL)
+        campaign = ("--campaign", told.run.id.hex())
+        early = await command("sign", "--config", config, *campaign)
+        assert (early.exit_code, "custody-missing" in early.stderr) == (1, True), early.output
+        assert "1 of 1 windows are not here whole: steps 1 to 2" in early.stderr
+        url = ("--url", f"http://{running.address}")
+        await command("hand-in", *url, *campaign, "--accumulators", held.write(tmp_path / "job"))
+        signed = await command("sign", "--config", config, *campaign, "--json")
+        assert json.loads(signed.output)["status"] == "final", signed.output
+        assert json.loads(signed.output)["kind"] == "custody"
+        again = await command("sign", "--config", config, *campaign)
+        assert (again.exit_code, "duplicate" in again.stderr) == (1, True), again.output
+        encoded = (await running.client.get(f"/v1/bundles/accumulators?campaign={told.run.id.hex()}")).content
+        opened = open_bundle(anchor(told.ledger.genesis, told.ledger.chain_id), encoded)
+    assert provenance(opened).custodians == (HOSPITAL,)

@@ -29,9 +29,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from consensus.codec import encode
 from consensus.event import CheckedEvent, Kind
 from consensus.keys import Ed25519SigningKey
-from consensus.portions import BlockWeight, ClassRule, Release, Rollback, StepOperation
+from consensus.portions import (
+    BlockWeight,
+    ClassRule,
+    Custody,
+    Portions,
+    Release,
+    Rollback,
+    SaltedPortion,
+    StepOperation,
+)
 from consensus.rejection import Reason, Rejected, Unavailable
 from trainer_client.commitment import parameter_root_of, root_of_tensors
 from trainer_client.course import ReplayFailed
@@ -518,3 +528,18 @@ def test_run_record_says_what_happened_line_by_line(scene: Scene) -> None:
     assert kinds["campaign"] == kinds["release"] == kinds["grant"] == 1
     logged = {event.id.hex() for event in scene.node.order}
     assert all(line["id"] in logged for line in lines)
+
+
+def test_release_that_waits_for_custody_goes_through_after_a_custodians_word(scene: Scene) -> None:
+    scene.register(custody=("data-source",))
+    scene.plan_changes["accumulator_window_steps"] = 4
+    with scene.run() as run:
+        for batch in run.batches():
+            run.learn(losses(scene.model, batch.inputs))
+        with pytest.raises(Rejected) as refusal:
+            run.release(scene.directory / "tuned.safetensors")
+        assert refusal.value.reason is Reason.CUSTODY_MISSING
+        word = SaltedPortion(bytes(32), encode(Custody(scene.node.head(CAMPAIGN).last_event)))
+        scene.node.by_member("data-source-2", Kind.CUSTODY, Portions(None, word, None), campaign=CAMPAIGN)
+        run.release(scene.directory / "tuned.safetensors")
+    assert scene.node.head(CAMPAIGN).closed == "released"

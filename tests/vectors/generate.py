@@ -109,9 +109,14 @@ def portions() -> list[Case]:
 def events() -> list[Case]:
     """Entries with their id, leaf hash and one signature, by a member's role or by a job key."""
     cases: list[Case] = []
-    for kind, role in ((Kind.SOURCE, "data-source"), (Kind.POLICY, "governance"), (Kind.STEP, JOB_SIGNER_ROLE)):
+    for kind, role in (
+        (Kind.SOURCE, "data-source"),
+        (Kind.POLICY, "governance"),
+        (Kind.STEP, JOB_SIGNER_ROLE),
+        (Kind.CUSTODY, "verifier"),
+    ):
         key = Ed25519SigningKey(octets("seed", kind.value))
-        campaign = octets("campaign") if kind is Kind.STEP else bytes(32)
+        campaign = octets("campaign") if kind in (Kind.STEP, Kind.CUSTODY) else bytes(32)
         entry = Entry(
             VERSION, octets("chain"), kind, octets("author"), campaign, 7, 300, octets("data"), b"", octets("op"), ()
         )
