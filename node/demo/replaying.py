@@ -12,7 +12,7 @@ from node.demo.facts import ReplayFacts
 from node.demo.processes import ProcessFailed, countersign_command, log_tail
 from node.demo.training import Training
 
-REPLAY_SECONDS = 300.0
+REPLAY_SECONDS = 900.0
 RECORD_SECONDS = 60.0
 JOB = "trainer_client.demo.job:replay_job"
 
