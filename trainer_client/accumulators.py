@@ -89,7 +89,7 @@ class SourceAccumulators:
         ranks: Ranks = ALONE,
     ) -> None:
         self._ranks = ranks
-        self._directory = directory
+        self.directory = directory
         self._campaign = campaign
         self._window_steps = window_steps
         self._planned_steps = planned_steps
@@ -117,7 +117,7 @@ class SourceAccumulators:
         if self.sketches is not None:
             self.sketches.attach(self._entries)
         for name in ("windows", "blobs"):
-            (self._directory / name).mkdir(parents=True, exist_ok=True)
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
 
     def expect(self, step: int, examples: Sequence[Example]) -> None:
         """The micro-batch whose backward pass comes next is of these examples, in this order."""
@@ -256,7 +256,7 @@ class SourceAccumulators:
             entries.append(WindowEntry(policy, source, *self._sums_blob(held), *sketched))
         window = AccumulatorWindow(VERSION, terms, tuple(entries))
         root = window_root(window)
-        path = self._directory / "windows" / f"{root.hex()}.window"
+        path = self.directory / "windows" / f"{root.hex()}.window"
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_bytes(encode(window))
         make_durable(unfinished, path)
@@ -268,7 +268,7 @@ class SourceAccumulators:
 
     def _blob(self, tensors: dict[str, Tensor]) -> tuple[bytes, int]:
         """SHA-256 and size of the safetensors file with these tensors, once it is on disk."""
-        folder = self._directory / "blobs"
+        folder = self.directory / "blobs"
         unfinished = folder / "blob.unfinished"
         save_file(tensors, unfinished)
         with unfinished.open("rb") as file:

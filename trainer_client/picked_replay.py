@@ -61,10 +61,9 @@ class PickedReplay:
 
 @dataclass(slots=True)
 class _Position:
-    """Where the job stands: after ``step``, begun without a break after ``begun``; ``broken`` at a difference."""
+    """Where the job stands: after ``step``; ``broken`` at a difference."""
 
     step: int = 0
-    begun: int = 0
     broken: Difference | None = None
 
 
@@ -94,7 +93,7 @@ def replay_picked(
             on_step(number, len(picked))
     matching = [each.step for each in found if not each.differing]
     end_root = logged.steps[matching[-1] - 1].operation.root_after if matching else ZERO_DIGEST
-    return PickedReplay(tuple(found), walk.first, walk.executed, walk.windows, walk.windows_cut, Digest(end_root))
+    return PickedReplay(tuple(found), walk.first, walk.executed, walk.windows.whole, walk.windows.cut, Digest(end_root))
 
 
 def check_picked(logged: LoggedCampaign, picked: Sequence[int]) -> None:
@@ -110,6 +109,35 @@ def check_picked(logged: LoggedCampaign, picked: Sequence[int]) -> None:
         )
 
 
+class Windows:
+    """Which windows of accumulators a replay takes again from their first step."""
+
+    def __init__(self, logged: LoggedCampaign, run: Bench[E]) -> None:
+        self._terms = logged.terms
+        self._accumulators = run.accumulators
+        self._empty = None if run.accumulators is None else run.accumulators.state_dict()
+        self._begun = 0
+        self.whole = self.cut = 0
+
+    def begin_at(self, step: int) -> None:
+        """The job was put after ``step``, not led there: what was summed before is dropped."""
+        self._begun = step
+        if self._accumulators is not None:
+            assert self._empty is not None
+            self._accumulators.load_state_dict(self._empty)
+
+    def ends_whole(self, step: int) -> bool:
+        """Whether a window ends at this step, just taken, that was taken from its first one on; counts it."""
+        window_steps, planned_steps = self._terms.accumulator_window_steps, self._terms.planned_steps
+        if not window_steps or not ends_window(window_steps, planned_steps, step):
+            return False
+        first, _ = window_bounds(window_steps, planned_steps, step)
+        is_whole = first > self._begun
+        self.whole += is_whole
+        self.cut += not is_whole
+        return is_whole
+
+
 class _Walk:
     """Leads a job from picked step to picked step."""
 
@@ -120,11 +148,11 @@ class _Walk:
         self._run = run
         self._snapshots = snapshots
         self._restoration = restoration
-        self._empty = None if run.accumulators is None else run.accumulators.state_dict()
+        self.windows = Windows(logged, run)
         self._at = _Position()
         self._before = run.copied()
         self.first: Difference | None = None
-        self.executed = self.windows = self.windows_cut = 0
+        self.executed = 0
 
     def reach(self, step: int, start: int) -> tuple[str, ...]:
         """Take the steps up to ``step``, from the snapshot after ``start`` if that is further on; what differs."""
@@ -140,10 +168,8 @@ class _Walk:
     def _begin_at(self, start: int) -> None:
         assert self._snapshots is not None
         self._restoration.restore(self._snapshots.read(start), self._logged.steps)
-        if self._run.accumulators is not None:
-            assert self._empty is not None
-            self._run.accumulators.load_state_dict(self._empty)
-        self._at = _Position(start, start)
+        self.windows.begin_at(start)
+        self._at = _Position(start)
         self._before = self._run.copied()
 
     def _take(self, index: int) -> None:
@@ -152,7 +178,7 @@ class _Walk:
         self._restoration.stepped(index)
         self.executed += 1
         after = run.copied()
-        compared = accumulator_root if self._ends_whole_window(index) else None
+        compared = accumulator_root if self.windows.ends_whole(index) else None
         what = run.differences(step, self._before, after, compared)
         if what:
             what += self._tensors(index, after)
@@ -160,17 +186,6 @@ class _Walk:
         if what:
             self._at.broken = Difference(index, what)
             self.first = self.first or self._at.broken
-
-    def _ends_whole_window(self, index: int) -> bool:
-        terms = self._logged.terms
-        window_steps, planned_steps = terms.accumulator_window_steps, terms.planned_steps
-        if not window_steps or not ends_window(window_steps, planned_steps, index):
-            return False
-        first, _ = window_bounds(window_steps, planned_steps, index)
-        whole = first > self._at.begun
-        self.windows += whole
-        self.windows_cut += not whole
-        return whole
 
     def _tensors(self, index: int, after: dict[str, Tensor]) -> tuple[str, ...]:
         if self._snapshots is None:

@@ -78,6 +78,12 @@ class AuditFile(msgspec.Struct, frozen=True):
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="On another build: how far numbers may be apart, relative to the change between two snapshots, such as 0.01.",
 )
+@click.option(
+    "--accumulators",
+    "recorded_windows",
+    type=click.Path(path_type=Path),
+    help="With --tolerance: the run's folder of accumulators, to compare the sums of every source, too.",
+)
 @click.option("--balance", "balanced", is_flag=True, help="Split the change of the weights by source (AdamW).")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the weights it ends with.")
 @click.option(
@@ -99,6 +105,7 @@ def replay_command(
     step_list: str | None,
     audit_path: Path | None,
     tolerance: float | None,
+    recorded_windows: Path | None,
     balanced: bool,
     out: Path | None,
     report_path: Path | None,
@@ -131,6 +138,8 @@ def replay_command(
         raise click.UsageError("--steps and --audit compare steps; --without and --balance need all of them")
     if tolerance is not None and (snapshot_folder is None or not some_steps):
         raise click.UsageError("--tolerance compares with snapshots: give --snapshots, and --steps or --audit")
+    if recorded_windows is not None and tolerance is None:
+        raise click.UsageError("--accumulators goes with --tolerance: without it the log's own digests are compared")
     if snapshot_folder is not None and not some_steps:
         raise click.UsageError("give --steps or --audit with --snapshots: all steps are taken from the base model")
     chain, identifier = ChainId(_digest("--chain-id", chain_id)), _digest("--campaign", campaign)
@@ -155,7 +164,7 @@ def replay_command(
     if some_steps:
         folder = None if snapshot_folder is None else SnapshotFolder(snapshot_folder, identifier)
         if folder is not None and tolerance is not None:
-            picked = replay_within(logged, job, asked, folder, tolerance, told)
+            picked = replay_within(logged, job, asked, folder, tolerance, told, recorded_windows)
         else:
             picked = replay_picked(logged, job, asked, folder, told, ranks)
         found = Replayed(picked.executed, picked.matched, picked.difference, ParallelModel(job.model, ranks).root())

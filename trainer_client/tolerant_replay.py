@@ -12,21 +12,24 @@ optimizer's state is compared in the same way. At the snapshot the job goes on f
 do not pile up.
 
 What is told is the stretch between two snapshots, not a step: within it nothing is compared. Random numbers must be the
-same ones, so dropout on a GPU is compared with dropout on a GPU. Accumulators are digests, and not compared.
+same ones, so dropout on a GPU is compared with dropout on a GPU. Accumulators are compared where their files are at
+hand (``window_comparison.py``), of windows that were taken again from their first step.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from consensus.identifiers import ZERO_DIGEST, Digest
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.audit_snapshots import Restoration, SnapshotFolder
 from trainer_client.commitment import copied_tensors
-from trainer_client.picked_replay import PickedReplay, PickedStep, check_picked
+from trainer_client.picked_replay import PickedReplay, PickedStep, Windows, check_picked
 from trainer_client.replay import Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job
+from trainer_client.window_comparison import differing_sums
 
 E = TypeVar("E")
 
@@ -41,31 +44,45 @@ def replay_within(
     snapshots: SnapshotFolder,
     tolerance: float,
     on_step: OnStep = lambda done, of: None,
+    recorded_windows: Path | None = None,
 ) -> PickedReplay:
     """Take the stretches with the picked steps again and compare their ends within ``tolerance``, above 0 and below 1.
 
+    Args:
+        recorded_windows: the run's folder of accumulators, or what a custodian gave out of it; None compares none.
+
     Raises:
-        Rejected: ``NOT_FOUND`` for a picked step with no snapshot at or after it; as ``replay_picked``.
-        ConfigError: a snapshot cannot be read.
+        Rejected: ``NOT_FOUND`` for a picked step with no snapshot at or after it; as ``replay_picked`` and, of windows,
+            as ``window_comparison.differing_sums``.
+        ConfigError: a snapshot cannot be read, or a window's file is not there.
     """
     check_picked(logged, picked)
     check_job(logged, job)
+    if recorded_windows is not None and not logged.terms.accumulator_window_steps:
+        raise ConfigError(f"{recorded_windows}: the campaign keeps no accumulators, there is nothing to compare")
     stretches = sorted({_stretch(step, snapshots.steps) for step in picked})
     restoration = Restoration(job.model, job.optimizer, job.scheduler)
     differing: dict[tuple[int, int], tuple[str, ...]] = {}
     executed = at = 0
-    with bench(logged, job, accumulated=False) as run:
+    with bench(logged, job, accumulated=recorded_windows is not None) as run:
+        windows = Windows(logged, run)
         for number, (start, end) in enumerate(stretches, 1):
             if start > at:
                 restoration.restore(snapshots.read(start), logged.steps)
+                windows.begin_at(start)
             before = _numbers(job)
+            sums_apart: tuple[str, ...] = ()
             for recorded in logged.steps[start:end]:
-                run.take(recorded, run.admitted(recorded))
+                root = run.take(recorded, run.admitted(recorded))
                 restoration.stepped(recorded.index)
                 executed += 1
-            mine = _numbers(job)
+                if recorded_windows is None or run.accumulators is None or not windows.ends_whole(recorded.index):
+                    continue
+                mine, committed = run.accumulators.directory, recorded.operation.accumulator_root
+                sums_apart += differing_sums(mine, root, recorded_windows, committed, tolerance)
+            reached = _numbers(job)
             restoration.restore(snapshots.read(end), logged.steps)
-            differing[start, end] = _apart(before, mine, _numbers(job), tolerance)
+            differing[start, end] = _apart(before, reached, _numbers(job), tolerance) + sums_apart
             at = end
             on_step(number, len(stretches))
     found = []
@@ -77,7 +94,8 @@ def replay_within(
     difference = None if first is None else Difference(first[0][0] + 1, (f"by step {first[0][1]}", *first[1]))
     matching = [each.step for each in found if not each.differing]
     end_root = logged.steps[matching[-1] - 1].operation.root_after if matching else ZERO_DIGEST
-    return PickedReplay(tuple(found), difference, executed, 0, 0, Digest(end_root), tolerance_text(tolerance))
+    compared = (windows.whole, windows.cut) if recorded_windows is not None else (0, 0)
+    return PickedReplay(tuple(found), difference, executed, *compared, Digest(end_root), tolerance_text(tolerance))
 
 
 def tolerance_text(tolerance: float) -> str:

@@ -3,6 +3,7 @@
 Micro-batches stand for another build: gradients are summed in another order, and no digest comes out.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from governed_fixtures import CAMPAIGN, EVERYTHING, STEPS, Scene, TinyModel, col
 from torch import Tensor, nn
 
 from consensus.portions import BlockWeight, ClassRule
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected
 from node.cli import main
+from trainer_client.accumulators import SourceAccumulators
 from trainer_client.audit_snapshots import SnapshotFolder
 from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkpoint, write_checkpoint
 from trainer_client.governed import GovernedRun
@@ -193,3 +195,73 @@ def test_command_wants_snapshots_and_a_sensible_tolerance() -> None:
     needed = ("replay", "--job", "m:f", "--config", "c", "--node", "u", "--chain-id", "ab", "--campaign", "cd")
     for more in (("--tolerance", "0.01"), ("--tolerance", "0.01", "--steps", "3"), ("--tolerance", "2")):
         assert CliRunner().invoke(main, [*needed, *more]).exit_code == 2
+
+
+# Accumulators
+
+
+@pytest.fixture
+def summed(scene: Scene) -> Scene:
+    """A released run with windows of four steps, and snapshots at their ends and in their midst."""
+    scene.register(classes=EVERYTHING)
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=2)
+    scene.plan_changes.update(accumulator_window_steps=4)
+    scene.train()
+    return scene
+
+
+def with_windows(scene: Scene, *steps: int, folder: Path | None = None) -> PickedReplay:
+    logged = read_logged_campaign(scene.client(), CAMPAIGN)
+    snapshots = SnapshotFolder(kept_by(scene), CAMPAIGN)
+    windows = folder or scene.directory / "accumulators"
+    return replay_within(logged, elsewhere(scene), steps, snapshots, TOLERANCE, recorded_windows=windows)
+
+
+def test_sums_of_another_build_come_out_within_the_tolerance_for_windows_taken_whole(summed: Scene) -> None:
+    found = with_windows(summed, *range(1, STEPS + 1))
+    assert (found.matched, found.difference) == (STEPS, None)
+    assert (found.windows, found.windows_cut) == (STEPS // 4, 0)
+    found = with_windows(summed, 4, 5, 7)
+    assert (found.matched, found.windows, found.windows_cut) == (3, 1, 1)
+
+
+def test_sums_booked_to_another_source_are_outside_the_tolerance_and_named(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.register(classes=EVERYTHING)
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
+    scene.plan_changes.update(accumulator_window_steps=4)
+    manual, paper = scene.sources["manual"], scene.sources["paper"]
+    honest = SourceAccumulators.observe
+
+    def swapped(self: SourceAccumulators, parameter: str, group: bytes, gradient: Tensor) -> None:
+        honest(self, parameter, {manual: paper, paper: manual}.get(group, group), gradient)
+
+    with monkeypatch.context() as lying:
+        lying.setattr(SourceAccumulators, "observe", swapped)
+        scene.train()
+    found = with_windows(scene, 4)
+    assert found.matched == 0
+    assert found.difference is not None
+    named = {each.split(":")[0] for each in found.picked[0].differing[1:]}
+    assert {f"accumulators of source {source.hex()[:16]}" for source in (manual, paper)} <= named
+    assert "accumulators' total" not in named
+
+
+def test_altered_or_missing_file_of_a_recorded_window_is_refused_by_name(summed: Scene, tmp_path: Path) -> None:
+    folder = tmp_path / "fetched"
+    shutil.copytree(summed.directory / "accumulators", folder)
+    blob = max((folder / "blobs").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(Rejected, match=r"committed is [0-9a-f]{64}"):
+        with_windows(summed, *range(1, STEPS + 1), folder=folder)
+    blob.unlink()
+    with pytest.raises(ConfigError, match="expected a file of the recorded window"):
+        with_windows(summed, *range(1, STEPS + 1), folder=folder)
+
+
+def test_accumulators_of_a_campaign_that_keeps_none_are_refused_by_name(kept: Scene) -> None:
+    with pytest.raises(ConfigError, match="keeps no accumulators"):
+        with_windows(kept, 4)
