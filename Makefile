@@ -15,6 +15,8 @@ PEERS := .venv-peers/.installed
 PYTHON ?=
 # Seeds per plan of `make simulate`.
 SEEDS ?= 200
+# How long `make soak` takes.
+MINUTES ?= 60
 # Processes that `make test` runs tests in, whole files at a time; 0 for none but itself, as a debugger needs.
 TEST_PROCESSES ?= 2
 # Passed on to what a target runs, as in `make test PYTEST_ARGUMENTS="tests/consensus -k merkle"`.
@@ -56,6 +58,10 @@ bench-attribution: $(PEERS) ## Traces beside kronfluence and TRAK: fine-tunes re
 .PHONY: bench-trainer
 bench-trainer: $(PEERS) ## A governed training step beside a plain one, MLflow's logging and model-signing's hash; 5 minutes.
 	@.venv-peers/bin/python benchmarks/bench_trainer.py --peers $(BENCH_ARGUMENTS)
+
+.PHONY: soak
+soak: $(INSTALLED) ## Memory and finality of four nodes under steady load for MINUTES.
+	@$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(BENCH_ARGUMENTS)
 
 .PHONY: clean
 clean: ## Remove .venv, caches, build output and what the demo left.

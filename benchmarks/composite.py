@@ -1,4 +1,4 @@
-"""A campaign whose steps each list as many examples as an event may, signed before a clock starts.
+"""A campaign whose steps each list as many examples as asked for, by default as many as an event may.
 
 Policy, source, delegation, opening and grant are made by hand with all members' keys, as a benchmark may; the steps by
 the trainer client's own recorder. The operator's claims in them (roots, losses) mean nothing here.
@@ -24,14 +24,22 @@ from trainer_client.record import Permission, Recorder, StepOutcome, StepUse
 
 EXAMPLES_A_STEP = p.MAX_EVENT_EXAMPLES
 EXAMPLES_IN_SOURCE = 1_000_000
-GRANT_MS = 3_600_000
+GRANT_MS = 86_400_000
 BLOCK, CLASS = "all", "documentation"
 
 
 class CompositeCampaign:
     """Events to post one after the other: ``opening``, each on the log before the next, then ``steps``."""
 
-    def __init__(self, made: Provisioned, data_source: Author, governance: Author, operator: Author) -> None:
+    def __init__(
+        self,
+        made: Provisioned,
+        data_source: Author,
+        governance: Author,
+        operator: Author,
+        batch_size: int = EXAMPLES_A_STEP,
+    ) -> None:
+        self._batch_size = batch_size
         self._chain_id = made.chain_id
         self._governance, self._operator, self._data_source = governance, operator, data_source
         self._job_key = Ed25519SigningKey(_bytes("job key"))
@@ -43,12 +51,12 @@ class CompositeCampaign:
         self.opening = tuple(self._opened())
 
     def steps(self, count: int) -> list[bytes]:
-        """The next ``count`` step events, of ``EXAMPLES_A_STEP`` examples each."""
+        """The next ``count`` step events, of ``batch_size`` examples each."""
         (presented,) = self._manifest
         made = []
         for _ in range(count):
             place = self._recorder.place
-            examples = presented_examples(self._manifest, bytes(32), EXAMPLES_A_STEP, place.steps + 1)
+            examples = presented_examples(self._manifest, bytes(32), self._batch_size, place.steps + 1)
             root = Digest(_bytes(f"root {place.steps + 1}"))
             outcome = StepOutcome(place.root, root, (p.BlockDelta(1, root),), root, 1, 1, root, (), 1)
             use = StepUse(frozenset(examples), {})
@@ -82,7 +90,7 @@ class CompositeCampaign:
             routing_granularity="block",
             event_granularity="batch",
             sampler_seed=bytes(32),
-            batch_size=EXAMPLES_A_STEP,
+            batch_size=self._batch_size,
             planned_steps=1_000_000,
             hyperparameters=(),
             environment=(),
