@@ -14,13 +14,14 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from composite import EXAMPLES_A_STEP, CompositeCampaign
 from consortium import (
+    BATCH_EVENTS,
     Author,
     Consortium,
     connect,
@@ -46,6 +47,7 @@ from node.provision import MemberRequest
 
 VOTERS = ("library", "archive", "council", "operator")
 VERIFIER, SNAPSHOT_VERIFIER = "auditor", "guild"
+OTHER_BATCHES = (10, 100)
 STATEMENT_BYTES = (0, 2_000, 8_000)
 LOAD_BATCH_EVENTS, LOAD_PERIOD_SECONDS = 100, 0.1
 
@@ -129,17 +131,19 @@ def measure_finality_under_load(report: Report, consortium: Consortium, authors:
 
 
 def measure_sizes(report: Report, consortium: Consortium, authors: Sequence[Author], count: int) -> None:
-    """Throughput in batches against the size of an event."""
-    for statement_bytes in STATEMENT_BYTES:
+    """Throughput in batches against the size of an event, and of a batch."""
+    shapes = [(statement_bytes, BATCH_EVENTS) for statement_bytes in STATEMENT_BYTES]
+    shapes += [(0, batch_events) for batch_events in OTHER_BATCHES]
+    for statement_bytes, batch_events in shapes:
         events = [author.sources(count // 2, statement_bytes) for author in authors]
         size = consortium.log_size(VOTERS[0])
         with watch_load() as load:
             started = time.perf_counter()
-            submit_batches(consortium, authors, events)
+            submit_batches(consortium, authors, events, batch_events)
             consortium.wait_final(size + 2 * (count // 2))
             seconds = time.perf_counter() - started
-        rate = 2 * (count // 2) / seconds
-        report.rate(f"batches of events of {len(events[0][0])} bytes until final", rate, "events/s", load=load)
+        name = f"batches of {batch_events} events of {len(events[0][0])} bytes until final"
+        report.rate(name, 2 * (count // 2) / seconds, "events/s", load=load)
 
 
 @contextmanager
@@ -276,21 +280,29 @@ def report_memory(report: Report, consortium: Consortium, wanted: int) -> None:
 
 
 def measure(report: Report, arguments: argparse.Namespace) -> None:
-    """All figures, on one consortium."""
+    """All figures. What stays in the nodes' memory or log and is no part of the rest has a consortium of its own."""
     sizes = QUICK if arguments.quick else FULL
     if arguments.profile is not None:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     roles = (Role.DATA_SOURCE, Role.DATA_SOURCE, Role.GOVERNANCE, Role.OPERATOR)
     requests = [MemberRequest(name, role) for name, role in zip(VOTERS, roles, strict=True)]
     requests += [MemberRequest(name, Role.VERIFIER) for name in (VERIFIER, SNAPSHOT_VERIFIER)]
-    with running(
-        "bench.example/ledger", requests, directory=arguments.directory, profile=arguments.profile
-    ) as consortium:
-        _measure_running(report, consortium, sizes, arguments.only)
+    for parts in (set(PARTS) - {"sizes", "composite"}, {"sizes"}, {"composite"}):
+        if wanted := parts.intersection(arguments.only):
+            with running(
+                "bench.example/ledger", requests, directory=arguments.directory, profile=arguments.profile
+            ) as consortium:
+                _measure_running(report, consortium, sizes, wanted)
 
 
-def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only: Sequence[str]) -> None:
+def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only: Collection[str]) -> None:
     authors = [Author(consortium.made, name) for name in VOTERS[:2]]
+    if "sizes" in only:
+        measure_sizes(report, consortium, authors, sizes.batch_events // 5)
+        return
+    if "composite" in only:
+        measure_composite(report, consortium, sizes.composite_steps)
+        return
     kept = authors[0].sources(sizes.receipts)
     verify_seconds = verify_cost(consortium, kept)
     report.rate("check of one event", 1e6 * verify_seconds, "us CPU")
@@ -305,8 +317,6 @@ def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only:
         measure_finality(report, consortium, authors, sizes.finality_events)
     if "loaded" in only:
         measure_finality_under_load(report, consortium, authors, sizes.finality_events // 2)
-    if "sizes" in only:
-        measure_sizes(report, consortium, authors, sizes.batch_events // 5)
     if "batch" in only:
         signed = [author.sources(sizes.batch_events // 2) for author in authors]
         with timed_submission(
@@ -317,8 +327,6 @@ def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only:
         events = authors[0].sources(sizes.single_events)
         with timed_submission(report, consortium, "one POST each until final", len(events), 1_000, verify_seconds):
             submit_each(authors[0].address, events, connections=8)
-    if "composite" in only:
-        measure_composite(report, consortium, sizes.composite_steps)
     if "receipts" in only:
         measure_receipts(report, consortium, kept)
     if "catch-up" in only:

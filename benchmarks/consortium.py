@@ -258,15 +258,20 @@ def frames(events: Sequence[bytes]) -> bytes:
     return b"".join(len(event).to_bytes(4, "big") + event for event in events)
 
 
-def submit_batches(consortium: Consortium, authors: Sequence[Author], events: Sequence[Sequence[bytes]]) -> None:
+def submit_batches(
+    consortium: Consortium,
+    authors: Sequence[Author],
+    events: Sequence[Sequence[bytes]],
+    batch_events: int = BATCH_EVENTS,
+) -> None:
     """Post each author's events to its own node in batches, not more on their way than the pools hold."""
     base = consortium.log_size(authors[0].member.name)
     streams = [connect(author.address) for author in authors]
     sent = final = 0
-    for start in range(0, max(len(own) for own in events), BATCH_EVENTS):
+    for start in range(0, max(len(own) for own in events), batch_events):
         asked = []
         for stream, own in zip(streams, events, strict=True):
-            batch = own[start : start + BATCH_EVENTS]
+            batch = own[start : start + batch_events]
             if batch:
                 stream.sendall(post("/v1/events/batch", frames(batch)))
                 asked.append(stream)
