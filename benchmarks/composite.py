@@ -148,6 +148,7 @@ def _policy() -> p.Policy:
         maximum_grant_steps=1_000_000,
         maximum_grant_duration_ms=GRANT_MS,
         revocation="drain",
+        momentum="carry",
         rationale="",
     )
 

@@ -6,7 +6,7 @@ stands; every event here is by the campaign's job key, next in sequence, and mov
 * *step*: inside an open grant, chained to the last event and parameter root; presented examples exactly the
   sampler's; admitted ones granted, refused ones recorded before; profiles at or below the policy's; a
   parameter block that no admitted example may touch has not moved; windows of accumulators are committed where
-  they end.
+  they end; momentum of revoked sources is accounted for (``momentum_rules.py``).
 * *refusal*: the true reason, before its step. *rollback*: restores a root on the log, and must follow a step
   whose memorization signal is above the policy's threshold. *release*: the root on the log, with no finding open,
   and what the campaign committed to in custody (``custody_rules.py``).
@@ -25,6 +25,7 @@ from consensus.event import CheckedEvent
 from consensus.job_key import scheme_of
 from consensus.membership import Committee
 from consensus.membership_change import holder
+from consensus.momentum_rules import check_momentum, is_revoked_under, record_settled, undo_counts
 from consensus.policy import DISCRETIONARY_REFUSALS, REVOCATION_VOID, check_profile, why_refused
 from consensus.rejection import Reason, Rejected
 from consensus.sampler import is_among, presented_by_source
@@ -81,9 +82,11 @@ def admit_step(view: StateView, event: CheckedEvent, timestamp_ms: int, committe
     _check_step_totals(uses, governance)
     _check_profiles(uses, governance, operation, policy, campaign)
     flagged = _check_memorization(event, uses, operation, policy)
-    counts = tuple(SourceCounts(use.source, use.presented, use.admitted, use.refused) for use in uses)
+    settled = check_momentum(view, event.entry.campaign, campaign, grant, policy, governance, operation)
+    counts = undo_counts(view, event.entry.campaign, uses, settled)
     for use in uses:
         _record_usage(view, event.entry.campaign, use, operation.index)
+    record_settled(view, event.entry.campaign, settled, policy.momentum)
     view.put(
         CAMPAIGN_HEAD_TABLE + event.entry.campaign,
         changed(
@@ -247,7 +250,7 @@ def _check_memorization(
 
 def _record_usage(view: StateView, campaign: bytes, use: p.SourceUse, index: int) -> None:
     key = usage_key(campaign, use.source)
-    held = view.find(key, Usage) or Usage(campaign, use.source, 0, 0, (), 0, index, index)
+    held = view.find(key, Usage) or Usage(campaign, use.source, 0, 0, (), 0, index, index, "")
     view.put(
         key,
         Usage(
@@ -259,6 +262,7 @@ def _record_usage(view: StateView, campaign: bytes, use: p.SourceUse, index: int
             held.discarded,
             held.first_step,
             max(held.last_step, index),
+            "" if use.admitted else held.momentum,
         ),
     )
 
@@ -321,7 +325,7 @@ def _check_refusal_reason(
     if source in grant.sources:
         allowed = DISCRETIONARY_REFUSALS
     else:
-        revoked = bool(record.revocation) and record.revoked_at_ms <= grant.opened_at_ms
+        revoked = is_revoked_under(grant, record)
         reason = why_refused(policy, record.claim, revoked, campaign.purpose, grant.opened_at_ms, grant.closes_at_ms)
         allowed = frozenset({(reason or Reason.SOURCE_NOT_GRANTED).value})
     if named not in allowed:
@@ -411,6 +415,7 @@ def _take_back(view: StateView, campaign: bytes, counts: SourceCounts) -> None:
             held.discarded + counts.admitted,
             held.first_step,
             held.last_step,
+            counts.momentum,
         ),
     )
 

@@ -11,6 +11,8 @@ from consensus.rejection import Reason, Rejected
 
 REVOCATION_DRAIN = "drain"
 REVOCATION_VOID = "void"
+MOMENTUM_CARRY = "carry"
+MOMENTUM_FLUSH = "flush"
 ROUTING_GRANULARITIES = ("block", "layer", "head")
 EVENT_GRANULARITIES = ("epoch", "batch", "example")
 CUSTODY_ROLES = tuple(role.value for role in Role if role is not Role.OPERATOR)
@@ -29,6 +31,8 @@ def check_policy(policy: Policy) -> None:
     """
     if policy.revocation not in (REVOCATION_DRAIN, REVOCATION_VOID):
         raise Rejected(Reason.BAD_FIELD, f"revocation is '{policy.revocation}', expected drain or void")
+    if policy.momentum not in (MOMENTUM_CARRY, MOMENTUM_FLUSH):
+        raise Rejected(Reason.BAD_FIELD, f"momentum is '{policy.momentum}', expected carry or flush")
     for known, listed, what in (
         (ROUTING_GRANULARITIES, policy.routing_granularities, "routing granularity"),
         (EVENT_GRANULARITIES, policy.event_granularities, "event granularity"),

@@ -168,7 +168,8 @@ class Policy(Wire, frozen=True):
     ``author_schemes`` are the signature schemes (``SignatureScheme.label``) that may sign a policy and what runs under
     it; ``auditors`` are the members, none of them an operator, that alone may audit by lot, where there are any;
     ``custody`` are the roles of which a member must hold a campaign's accumulators before its release;
-    ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once).
+    ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once); ``momentum`` what becomes of a
+    revoked source's gradients in the optimizer's state: ``carry`` (they fade) or ``flush`` (that state is dropped).
     """
 
     name: Name
@@ -186,6 +187,7 @@ class Policy(Wire, frozen=True):
     maximum_grant_steps: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     maximum_grant_duration_ms: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     revocation: Name
+    momentum: Name
     rationale: Text
 
 
@@ -344,12 +346,24 @@ class MemorizationSignal(Wire, frozen=True):
     signal_permille: Permille
 
 
+class CarriedMomentum(Wire, frozen=True):
+    """What momentum keeps of a revoked source's gradients as a step begins, at most: of each its share, in billionths.
+
+    The share is of what the gradient weighed in the first moment when it came; 0 where no state is kept.
+    """
+
+    source: Bytes32
+    residual_nano: Annotated[int, Meta(ge=0, le=10**9)]
+
+
 class StepOperation(Wire, frozen=True):
     """What one optimizer step did to the parameters. Claims of the operator, chained and countable.
 
     ``previous`` is the campaign's last step, rollback or opening event. ``loss_micro`` and
     ``learning_rate_nano`` are millionths and billionths. ``accumulator_root`` is that of the window of per-source
-    sums which this step ends (``accumulators.py``), empty in every other step.
+    sums which this step ends (``accumulators.py``), empty in every other step. ``flushed`` are the revoked sources for
+    which the optimizer's state was dropped before the step, ``carried`` those whose momentum goes on
+    (``momentum_rules.py``).
     """
 
     index: Annotated[int, Meta(ge=1, le=2**53 - 1)]
@@ -363,6 +377,8 @@ class StepOperation(Wire, frozen=True):
     rng_digest: Bytes32
     memorization: Annotated[tuple[MemorizationSignal, ...], Meta(max_length=MAX_EXAMPLES)]
     accumulator_root: OptionalBytes32
+    flushed: Annotated[tuple[Bytes32, ...], Meta(max_length=MAX_ITEMS)]
+    carried: Annotated[tuple[CarriedMomentum, ...], Meta(max_length=MAX_ITEMS)]
     step_microseconds: Natural
 
     def __post_init__(self) -> None:

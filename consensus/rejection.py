@@ -70,6 +70,7 @@ class Reason(StrEnum):
     STEP_CHAIN_BROKEN = "step-chain-broken"
     COUNTS_NOT_CONSERVED = "counts-not-conserved"
     ACCUMULATORS_INCOMPLETE = "accumulators-incomplete"
+    MOMENTUM_UNACCOUNTED = "momentum-unaccounted"
     GRANULARITY_NOT_ADMITTED = "granularity-not-admitted"
     SKETCHES_TOO_COARSE = "sketches-too-coarse"
     MEMORIZATION_ABOVE_THRESHOLD = "memorization-above-threshold"

@@ -70,6 +70,7 @@ CUSTODY_TABLE = b"\x10"
 R = TypeVar("R", bound=Wire)
 
 Bytes48 = Annotated[bytes, Meta(min_length=48, max_length=48)]
+Treatment = Annotated[str, Meta(max_length=16)]
 
 
 class PolicyHead(Wire, frozen=True):
@@ -128,12 +129,13 @@ class CampaignRecord(Wire, frozen=True):
 
 
 class SourceCounts(Wire, frozen=True):
-    """One source's counts in the last step, so that a rollback can take them back."""
+    """One source's counts in the last step, so that a rollback can take them back; ``momentum`` as it was before."""
 
     source: Bytes32
     presented: Natural
     admitted: Natural
     refused: Counts
+    momentum: Treatment
 
 
 class PendingRefusal(Wire, frozen=True):
@@ -189,7 +191,11 @@ class GrantRecord(Wire, frozen=True):
 
 
 class Usage(Wire, frozen=True):
-    """Exact counts of one source in one campaign, rolled-back steps taken out and counted apart."""
+    """Exact counts of one source in one campaign, rolled-back steps taken out and counted apart.
+
+    ``momentum`` is what a step did about the source's gradients after its revocation, ``carry`` or ``flush``; empty
+    while none did, and again once the source is admitted.
+    """
 
     campaign: Bytes32
     source: Bytes32
@@ -199,6 +205,7 @@ class Usage(Wire, frozen=True):
     discarded: Natural
     first_step: Natural
     last_step: Natural
+    momentum: Treatment
 
 
 class EvidenceRecord(Wire, frozen=True):

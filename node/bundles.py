@@ -17,7 +17,8 @@ reads it. What is disclosed is decided here, and no more than the predicate need
 =====================  ================================================================================
 
 In the narrow ones a rollback's operation portion is disclosed only if its memorization signals name no
-source (but the one asked about); a step's only if, without it, its index could not be told.
+source (but the one asked about); a step's only if, without it, its index could not be told, and if neither signals
+nor the momentum that it settles name another.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -448,11 +449,14 @@ def _trained_on(items: DisclosedItems) -> bool:
 
 
 def _names_only(portions: p.Portions, sources: Iterable[bytes]) -> bool:
-    """Whether the memorization signals of a step's or rollback's operation portion name only ``sources``."""
+    """Whether a step's or rollback's operation portion names only ``sources``."""
     assert portions.operation is not None
     content: type[p.StepOperation | p.Rollback] = p.Rollback if portions.data is None else p.StepOperation
-    signals = decode(portions.operation.content, content, p.MAX_PORTIONS_BYTES).memorization
-    return {signal.source for signal in signals} <= set(sources)
+    operation = decode(portions.operation.content, content, p.MAX_PORTIONS_BYTES)
+    named = {signal.source for signal in operation.memorization}
+    if isinstance(operation, p.StepOperation):
+        named.update(operation.flushed, (carried.source for carried in operation.carried))
+    return named <= set(sources)
 
 
 _COLLECTORS: dict[Predicate, Callable[[_Export], None]] = {

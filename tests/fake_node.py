@@ -122,6 +122,7 @@ class FakeNode:
             "maximum_grant_steps": 100,
             "maximum_grant_duration_ms": 3_600_000,
             "revocation": "drain",
+            "momentum": "carry",
             "rationale": "",
         }
         policy = p.Policy(**{**fields, **changes})  # type: ignore[arg-type]

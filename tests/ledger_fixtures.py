@@ -60,7 +60,9 @@ from consensus.state import (
     PolicyRecord,
     SourceRecord,
     StateView,
+    Usage,
     read_record,
+    usage_key,
 )
 from consensus.state_map import StateMap
 from consensus.transition import LedgerState, build, genesis_state
@@ -281,6 +283,7 @@ class MemoryLedger:
                 maximum_grant_steps=100,
                 maximum_grant_duration_ms=86_400_000,
                 revocation="drain",
+                momentum="carry",
                 rationale="",
             ),
             **fields,
@@ -548,10 +551,12 @@ class CampaignRun:
         profiles: tuple[p.ClassProfile, ...] = (),
         reason: str = "",
         accumulator_root: bytes = b"",
+        **says: object,
     ) -> tuple[CheckedEvent, ...]:
         """The refusal the next step needs, if any, and the step. ``flagged`` is a source it memorized.
 
-        For a job that lies: the ``grant`` it pretends to have, the ``profiles`` it applies, a ``reason``.
+        For a job that lies: the ``grant`` it pretends to have, the ``profiles`` it applies, a ``reason``, and what
+        else it ``says`` in the operation portion.
         """
         ledger, head = self.ledger, self.head
         grant = grant or self._grant()
@@ -596,8 +601,11 @@ class CampaignRun:
             rng_digest=digest("rng", index),
             memorization=signals,
             accumulator_root=accumulator_root,
+            flushed=(),
+            carried=(),
             step_microseconds=1_000,
         )
+        step = msgspec.structs.replace(step, **{**(self._settled(grant) if admitted else {}), **says})
         governance = p.StepGovernance(
             self.grant_id,
             grant.policy,
@@ -609,6 +617,23 @@ class CampaignRun:
         )
         portions = p.Portions(p.DataPortion(salt, tuple(items)), ledger.salted(governance), ledger.salted(step))
         return (*refusal, self.written(Kind.STEP, portions))
+
+    def _settled(self, grant: GrantRecord) -> dict[str, object]:
+        """What an honest step says of the momentum of sources revoked since they were admitted."""
+        momentum = self._policy(grant).momentum
+        due = [
+            source
+            for source in sorted({held.source for held in self.manifest}.difference(grant.sources))
+            if self._reason(source, grant) == Reason.SOURCE_REVOKED and self._is_unsettled(source, momentum)
+        ]
+        if momentum == "flush":
+            return {"flushed": tuple(due)}
+        return {"carried": tuple(p.CarriedMomentum(source, 500_000_000) for source in due)}
+
+    def _is_unsettled(self, source: bytes, momentum: str) -> bool:
+        value = self.ledger.state.get(usage_key(self.id, source))
+        usage = None if value is None else read_record(value, Usage)
+        return usage is not None and usage.admitted > 0 and usage.momentum not in ("flush", momentum)
 
     def rollback(self, reason: str = Reason.MEMORIZATION_ABOVE_THRESHOLD.value) -> CheckedEvent:
         """The last step on the log is discarded."""
@@ -680,20 +705,21 @@ class CampaignRun:
         return (self.written(Kind.REFUSAL, portions),)
 
     def _profiles(self, admitted: dict[bytes, list[int]], grant: GrantRecord) -> tuple[p.ClassProfile, ...]:
-        value = self.ledger.state.get(POLICY_TABLE + grant.policy)
-        assert value is not None
-        policy = read_record(value, PolicyRecord).policy
+        policy = self._policy(grant)
         classes = sorted({self._source(source).claim.content_class for source in admitted})
         return tuple(maximum_profile(policy, name, BLOCKS) for name in classes)
 
     def _reason(self, source: bytes, grant: GrantRecord) -> str:
         record = self._source(source)
         revoked = bool(record.revocation) and record.revoked_at_ms <= grant.opened_at_ms
-        value = self.ledger.state.get(POLICY_TABLE + grant.policy)
-        assert value is not None
-        policy = read_record(value, PolicyRecord).policy
+        policy = self._policy(grant)
         why = why_refused(policy, record.claim, revoked, "research", grant.opened_at_ms, grant.closes_at_ms)
         return (why or Reason.SOURCE_NOT_GRANTED).value
+
+    def _policy(self, grant: GrantRecord) -> p.Policy:
+        value = self.ledger.state.get(POLICY_TABLE + grant.policy)
+        assert value is not None
+        return read_record(value, PolicyRecord).policy
 
     def _grant(self) -> GrantRecord:
         value = self.ledger.state.get(GRANT_TABLE + self.grant_id)

@@ -16,7 +16,7 @@ parameter of its own (``pieces.py``). Not split: embeddings, norms, tensors shar
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,12 @@ class Balance:
         """One source's part of one parameter's gradient, in one backward pass."""
         if parameter in self._entries:
             _add(self._pending.setdefault(group, {}), parameter, gradient.double())
+
+    def drop(self, names: Iterable[str]) -> None:
+        """The optimizer's state of these was dropped: no source's part of it is left."""
+        for name in names:
+            for moments in self._moments.values():
+                moments.pop(name, None)
 
     def before_step(self, block_of: Mapping[str, int], norms: Sequence[float | None], maximum_norm: float) -> None:
         """Between clipping and ``optimizer.step()``; ``norms`` are those of the parameter blocks before clipping."""

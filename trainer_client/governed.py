@@ -14,7 +14,8 @@ profiles, clips per parameter block, steps the optimizer and records the step. I
 1. a grant for it (asked for ahead; training pauses only without one);
 2. refusals: sources outside the grant with the policy's true reason, examples recited before;
 3. forward (the caller's) and one routed backward pass per micro-batch, normalised by the *presented* count;
-4. where the plan says so, per-source sums of gradients (``accumulators.py``), committed at the end of each window;
+4. what the optimizer keeps of sources revoked since is dropped or accounted for (``momentum.py``); where the plan says
+   so, per-source sums of gradients (``accumulators.py``), committed at the end of each window;
 5. parameter commitment, hashed while the next step runs; refusals and step event then go to the outbox;
 6. the memorization check of the step's suspects (``memorization_watch.py``). Above the policy's threshold the step is
    recorded with its signal, the job restored bit for bit, a ``rollback`` recorded, and the step repeated without
@@ -54,6 +55,7 @@ from torch import Tensor, nn
 from consensus import portions as p
 from consensus.identifiers import ZERO_DIGEST
 from consensus.keys import Signer
+from consensus.policy import MOMENTUM_FLUSH
 from consensus.rejection import ConfigError, CountersignError, InvariantBroken, Reason, Rejected
 from consensus.review import DataSlice, Metric, metric_text
 from consensus.sampler import presented_examples
@@ -68,6 +70,7 @@ from trainer_client.grants import OpenGrant
 from trainer_client.memorization_manifest import NAME as MANIFEST_NAME
 from trainer_client.memorization_manifest import measured_by, recited_metric, write_manifest
 from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch, last_pass_from
+from trainer_client.momentum import Momentum
 from trainer_client.opening import RunArguments, open_run, own_directory
 from trainer_client.outbox import Fate
 from trainer_client.packing import Packing, taken_apart
@@ -138,7 +141,8 @@ class GovernedRun(Generic[E]):
         self._stack = ExitStack()
         self._micro_batch = ExitStack()
         self._accumulators = _accumulators_of(arguments, self._ranks)
-        parts = {"scheduler": self._scheduler, "accumulators": self._accumulators}
+        self._momentum = Momentum(self._optimizer)
+        parts = {"scheduler": self._scheduler, "accumulators": self._accumulators, "momentum": self._momentum}
         stateful = {name: part for name, part in parts.items() if part is not None}
         self._state = TrainingState(self._model, self._optimizer, stateful)
         self._step: Step | None = None
@@ -166,6 +170,7 @@ class GovernedRun(Generic[E]):
                 self._stack,
                 lambda: self._wait_on_close,
                 self._accumulators,
+                self._momentum,
             )
         except BaseException:
             self._stack.close()
@@ -261,6 +266,14 @@ class GovernedRun(Generic[E]):
             if step.before is None and self._watch.has_suspects:
                 step.before = take_snapshot(self._state, self._course.done, ZERO_DIGEST, step.beginning)
             self._book.settle_optimizer()
+            self._momentum.take_step(
+                step.flushed,
+                tuple(carried.source for carried in step.carried),
+                {
+                    source: step.grant.profiles[self._classes[source]].weights_permille
+                    for source in {source for source, _ in step.admitted}
+                },
+            )
             if self._accumulators is not None:
                 policy = step.grant.permission.policy
                 self._accumulators.take_step(policy, self._optimizer, norms, self._plan.clip_norm)
@@ -477,6 +490,8 @@ class GovernedRun(Generic[E]):
                     refused[example] = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
             admitted = tuple(example for example in presented if example not in refused)
             beginning = step_beginning(self._state)
+            due = self._momentum.due(grant) if admitted else ()
+            flushes = grant.policy.momentum == MOMENTUM_FLUSH
             self._step = Step(
                 index=index,
                 grant=grant,
@@ -488,6 +503,8 @@ class GovernedRun(Generic[E]):
                 started=time.perf_counter(),
                 before=self._course.snapshot_if_due(),
                 batches=self._ranks.micro_batches(admitted, self._micro_batch_size),
+                flushed=due if flushes else (),
+                carried=() if flushes else tuple(map(self._momentum.carried, due)),
             )
             self._grant = grant
             self._admitted.update(source for source, _ in self._step.admitted)
@@ -509,6 +526,8 @@ class GovernedRun(Generic[E]):
             started=time.perf_counter(),
             before=None,
             batches=self._ranks.micro_batches(admitted, self._micro_batch_size),
+            flushed=step.operation.flushed,
+            carried=step.operation.carried,
         )
 
     def _content(self, examples: tuple[Example, ...]) -> dict[Example, E]:

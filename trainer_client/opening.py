@@ -38,6 +38,7 @@ from trainer_client.data_parallel import ParallelModel
 from trainer_client.grants import OpenGrant
 from trainer_client.ledger_side import LedgerSide
 from trainer_client.memorization_watch import MemorizationCheck
+from trainer_client.momentum import Momentum
 from trainer_client.pieces import optimizer_by_pieces
 from trainer_client.plan import (
     DATA_PARALLEL,
@@ -131,10 +132,11 @@ def open_run(
     stack: ExitStack,
     wait_on_close: Callable[[], bool],
     accumulators: SourceAccumulators | None,
+    momentum: Momentum,
 ) -> OpenedRun:
     """Opens the campaign and begins to ask for grants; ``wait_on_close`` is asked whether to wait for delivery.
 
-    ``accumulators``, where the campaign keeps them, learn of model and routing.
+    ``accumulators``, where the campaign keeps them, and ``momentum`` learn of model and routing.
 
     Raises:
         Rejected, RoutingUnsupported, ConfigError, Unavailable, RankFailed: as ``GovernedRun.__enter__``; ``stack`` is
@@ -157,6 +159,7 @@ def open_run(
     )
     if accumulators is not None:
         accumulators.attach(model.module, block_of, entries)
+    momentum.attach(block_of, entries)
     sources = {source.id: source for source in arguments.sources}
     claims, policy = ranks.by_first(lambda: _claims_and_policy(client, sources))
     ranks.together(lambda: _check_contents(sources, claims))

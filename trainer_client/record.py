@@ -89,6 +89,8 @@ class StepOutcome:
     memorization: tuple[p.MemorizationSignal, ...]
     step_microseconds: int
     accumulator_root: bytes = b""
+    flushed: tuple[bytes, ...] = ()
+    carried: tuple[p.CarriedMomentum, ...] = ()
 
 
 class Recorder:
@@ -205,6 +207,8 @@ class Recorder:
             rng_digest=outcome.rng_digest,
             memorization=outcome.memorization,
             accumulator_root=outcome.accumulator_root,
+            flushed=outcome.flushed,
+            carried=outcome.carried,
             step_microseconds=outcome.step_microseconds,
         )
         if outcome.root_before != place.root:

@@ -33,8 +33,9 @@ from trainer_client.calls import CampaignStatus
 from trainer_client.clipping import clip_block_gradients
 from trainer_client.commitment import optimizer_state_digest, step_commitment
 from trainer_client.data_parallel import ParallelModel
+from trainer_client.momentum import blocks_moved, drop_state
 from trainer_client.packing import Packed, taken_apart
-from trainer_client.pieces import optimizer_by_pieces
+from trainer_client.pieces import Entries, optimizer_by_pieces
 from trainer_client.plan import DATA_PARALLEL, RANKS, TrainingSource, check_content
 from trainer_client.ranks import ALONE, Ranks
 from trainer_client.record import Example
@@ -138,7 +139,7 @@ def replay(
     if balanced and ranks.size > 1:
         raise Rejected(Reason.BAD_FIELD, f"a balance sheet of {ranks.size} processes: each sees its own examples alone")
     balance = Balance(job.optimizer) if balanced else None
-    with bench(logged, job, ranks, accumulated=not (without or balanced), balance=balance) as run:
+    with bench(logged, job, ranks, accumulated=not (without or balanced), balance=balance, without=without) as run:
         grouped = bool(logged.terms.accumulator_window_steps)
         matched = 0
         before = run.copied()
@@ -165,10 +166,12 @@ def bench(
     *,
     accumulated: bool,
     balance: Balance | None = None,
+    without: Collection[bytes] = (),
 ) -> Iterator["Bench[E]"]:
     """What steps are taken on, with the job's model under the campaign's routing; afterwards it is as it was.
 
-    ``accumulated``: form the campaign's accumulators, if it has any, in a folder that goes away.
+    ``accumulated``: form the campaign's accumulators, if it has any, in a folder that goes away. Sources that it goes
+    ``without`` moved nothing, and no momentum is dropped for them.
     """
     blocks = {block.name: tuple(tensor.name for tensor in block.tensors) for block in logged.terms.parameter_blocks}
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
@@ -189,7 +192,10 @@ def bench(
             balance.attach(model, entries)
         stack.enter_context(routing)
         clip_norm = _clip_norm(logged.terms)
-        yield Bench(logged, job, ranks, parallel, routing, blocks, block_of, clip_norm, accumulators, balance)
+        without = frozenset(without)
+        yield Bench(
+            logged, job, ranks, parallel, routing, entries, blocks, block_of, clip_norm, accumulators, balance, without
+        )
 
 
 class _Unheard(GradientObserver):
@@ -208,11 +214,13 @@ class Bench(Generic[E]):
     ranks: Ranks
     parallel: ParallelModel
     routing: Routing
+    entries: Entries
     blocks: Mapping[str, tuple[str, ...]]
     block_of: Mapping[str, int]
     clip_norm: float
     accumulators: SourceAccumulators | None
     balance: Balance | None
+    without: frozenset[bytes]
 
     def admitted(self, step: RecordedStep) -> tuple[Example, ...]:
         """The examples that a step took, in its order."""
@@ -258,6 +266,7 @@ class Bench(Generic[E]):
         if admitted:
             self.routing.finish_step()
             norms = clip_block_gradients(model, self.block_of, self.clip_norm)
+            self._flush(step)
             if self.accumulators is not None:
                 self.accumulators.take_step(step.permission.policy, job.optimizer, norms, self.clip_norm)
             if self.balance is not None:
@@ -271,6 +280,17 @@ class Bench(Generic[E]):
             return b""
         window = self.accumulators.end_step(step.index, recorded=True)
         return b"" if window is None else window.result()
+
+    def _flush(self, step: RecordedStep) -> None:
+        """Drop the optimizer's state of the parameter blocks which the step says that it dropped it of."""
+        flushed = frozenset(step.operation.flushed) - self.without
+        if not flushed:
+            return
+        moved = blocks_moved(self.logged.steps[: step.index - 1], flushed)
+        entries = {name: entry for name, entry in self.entries.items() if self.block_of.get(name) in moved}
+        drop_state(self.job.optimizer, entries.values())
+        if self.balance is not None:
+            self.balance.drop(entries)
 
     def _learn(
         self, step: RecordedStep, admitted: tuple[Example, ...], examples: tuple[Example, ...], *, last: bool

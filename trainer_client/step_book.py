@@ -39,7 +39,8 @@ class Step:
     """A step while it is being taken. ``before`` is a snapshot to undo it by, where it may have to be undone.
 
     ``started`` is in seconds of ``time.perf_counter``. ``batches`` are this rank's micro-batches, as many as every rank
-    has: where there are several ranks, one of them may be empty. ``learned`` of them are done.
+    has: where there are several ranks, one of them may be empty. ``learned`` of them are done. ``flushed`` and
+    ``carried`` are ``portions.StepOperation``'s.
     """
 
     index: int
@@ -54,6 +55,8 @@ class Step:
     batches: tuple[tuple[Example, ...], ...] = ()
     loss_sum: float = 0.0
     learned: int = 0
+    flushed: tuple[bytes, ...] = ()
+    carried: tuple[p.CarriedMomentum, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,8 @@ class StepBook:
             rng_digest=step.rng_digest,
             memorization=taken.signals,
             accumulator_root=b"" if taken.accumulator_root is None else taken.accumulator_root.result(),
+            flushed=step.flushed,
+            carried=step.carried,
             step_microseconds=taken.microseconds,
         )
         events = self._ledger.record_step(step.grant, StepUse(frozenset(step.admitted), step.refused), outcome)
@@ -188,6 +193,10 @@ class StepBook:
         if counts:
             detail = ", ".join(f"{count} {reason}" for reason, count in counts.items())
             self.note("refusal", step.index, id=events[0].id.hex(), refused=len(step.refused), detail=detail)
+        settled = [f"{source.hex()} flushed" for source in step.flushed]
+        settled += [f"{held.source.hex()} carried, at most {held.residual_nano / NANO:.9f}" for held in step.carried]
+        if settled:
+            self.note("momentum", step.index, id=events[-1].id.hex(), detail="; ".join(settled))
         self.note(
             "step",
             step.index,

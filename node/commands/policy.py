@@ -40,6 +40,7 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     maximum_grant_steps: int
     maximum_grant_duration_seconds: int
     revocation: str = "drain"
+    momentum: str = "carry"
     routing_granularities: tuple[str, ...] = ("block",)
     event_granularities: tuple[str, ...] = ("batch",)
     author_schemes: tuple[str, ...] = AUTHOR_SCHEMES
@@ -162,6 +163,7 @@ def read_policy(path: Path, members: Sequence[Member] = ()) -> Policy:
         maximum_grant_steps=file.maximum_grant_steps,
         maximum_grant_duration_ms=1_000 * file.maximum_grant_duration_seconds,
         revocation=file.revocation,
+        momentum=file.momentum,
         rationale=file.rationale,
     )
     check_policy(made)

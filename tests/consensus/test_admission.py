@@ -99,6 +99,7 @@ def test_old_policy_cannot_be_put_back_into_force_by_replay() -> None:
     "fields",
     [
         {"revocation": "sometimes"},
+        {"momentum": "keep"},
         {"routing_granularities": ()},
         {"routing_granularities": ("block", "planet")},
         {"routing_granularities": ("block", "block")},
@@ -807,7 +808,8 @@ def test_step_whose_head_is_too_large_for_the_state_is_refused_by_name_and_the_s
     huge = msgspec.structs.replace(
         head,
         undo_counts=tuple(
-            SourceCounts(digest(n), 2**16, 2**16, (p.Count(reason, 2**16),)) for n in range(2 * MAX_MANIFEST_SOURCES)
+            SourceCounts(digest(n), 2**16, 2**16, (p.Count(reason, 2**16),), "")
+            for n in range(2 * MAX_MANIFEST_SOURCES)
         ),
         pending=tuple(
             PendingRefusal(digest(n), reason, tuple(range(2**40, 2**40 + 8))) for n in range(2 * MAX_MANIFEST_SOURCES)

@@ -32,6 +32,7 @@ POLICY = p.Policy(
     maximum_grant_steps=10,
     maximum_grant_duration_ms=1_000,
     revocation="drain",
+    momentum="carry",
     rationale="",
 )
 CLAIM = p.SourceClaim("s", digest("c"), 8, 8, "CC0-1.0", "own", ("research",), "text", 100, 200, "", b"")

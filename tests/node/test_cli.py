@@ -350,6 +350,8 @@ def test_what_is_no_policy_or_no_policy_event_is_refused(consortium: Provisioned
     refused(2, "unknown field `licenses`", *sign, "--policy", policy_path)
     policy_path.write_text('revocation = "perhaps"\n' + POLICY)
     refused(1, "bad-field: revocation is 'perhaps'", *sign, "--policy", policy_path)
+    policy_path.write_text('momentum = "keep"\n' + POLICY)
+    refused(1, "bad-field: momentum is 'keep'", *sign, "--policy", policy_path)
     content.write_bytes(b"x")
     options = ("--name", "x", "--salt-file", str(tmp_path / "s"), *CLAIM)
     assert sign_source(consortium, content, claim, *options).exit_code == 0
