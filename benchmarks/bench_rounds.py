@@ -23,6 +23,7 @@ from node.provision import MemberRequest
 
 MEMBERS_PER_ROLE, NEEDED = 3, 2
 SETTLE_SECONDS = 2.0
+QUIET_EVENTS = 24
 
 
 def measure(report: Report, arguments: argparse.Namespace) -> None:
@@ -83,10 +84,13 @@ def measure_recovery(
             stream = connect(author.address)
             take_away(consortium, leader)
             samples.append(wait_until_final(stream, event) / 1_000)
-            stream.close()
             bring_back(consortium, leader)
             consortium.wait_connected()
-            # Until the one that came back has caught up and votes: all nine are idle and agree on the view again.
+            # Until the one that came back has caught up and votes, and timeouts are those of a network at peace again:
+            # each that ran out makes the next ones longer, each ledger block shorter by an eighth of what they grew.
+            for quiet in author.sources(QUIET_EVENTS):
+                wait_until_final(stream, quiet)
+            stream.close()
             time.sleep(SETTLE_SECONDS)
     report.samples(f"recovery after the leader was {how}", samples, "s", {0.9: at_most(1)}, load)
 
