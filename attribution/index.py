@@ -49,7 +49,7 @@ FORMAT = "countersign-sketch-index"
 VERSION = 1
 MAX_INDEX_JSON_BYTES = 1 << 29
 NPY_HEADER_BYTES = 128
-WINDOWS, COLUMNS = "windows", "columns"
+COLUMNS = "columns"
 
 Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Meta(ge=1, le=2**53 - 1)]

@@ -17,7 +17,6 @@ from attribution.index import (
     FORMAT,
     NPY_HEADER_BYTES,
     VERSION,
-    WINDOWS,
     Index,
     IndexHeader,
     LeftOut,
@@ -29,7 +28,7 @@ from attribution.index import (
 )
 from attribution.sketches import Piece, RunFolder, Sketches, open_sketches
 from attribution.weights import WindowFile
-from consensus.accumulators import WindowEntry
+from consensus.accumulators import WINDOWS, WindowEntry, window_path
 from consensus.rejection import ConfigError, Reason, Rejected
 
 
@@ -65,7 +64,7 @@ def build_index(
         if not writer.segments:
             raise Rejected(Reason.NOT_FOUND, f"{directory} holds no sketches that the log commits to: {left_out[0]}")
         for root in {file.window.root for file, _ in entries}:
-            shutil.copyfile(directory / WINDOWS / f"{root.hex()}.window", unfinished / WINDOWS / f"{root.hex()}.window")
+            shutil.copyfile(directory / window_path(root), unfinished / window_path(root))
         left_out.sort(key=lambda held: (held.source, held.first_step, held.policy))
         writer.finish(tuple(left_out))
         _put_in_place(unfinished, out)

@@ -32,7 +32,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from attribution.weights import WindowFile
-from consensus.accumulators import WindowEntry
+from consensus.accumulators import WindowEntry, blob_path
 from consensus.rejection import Reason, Rejected
 
 NIBBLE_ZERO = 8
@@ -141,7 +141,7 @@ class RunFolder:
 
     def sketches(self, file: WindowFile, entry: WindowEntry) -> SketchBytes:
         """The file that is named by the entry's digest."""
-        path = file.directory / "blobs" / f"{entry.sketches_sha256.hex()}.safetensors"
+        path = file.directory / blob_path(entry.sketches_sha256)
         found_bytes = _size_of(path)
         if found_bytes != entry.sketches_bytes:
             raise Rejected(

@@ -19,7 +19,14 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from attribution.cores import each_on_a_core
-from consensus.accumulators import MAX_WINDOW_BYTES, AccumulatorWindow, WindowEntry, decode_window
+from consensus.accumulators import (
+    MAX_WINDOW_BYTES,
+    AccumulatorWindow,
+    WindowEntry,
+    blob_path,
+    decode_window,
+    window_path,
+)
 from consensus.identifiers import Digest
 from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.predicates.accumulators import Window
@@ -124,7 +131,7 @@ def open_window(directory: Path, campaign: bytes, window: Window) -> WindowFile:
     Raises:
         Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``, as ``decode_window``.
     """
-    path = directory / "windows" / f"{window.root.hex()}.window"
+    path = directory / window_path(window.root)
     try:
         with path.open("rb") as file:
             listed = decode_window(file.read(MAX_WINDOW_BYTES + 1), window.root)
@@ -244,7 +251,7 @@ def _committed_bytes(directory: Path, entry: WindowEntry, seen: Mapping[bytes, b
 
 
 def _blob(directory: Path, entry: WindowEntry) -> Path:
-    return directory / "blobs" / f"{entry.blob_sha256.hex()}.safetensors"
+    return directory / blob_path(entry.blob_sha256)
 
 
 def _tensors_in(content: bytes, path: Path) -> dict[str, Tensor]:

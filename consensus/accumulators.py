@@ -31,6 +31,9 @@ VERSION = 1
 MAX_ENTRIES = 4 * MAX_ITEMS
 MAX_WINDOW_BYTES = MAX_ENTRIES * 160 + 256
 
+WINDOWS, BLOBS = "windows", "blobs"
+"""Below the folder that a job leaves, a custodian keeps and a trace reads."""
+
 Step = Annotated[int, Meta(ge=1, le=2**53 - 1)]
 
 
@@ -103,6 +106,16 @@ def window_root(window: AccumulatorWindow) -> Digest:
     if places[0] != (b"", b"") or any(not before < after for before, after in pairwise(places)):
         raise Rejected(Reason.BAD_FIELD, "entries of a window are not the total, then policies and sources in order")
     return root_of([tagged_hash(Tag.ACCUMULATOR, encode(leaf)) for leaf in (window.terms, *window.entries)])
+
+
+def window_path(root: bytes) -> str:
+    """Where a window's list is below the folder."""
+    return f"{WINDOWS}/{root.hex()}.window"
+
+
+def blob_path(sha256: bytes) -> str:
+    """Where a file that a list names is below the folder: sums or sketches."""
+    return f"{BLOBS}/{sha256.hex()}.safetensors"
 
 
 def decode_window(encoded: bytes, root: bytes) -> AccumulatorWindow:

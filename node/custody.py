@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from consensus.accumulators import AccumulatorWindow, decode_window
+from consensus.accumulators import WINDOWS, AccumulatorWindow, blob_path, decode_window, window_path
 from consensus.bundle import open_bundle
 from consensus.epochs import Anchor
 from consensus.predicates import Predicate
@@ -215,7 +215,7 @@ class CustodyDesk:
 
     def _listed(self, campaign: bytes) -> Iterator[AccumulatorWindow]:
         """The lists of a campaign that are here."""
-        for path in sorted((self._directory / campaign.hex() / "windows").glob("*.window")):
+        for path in sorted((self._directory / campaign.hex() / WINDOWS).glob("*.window")):
             listed = self._list(campaign, bytes.fromhex(path.stem)) if DIGEST_NAME.fullmatch(path.stem) else None
             if listed is not None:
                 yield listed
@@ -269,10 +269,10 @@ class CustodyDesk:
         self._on_disk(lambda: self._rename(part, path))
 
     def _list_path(self, campaign: bytes, root: bytes) -> Path:
-        return self._directory / campaign.hex() / "windows" / f"{root.hex()}.window"
+        return self._directory / campaign.hex() / window_path(root)
 
     def _blob_path(self, campaign: bytes, sha256: bytes) -> Path:
-        return self._directory / campaign.hex() / "blobs" / f"{sha256.hex()}.safetensors"
+        return self._directory / campaign.hex() / blob_path(sha256)
 
     def _part_path(self, campaign: bytes, sha256: bytes) -> Path:
         path = self._blob_path(campaign, sha256)

@@ -36,12 +36,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from consensus.accumulators import (
+    BLOBS,
     VERSION,
+    WINDOWS,
     AccumulatorWindow,
     WindowEntry,
     WindowTerms,
+    blob_path,
     ends_window,
     window_bounds,
+    window_path,
     window_root,
 )
 from consensus.codec import encode
@@ -116,7 +120,7 @@ class SourceAccumulators:
         self._block_of = block_of_entry
         if self.sketches is not None:
             self.sketches.attach(self._entries)
-        for name in ("windows", "blobs"):
+        for name in (WINDOWS, BLOBS):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
 
     def expect(self, step: int, examples: Sequence[Example]) -> None:
@@ -256,7 +260,7 @@ class SourceAccumulators:
             entries.append(WindowEntry(policy, source, *self._sums_blob(held), *sketched))
         window = AccumulatorWindow(VERSION, terms, tuple(entries))
         root = window_root(window)
-        path = self.directory / "windows" / f"{root.hex()}.window"
+        path = self.directory / window_path(root)
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_bytes(encode(window))
         make_durable(unfinished, path)
@@ -268,13 +272,12 @@ class SourceAccumulators:
 
     def _blob(self, tensors: dict[str, Tensor]) -> tuple[bytes, int]:
         """SHA-256 and size of the safetensors file with these tensors, once it is on disk."""
-        folder = self.directory / "blobs"
-        unfinished = folder / "blob.unfinished"
+        unfinished = self.directory / BLOBS / "blob.unfinished"
         save_file(tensors, unfinished)
         with unfinished.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
         size_bytes = unfinished.stat().st_size
-        make_durable(unfinished, folder / f"{digest.hex()}.safetensors")
+        make_durable(unfinished, self.directory / blob_path(digest))
         return digest, size_bytes
 
 

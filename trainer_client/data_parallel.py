@@ -16,8 +16,9 @@ parameters on a part of the ranks, trainable parameters that are not sharded bes
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,7 @@ from consensus.identifiers import Digest
 from consensus.rejection import ConfigError
 from trainer_client.commitment import committed_tensors, copied_tensors, root_of_tensors
 from trainer_client.ranks import Ranks
+from trainer_client.record import Example
 from trainer_client.sharding import is_sharded, whole
 
 if TYPE_CHECKING:
@@ -74,6 +76,10 @@ class ParallelModel:
             for module in self._sharded_modules:
                 module.set_requires_gradient_sync(True, recurse=False)
 
+    def of_all(self, loss: Tensor) -> Tensor:
+        """The part of this rank's examples in the loss of all, as the wrapper, which averages, must be given it."""
+        return loss * self._ranks.size if self._ranks.size > 1 else loss
+
     def copied(self) -> dict[str, Tensor]:
         """On the first rank ``commitment.copied_tensors`` of the whole model; empty elsewhere. Every rank must ask."""
         if not self.is_sharded:
@@ -118,6 +124,31 @@ class ParallelModel:
                 raise ConfigError(
                     f"parameter {name!r} is sharded over a mesh of shape {found_mesh}: expected ({ranks.size},)"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class RankPass:
+    """What a rank shows in one pass: ``examples`` with their weights, and the profiles of the step on every rank."""
+
+    examples: tuple[Example, ...]
+    weights_BK: list[list[int]]
+    profiles_of_step: set[tuple[int, ...]]
+
+
+def pass_over(
+    own: tuple[Example, ...],
+    admitted: Sequence[Example],
+    profile_permille: Callable[[bytes], Sequence[int]],
+    ranks: Ranks,
+) -> RankPass:
+    """A pass over a rank's ``own`` examples of a step; over a stand-in, which moves nothing, where it has none left.
+
+    ``profile_permille`` is of a source's class.
+    """
+    shown = own or tuple(admitted[:1])
+    weights_BK = [[weight if own else 0 for weight in profile_permille(source)] for source, _ in shown]
+    elsewhere = admitted if ranks.size > 1 else ()
+    return RankPass(shown, weights_BK, {tuple(profile_permille(source)) for source, _ in elsewhere})
 
 
 def _inside(model: nn.Module) -> nn.Module | None:

@@ -64,7 +64,7 @@ from trainer_client.audit_snapshots import AuditSnapshots, snapshot_directory
 from trainer_client.clipping import clip_block_gradients
 from trainer_client.commitment import root_of_tensors
 from trainer_client.course import Course
-from trainer_client.data_parallel import ParallelModel
+from trainer_client.data_parallel import ParallelModel, pass_over
 from trainer_client.evaluation import file_sha256
 from trainer_client.grants import OpenGrant
 from trainer_client.memorization_manifest import NAME as MANIFEST_NAME
@@ -251,8 +251,7 @@ class GovernedRun(Generic[E]):
             loss = self._routing.routed_loss(loss_B, self._plan.batch_size)
             if not torch.isfinite(loss):
                 raise TrainingFailed(f"step {step.index}: the loss is {loss.item()}")
-            # Ranks are averaged: each one's sum is multiplied by their number.
-            (loss * self._ranks.size if self._ranks.size > 1 else loss).backward()  # type: ignore[no-untyped-call]
+            self._parallel.of_all(loss).backward()  # type: ignore[no-untyped-call]
             step.loss_sum += loss.item() * self._plan.batch_size if examples else 0.0
             step.learned += 1
             self._micro_batch.close()
@@ -539,19 +538,17 @@ class GovernedRun(Generic[E]):
             examples = by_source(examples)
             self._accumulators.expect(step.index, examples)
         with self._record.costs.governance():
-            shown = examples or step.admitted[:1]
             profiles = step.grant.profiles
-            weights = [list(profiles[self._classes[source]].weights_permille) for source, _ in shown]
-            of_step: set[tuple[int, ...]] = set()
-            if self._ranks.size > 1:
-                of_step = {profiles[self._classes[source]].weights_permille for source, _ in step.admitted}
-            if not examples:
-                weights = [[0] * len(row_K) for row_K in weights]
-            inputs, packing = taken_apart(self._arguments.collate(list(self._content(shown).values())))
-            groups = [source for source, _ in shown]
+            shown = pass_over(
+                examples, step.admitted, lambda source: profiles[self._classes[source]].weights_permille, self._ranks
+            )
+            inputs, packing = taken_apart(self._arguments.collate(list(self._content(shown.examples).values())))
+            groups = [source for source, _ in shown.examples]
             last = step.learned + 1 == len(step.batches)
             self._micro_batch.enter_context(self._parallel.pass_of(last=last))
-            self._micro_batch.enter_context(self._routing.micro_batch(weights, groups, of_step, packing))
+            self._micro_batch.enter_context(
+                self._routing.micro_batch(shown.weights_BK, groups, shown.profiles_of_step, packing)
+            )
         self._yielded = (Moment.now(), examples)
         attempt = self._ledger.place.attempt
         return Batch(step.index, attempt, inputs, examples, step.replayed, packing)

@@ -109,7 +109,7 @@ def check_picked(logged: LoggedCampaign, picked: Sequence[int]) -> None:
         )
 
 
-class Windows:
+class WindowTally:
     """Which windows of accumulators a replay takes again from their first step."""
 
     def __init__(self, logged: LoggedCampaign, run: Bench[E]) -> None:
@@ -148,7 +148,7 @@ class _Walk:
         self._run = run
         self._snapshots = snapshots
         self._restoration = restoration
-        self.windows = Windows(logged, run)
+        self.windows = WindowTally(logged, run)
         self._at = _Position()
         self._before = run.copied()
         self.first: Difference | None = None

@@ -32,7 +32,7 @@ from trainer_client.balance import Balance, BalanceSheet
 from trainer_client.calls import CampaignStatus
 from trainer_client.clipping import clip_block_gradients
 from trainer_client.commitment import optimizer_state_digest, step_commitment
-from trainer_client.data_parallel import ParallelModel
+from trainer_client.data_parallel import ParallelModel, pass_over
 from trainer_client.momentum import blocks_moved, drop_state
 from trainer_client.packing import Packed, taken_apart
 from trainer_client.pieces import Entries, optimizer_by_pieces
@@ -301,19 +301,14 @@ class Bench(Generic[E]):
         if self.accumulators is not None:
             self.accumulators.expect(step.index, examples)
         contents = {source.id: source.examples for source in job.sources}
-        shown = examples or admitted[:1]  # a stand-in, where another process has more
-        inputs, packing = taken_apart(job.collate([contents[source][number] for source, number in shown]))
-        weights_BK = [list(step.weights_permille(source)) for source, _ in shown]
-        of_step: set[tuple[int, ...]] = set()
-        if self.ranks.size > 1:
-            of_step = {tuple(step.weights_permille(source)) for source, _ in admitted}
-        if not examples:
-            weights_BK = [[0] * len(row_K) for row_K in weights_BK]
-        groups = [source for source, _ in shown]
-        with self.parallel.pass_of(last=last), self.routing.micro_batch(weights_BK, groups, of_step, packing):
+        shown = pass_over(examples, admitted, step.weights_permille, self.ranks)
+        inputs, packing = taken_apart(job.collate([contents[source][number] for source, number in shown.examples]))
+        groups = [source for source, _ in shown.examples]
+        routed = self.routing.micro_batch(shown.weights_BK, groups, shown.profiles_of_step, packing)
+        with self.parallel.pass_of(last=last), routed:
             loss_B = job.loss(job.model, inputs if packing is None else Packed(inputs, packing))
             loss = self.routing.routed_loss(loss_B, self.logged.terms.batch_size)
-            (loss * self.ranks.size if self.ranks.size > 1 else loss).backward()  # type: ignore[no-untyped-call]
+            self.parallel.of_all(loss).backward()  # type: ignore[no-untyped-call]
 
 
 def check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[bytes] = (), ranks: Ranks = ALONE) -> None:

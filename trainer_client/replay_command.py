@@ -158,6 +158,7 @@ def replay_command(
             return read_logged_campaign(client, identifier)
 
     logged = ranks.by_first(read)
+    parallel = ParallelModel(job.model, ranks)
     told = _told if ranks.is_first else _untold
     begun = time.perf_counter()
     picked: PickedReplay | None = None
@@ -167,11 +168,11 @@ def replay_command(
             picked = replay_within(logged, job, asked, folder, tolerance, told, recorded_windows)
         else:
             picked = replay_picked(logged, job, asked, folder, told, ranks)
-        found = Replayed(picked.executed, picked.matched, picked.difference, ParallelModel(job.model, ranks).root())
+        found = Replayed(picked.executed, picked.matched, picked.difference, parallel.root())
     else:
         found = replay(logged, job, without, told, balanced=balanced, ranks=ranks)
     seconds = time.perf_counter() - begun
-    ended = ParallelModel(job.model, ranks).copied() if out is not None else {}
+    ended = parallel.copied() if out is not None else {}
     if ranks.is_first:
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from consensus.identifiers import ZERO_DIGEST, Digest
 from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.audit_snapshots import Restoration, SnapshotFolder
 from trainer_client.commitment import copied_tensors
-from trainer_client.picked_replay import PickedReplay, PickedStep, Windows, check_picked
+from trainer_client.picked_replay import PickedReplay, PickedStep, WindowTally, check_picked
 from trainer_client.replay import Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job
 from trainer_client.window_comparison import differing_sums
 
@@ -65,7 +65,7 @@ def replay_within(
     differing: dict[tuple[int, int], tuple[str, ...]] = {}
     executed = at = 0
     with bench(logged, job, accumulated=recorded_windows is not None) as run:
-        windows = Windows(logged, run)
+        windows = WindowTally(logged, run)
         for number, (start, end) in enumerate(stretches, 1):
             if start > at:
                 restoration.restore(snapshots.read(start), logged.steps)

@@ -19,7 +19,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from consensus.accumulators import MAX_WINDOW_BYTES, AccumulatorWindow, WindowEntry, decode_window
+from consensus.accumulators import (
+    MAX_WINDOW_BYTES,
+    AccumulatorWindow,
+    WindowEntry,
+    blob_path,
+    decode_window,
+    window_path,
+)
 from consensus.rejection import ConfigError, Reason, Rejected
 
 BF16_TOLERANCE = 2.0**-7
@@ -63,11 +70,11 @@ def _is_near(here: Tensor, there: Tensor, tolerance: float) -> bool:
 
 
 def _window(folder: Path, root: bytes) -> AccumulatorWindow:
-    return decode_window(_read(folder / "windows" / f"{root.hex()}.window", MAX_WINDOW_BYTES), root)
+    return decode_window(_read(folder / window_path(root), MAX_WINDOW_BYTES), root)
 
 
 def _sums(folder: Path, entry: WindowEntry) -> dict[str, Tensor]:
-    path = folder / "blobs" / f"{entry.blob_sha256.hex()}.safetensors"
+    path = folder / blob_path(entry.blob_sha256)
     content = _read(path, entry.size_bytes)
     found = hashlib.sha256(content).digest()
     if found != entry.blob_sha256:

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from consensus.accumulators import MAX_WINDOW_BYTES, AccumulatorWindow, decode_window
+from consensus.accumulators import (
+    BLOBS,
+    MAX_WINDOW_BYTES,
+    WINDOWS,
+    AccumulatorWindow,
+    blob_path,
+    decode_window,
+    window_path,
+)
 from consensus.bundle import open_bundle
 from consensus.codec import encode
 from consensus.epochs import anchor
@@ -71,7 +79,9 @@ def custody_hand_in(
         held = client.custody(campaign.hex())
         for window in held.windows:
             if not window.listed:
-                client.hand_in_window(campaign.hex(), window.root, _read(_list_path(directory, window.root)))
+                client.hand_in_window(
+                    campaign.hex(), window.root, _read(directory / window_path(bytes.fromhex(window.root)))
+                )
         held = client.custody(campaign.hex())
         for window in held.windows:
             for file in window.files:
@@ -214,7 +224,7 @@ def custody_fetch(
     with connect(config_path, url, token_file) as client:
         encoded = client.bundle(Predicate.ACCUMULATORS, {"campaign": campaign.hex()})
         windows = provenance(open_bundle(trusted, encoded)).windows
-        for name in ("windows", "blobs"):
+        for name in (WINDOWS, BLOBS):
             (directory / name).mkdir(parents=True, exist_ok=True)
         for window in windows:
             listed = _window(client, campaign, directory, window)
@@ -236,7 +246,7 @@ def _hand_in(
     """Send the rest of a file; the bytes sent."""
     if held_bytes == size_bytes:
         return 0
-    path, begun_at = _blob_path(directory, sha256), held_bytes
+    path, begun_at = directory / blob_path(bytes.fromhex(sha256)), held_bytes
     try:
         with path.open("rb") as file:
             file.seek(held_bytes)
@@ -256,7 +266,7 @@ def _hand_in(
 
 def _window(client: NodeClient, campaign: bytes, directory: Path, window: Window) -> AccumulatorWindow:
     """A window's list, from the folder or fetched into it."""
-    path = _list_path(directory, window.root.hex())
+    path = directory / window_path(window.root)
     content = _read(path) if path.is_file() else client.custody_window(campaign.hex(), window.root.hex())
     listed = decode_window(content, window.root)
     terms = listed.terms
@@ -273,7 +283,7 @@ def _fetch(client: NodeClient, campaign: bytes, directory: Path, sha256: bytes, 
     Raises:
         Rejected: ``DIGEST_MISMATCH``: the custodian has another; ``NOT_FOUND``.
     """
-    path = _blob_path(directory, sha256.hex())
+    path = directory / blob_path(sha256)
     if path.is_file():
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").digest() == sha256:
@@ -324,11 +334,3 @@ def _files(listed: AccumulatorWindow) -> Iterator[tuple[bytes, int]]:
 def _read(path: Path) -> bytes:
     with open_regular(path, MAX_WINDOW_BYTES) as (file, _):
         return file.read()
-
-
-def _list_path(directory: Path, root: str) -> Path:
-    return directory / "windows" / f"{root}.window"
-
-
-def _blob_path(directory: Path, sha256: str) -> Path:
-    return directory / "blobs" / f"{sha256}.safetensors"
