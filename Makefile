@@ -85,13 +85,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	if ! $(BIN)/python -c '' >/dev/null 2>&1 || [ -n '$(PYTHON)' ]; then \
 		"$$python" -m venv --clear $(VENV); \
 	fi
-	@echo 'Installing into $(VENV) (minutes the first time)'
+	@echo 'Installing into $(VENV) (minutes the first time)' >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[node,trainer,hf,attribution,export,dev]'
 	@touch $@
 
 # An environment of its own: what the peers bring along does not suit every library of ours.
 $(PEERS): pyproject.toml constraints.txt | $(INSTALLED)
 	@$(BIN)/python -m venv --clear .venv-peers
-	@echo 'Installing into .venv-peers (minutes the first time)'
+	@echo 'Installing into .venv-peers (minutes the first time)' >&2
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trainer,attribution,peers]'
 	@touch $@

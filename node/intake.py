@@ -9,11 +9,13 @@ woken when its ledger block is durable.
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import trio
 
-from consensus.event import CheckedEvent, check_event, pack_parts
+from consensus.event import CheckedEvent, check_event, check_parts, pack_parts, unpack
 from consensus.identifiers import Digest, MemberId
+from consensus.merkle import leaf_hash
 from consensus.rejection import Reason, Rejected
 from node.clock import Clock
 from node.ledger import Ledger
@@ -76,13 +78,26 @@ class Intake:
         taken = 0
         for encoded in unpack_gossip(frame):
             try:
-                taken += self._take(encoded, sender)[1]
+                taken += self._take_copy(encoded, sender)
             except Rejected as error:
                 self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
                 self._network.complain(sender, error)
         if taken:
             self._tell_arrival()
         return taken
+
+    def take_fetched(self, encoded: bytes, sender: MemberId) -> CheckedEvent:
+        """An event that a peer was asked for: pooled, so that it is not checked again when it comes by gossip.
+
+        It is returned even where the pool has no room: a ledger block is judged by it.
+
+        Raises:
+            Rejected: the rule it breaks.
+        """
+        event = check_event(encoded, self._ledger.committee)
+        with suppress(Rejected):
+            self._pool(event, sender)
+        return event
 
     def restore(self, events: Iterable[bytes]) -> None:
         """Take back what the vote journal kept: events of ledger blocks this member voted for."""
@@ -99,15 +114,30 @@ class Intake:
         Raises:
             Rejected: the rule it breaks.
         """
-        if len(encoded) > self._max_event_bytes:
-            raise Rejected(Reason.OVERSIZED, f"{len(encoded)} bytes, at most {self._max_event_bytes} allowed")
+        self._check_size(encoded)
         return check_event(encoded, self._ledger.committee)
 
-    def _take(self, encoded: bytes, sender: MemberId | None = None) -> tuple[CheckedEvent, bool]:
+    def _take(self, encoded: bytes) -> tuple[CheckedEvent, bool]:
         event = self.check(encoded)
+        return event, self._pool(event, None)
+
+    def _take_copy(self, encoded: bytes, sender: MemberId) -> bool:
+        """One event of a peer's gossip; what waits here already is not checked once more, which is most of its cost."""
+        self._check_size(encoded)
+        wire = unpack(encoded)
+        if self._mempool.get(Digest(leaf_hash(wire.entry))) is not None:
+            return False
+        return self._pool(check_parts(wire.entry, wire.portions, self._ledger.committee), sender)
+
+    def _pool(self, event: CheckedEvent, sender: MemberId | None) -> bool:
+        """False if it is here, or on the log, already."""
         if self._ledger.store.index_of_event(event.id) is not None:
-            return event, False
-        return event, self._mempool.add(event, self._clock.monotonic_ms(), sender)
+            return False
+        return self._mempool.add(event, self._clock.monotonic_ms(), sender)
+
+    def _check_size(self, encoded: bytes) -> None:
+        if len(encoded) > self._max_event_bytes:
+            raise Rejected(Reason.OVERSIZED, f"{len(encoded)} bytes, at most {self._max_event_bytes} allowed")
 
     def _tell_arrival(self) -> None:
         arrived, self.arrived = self.arrived, trio.Event()

@@ -22,7 +22,7 @@ from consensus.block import Header
 from consensus.branches import Verdict
 from consensus.codec import decode, encode
 from consensus.effect import RequestProposal
-from consensus.event import CheckedEvent, check_event, pack_parts
+from consensus.event import CheckedEvent, pack_parts
 from consensus.identifiers import Digest, MemberId
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import StateView
@@ -41,8 +41,10 @@ log = logging.getLogger("countersign.proposals")
 MAX_PROPOSAL_BYTES = 1 << 20
 MAX_BLOCK_BYTES = 2 << 20
 FETCH_SECONDS = 5.0
-ARRIVAL_SECONDS = 0.03
-"""How long a proposal waits for its events to arrive by gossip before they are asked for."""
+ARRIVAL_SECONDS = 0.1
+MOST_ARRIVAL_SECONDS = 0.5
+"""How long a proposal waits for its next event to arrive by gossip, and for all, before those missing are asked for: to
+ask for what is on its way costs both sides more than anything else they do."""
 PROPOSALS_KEPT = 128
 TRIED_PER_EVENT = 4
 """For each event a ledger block may have, how many that wait are tried: one full of events that cannot be admitted yet
@@ -257,13 +259,16 @@ class Proposals:
     async def _gather(self, leaves: list[Digest], sources: Iterable[MemberId]) -> list[CheckedEvent] | None:
         """The events by leaf hash: from the pool, from gossip still under way, then from peers."""
         found: dict[Digest, CheckedEvent] = {}
-        with trio.move_on_after(ARRIVAL_SECONDS):
+        latest = trio.current_time() + MOST_ARRIVAL_SECONDS
+        with trio.move_on_after(ARRIVAL_SECONDS) as patience:
             while True:
-                arrived = self._intake.arrived
+                arrived, before = self._intake.arrived, len(found)
                 missing = [leaf for leaf in leaves if leaf not in found]
                 found.update((leaf, event) for leaf in missing if (event := self._mempool.get(leaf)) is not None)
                 if len(found) == len(leaves):
                     break
+                if len(found) > before:
+                    patience.deadline = min(latest, trio.current_time() + ARRIVAL_SECONDS)
                 await arrived.wait()
         for peer in self._askable(sources):
             missing = [leaf for leaf in leaves if leaf not in found and self._mempool.get(leaf) is None]
@@ -273,7 +278,7 @@ class Proposals:
             try:
                 answer = await self._network.request(peer, encode(GetEvents(tuple(missing))), FETCH_SECONDS)
                 for encoded in decode(answer, Events, 2 * MAX_BLOCK_BYTES).events:
-                    event = check_event(encoded, self._ledger.committee)
+                    event = self._intake.take_fetched(encoded, peer)
                     found[event.leaf_hash] = event
             except (Unavailable, Rejected) as error:
                 log.debug("events from %s: %s", peer.hex()[:16], error)

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 from epoch_fixtures import change_event, next_membership
 from ledger_fixtures import LIBRARIAN, MemoryLedger
 
 from consensus.block import Header, decode_header
 from consensus.branches import Verdict
+from consensus.codec import decode, encode
 from consensus.effect import RequestProposal
-from consensus.event import CheckedEvent
+from consensus.event import CheckedEvent, pack_parts
 from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import ED25519_LIST, Parameters
 from consensus.rejection import Rejected
@@ -18,7 +20,8 @@ from consensus.vote import Proposal
 from node.intake import Intake
 from node.ledger import Ledger
 from node.mempool import Mempool
-from node.proposals import Proposals
+from node.messages import Events, GetEvents, pack_gossip
+from node.proposals import ARRIVAL_SECONDS, Proposals
 from node.store import Store
 from node.voter import VotingKeys
 
@@ -39,8 +42,18 @@ class Clock:
         return NOW_MS
 
 
-class NoNetwork:
-    """Nothing is asked of it here."""
+class Peers:
+    """One peer, with the events it has at hand; nothing said of it is a complaint."""
+
+    def __init__(self) -> None:
+        self.connected: frozenset[MemberId] = frozenset()
+        self.at_hand: list[CheckedEvent] = []
+        self.asked: list[GetEvents] = []
+
+    async def request(self, member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
+        assert member in self.connected
+        self.asked.append(decode(payload, GetEvents, 1 << 20))
+        return encode(Events(tuple(map(packed, self.at_hand))))
 
     def complain(self, member: MemberId, why: Rejected) -> None:
         raise AssertionError(why)
@@ -53,9 +66,9 @@ class Desk:
         self.memory = memory
         self.ledger = Ledger(Store.open(directory, memory.chain_id, create=True), memory.genesis)
         self.mempool = Mempool(1_000, 1 << 24)
-        clock, network = Clock(memory.genesis.created_ms + NOW_MS), NoNetwork()
-        intake = Intake(self.ledger, self.mempool, network, clock, 1 << 20)  # type: ignore[arg-type]
-        self.proposals = Proposals(self.ledger, network, self.mempool, intake, clock)  # type: ignore[arg-type]
+        clock, self.peers = Clock(memory.genesis.created_ms + NOW_MS), Peers()
+        self.intake = Intake(self.ledger, self.mempool, self.peers, clock, 1 << 20)  # type: ignore[arg-type]
+        self.proposals = Proposals(self.ledger, self.peers, self.mempool, self.intake, clock)  # type: ignore[arg-type]
 
     def hold(self, since_ms: int, *events: CheckedEvent) -> "Desk":
         for event in events:
@@ -74,6 +87,16 @@ class Desk:
     def judge(self, made: tuple[Proposal, tuple[CheckedEvent, ...]]) -> Verdict:
         proposal, events = made
         return self.proposals.judge(proposal, decode_header(proposal.header, self.memory.chain_id), list(events))
+
+    async def verdict(self, made: tuple[Proposal, tuple[CheckedEvent, ...]], peer: MemberId) -> Verdict:
+        """``judge``, of events that the leader passes on."""
+        self.peers.connected = frozenset({peer})
+        proposal = made[0]
+        return await self.proposals.verdict(proposal, decode_header(proposal.header, self.memory.chain_id), [peer])
+
+
+def packed(event: CheckedEvent) -> bytes:
+    return pack_parts(event.entry_bytes, event.portions_bytes)
 
 
 @pytest.fixture
@@ -227,3 +250,64 @@ def test_urgent_events_are_told_in_order_of_arrival(memory: MemoryLedger) -> Non
         mempool.add(event, since_ms)
     assert mempool.urgent_before(4) == [events[1], events[3], events[0]]
     assert [Digest(event.leaf_hash) for event in mempool.urgent_before(1)] == []
+
+
+@pytest.mark.trio
+async def test_events_that_keep_coming_by_gossip_are_not_asked_for(
+    memory: MemoryLedger, desks: tuple[Desk, Desk], autojump_clock: trio.testing.MockClock
+) -> None:
+    leader, voter = desks
+    made = leader.hold(LATELY_MS, *(memory.source(LIBRARIAN, f"source {number}") for number in range(3))).propose()
+
+    async def pass_on() -> None:
+        for event in made[1]:
+            await trio.sleep(0.9 * ARRIVAL_SECONDS)
+            assert voter.intake.receive(memory.ids[LIBRARIAN], pack_gossip([packed(event)])) == 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pass_on)
+        assert await voter.verdict(made, memory.ids[LIBRARIAN]) is Verdict.VALID
+    assert voter.peers.asked == []
+
+
+@pytest.mark.trio
+async def test_event_that_never_comes_is_asked_for_however_many_others_do(
+    memory: MemoryLedger, desks: tuple[Desk, Desk], autojump_clock: trio.testing.MockClock
+) -> None:
+    leader, voter = desks
+    made = leader.hold(LATELY_MS, *(memory.source(LIBRARIAN, f"source {number}") for number in range(3))).propose()
+    first, *kept_back = made[1]
+    voter.hold(LATELY_MS, first)
+    voter.peers.at_hand = kept_back
+    begun = trio.current_time()
+    with trio.CancelScope() as others:
+        async with trio.open_nursery() as nursery:
+
+            async def pass_others_on() -> None:
+                for number in range(1_000):
+                    event = packed(memory.source(LIBRARIAN, f"other {number}"))
+                    voter.intake.receive(memory.ids[LIBRARIAN], pack_gossip([event]))
+                    await trio.sleep(0.5 * ARRIVAL_SECONDS)
+
+            nursery.start_soon(pass_others_on)
+            assert await voter.verdict(made, memory.ids[LIBRARIAN]) is Verdict.VALID
+            others.cancel()
+    assert trio.current_time() - begun <= 2 * ARRIVAL_SECONDS
+    assert [set(asked.leaf_hashes) for asked in voter.peers.asked] == [{event.leaf_hash for event in kept_back}]
+
+
+@pytest.mark.trio
+async def test_event_that_was_asked_for_is_not_checked_again_when_it_comes_by_gossip(
+    memory: MemoryLedger, desks: tuple[Desk, Desk], autojump_clock: trio.testing.MockClock
+) -> None:
+    leader, voter = desks
+    made = leader.hold(LATELY_MS, memory.source(LIBRARIAN, "asked for")).propose()
+    voter.peers.at_hand = list(made[1])
+    assert await voter.verdict(made, memory.ids[LIBRARIAN]) is Verdict.VALID
+    (event,) = made[1]
+    spoiled = pack_parts(event.entry_bytes, event.portions_bytes[:-1])
+    with pytest.raises(Rejected):
+        voter.intake.check(spoiled)
+    assert voter.intake.receive(memory.ids[LIBRARIAN], pack_gossip([packed(event), spoiled])) == 0
+    assert voter.mempool.get(event.leaf_hash) is not None
+    assert voter.intake.refused == {}
