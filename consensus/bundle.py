@@ -311,7 +311,7 @@ def _open_portion(
     if content is None or p.portion_commitment(entry.kind.value, role, held.salt, held.content) != commitment:
         raise Rejected(
             Reason.PORTION_MISMATCH,
-            f"{role.value} portion of a {entry.kind.value} event is not the one its entry commits to",
+            f"{role.value} portion of {entry.kind.phrase} is not the one its entry commits to",
         )
     return decode(held.content, content, p.MAX_PORTIONS_BYTES)
 
@@ -320,7 +320,7 @@ def _open_data(event: BundleEvent, entry: Entry, shape: Shape) -> tuple[OpenItem
     if event.data is None and event.items is None:
         return ()
     if shape.data is None or (event.data is not None and event.items is not None):
-        raise Rejected(Reason.PORTION_MISMATCH, f"data portion of a {entry.kind.value} event disclosed twice or absent")
+        raise Rejected(Reason.PORTION_MISMATCH, f"data portion of {entry.kind.phrase} disclosed twice or absent")
     if event.data is not None:
         root, count = p.data_items_root(event.data), len(event.data.items)
     else:
@@ -329,7 +329,7 @@ def _open_data(event: BundleEvent, entry: Entry, shape: Shape) -> tuple[OpenItem
     if p.data_commitment(entry.kind.value, root, count) != entry.data:
         raise Rejected(
             Reason.PORTION_MISMATCH,
-            f"data portion of a {entry.kind.value} event is not the one its entry commits to",
+            f"data portion of {entry.kind.phrase} is not the one its entry commits to",
         )
     if event.data is not None:
         return _open_whole(event.data, shape.data)

@@ -72,6 +72,11 @@ class Kind(StrEnum):
     AUDIT_RESULT = "audit-result"
     CUSTODY = "custody"
 
+    @property
+    def phrase(self) -> str:
+        """With its article: ``a step event``, ``an evaluation event``."""
+        return f"{'an' if self.value[0] in 'aeiou' else 'a'} {self.value} event"
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -299,9 +304,9 @@ def check_unsigned(entry_bytes: bytes, portions_bytes: bytes, committee: Committ
         raise Rejected(Reason.WRONG_CHAIN, f"event of chain {entry.chain_id.hex()}, this is {committee.chain_id.hex()}")
     shape = SHAPES[entry.kind]
     if (entry.campaign != bytes(32)) != shape.in_campaign:
-        raise Rejected(Reason.BAD_FIELD, f"campaign of a {entry.kind.value} event: {entry.campaign.hex()}")
+        raise Rejected(Reason.BAD_FIELD, f"campaign of {entry.kind.phrase}: {entry.campaign.hex()}")
     if not shape.in_campaign and (entry.sequence or entry.attempt):
-        raise Rejected(Reason.BAD_FIELD, f"a {entry.kind.value} event has sequence and attempt 0")
+        raise Rejected(Reason.BAD_FIELD, f"{entry.kind.phrase} has sequence and attempt 0")
     check_author(entry, committee)
     expected = p.commitments(entry.kind.value, portions)
     if expected != (entry.data, entry.governance, entry.operation):
@@ -334,7 +339,7 @@ def check_author(entry: Entry, committee: Committee) -> None:
     if author.role not in authors:
         raise Rejected(
             Reason.WRONG_ROLE,
-            f"a {entry.kind.value} event is authored by a {' or '.join(role.value for role in authors)}, "
+            f"{entry.kind.phrase} is authored by a {' or '.join(role.value for role in authors)}, "
             f"{author.name} is a {author.role.value}",
         )
 
@@ -352,11 +357,11 @@ def check_signature(entry: Entry, identifier: Digest, held: EventSignature, comm
 
 def _decode_items(kind: Kind, portion: p.DataPortion | None, item_type: type[p.Wire] | None) -> tuple[p.Wire, ...]:
     if (portion is None) != (item_type is None):
-        raise Rejected(Reason.PORTION_MISMATCH, f"data portion of a {kind.value} event")
+        raise Rejected(Reason.PORTION_MISMATCH, f"data portion of {kind.phrase}")
     if portion is None or item_type is None:
         return ()
     if not portion.items or (kind in SINGLE_ITEM_KINDS and len(portion.items) != 1):
-        raise Rejected(Reason.PORTION_MISMATCH, f"{len(portion.items)} items in a {kind.value} event")
+        raise Rejected(Reason.PORTION_MISMATCH, f"{len(portion.items)} items in {kind.phrase}")
     listed = sum(len(item.examples) for item in portion.items)
     if listed > p.MAX_EVENT_EXAMPLES:
         raise Rejected(Reason.OVERSIZED, f"{listed} examples in one event, at most {p.MAX_EVENT_EXAMPLES} allowed")
@@ -371,7 +376,7 @@ def _decode_items(kind: Kind, portion: p.DataPortion | None, item_type: type[p.W
                     f"item {number} counts {expected} examples and lists {len(portion.items[number].examples)}",
                 )
         elif portion.items[number].examples:
-            raise Rejected(Reason.PORTION_MISMATCH, f"an item of a {kind.value} event lists no examples")
+            raise Rejected(Reason.PORTION_MISMATCH, f"an item of {kind.phrase} lists no examples")
     return items
 
 
@@ -379,7 +384,7 @@ def _decode_portion(
     kind: Kind, portion: p.SaltedPortion | None, content_type: type[p.Wire] | None, name: str
 ) -> p.Wire | None:
     if (portion is None) != (content_type is None):
-        raise Rejected(Reason.PORTION_MISMATCH, f"{name} portion of a {kind.value} event")
+        raise Rejected(Reason.PORTION_MISMATCH, f"{name} portion of {kind.phrase}")
     if portion is None or content_type is None:
         return None
     return decode(portion.content, content_type, p.MAX_PORTIONS_BYTES)
@@ -396,7 +401,7 @@ def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> 
         raise Rejected(Reason.BAD_FIELD, "signatures are not in strictly increasing order of signer")
     if SHAPES[entry.kind].signed_by_job:
         if len(signers) != 1:
-            raise Rejected(Reason.MISSING_SIGNATURE, f"a {entry.kind.value} event has one signature, its job key's")
+            raise Rejected(Reason.MISSING_SIGNATURE, f"{entry.kind.phrase} has one signature, its job key's")
         held = entry.signatures[0]
         verify_job_signature(held.signer, signature_message(entry, identifier, JOB_SIGNER_ROLE), held.signature)
         return
@@ -412,7 +417,7 @@ def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> 
         if not committee.has_quorum(MemberId(signer) for signer in signers):
             raise Rejected(Reason.MISSING_SIGNATURE, "a change of members is signed by a quorum of every voting role")
     elif len(signers) != 1:
-        raise Rejected(Reason.SURPLUS_SIGNATURE, f"a {entry.kind.value} event is signed by its author alone")
+        raise Rejected(Reason.SURPLUS_SIGNATURE, f"{entry.kind.phrase} is signed by its author alone")
     if entry.kind in (Kind.POLICY, Kind.GRANT) or governed:
         governance = sum(committee.member(MemberId(signer)).role == Role.GOVERNANCE for signer in signers)
         threshold = committee.threshold(Role.GOVERNANCE)

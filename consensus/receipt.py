@@ -136,7 +136,7 @@ def verify_entry(encoded: bytes, members: Committee) -> VerifiedEntry:
     shape = SHAPES[entry.kind]
     check_author(entry, members)
     if (entry.campaign != bytes(32)) != shape.in_campaign:
-        raise Rejected(Reason.BAD_FIELD, f"campaign of a {entry.kind.value} event: {entry.campaign.hex()}")
+        raise Rejected(Reason.BAD_FIELD, f"campaign of {entry.kind.phrase}: {entry.campaign.hex()}")
     identifier = event_id(entry)
     check_signatures(entry, identifier, members)
     return VerifiedEntry(entry, identifier, Digest(leaf_hash(encoded)))

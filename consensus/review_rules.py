@@ -146,7 +146,7 @@ def reviewed_campaign(
     """
     identifier = event.entry.campaign
     if event.entry.sequence or event.entry.attempt:
-        raise Rejected(Reason.BAD_FIELD, f"a {event.entry.kind.value} event has sequence and attempt 0")
+        raise Rejected(Reason.BAD_FIELD, f"{event.entry.kind.phrase} has sequence and attempt 0")
     record = view.get(CAMPAIGN_TABLE + identifier, CampaignRecord, Reason.UNKNOWN_CAMPAIGN, "campaign")
     head = view.get(CAMPAIGN_HEAD_TABLE + identifier, CampaignHead, Reason.UNKNOWN_CAMPAIGN, "campaign")
     key = review_key(table, identifier, event.id)

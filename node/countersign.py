@@ -326,7 +326,7 @@ class CountersignDesk:
         wire = unpack(encoded)
         event = check_unsigned(wire.entry, wire.portions, self._ledger.committee)
         if event.entry.kind is not Kind.GRANT:
-            raise Rejected(Reason.BAD_FIELD, f"a {event.entry.kind.value} event is not countersigned here")
+            raise Rejected(Reason.BAD_FIELD, f"{event.entry.kind.phrase} is not countersigned here")
         if event.entry.signatures:
             raise Rejected(Reason.SURPLUS_SIGNATURE, "a grant is asked for without signatures")
         return event

@@ -199,7 +199,7 @@ def membership_sign(
         assert event_path is not None
         held = read_event(event_path, own.committee)
         if held.entry.kind is not Kind.MEMBERSHIP:
-            raise ConfigError(f"{event_path}: expected a membership event, found a {held.entry.kind.value} event")
+            raise ConfigError(f"{event_path}: expected a membership event, found {held.entry.kind.phrase}")
         event, encoded = signed_by(own, held.entry, held.portions)
     if not as_json:
         _print_signers(own, event)
