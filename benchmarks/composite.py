@@ -147,6 +147,7 @@ def _policy() -> p.Policy:
         custody=(),
         maximum_grant_steps=1_000_000,
         maximum_grant_duration_ms=GRANT_MS,
+        global_clipping=False,
         revocation="drain",
         momentum="carry",
         rationale="",

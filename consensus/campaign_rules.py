@@ -5,8 +5,9 @@ stands; every event here is by the campaign's job key, next in sequence, and mov
 
 * *step*: inside an open grant, chained to the last event and parameter root; presented examples exactly the
   sampler's; admitted ones granted, refused ones recorded before; profiles at or below the policy's; a
-  parameter block that no admitted example may touch has not moved; windows of accumulators are committed where
-  they end; momentum of revoked sources is accounted for (``momentum_rules.py``).
+  parameter block that no admitted example may touch has not moved, none has in a skipped step; one clip factor over
+  all of them only where the policy admits it; windows of accumulators are committed where they end; momentum of revoked
+  sources is accounted for (``momentum_rules.py``).
 * *refusal*: the true reason, before its step. *rollback*: restores a root on the log, and must follow a step
   whose memorization signal is above the policy's threshold. *release*: the root on the log, with no finding open,
   and what the campaign committed to in custody (``custody_rules.py``).
@@ -81,6 +82,7 @@ def admit_step(view: StateView, event: CheckedEvent, timestamp_ms: int, committe
     _check_uses(view, event, uses, campaign, head, grant, operation.index)
     _check_step_totals(uses, governance)
     _check_profiles(uses, governance, operation, policy, campaign)
+    _check_ties(governance, operation, policy)
     flagged = _check_memorization(event, uses, operation, policy)
     settled = check_momentum(view, event.entry.campaign, campaign, grant, policy, governance, operation)
     counts = undo_counts(view, event.entry.campaign, uses, settled)
@@ -230,6 +232,21 @@ def _check_profiles(
             Reason.PARAMETER_ROOT_BROKEN,
             f"the root became {operation.root_after.hex()}, no admitted example may touch any parameter block",
         )
+
+
+def _check_ties(governance: p.StepGovernance, operation: p.StepOperation, policy: p.Policy) -> None:
+    """One factor over all blocks only where the policy admits it; a skipped step had examples and moved nothing."""
+    if governance.global_clip_nano and not policy.global_clipping:
+        raise Rejected(
+            Reason.GLOBAL_CLIPPING_NOT_ADMITTED,
+            "the gradients of all parameter blocks were scaled by one factor, the policy has each clipped on its own",
+        )
+    if not governance.skipped:
+        return
+    if not governance.admitted:
+        raise Rejected(Reason.BAD_FIELD, "a step without an admitted example has nothing to skip")
+    if operation.root_after != operation.root_before or any(delta.norm_micro for delta in operation.deltas):
+        raise Rejected(Reason.PARAMETER_ROOT_BROKEN, "a skipped step moves no parameter")
 
 
 def _check_memorization(

@@ -36,6 +36,8 @@ SketchRank = Annotated[int, Meta(ge=0, le=64)]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=8_192)]
 
+NANO = 1_000_000_000
+"""One, in the billionths that a factor is written in."""
 MAX_ITEMS = 4_096
 MAX_EXAMPLES = 65_536
 MAX_EVENT_EXAMPLES = 4_096
@@ -168,6 +170,7 @@ class Policy(Wire, frozen=True):
     ``author_schemes`` are the signature schemes (``SignatureScheme.label``) that may sign a policy and what runs under
     it; ``auditors`` are the members, none of them an operator, that alone may audit by lot, where there are any;
     ``custody`` are the roles of which a member must hold a campaign's accumulators before its release;
+    ``global_clipping`` says whether a step may scale the gradients of all parameter blocks by one factor;
     ``revocation`` is ``drain`` (open grants run out) or ``void`` (they close at once); ``momentum`` what becomes of a
     revoked source's gradients in the optimizer's state: ``carry`` (they fade) or ``flush`` (that state is dropped).
     """
@@ -186,6 +189,7 @@ class Policy(Wire, frozen=True):
     custody: Annotated[tuple[Name, ...], Meta(max_length=8)]
     maximum_grant_steps: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     maximum_grant_duration_ms: Annotated[int, Meta(ge=1, le=2**53 - 1)]
+    global_clipping: bool
     revocation: Name
     momentum: Name
     rationale: Text
@@ -218,6 +222,10 @@ class StepGovernance(Wire, frozen=True):
 
     ``index`` repeats the operation portion's, so that a step can be placed in its grant without opening that
     portion, which may name other owners' sources.
+
+    What ties parameter blocks together, so that an example kept out of one bears on it by what it does in another:
+    ``global_clip_nano`` is the factor by which the gradients of all blocks were scaled, in billionths, 0 where each was
+    clipped on its own; ``skipped`` a step that nothing came of, since a gradient overflowed under loss scaling.
     """
 
     grant: Bytes32
@@ -227,6 +235,8 @@ class StepGovernance(Wire, frozen=True):
     presented: Natural
     admitted: Natural
     refused: Counts
+    global_clip_nano: Annotated[int, Meta(ge=0, le=NANO)]
+    skipped: bool
 
 
 class RefusalGovernance(Wire, frozen=True):

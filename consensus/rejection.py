@@ -71,6 +71,7 @@ class Reason(StrEnum):
     COUNTS_NOT_CONSERVED = "counts-not-conserved"
     ACCUMULATORS_INCOMPLETE = "accumulators-incomplete"
     MOMENTUM_UNACCOUNTED = "momentum-unaccounted"
+    GLOBAL_CLIPPING_NOT_ADMITTED = "global-clipping-not-admitted"
     GRANULARITY_NOT_ADMITTED = "granularity-not-admitted"
     SKETCHES_TOO_COARSE = "sketches-too-coarse"
     MEMORIZATION_ABOVE_THRESHOLD = "memorization-above-threshold"

@@ -121,6 +121,7 @@ class FakeNode:
             "custody": (),
             "maximum_grant_steps": 100,
             "maximum_grant_duration_ms": 3_600_000,
+            "global_clipping": False,
             "revocation": "drain",
             "momentum": "carry",
             "rationale": "",

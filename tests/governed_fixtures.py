@@ -50,6 +50,14 @@ class TinyModel(nn.Module):
         return logits
 
 
+class HalfModel(TinyModel):
+    """Computes in float16."""
+
+    def forward(self, bytes_BT: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.float16):
+            return super().forward(bytes_BT)
+
+
 class CausalHeads(nn.Module):
     """Attention of two heads, queries, keys and values joined."""
 

@@ -282,6 +282,7 @@ class MemoryLedger:
                 event_granularities=("batch",),
                 maximum_grant_steps=100,
                 maximum_grant_duration_ms=86_400_000,
+                global_clipping=False,
                 revocation="drain",
                 momentum="carry",
                 rationale="",
@@ -614,6 +615,8 @@ class CampaignRun:
             self.batch_size,
             sum(map(len, admitted.values())),
             totals,
+            0,
+            False,
         )
         portions = p.Portions(p.DataPortion(salt, tuple(items)), ledger.salted(governance), ledger.salted(step))
         return (*refusal, self.written(Kind.STEP, portions))

@@ -206,7 +206,9 @@ def job_of(scene: Scene, weight_decay: float = 0.1) -> ReplayJob[bytes]:
     model = scene.wrap(scene.build())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=weight_decay)
     size = scene.arguments["micro_batch_size"]
-    return ReplayJob(model, optimizer, scene.training_sources, losses, collate, micro_batch_size=size)  # type: ignore[arg-type]
+    scaler = copy.deepcopy(scene.arguments.get("scaler"))
+    sources = scene.training_sources
+    return ReplayJob(model, optimizer, sources, losses, collate, micro_batch_size=size, scaler=scaler)  # type: ignore[arg-type]
 
 
 def replay_job(config: Path) -> ReplayJob[bytes]:

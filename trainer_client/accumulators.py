@@ -147,10 +147,12 @@ class SourceAccumulators:
         optimizer: torch.optim.Optimizer,
         norms: Sequence[float | None],
         maximum_norm: float,
+        loss_scale: float = 1.0,
     ) -> None:
         """Between clipping and ``optimizer.step()``: the step's parts and whole gradient enter the window.
 
-        ``norms`` are those of the parameter blocks before clipping to ``maximum_norm``.
+        ``norms`` are those of the parameter blocks before clipping to ``maximum_norm``. What was observed is
+        ``loss_scale`` times too large; the model's gradients are not any more.
         """
         rates = {id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]}
         self._wait()
@@ -160,12 +162,18 @@ class SourceAccumulators:
             gradient = entry.gradient
             if gradient is None or norm is None:
                 continue
-            factors[name] = rate * clip_factor(norm, maximum_norm) / self._ranks.size
+            factors[name] = rate * clip_factor(norm, maximum_norm) / (self._ranks.size * loss_scale)
             _add(self._total, name, gradient, rate)
         if self.sketches is not None:
             self.sketches.take_step(policy, factors)
         pending, self._pending = self._pending, {}
         self._folding = self._executor.submit(self._fold, policy, pending, factors)
+
+    def skip_step(self) -> None:
+        """In place of ``take_step``: the optimizer does not step, and nothing of it enters the window."""
+        self._pending = {}
+        if self.sketches is not None:
+            self.sketches.skip_step()
 
     def end_step(self, index: int, *, recorded: bool) -> Future[Digest] | None:
         """After a step: where a window ends, its root, once its blobs are on disk. ``None`` within a window.

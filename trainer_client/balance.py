@@ -98,13 +98,26 @@ class Balance:
             for moments in self._moments.values():
                 moments.pop(name, None)
 
-    def before_step(self, block_of: Mapping[str, int], norms: Sequence[float | None], maximum_norm: float) -> None:
-        """Between clipping and ``optimizer.step()``; ``norms`` are those of the parameter blocks before clipping."""
+    def skip_step(self) -> None:
+        """In place of ``before_step`` and ``after_step``: the optimizer does not step."""
+        self._pending = {}
+
+    def before_step(
+        self,
+        block_of: Mapping[str, int],
+        norms: Sequence[float | None],
+        maximum_norm: float,
+        loss_scale: float = 1.0,
+    ) -> None:
+        """Between clipping and ``optimizer.step()``; ``norms`` are those of the parameter blocks before clipping.
+
+        What was observed is ``loss_scale`` times too large.
+        """
         self._factors, self._before = {}, {}
         for name, entry in self._entries.items():
             norm = norms[block_of[name]]
             if entry.gradient is not None and norm is not None:
-                self._factors[name] = clip_factor(norm, maximum_norm)
+                self._factors[name] = clip_factor(norm, maximum_norm) / loss_scale
                 self._before[name] = _wide(entry.value)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -61,7 +61,6 @@ from consensus.review import DataSlice, Metric, metric_text
 from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.audit_snapshots import AuditSnapshots, snapshot_directory
-from trainer_client.clipping import clip_block_gradients
 from trainer_client.commitment import root_of_tensors
 from trainer_client.course import Course
 from trainer_client.data_parallel import ParallelModel, pass_over
@@ -85,6 +84,7 @@ from trainer_client.rollback import (
     step_beginning,
     take_snapshot,
 )
+from trainer_client.scaling import Scaling
 from trainer_client.step_book import Step, random_digest, random_digest_of_all
 from trainer_client.submit import Client
 
@@ -142,7 +142,13 @@ class GovernedRun(Generic[E]):
         self._micro_batch = ExitStack()
         self._accumulators = _accumulators_of(arguments, self._ranks)
         self._momentum = Momentum(self._optimizer)
-        parts = {"scheduler": self._scheduler, "accumulators": self._accumulators, "momentum": self._momentum}
+        self._scaling = Scaling(self._optimizer, self._plan.clip_norm, self._plan.clip_scope, arguments.scaler)
+        parts = {
+            "scheduler": self._scheduler,
+            "accumulators": self._accumulators,
+            "momentum": self._momentum,
+            "scaler": self._scaling.scaler,
+        }
         stateful = {name: part for name, part in parts.items() if part is not None}
         self._state = TrainingState(self._model, self._optimizer, stateful)
         self._step: Step | None = None
@@ -171,6 +177,7 @@ class GovernedRun(Generic[E]):
                 lambda: self._wait_on_close,
                 self._accumulators,
                 self._momentum,
+                self._scaling,
             )
         except BaseException:
             self._stack.close()
@@ -221,11 +228,14 @@ class GovernedRun(Generic[E]):
         Raises:
             TrainingFailed: no batch waits, or a loss is not finite. RoutingError: as ``routing.py``.
         """
-        if not self.backward(loss_B, predicted):
+        step = self._step
+        if not self._backward(loss_B, predicted):
             return
+        assert step is not None
+        assert step.scaled is not None
         with self._record.costs.training():
-            self._optimizer.step()
-            if self._scheduler is not None:
+            self._scaling.step(step.scaled)
+            if self._scheduler is not None and not step.scaled.skipped:
                 self._scheduler.step()  # type: ignore[attr-defined]
         self.optimizer_stepped()
 
@@ -235,7 +245,15 @@ class GovernedRun(Generic[E]):
         Returns:
             Whether this was the step's last batch: its gradients are final and clipped, the optimizer is to step,
             then the scheduler, then ``optimizer_stepped`` is to be called.
+
+        Raises:
+            ConfigError: losses are scaled: only ``learn`` knows which steps to skip.
         """
+        if self._scaling.scaler is not None:
+            raise ConfigError("a loop that steps the optimizer by itself cannot have a gradient scaler: use run.learn")
+        return self._backward(loss_B, predicted)
+
+    def _backward(self, loss_B: Tensor, predicted: tuple[Tensor, Tensor] | None) -> bool:
         step = self._step
         if step is None or self._yielded is None:
             raise TrainingFailed("a loss is due once for each batch that the run presents")
@@ -251,14 +269,14 @@ class GovernedRun(Generic[E]):
             loss = self._routing.routed_loss(loss_B, self._plan.batch_size)
             if not torch.isfinite(loss):
                 raise TrainingFailed(f"step {step.index}: the loss is {loss.item()}")
-            self._parallel.of_all(loss).backward()  # type: ignore[no-untyped-call]
+            self._scaling.backward(self._parallel.of_all(loss))
             step.loss_sum += loss.item() * self._plan.batch_size if examples else 0.0
             step.learned += 1
             self._micro_batch.close()
             if step.learned < len(step.batches):
                 return False
             self._routing.finish_step()
-            norms = clip_block_gradients(self._model, self._block_of, self._plan.clip_norm)
+            scaled = step.scaled = self._scaling.finish(self._model, self._block_of)
         with costs.governance():
             if self._ranks.size > 1:
                 self._add_up(step)
@@ -272,10 +290,15 @@ class GovernedRun(Generic[E]):
                     source: step.grant.profiles[self._classes[source]].weights_permille
                     for source in {source for source, _ in step.admitted}
                 },
+                skipped=scaled.skipped,
             )
-            if self._accumulators is not None:
+            if self._accumulators is not None and scaled.skipped:
+                self._accumulators.skip_step()
+            elif self._accumulators is not None:
                 policy = step.grant.permission.policy
-                self._accumulators.take_step(policy, self._optimizer, norms, self._plan.clip_norm)
+                self._accumulators.take_step(
+                    policy, self._optimizer, scaled.norms, self._plan.clip_norm, scaled.loss_scale
+                )
         self._learning_rate = float(self._optimizer.param_groups[0]["lr"])
         return True
 
@@ -481,6 +504,7 @@ class GovernedRun(Generic[E]):
             return self._step
         with self._record.costs.paused():
             grant = self._ledger.permission_for(index)
+        self._scaling.check_admitted(grant.policy)
         with self._record.costs.governance():
             presented = presented_examples(self._manifest, self._plan.sampler_seed, self._plan.batch_size, index)
             refused = {example: grant.refused[example[0]] for example in presented if example[0] in grant.refused}
@@ -599,6 +623,7 @@ def governed(
     probe_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     memorization: MemorizationCheck[E] | None = None,
     scheduler: Stateful | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     micro_batch_size: int | None = None,
     settings: RunSettings = DEFAULT_SETTINGS,
     on_progress: OnProgress | None = None,
@@ -614,6 +639,8 @@ def governed(
         probe_loss: model and inputs to a loss per example, tried before anything is on the log (``probe.py``).
         memorization: see ``memorization_watch.DetectorCheck``; None checks nothing, and records no signal.
         scheduler: stepped after each optimizer step and restored with it; do not step it yourself.
+        scaler: of losses, for autocast to float16: leave scaling, stepping and updating to the run. A step it skips
+            is recorded as skipped.
         micro_batch_size: examples per forward pass of one process; None takes a step's examples at once.
     """
     return GovernedRun(
@@ -629,6 +656,7 @@ def governed(
             probe_loss=probe_loss,
             memorization=memorization,
             scheduler=scheduler,
+            scaler=scaler,
             micro_batch_size=micro_batch_size,
             settings=settings,
             on_progress=on_progress,

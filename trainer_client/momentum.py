@@ -80,20 +80,27 @@ class Momentum:
         return p.CarriedMomentum(source, min(math.ceil(round(left * 10**9, 3)), 10**9))
 
     def take_step(
-        self, flushed: Collection[bytes], carried: Collection[bytes], weights_permille: Mapping[bytes, tuple[int, ...]]
+        self,
+        flushed: Collection[bytes],
+        carried: Collection[bytes],
+        weights_permille: Mapping[bytes, tuple[int, ...]],
+        *,
+        skipped: bool = False,
     ) -> None:
         """Between clipping and ``optimizer.step()``: settle what is due, and count the step.
 
-        ``weights_permille`` are the depth profiles of the sources that the step admits.
+        ``weights_permille`` are the depth profiles of the sources that the step admits. In a ``skipped`` one nothing
+        fades.
         """
         for source in flushed:
             drop_state(self._optimizer, (entry for block in self._blocks[source] for entry in self._entries[block]))
         self._settled |= dict.fromkeys(flushed, MOMENTUM_FLUSH) | dict.fromkeys(carried, MOMENTUM_CARRY)
         rates = {id(parameter): _kept(group) for group in self._optimizer.param_groups for parameter in group["params"]}
-        self._decay = tuple(
-            decay + (_decay_of(own, rates) if own else 0.0)
-            for decay, own in zip(self._decay, self._entries, strict=True)
-        )
+        if not skipped:
+            self._decay = tuple(
+                decay + (_decay_of(own, rates) if own else 0.0)
+                for decay, own in zip(self._decay, self._entries, strict=True)
+            )
         for source, profile in weights_permille.items():
             self._settled.pop(source, None)
             self._blocks[source] = self._blocks.get(source, frozenset()) | blocks_with_weight(profile)

@@ -57,6 +57,7 @@ from trainer_client.ranks import Ranks
 from trainer_client.resumption import RecordedPast
 from trainer_client.rollback import SnapshotRing, Stateful, TrainingState, take_snapshot
 from trainer_client.routing import Routing
+from trainer_client.scaling import Scaling
 from trainer_client.shared_ledger import SharedLedger
 from trainer_client.step_book import FollowingBook, OptimizerDigests, StepBook
 from trainer_client.submit import Client
@@ -86,6 +87,7 @@ class RunArguments(Generic[E]):
     probe_loss: Callable[[nn.Module, Any], Tensor] | None
     memorization: MemorizationCheck[E] | None
     scheduler: Stateful | None
+    scaler: torch.amp.GradScaler | None
     micro_batch_size: int | None
     settings: RunSettings
     on_progress: OnProgress | None
@@ -133,6 +135,7 @@ def open_run(
     wait_on_close: Callable[[], bool],
     accumulators: SourceAccumulators | None,
     momentum: Momentum,
+    scaling: Scaling,
 ) -> OpenedRun:
     """Opens the campaign and begins to ask for grants; ``wait_on_close`` is asked whether to wait for delivery.
 
@@ -143,6 +146,7 @@ def open_run(
         the caller's to close.
     """
     plan = _plan_of_all(arguments, model, ranks)
+    plan = replace(plan, hyperparameters={**scaling.hyperparameters(), **plan.hyperparameters})
     client = _client(arguments.node, stack) if ranks.is_first else None
     blocks = blocks_of(plan, model.module)
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
@@ -154,6 +158,11 @@ def open_run(
             raise ConfigError("routing granularity 'head' with fully_shard: ranks hold rows, not heads; use DDP")
         if arguments.probe_loss is None:
             raise ConfigError("routing granularity 'head' without probe_loss: only a probe shows whose rows are whose")
+    scaling.check_supported(
+        sharded=model.is_sharded,
+        pieces=bool(routing.division.pieces),
+        audit_snapshots=bool(arguments.settings.audit_snapshot_every_steps),
+    )
     entries = stack.enter_context(
         optimizer_by_pieces(arguments.optimizer, model.module, routing.division, routing.moved)
     )
@@ -162,6 +171,7 @@ def open_run(
     momentum.attach(block_of, entries)
     sources = {source.id: source for source in arguments.sources}
     claims, policy = ranks.by_first(lambda: _claims_and_policy(client, sources))
+    scaling.check_admitted(policy.policy)
     ranks.together(lambda: _check_contents(sources, claims))
     classes = {identifier: claim.content_class for identifier, claim in claims.items()}
     probe_loss = arguments.probe_loss

@@ -24,6 +24,7 @@ from consensus.rejection import Reason, Rejected
 from trainer_client.commitment import SAFETENSORS_DTYPES, committed_tensors
 from trainer_client.heads import head_blocks
 from trainer_client.pieces import part_of_entry
+from trainer_client.scaling import BLOCK
 
 E = TypeVar("E")
 
@@ -45,6 +46,7 @@ class CampaignPlan:
             ``default_blocks``, at granularity ``head`` with heads taken out of them. At ``head`` pieces are those of
             heads, in whichever blocks.
         clip_norm: largest L2 norm of each parameter block's gradient.
+        clip_scope: ``block``, or ``global``: one factor for all blocks, of their common norm (``scaling.py``).
         factors_digest: SHA-256 of the file of Kronecker factors that traces of this campaign are to use.
         accumulator_window_steps: steps per window of per-source gradient sums (``accumulators.py``); 0 keeps none.
         sketch_rank: rank at which each example's gradients are kept beside them (``sketches.py``); 0 keeps none.
@@ -64,6 +66,7 @@ class CampaignPlan:
     event_granularity: str = "batch"
     blocks: Mapping[str, tuple[str, ...]] | None = None
     clip_norm: float = 1.0
+    clip_scope: str = BLOCK
     hyperparameters: Mapping[str, str] = field(default_factory=dict)
     factors_digest: bytes = b""
     accumulator_window_steps: int = 0

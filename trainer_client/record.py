@@ -77,7 +77,7 @@ class StepUse:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What an optimizer step did; see ``portions.StepOperation`` for units."""
+    """What an optimizer step did; see ``portions.StepOperation`` and ``portions.StepGovernance`` for units."""
 
     root_before: Digest
     root_after: Digest
@@ -91,6 +91,8 @@ class StepOutcome:
     accumulator_root: bytes = b""
     flushed: tuple[bytes, ...] = ()
     carried: tuple[p.CarriedMomentum, ...] = ()
+    global_clip_nano: int = 0
+    skipped: bool = False
 
 
 class Recorder:
@@ -194,6 +196,8 @@ class Recorder:
             presented=len(use.admitted) + len(use.refused),
             admitted=len(use.admitted),
             refused=count_reasons(use.refused.values()),
+            global_clip_nano=outcome.global_clip_nano,
+            skipped=outcome.skipped,
         )
         operation = p.StepOperation(
             index=place.steps + 1,

@@ -30,7 +30,6 @@ from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.balance import Balance, BalanceSheet
 from trainer_client.calls import CampaignStatus
-from trainer_client.clipping import clip_block_gradients
 from trainer_client.commitment import optimizer_state_digest, step_commitment
 from trainer_client.data_parallel import ParallelModel, pass_over
 from trainer_client.momentum import blocks_moved, drop_state
@@ -42,6 +41,7 @@ from trainer_client.record import Example
 from trainer_client.resumption import RecordedStep, past_since, read_opening
 from trainer_client.rollback import Stateful
 from trainer_client.routing import GradientObserver, Routing
+from trainer_client.scaling import Scaled, Scaling, scaling_of
 from trainer_client.step_book import optimizer_digest_of_all
 from trainer_client.submit import Client
 
@@ -64,6 +64,7 @@ class ReplayJob(Generic[E]):
     collate: Callable[[Sequence[E]], Any] = torch.stack  # type: ignore[assignment]
     scheduler: Stateful | None = None
     micro_batch_size: int | None = None
+    scaler: torch.amp.GradScaler | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +192,10 @@ def bench(
         if balance is not None:
             balance.attach(model, entries)
         stack.enter_context(routing)
-        clip_norm = _clip_norm(logged.terms)
+        scaling = scaling_of(logged.terms, job.optimizer, job.scaler)
         without = frozenset(without)
         yield Bench(
-            logged, job, ranks, parallel, routing, entries, blocks, block_of, clip_norm, accumulators, balance, without
+            logged, job, ranks, parallel, routing, entries, blocks, block_of, scaling, accumulators, balance, without
         )
 
 
@@ -217,10 +218,11 @@ class Bench(Generic[E]):
     entries: Entries
     blocks: Mapping[str, tuple[str, ...]]
     block_of: Mapping[str, int]
-    clip_norm: float
+    scaling: Scaling
     accumulators: SourceAccumulators | None
     balance: Balance | None
     without: frozenset[bytes]
+    scaled: Scaled | None = None
 
     def admitted(self, step: RecordedStep) -> tuple[Example, ...]:
         """The examples that a step took, in its order."""
@@ -248,38 +250,60 @@ class Bench(Generic[E]):
         found = optimizer_digest_of_all(own, self.ranks) if self.parallel.is_sharded else own
 
         def compared() -> tuple[str, ...]:
-            what = differences(step, before, after, self.blocks, found)
+            what = differences(step, before, after, self.blocks, found) + self._scaled_otherwise(step)
             if accumulator_root is not None and accumulator_root != step.operation.accumulator_root:
                 what += ("accumulators",)
             return what
 
         return self.ranks.by_first(compared)
 
+    def _scaled_otherwise(self, step: RecordedStep) -> tuple[str, ...]:
+        scaled, recorded = self.scaled, step.governance
+        found = (0, False) if scaled is None else (scaled.global_clip_nano, scaled.skipped)
+        named = zip(("global clip factor", "whether it is skipped"), found, strict=True)
+        return tuple(
+            name
+            for (name, mine), theirs in zip(named, (recorded.global_clip_nano, recorded.skipped), strict=True)
+            if mine != theirs
+        )
+
     def take(self, step: RecordedStep, admitted: tuple[Example, ...]) -> bytes:
         """One step; the root of the accumulators' window that it ends, on the first of the ranks, or nothing."""
         job, model = self.job, self.parallel.module
         job.optimizer.zero_grad(set_to_none=True)
         model.zero_grad(set_to_none=True)  # divided tensors are not the optimizer's
+        self.scaled = None
         batches = self.ranks.micro_batches(admitted, job.micro_batch_size or self.logged.terms.batch_size)
         for number, examples in enumerate(batches, 1):
             self._learn(step, admitted, examples, last=number == len(batches))
         if admitted:
             self.routing.finish_step()
-            norms = clip_block_gradients(model, self.block_of, self.clip_norm)
+            scaled = self.scaled = self.scaling.finish(model, self.block_of)
             self._flush(step)
-            if self.accumulators is not None:
-                self.accumulators.take_step(step.permission.policy, job.optimizer, norms, self.clip_norm)
-            if self.balance is not None:
-                self.balance.before_step(self.block_of, norms, self.clip_norm)
-            job.optimizer.step()
-            if self.balance is not None:
+            self._observe_step(step, scaled)
+            self.scaling.step(scaled)
+            if self.balance is not None and not scaled.skipped:
                 self.balance.after_step(job.optimizer)
-            if job.scheduler is not None:
+            if job.scheduler is not None and not scaled.skipped:
                 job.scheduler.step()  # type: ignore[attr-defined]
         if self.accumulators is None:
             return b""
         window = self.accumulators.end_step(step.index, recorded=True)
         return b"" if window is None else window.result()
+
+    def _observe_step(self, step: RecordedStep, scaled: Scaled) -> None:
+        """Accumulators and balance take in a step, or drop one that is skipped, before the optimizer takes it."""
+        norms, clip_norm, loss_scale = scaled.norms, self.scaling.clip_norm, scaled.loss_scale
+        for observer in (self.accumulators, self.balance):
+            if observer is not None and scaled.skipped:
+                observer.skip_step()
+        if scaled.skipped:
+            return
+        if self.accumulators is not None:
+            policy = step.permission.policy
+            self.accumulators.take_step(policy, self.job.optimizer, norms, clip_norm, loss_scale)
+        if self.balance is not None:
+            self.balance.before_step(self.block_of, norms, clip_norm, loss_scale)
 
     def _flush(self, step: RecordedStep) -> None:
         """Drop the optimizer's state of the parameter blocks which the step says that it dropped it of."""
@@ -308,7 +332,7 @@ class Bench(Generic[E]):
         with self.parallel.pass_of(last=last), routed:
             loss_B = job.loss(job.model, inputs if packing is None else Packed(inputs, packing))
             loss = self.routing.routed_loss(loss_B, self.logged.terms.batch_size)
-            self.parallel.of_all(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaling.backward(self.parallel.of_all(loss))
 
 
 def check_job(logged: LoggedCampaign, job: ReplayJob[E], without: Collection[bytes] = (), ranks: Ranks = ALONE) -> None:
@@ -379,10 +403,3 @@ def _accumulators(logged: LoggedCampaign, folder: Path, ranks: Ranks) -> SourceA
         return None
     window_steps, planned_steps = terms.accumulator_window_steps, terms.planned_steps
     return SourceAccumulators(folder, logged.id, window_steps, planned_steps, terms.sketch_rank, ranks=ranks)
-
-
-def _clip_norm(terms: p.Campaign) -> float:
-    for setting in terms.hyperparameters:
-        if setting.name == "clip_norm":
-            return float(setting.value)
-    raise Rejected(Reason.BAD_FIELD, "the campaign recorded no clip_norm")

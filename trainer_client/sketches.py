@@ -107,6 +107,11 @@ class SketchBook:
         self._window.visits += [(place, self._step) for place in places]
         self._enter(self._window, places, factored)
 
+    def skip_step(self) -> None:
+        """In place of ``take_step``: nothing of the step enters the window."""
+        self._close_micro_batch()
+        self._pending, self._batches = {}, []
+
     def merged(self, windows: Sequence["WindowSketches"]) -> "WindowSketches":
         """One window of what several ranks sketched of the same steps; an example may have been with each of them."""
         merged, *others = windows

@@ -28,6 +28,7 @@ from trainer_client.progress import Progress, RunRecord
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example, RecordedEvent, StepOutcome, StepUse
 from trainer_client.rollback import RandomState, Snapshot, StepBeginning
+from trainer_client.scaling import Scaled
 from trainer_client.tensor_digests import TensorDigests
 
 MICRO = 1_000_000
@@ -40,7 +41,7 @@ class Step:
 
     ``started`` is in seconds of ``time.perf_counter``. ``batches`` are this rank's micro-batches, as many as every rank
     has: where there are several ranks, one of them may be empty. ``learned`` of them are done. ``flushed`` and
-    ``carried`` are ``portions.StepOperation``'s.
+    ``carried`` are ``portions.StepOperation``'s; ``scaled`` is what became of its gradients, once they are whole.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Step:
     learned: int = 0
     flushed: tuple[bytes, ...] = ()
     carried: tuple[p.CarriedMomentum, ...] = ()
+    scaled: Scaled | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,8 @@ class StepBook:
             flushed=step.flushed,
             carried=step.carried,
             step_microseconds=taken.microseconds,
+            global_clip_nano=0 if step.scaled is None else step.scaled.global_clip_nano,
+            skipped=step.scaled is not None and step.scaled.skipped,
         )
         events = self._ledger.record_step(step.grant, StepUse(frozenset(step.admitted), step.refused), outcome)
         self._note_step(taken, loss, events)
@@ -197,6 +201,8 @@ class StepBook:
         settled += [f"{held.source.hex()} carried, at most {held.residual_nano / NANO:.9f}" for held in step.carried]
         if settled:
             self.note("momentum", step.index, id=events[-1].id.hex(), detail="; ".join(settled))
+        if step.scaled is not None and step.scaled.skipped:
+            self.note("skipped", step.index, id=events[-1].id.hex(), detail="a gradient overflowed")
         self.note(
             "step",
             step.index,

@@ -120,6 +120,7 @@ def _check_steps(
     campaign = bundle.record(CAMPAIGN_TABLE + bundle.campaign, CampaignRecord)
     grant_problems: list[str] = []
     depth_problems: list[str] = []
+    scaled = skipped = 0
     undisclosed = unplaced = 0
     for step in placed:
         governance = step.event.governance
@@ -142,6 +143,10 @@ def _check_steps(
             grant_problems.append(f"{where} is outside its grant, {grant.first_step} to {grant.last_step}")
         elif step.lowest < grant.first_step or step.highest > grant.last_step:
             unplaced += 1
+        if governance.global_clip_nano and not policies[governance.policy].global_clipping:
+            depth_problems.append(f"{where}: one factor scaled all parameter blocks, the policy does not admit that")
+        scaled += 0 < governance.global_clip_nano < p.NANO
+        skipped += governance.skipped
         for profile in governance.profiles:
             try:
                 check_profile(policies[governance.policy], profile, campaign.blocks)
@@ -158,3 +163,8 @@ def _check_steps(
         depth_problems,
         undisclosed,
     )
+    if scaled or skipped:
+        steps.not_covered(
+            f"what an example kept out of a parameter block did there by way of others: one clip factor scaled all of "
+            f"them in {scaled} steps, {skipped} were skipped for an overflow in any"
+        )

@@ -41,6 +41,7 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     maximum_grant_duration_seconds: int
     revocation: str = "drain"
     momentum: str = "carry"
+    global_clipping: bool = False
     routing_granularities: tuple[str, ...] = ("block",)
     event_granularities: tuple[str, ...] = ("batch",)
     author_schemes: tuple[str, ...] = AUTHOR_SCHEMES
@@ -162,6 +163,7 @@ def read_policy(path: Path, members: Sequence[Member] = ()) -> Policy:
         custody=file.custody,
         maximum_grant_steps=file.maximum_grant_steps,
         maximum_grant_duration_ms=1_000 * file.maximum_grant_duration_seconds,
+        global_clipping=file.global_clipping,
         revocation=file.revocation,
         momentum=file.momentum,
         rationale=file.rationale,
@@ -187,6 +189,6 @@ def _new_event(own: LocalMember, content: Policy) -> tuple[CheckedEvent, bytes]:
 
 def _with_own_signature(own: LocalMember, event: CheckedEvent, path: Path) -> tuple[CheckedEvent, bytes]:
     if event.entry.kind is not Kind.POLICY or not isinstance(event.governance, Policy):
-        raise ConfigError(f"{path}: expected a policy event, found a {event.entry.kind.value} event")
+        raise ConfigError(f"{path}: expected a policy event, found {event.entry.kind.phrase}")
     check_policy(event.governance)
     return signed_by(own, event.entry, event.portions)

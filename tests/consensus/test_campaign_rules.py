@@ -588,6 +588,46 @@ def test_root_that_changes_in_a_step_where_nothing_may_move_is_refused() -> None
     assert_refused(told.ledger, forged, Reason.PARAMETER_ROOT_BROKEN, before=[refusal])
 
 
+def test_one_factor_over_all_blocks_is_refused_unless_the_policy_admits_it() -> None:
+    told = granted()
+    refusal, step = step_of(told)
+    for factor_nano in (1, p.NANO // 2, p.NANO):
+        scaled = remake(told.run, step, governance=tell(step.governance, global_clip_nano=factor_nano))
+        assert_refused(told.ledger, scaled, Reason.GLOBAL_CLIPPING_NOT_ADMITTED, before=[refusal])
+    told = opened()
+    told.ledger.seal(told.ledger.policy(global_clipping=True))
+    told.ledger.seal(told.run.grant([told.books, told.records], 1, 100))
+    refusal, step = step_of(told)
+    assert_admitted(told.ledger, step, before=[refusal])
+    for factor_nano in (1, p.NANO):
+        scaled = remake(told.run, step, governance=tell(step.governance, global_clip_nano=factor_nano))
+        assert_admitted(told.ledger, scaled, before=[refusal])
+
+
+def test_factor_above_one_is_no_factor() -> None:
+    told = granted()
+    _, step = step_of(told)
+    enlarged = tell(step.governance, global_clip_nano=p.NANO + 1)
+    assert_malformed(lambda: remake(told.run, step, governance=enlarged), Reason.MALFORMED)
+
+
+def test_skipped_step_moves_nothing() -> None:
+    told = granted()
+    refusal, step = step_of(told)
+    governance = tell(step.governance, skipped=True)
+    honest = remake(told.run, step, governance=governance, operation=still(step))
+    assert_admitted(told.ledger, honest, before=[refusal])
+    moved = remake(told.run, step, governance=governance)
+    assert_refused(told.ledger, moved, Reason.PARAMETER_ROOT_BROKEN, before=[refusal])
+    other_root = still(step, root_after=digest("other weights"))
+    forged = remake(told.run, step, governance=governance, operation=other_root)
+    assert_refused(told.ledger, forged, Reason.PARAMETER_ROOT_BROKEN, before=[refusal])
+    operation = operation_of(step)
+    moved_back = tell(operation, root_after=operation.root_before)
+    forged = remake(told.run, step, governance=governance, operation=moved_back)
+    assert_refused(told.ledger, forged, Reason.PARAMETER_ROOT_BROKEN, before=[refusal])
+
+
 def test_step_that_admits_nothing_leaves_the_root_as_it_is() -> None:
     told = opened()
     extra = told.ledger.source(LIBRARIAN, "extra")
@@ -606,6 +646,8 @@ def test_step_that_admits_nothing_leaves_the_root_as_it_is() -> None:
             assert_refused(told.ledger, step, Reason.PARAMETER_ROOT_BROKEN, before=events[:-1])
             honest = remake(run, step, operation=still(step))
             assert_admitted(told.ledger, honest, before=events[:-1])
+            skipped = remake(run, step, governance=tell(step.governance, skipped=True), operation=still(step))
+            assert_refused(told.ledger, skipped, Reason.BAD_FIELD, before=events[:-1])
             return
         told.ledger.seal(*events)
     raise AssertionError("no step without an admitted example")

@@ -31,6 +31,7 @@ POLICY = p.Policy(
     custody=(),
     maximum_grant_steps=10,
     maximum_grant_duration_ms=1_000,
+    global_clipping=False,
     revocation="drain",
     momentum="carry",
     rationale="",

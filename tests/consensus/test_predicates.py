@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_fixtures import BLOCKS, HOSPITAL, LIBRARIAN, CampaignRun, MemoryLedger, Story, begin, digest, story
-from rules_fixtures import remake
+from rules_fixtures import remake, tell
 
 from consensus import portions as p
 from consensus.bundle import (
@@ -25,7 +25,7 @@ from consensus.bundle import (
 )
 from consensus.codec import decode, encode
 from consensus.epochs import Anchor, anchor
-from consensus.event import Entry, Kind
+from consensus.event import CheckedEvent, Entry, Kind
 from consensus.identifiers import MemberId
 from consensus.job_key import job_key_id
 from consensus.keys import MlDsa65SigningKey
@@ -704,6 +704,51 @@ def test_profile_above_the_policy_is_found() -> None:
     deep = tuple(p.ClassProfile(name, (1_000,) * len(BLOCKS)) for name in ("medical", "text"))
     tale.ledger.seal_lying(*tale.run.step(profiles=deep), lies={key: lie})
     assert "class 'medical' in block 'embedding'" in failure(judged(tale, Predicate.POLICY_IN_FORCE))
+
+
+def tied(tale: Story, **ties: object) -> tuple[CheckedEvent, ...]:
+    """The next step, which says that parameter blocks were tied together; of a skipped one that nothing moved."""
+    *before, step = tale.run.step()
+    operation = step.operation
+    assert isinstance(operation, p.StepOperation)
+    if ties.get("skipped"):
+        deltas = tuple(p.BlockDelta(0, delta.digest) for delta in operation.deltas)
+        operation = tell(operation, deltas=deltas, root_after=operation.root_before)
+    return *before, remake(tale.run, step, governance=tell(step.governance, **ties), operation=operation)
+
+
+def test_steps_that_tie_parameter_blocks_together_are_told() -> None:
+    tale = begin()
+    tale.ledger.seal(tale.ledger.policy(global_clipping=True))
+    tale.ledger.seal(tale.run.grant([tale.books, tale.records], 1, 3))
+    tale.ledger.seal(*tied(tale, global_clip_nano=p.NANO))
+    verdict = judged(tale, Predicate.POLICY_IN_FORCE)
+    assert verdict.answer is Answer.YES
+    assert not any("clip factor" in step.text for step in verdict.steps), "a factor of one changed nothing"
+    tale.ledger.seal(*tied(tale, global_clip_nano=p.NANO // 3))
+    (step,) = [step for step in judged(tale, Predicate.POLICY_IN_FORCE).steps if "clip factor" in step.text]
+    assert step.status is Status.NOT_COVERED
+    assert step.text.endswith("one clip factor scaled all of them in 1 steps, 0 were skipped for an overflow in any")
+
+
+def test_skipped_step_is_told() -> None:
+    tale = begin()
+    tale.ledger.seal(tale.run.grant([tale.books, tale.records], 1, 3))
+    tale.ledger.seal(*tied(tale, skipped=True))
+    verdict = judged(tale, Predicate.POLICY_IN_FORCE)
+    assert verdict.answer is Answer.YES
+    assert any(step.text.endswith("in 0 steps, 1 were skipped for an overflow in any") for step in verdict.steps)
+
+
+def test_one_factor_over_all_blocks_against_the_policy_is_found() -> None:
+    tale = begin()
+    tale.ledger.seal(tale.run.grant([tale.books, tale.records], 1, 3))
+    key = POLICY_TABLE + tale.run.policy_id
+    record = record_of(tale, key, PolicyRecord)
+    assert isinstance(record, PolicyRecord)
+    lie = msgspec.structs.replace(record, policy=msgspec.structs.replace(record.policy, global_clipping=True))
+    tale.ledger.seal_lying(*tied(tale, global_clip_nano=1), lies={key: lie})
+    assert "one factor scaled all parameter blocks" in failure(judged(tale, Predicate.POLICY_IN_FORCE))
 
 
 def test_grant_under_a_replaced_policy_is_found() -> None:

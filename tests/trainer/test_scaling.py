@@ -1,0 +1,368 @@
+"""One clip factor over all parameter blocks, and loss scaling: recorded, undone and taken again to the bit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fake_node import running_node
+from governed_fixtures import (
+    BATCH_SIZE,
+    CAMPAIGN,
+    EVERYTHING,
+    STEPS,
+    HalfModel,
+    RecitesAt,
+    Scene,
+    TinyModel,
+    by_heads,
+    collate,
+    losses,
+    same_bits,
+    weights,
+)
+from rank_fixtures import Attempt, Replay, run_on_ranks
+from torch import Tensor
+
+from consensus import portions as p
+from consensus.event import CheckedEvent, Kind
+from consensus.portions import BlockWeight, ClassRule
+from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
+from trainer_client.balance import Balance
+from trainer_client.clipping import GradientOverflow, clip_factor
+from trainer_client.momentum import Momentum
+from trainer_client.pieces import whole_entries
+from trainer_client.plan import default_blocks
+from trainer_client.replay import Replayed, ReplayJob, read_logged_campaign, replay
+from trainer_client.scaling import GLOBAL, Scaled, Scaling
+
+CLIP_NORM = 0.25
+FIRST_SCALE = 2.0**18
+"""Overflows in float16 until it is halved some times."""
+
+
+def scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=3)
+
+
+def halved(scene: Scene) -> Scene:
+    """A run in float16 whose scale grows until it overflows, again and again."""
+    scene.build = HalfModel
+    scene.arguments["scaler"] = scaler()
+    return scene
+
+
+def clipped_together(scene: Scene, **policy: object) -> Scene:
+    scene.register(**{"classes": EVERYTHING, "global_clipping": True, **policy})
+    scene.plan_changes.update(clip_scope=GLOBAL, clip_norm=CLIP_NORM)
+    return scene
+
+
+def governance_of(scene: Scene) -> list[p.StepGovernance]:
+    steps = [event.governance for event in scene.events(Kind.STEP)]
+    return [step for step in steps if isinstance(step, p.StepGovernance)]
+
+
+def operations_of(scene: Scene) -> list[p.StepOperation]:
+    return [event.operation for event in scene.events(Kind.STEP) if isinstance(event.operation, p.StepOperation)]
+
+
+def skipped(scene: Scene) -> list[int]:
+    return [step.index for step in governance_of(scene) if step.skipped]
+
+
+def replayed(scene: Scene, own: torch.amp.GradScaler | None = None, *, balanced: bool = False) -> Replayed:
+    torch.manual_seed(1)
+    model = scene.build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    job = ReplayJob(model, optimizer, scene.training_sources, losses, collate, scaler=own)
+    return replay(read_logged_campaign(scene.client(), CAMPAIGN), job, balanced=balanced)
+
+
+def plain_training(scene: Scene, own: torch.amp.GradScaler | None) -> tuple[dict[str, Tensor], list[int], list[float]]:
+    """The same fine-tune in ordinary torch: weights, steps that the scaler skipped, norms of all gradients."""
+    torch.manual_seed(1)
+    model = scene.build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    text = {scene.sources[name]: scene.texts[name] for name in scene.sources}
+    without, norms = [], []
+    for step in range(1, STEPS + 1):
+        admitted = [held for held in scene.presented(step) if held[0] != scene.sources["secret"]]
+        optimizer.zero_grad(set_to_none=True)
+        loss = losses(model, collate([text[source][example] for source, example in admitted])).sum() / BATCH_SIZE
+        if own is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).item())
+            optimizer.step()
+            continue
+        scale = own.get_scale()
+        own.scale(loss).backward()  # type: ignore[no-untyped-call]
+        own.unscale_(optimizer)
+        for names in default_blocks(model).values():
+            torch.nn.utils.clip_grad_norm_([model.get_parameter(name) for name in names], 1.0)
+        own.step(optimizer)
+        own.update()
+        without += [step] if own.get_scale() < scale else []
+    return weights(model), without, norms
+
+
+# One factor over all blocks
+
+
+def test_factor_over_all_blocks_is_that_of_their_common_norm_and_is_recorded(scene: Scene) -> None:
+    clipped_together(scene).train()
+    expected, _, norms = plain_training(scene, None)
+    for step, norm in zip(governance_of(scene), norms, strict=True):
+        assert step.global_clip_nano == pytest.approx(clip_factor(norm, CLIP_NORM) * p.NANO, rel=1e-5)
+    assert min(step.global_clip_nano for step in governance_of(scene)) < p.NANO
+    found = weights(scene.model)
+    assert all(torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-6) for name, tensor in expected.items())
+
+
+def test_run_clipped_together_keeps_its_accounts_and_is_replayed_to_the_bit(scene: Scene) -> None:
+    clipped_together(scene)
+    scene.plan_changes.update(accumulator_window_steps=5, sketch_rank=2)
+    scene.train()
+    found = replayed(scene)
+    assert (found.matched, found.difference) == (STEPS, None)
+    sheet = replayed(scene, balanced=True).balance
+    assert sheet is not None
+    assert max(abs(entry.share) for entry in sheet.rest.values()) < 1e-4
+
+
+def test_factor_that_was_not_the_one_recorded_is_seen(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped_together(scene)
+    honest = Scaling.finish
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Scaling, "finish", lambda self, *inputs: replace(honest(self, *inputs), global_clip_nano=p.NANO)
+        )
+        scene.train()
+    found = replayed(scene).difference
+    assert found is not None
+    assert (found.step, found.what) == (1, ("global clip factor",))
+
+
+def test_plan_that_clips_together_against_the_policy_is_refused_before_anything_is_recorded(scene: Scene) -> None:
+    clipped_together(scene, global_clipping=False)
+    with pytest.raises(Rejected) as refusal:
+        scene.train()
+    assert refusal.value.reason is Reason.GLOBAL_CLIPPING_NOT_ADMITTED
+    assert scene.events(Kind.CAMPAIGN) == []
+
+
+def test_policy_that_ends_clipping_together_stops_the_run_by_name_under_its_first_grant(scene: Scene) -> None:
+    clipped_together(scene, maximum_grant_steps=4)
+    scene.settings = replace(scene.settings, renew_at_permille=0)
+
+    def stricter(step: int) -> None:
+        if step == 2:
+            scene.node.policy(classes=EVERYTHING, maximum_grant_steps=4)
+
+    with pytest.raises(Rejected) as refusal:
+        scene.train(stricter)
+    assert refusal.value.reason is Reason.GLOBAL_CLIPPING_NOT_ADMITTED
+    assert [step.index for step in operations_of(scene)][:3] == [1, 2, 3]
+    assert len(operations_of(scene)) <= 4
+
+
+def test_clip_scope_that_is_none_is_refused_by_name(scene: Scene) -> None:
+    scene.register()
+    scene.plan_changes["clip_scope"] = "layer"
+    with pytest.raises(ConfigError, match="clip_scope is 'layer', expected block or global"):
+        scene.train()
+
+
+# Loss scaling
+
+
+def test_scaled_run_is_bit_identical_to_plain_training_and_names_the_steps_it_skipped(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    halved(scene).train()
+    expected, without, _ = plain_training(scene, scaler())
+    assert skipped(scene) == without
+    assert 1 in without
+    assert len(without) < STEPS - 3
+    assert same_bits(weights(scene.model), expected)
+    for step, operation in zip(governance_of(scene), operations_of(scene), strict=True):
+        assert (operation.root_after == operation.root_before) == step.skipped
+    assert len({step.optimizer_digest for step in operations_of(scene)}) == STEPS - len(without) + 1
+
+
+def test_scaled_run_keeps_its_accounts_and_is_replayed_to_the_bit(scene: Scene) -> None:
+    shallow = ClassRule("news", 500, (BlockWeight("embedding", 0),))
+    scene.register(classes=(ClassRule("documentation", 1_000, ()), shallow))
+    halved(scene).plan_changes.update(accumulator_window_steps=4, sketch_rank=2)
+    scene.train()
+    assert skipped(scene)
+    found = replayed(scene, scaler())
+    assert (found.matched, found.difference) == (STEPS, None)
+    sheet = replayed(scene, scaler(), balanced=True).balance
+    assert sheet is not None
+    assert max(abs(entry.share) for entry in sheet.rest.values()) < 1e-3
+
+
+def test_replay_with_another_scaler_or_none_is_refused_by_name(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    halved(scene).train()
+    for own in (None, torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False)):
+        with pytest.raises(Rejected, match="the campaign scaled its losses from"):
+            replayed(scene, own)
+
+
+def test_scheduler_stands_still_in_a_skipped_step(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    run = halved(scene).run()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(run._optimizer, lambda step: 1 / (1 + step))
+    run._scheduler = scheduler
+    with run:
+        for batch in run.batches():
+            run.learn(losses(scene.model, batch.inputs))
+    assert scheduler.last_epoch == STEPS - len(skipped(scene))
+    rates = [step.learning_rate_nano for step in operations_of(scene)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_scaled_run_that_died_goes_on_at_the_scale_it_had(scene: Scene, tmp_path: Path) -> None:
+    scene.register(classes=EVERYTHING)
+    halved(scene).settings = replace(scene.settings, checkpoint_every_steps=1, snapshot_every_steps=1)
+
+    def die(step: int) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scene.train(die)
+    halved(scene).train()
+    with running_node() as node:
+        other = Scene(node, tmp_path / "other", dict(scene.texts))
+        other.register(classes=EVERYTHING)
+        halved(other).train()
+    assert skipped(scene) == skipped(other)
+    assert same_bits(weights(scene.model), weights(other.model))
+
+
+def test_rollback_brings_the_scale_back(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    halved(scene).settings = replace(scene.settings, snapshot_every_steps=2)
+    refused: list[bytes] = []
+
+    def refuse_once(event: CheckedEvent) -> Rejected | None:
+        if isinstance(event.operation, p.StepOperation) and event.operation.index == 8 and not refused:
+            refused.append(event.id)
+        return Rejected(Reason.GRANT_CLOSED, "too late") if event.id in refused else None
+
+    scene.node.refuse_step = refuse_once
+    scene.train()
+    assert scene.node.head(CAMPAIGN).rollbacks == 1
+    expected, without, _ = plain_training(scene, scaler())
+    assert same_bits(weights(scene.model), expected)
+    assert sorted(set(skipped(scene))) == without
+
+
+def test_recital_in_a_scaled_run_undoes_its_step_and_the_replay_agrees(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    recites = RecitesAt(7)
+    halved(scene).arguments["memorization"] = recites
+    scene.train(recites.at.append)
+    assert scene.node.head(CAMPAIGN).rollbacks == 1
+    assert replayed(scene, scaler()).difference is None
+
+
+def test_what_is_kept_out_of_a_block_leaves_no_bit_there_under_loss_scaling(scene: Scene, tmp_path: Path) -> None:
+    closed = ClassRule("news", 1_000, tuple(BlockWeight(name, 0) for name in ("embedding", "layers.0", "layers.1")))
+    found = []
+    with running_node() as node:
+        other = Scene(node, tmp_path / "other", dict(scene.texts))
+        for each in (scene, other):
+            each.register(classes=(ClassRule("documentation", 1_000, ()), closed))
+            each.salt = None  # so that examples are not held against the claim
+            halved(each).plan_changes["planned_steps"] = 1
+            each.arguments["scaler"] = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        other.texts["paper"] = [bytes(10)] * 8
+        for each in (scene, other):
+            each.train()
+            found.append(weights(each.model))
+    assert scene.seen == other.seen
+    assert {source for source, _ in scene.seen} == {scene.sources["manual"], scene.sources["paper"]}
+    assert skipped(scene) == skipped(other) == []
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0] if not name.startswith("head"))
+    assert not torch.equal(found[0]["head.weight"], found[1]["head.weight"])
+
+
+def test_two_ranks_skip_and_clip_alike_and_are_replayed(scene: Scene) -> None:
+    clipped_together(halved(scene))
+    scene.arguments["micro_batch_size"] = None
+    scene.plan_changes["accumulator_window_steps"] = 4
+    taken, again = run_on_ranks(scene, Attempt("DDP"), Attempt("DDP", replay=Replay()))
+    assert [outcome.error for outcome in (*taken, *again)] == [""] * 4
+    assert skipped(scene)
+    assert 0 < min(step.global_clip_nano for step in governance_of(scene) if not step.skipped) < p.NANO
+    assert [(outcome.replayed, outcome.differing) for outcome in again] == [(STEPS, ())] * 2
+
+
+def test_what_does_not_go_with_a_scaler_is_refused_by_name(scene: Scene) -> None:
+    by_heads(scene)
+    scene.arguments["scaler"] = scaler()
+    with pytest.raises(ConfigError, match="a gradient scaler with routing granularity 'head'"):
+        scene.train()
+    scaling = Scaling(torch.optim.SGD([torch.zeros(1)]), 1.0, scaler=scaler())
+    with pytest.raises(ConfigError, match="a gradient scaler with fully_shard"):
+        scaling.check_supported(sharded=True, pieces=False, audit_snapshots=False)
+
+
+def test_snapshots_for_audits_hold_no_scale_and_are_refused_by_name(scene: Scene) -> None:
+    scene.register()
+    halved(scene).settings = replace(scene.settings, audit_snapshot_every_steps=4)
+    with pytest.raises(ConfigError, match="a gradient scaler with audit_snapshot_every_steps"):
+        scene.train()
+
+
+def test_loop_that_steps_the_optimizer_by_itself_cannot_have_a_scaler(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    with halved(scene).run() as run:
+        batch = next(run.batches())
+        with pytest.raises(ConfigError, match=r"use run\.learn"):
+            run.backward(losses(scene.model, batch.inputs))
+
+
+def test_overflow_without_a_scaler_ends_the_run_by_name(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    scene.build = HalfModel
+    with pytest.raises(GradientOverflow, match="the gradient of parameter block"):
+        scene.loop(lambda run, inputs, step: run.learn(2.0**30 * losses(scene.model, inputs).float()))
+
+
+def test_scaler_that_takes_a_step_which_overflowed_is_no_scaler() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scaling = Scaling(optimizer, 1.0, scaler=scaler())
+    scaling.backward(parameter.sum())
+    with pytest.raises(InvariantBroken, match="the gradient scaler took a step"):
+        scaling.step(Scaled((), FIRST_SCALE, 0, skipped=True))
+
+
+def test_nothing_fades_in_a_skipped_step() -> None:
+    model = TinyModel()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    momentum = Momentum(optimizer)
+    block_of = {name: 0 for name, _ in model.named_parameters()}
+    momentum.attach(block_of, whole_entries(model))
+    momentum.take_step((), (), {b"s": (1_000,)})
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = momentum.carried(b"s")
+    momentum.take_step((), (), {}, skipped=True)
+    assert momentum.carried(b"s") == before
+    momentum.take_step((), (), {})
+    assert momentum.carried(b"s").residual_nano < before.residual_nano
+
+
+def test_balance_drops_what_a_skipped_step_saw() -> None:
+    model = TinyModel()
+    balance = Balance(torch.optim.AdamW(model.parameters()))
+    balance.attach(model, whole_entries(model))
+    balance.observe("head.weight", b"s", torch.ones_like(model.head.weight))
+    balance.skip_step()
+    assert balance._pending == {}

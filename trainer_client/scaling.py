@@ -1,0 +1,175 @@
+"""By what gradients are scaled between the backward pass and the optimizer, and whether it steps at all.
+
+* **Clipping** per parameter block (``BLOCK``), why, says ``routing.py``; or all blocks by one factor of their common
+  norm (``GLOBAL``), where the policy admits it. The factor is recorded: through it an example that is kept out of a
+  block bears on the length of that block's step.
+* **Loss scaling** for float16 (``torch.amp.GradScaler``): gradients are divided by the scale before they are clipped. A
+  step in which one of them is not finite is *skipped*: optimizer and schedule stay where they are, nothing of it is
+  summed, and it is recorded as such. Examples that are kept out of a block cannot make its gradient overflow, since
+  they are masked, not multiplied; but what they do elsewhere can skip the step.
+
+One object serves a run and its replay, so that both scale alike.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from consensus import portions as p
+from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
+from trainer_client.clipping import GradientOverflow, clip_block_gradients, clip_factor
+
+BLOCK, GLOBAL = "block", "global"
+CLIP_SCOPE, LOSS_SCALING = "clip_scope", "loss_scaling"
+"""The hyperparameters that say so, of campaigns in which it is not per block, or in which losses are scaled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """What became of a step's gradients: the ``norms`` that each block was clipped by, None without a gradient.
+
+    ``loss_scale`` is still in what an observer of the backward pass saw. Of a ``skipped`` step there are no norms.
+    """
+
+    norms: tuple[float | None, ...]
+    loss_scale: float
+    global_clip_nano: int
+    skipped: bool
+
+
+class Scaling:
+    """The scaling of one job. ``clip_norm`` is the largest L2 norm of a block's gradient, or of all of them together.
+
+    Raises:
+        ConfigError: ``clip_scope`` is neither of the two.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        clip_scope: str = BLOCK,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        if clip_scope not in (BLOCK, GLOBAL):
+            raise ConfigError(f"clip_scope is {clip_scope!a:.40}, expected {BLOCK} or {GLOBAL}")
+        self.clip_norm = clip_norm
+        self._optimizer = optimizer
+        self._together = clip_scope == GLOBAL
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the losses, if anything does; its state is the job's."""
+        return self._scaler
+
+    def hyperparameters(self) -> dict[str, str]:
+        """What a campaign records of it, as it begins."""
+        found = {CLIP_SCOPE: GLOBAL} if self._together else {}
+        if self._scaler is not None:
+            found[LOSS_SCALING] = scaling_text(self._scaler)
+        return found
+
+    def check_admitted(self, policy: p.Policy) -> None:
+        """The policy admits that blocks are clipped together, if they are.
+
+        Raises:
+            Rejected: ``GLOBAL_CLIPPING_NOT_ADMITTED``.
+        """
+        if self._together and not policy.global_clipping:
+            raise Rejected(
+                Reason.GLOBAL_CLIPPING_NOT_ADMITTED,
+                f"the plan clips all parameter blocks together, policy '{policy.name}' has each clipped on its own",
+            )
+
+    def check_supported(self, *, sharded: bool, pieces: bool, audit_snapshots: bool) -> None:
+        """Losses are not scaled where nobody has shown that it stays exact.
+
+        Raises:
+            ConfigError: naming what does not go with it.
+        """
+        if self._scaler is None:
+            return
+        for found, why in (
+            (sharded, "fully_shard: each rank would skip by the part that it holds; use bfloat16"),
+            (pieces, "routing granularity 'head': the scaler does not see gradients of pieces; use bfloat16"),
+            (audit_snapshots, "audit_snapshot_every_steps: a snapshot for audits holds no scale"),
+        ):
+            if found:
+                raise ConfigError(f"a gradient scaler with {why}")
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a micro-batch's loss."""
+        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def finish(self, model: nn.Module, block_of: Mapping[str, int]) -> Scaled:
+        """After a step's last backward pass: gradients as the optimizer is to have them.
+
+        Raises:
+            GradientOverflow: one is not finite, and no losses are scaled.
+        """
+        scale = 1.0
+        if self._scaler is not None:
+            scale = self._scaler.get_scale()
+            self._scaler.unscale_(self._optimizer)
+        try:
+            norms = clip_block_gradients(model, block_of, self.clip_norm, together=self._together)
+        except GradientOverflow:
+            if self._scaler is None:
+                raise
+            return Scaled((), scale, 0, skipped=True)
+        if not self._together:
+            return Scaled(norms, scale, 0, skipped=False)
+        factor = clip_factor(max((norm for norm in norms if norm is not None), default=0.0), self.clip_norm)
+        return Scaled(norms, scale, max(1, math.floor(factor * p.NANO)), skipped=False)
+
+    def step(self, scaled: Scaled) -> None:
+        """The optimizer's step, unless it is to be skipped.
+
+        Raises:
+            InvariantBroken: the scaler did otherwise.
+        """
+        if self._scaler is None:
+            self._optimizer.step()
+            return
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if (self._scaler.get_scale() < scaled.loss_scale) != scaled.skipped:
+            raise InvariantBroken(
+                f"the gradient scaler {'took' if scaled.skipped else 'skipped'} a step whose gradients say otherwise"
+            )
+
+
+def scaling_text(scaler: torch.amp.GradScaler) -> str:
+    """How a scaler scales from where it stands, in words that a replay's can be compared with."""
+    return (
+        f"from {scaler.get_scale():g}, by {scaler.get_backoff_factor():g} after an overflow, by"
+        f" {scaler.get_growth_factor():g} after {scaler.get_growth_interval()} steps without"
+    )
+
+
+def scaling_of(terms: p.Campaign, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> Scaling:
+    """The scaling that a campaign recorded, for a replay with that optimizer and scaler.
+
+    Raises:
+        Rejected: ``BAD_FIELD``: the campaign recorded no ``clip_norm``, an unknown ``clip_scope``, or scaled losses
+            otherwise than this scaler.
+    """
+    settings = {setting.name: setting.value for setting in terms.hyperparameters}
+    if "clip_norm" not in settings:
+        raise Rejected(Reason.BAD_FIELD, "the campaign recorded no clip_norm")
+    clip_scope = settings.get(CLIP_SCOPE, BLOCK)
+    if clip_scope not in (BLOCK, GLOBAL):
+        raise Rejected(Reason.BAD_FIELD, f"the campaign recorded {CLIP_SCOPE} {clip_scope!a:.40}")
+    scaling = Scaling(optimizer, float(settings["clip_norm"]), clip_scope, scaler)
+    recorded, found = settings.get(LOSS_SCALING), scaling.hyperparameters().get(LOSS_SCALING)
+    if recorded != found:
+        raise Rejected(
+            Reason.BAD_FIELD,
+            f"the campaign scaled its losses {recorded or 'not at all'}; the job's scaler {found or 'does not'}",
+        )
+    return scaling
