@@ -1,38 +1,36 @@
 """``countersign trace``, ``countersign footprint`` and ``countersign factors``."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import click
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from attribution.examples import OPEN_AT_MOST, Allowance
-from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
+from attribution.asking import (
+    FACTOR_SEQUENCES,
+    Asked,
+    answer_of_both,
+    asked_campaign,
+    fit_on_text,
+    sketch_store,
+    traceable_root,
+)
+from attribution.examples import OPEN_AT_MOST
+from attribution.factors import factor_tensors
 from attribution.footprint import chosen_sources, example_footprint, footprint
-from attribution.index import SketchedCampaign, open_index
-from attribution.language import Language, language_of
-from attribution.log import CampaignLog
-from attribution.options import ACCUMULATORS, INDEX, GivenLog, log_options, told
+from attribution.footprint_report import footprint_json, footprint_text
+from attribution.language import language_of
+from attribution.log import base_log
+from attribution.options import ACCUMULATORS, INDEX, GivenBase, GivenLog, RunFiles, base_options, log_options
 from attribution.page import page
-from attribution.query import log_chance
-from attribution.questions import Question, greedy_text, read_questions
-from attribution.report import Answer, footprint_json, footprint_text, trace_json, trace_text
-from attribution.sketches import RunFolder, SketchStore
+from attribution.public_text import public_sequences
+from attribution.questions import Question, read_questions
+from attribution.report import trace_json, trace_text
 from attribution.standings import standings, standings_fields, standings_text
-from attribution.trace import control_outputs, trace_output, untraced_tensors
-from attribution.weights import find_windows, freeze_others, load_model, read_tensors
-from consensus.pieces import tensor_named
+from attribution.weights import find_windows, load_model, read_tensors
 from consensus.rejection import ConfigError, Reason, Rejected
-
-P = TypeVar("P")
-
-FACTOR_SEQUENCES = 256
-BATCH_SEQUENCES = 16
-CONTROLS = 40
 
 _MODEL = click.option(
     "--model",
@@ -115,7 +113,7 @@ def factors_command(
     held = read_tensors(weights_path)
     model = load_model(architecture, weights_path, held.root, "model", adapter_path)
     language = language_of(architecture, tokenizer_path)
-    sequences = _sequences(text_path, language, context_tokens)
+    sequences = public_sequences(text_path, language, context_tokens)
     tensors = factor_tensors(fit_on_text(model, sequences, sequence_count))
     save_file(tensors, out)
     root = read_tensors(out).root
@@ -168,6 +166,7 @@ def _chosen(command: Callable[..., None]) -> Callable[..., None]:
     help="Example-visits whose sketches one answer may open.",
 )
 @log_options
+@base_options
 @click.option(
     "--factors",
     "factors_path",
@@ -203,6 +202,7 @@ def trace_command(
     index_path: Path | None,
     open_at_most: int,
     given: GivenLog,
+    given_base: GivenBase | None,
     factors_path: Path | None,
     without_path: Path | None,
     text_path: Path | None,
@@ -230,47 +230,32 @@ def trace_command(
     if outputs_path is None and (names or owners or classes or revoked):
         raise click.UsageError("--source, --owner, --class and --revoked ask about --outputs")
     log = given.open()
-    release = log.provenance.release
-    if not log.provenance.windows:
-        raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: its outputs cannot be traced from the log")
-    if release is None:
-        raise Rejected(Reason.ROOT_NOT_FINAL, "the campaign has released nothing: there is no tuned model to ask about")
+    tuned_root = traceable_root(log.provenance)
     chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
-    store = _store(log, index_path)
+    log_before = None if given_base is None else base_log(log, given_base.log.open())
     language = language_of(architecture, tokenizer_path)
-    base = load_model(architecture, base_path, log.provenance.campaign.base_root, "campaign's base model", adapter_path)
-    tuned = load_model(architecture, tuned_path, release.parameter_root, "campaign's release", adapter_path)
-    others = {} if without_path is None else {"without": _unchecked_model(architecture, adapter_path, without_path)}
-    blocks = log.provenance.campaign.parameter_blocks
-    freeze_others(tuned, {tensor_named(tensor.name) for block in blocks for tensor in block.tensors})
-    search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
-    sequences = _sequences(text_path, language, context_tokens)
-    factors, origin = chosen_factors(log, tuned, factors_path, sequences)
-    untraced = untraced_tensors(log.provenance.campaign, factors)
+
+    def model(path: Path, root: bytes, what: str) -> nn.Module:
+        return load_model(architecture, path, root, what, adapter_path)
+
+    base = model(base_path, log.provenance.campaign.base_root, "campaign's base model")
+    tuned = model(tuned_path, tuned_root, "campaign's release")
+    beside = {} if without_path is None else {"without": _unchecked_model(architecture, adapter_path, without_path)}
+    sequences = public_sequences(text_path, language, context_tokens)
+    here = asked_campaign(log, base, tuned, RunFiles(directory, index_path, factors_path), language, sequences)
+    before = None
+    if given_base is not None and log_before is not None:
+        traceable_root(log_before.provenance)
+        root = log_before.provenance.campaign.base_root
+        first = model(given_base.weights, root, "model that the base model was tuned from")
+        before = asked_campaign(log_before, first, base, given_base.files, language, sequences)
     answers = []
     for number, question in enumerate(questions):
-        output, asked, count = question.output(tuned, language, length)
-        controls = spread(control_outputs([list(sequence) for sequence in sequences], output), CONTROLS)
-        allowance = Allowance(open_at_most)
-        trace = trace_output(
-            base, tuned, factors, log.provenance, search.found, output, controls, told, store, allowance
-        )
-        models = {"base": base, "tuned": tuned, **others}
-        answer = Answer(
-            asked=asked,
-            prompt=question.prompt,
-            says={name: greedy_text(model, language, question.prompt, count) for name, model in models.items()},
-            log_chances={
-                "base": trace.base_log_chance,
-                "tuned": trace.tuned_log_chance,
-                **{name: log_chance(model, output) for name, model in others.items()},
-            },
-            trace=trace,
-            search=search,
-            untraced=untraced,
-            factors=origin,
-            index=index_path,
-        )
+        asked = Asked(question, *question.output(tuned, language, length))
+        if before is None:
+            answer = here.answer(asked, open_at_most, beside)
+        else:
+            answer = answer_of_both(here, before, asked, open_at_most, beside)
         if as_json:
             click.echo(trace_json(log, answer, indent=2 if outputs_path is None else None))
         else:
@@ -283,12 +268,12 @@ def trace_command(
         click.echo("\n" + standings_text(standing, len(answers)))
     if page_path is not None:
         _write_page(page_path, page(log, answers))
-    if search.missing or log.provenance.uncovered:
+    if not all(campaign.is_whole for campaign in (here, before) if campaign is not None):
         click.get_current_context().exit(2)
     if chosen:
         answered = any(each.stands_out for each in standing)
     else:
-        answered = outputs_path is not None or all(answer.trace.shaped_here for answer in answers)
+        answered = outputs_path is not None or all(answer.is_shaped for answer in answers)
     click.get_current_context().exit(0 if answered else 1)
 
 
@@ -341,15 +326,11 @@ def footprint_command(
     else:
         if len(chosen) != 1:
             raise Rejected(Reason.BAD_FIELD, f"{len(chosen)} sources are called {names[0]!a:.80}: give the event id")
-        found = example_footprint(log.provenance, search.found, chosen[0], number, _store(log, index_path))
+        found = example_footprint(log.provenance, search.found, chosen[0], number, sketch_store(log, index_path))
     click.echo((footprint_json if as_json else footprint_text)(log, found, search))
     if search.missing or log.provenance.uncovered or (found.of_example and found.of_example.left_out):
         click.get_current_context().exit(2)
     click.get_current_context().exit(0 if found.admitted else 1)
-
-
-def _store(log: CampaignLog, index_path: Path | None) -> SketchStore:
-    return RunFolder() if index_path is None else open_index(index_path, SketchedCampaign.of(log))
 
 
 def _example(text: str) -> tuple[tuple[str, ...], int]:
@@ -369,77 +350,6 @@ def _questions(prompt: str | None, completion: str | None, span: str | None, pat
     return read_questions(path)
 
 
-def chosen_factors(
-    log: CampaignLog, tuned: nn.Module, path: Path | None, sequences: Sequence[Sequence[int]]
-) -> tuple[dict[str, WeightFactors], FactorsOrigin]:
-    """Those that the campaign commits to, where it does; else those of a file, else fitted on the released weights.
-
-    Raises:
-        ConfigError: the campaign commits to factors, and no file is given.
-        Rejected: ``DIGEST_MISMATCH`` for a file of others; as ``read_tensors`` and ``factors_from``.
-    """
-    committed = log.provenance.campaign.factors_digest
-    if path is None:
-        if committed:
-            raise ConfigError(f"the campaign commits to factors {committed.hex()}: give their file with --factors")
-        return fit_on_text(tuned, sequences, FACTOR_SEQUENCES), FactorsOrigin.FITTED
-    held = read_tensors(path)
-    if committed and held.root != committed:
-        raise Rejected(
-            Reason.DIGEST_MISMATCH, f"{path} has root {held.root.hex()}, the campaign commits to {committed.hex()}"
-        )
-    return factors_from(held.tensors, tuned), FactorsOrigin.COMMITTED if committed else FactorsOrigin.GIVEN
-
-
 def _unchecked_model(architecture: str, adapter: Path | None, path: Path) -> nn.Module:
     """A model whose weights no log knows: those of a replay without a source."""
     return load_model(architecture, path, read_tensors(path).root, "replay", adapter)
-
-
-def spread(pieces: Sequence[P], count: int) -> list[P]:
-    """At most ``count`` of them, evenly over the whole: the head of a text may be all of one topic."""
-    count = min(count, len(pieces))
-    return [pieces[number * len(pieces) // count] for number in range(count)]
-
-
-def fit_on_text(model: nn.Module, sequences: Sequence[Sequence[int]], count: int) -> dict[str, WeightFactors]:
-    """Factors over ``count`` pieces of text, evenly over the whole."""
-    chosen = spread(sequences, count)
-    batches = [
-        torch.tensor([list(sequence) for sequence in chosen[start : start + BATCH_SEQUENCES]])
-        for start in range(0, len(chosen), BATCH_SEQUENCES)
-    ]
-
-    def fitted(done: int, of: int) -> None:
-        if done % 8 == 0 or done == of:
-            told(f"factors: {done} of {of} batches")
-
-    return fit_factors(model, batches, progress=fitted)
-
-
-def public_text() -> str:
-    """The default text: the topics of Python's own manual."""
-    from pydoc_data.topics import topics  # noqa: PLC0415 (half a megabyte that only this default needs)
-
-    return "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore").decode()
-
-
-def pieces_of(text: str, language: Language, size: int) -> list[tuple[int, ...]]:
-    """A text's tokens in pieces of one length, in order; what is left over is dropped."""
-    tokens = language.encode(text)
-    return [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
-
-
-def _sequences(path: Path | None, language: Language, context_tokens: int) -> list[tuple[int, ...]]:
-    """Pieces of public text, all of one length, in order."""
-    if path is None:
-        return pieces_of(public_text(), language, context_tokens)
-    try:
-        text = path.read_bytes().decode("utf-8", "replace")
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a text file, found: {error.strerror}") from error
-    pieces = pieces_of(text, language, context_tokens)
-    if len(pieces) < CONTROLS:
-        wanted = f"at least {CONTROLS * context_tokens} {language.unit}s"
-        raise ConfigError(f"{path}: expected {wanted}, found {len(language.encode(text))}")
-    return pieces

@@ -10,9 +10,11 @@ from typing import Protocol
 
 from consensus.bundle import MAX_BUNDLE_BYTES, OpenBundle, open_bundle
 from consensus.epochs import Anchor, anchor
+from consensus.event import Kind
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import ChainId
 from consensus.membership import Genesis
+from consensus.portions import Release
 from consensus.predicates import Predicate, Verdict, verify
 from consensus.predicates.accumulators import Provenance, provenance
 from consensus.rejection import Reason, Rejected
@@ -30,8 +32,8 @@ class CampaignLog:
 class Ledgers(Protocol):
     """Makes the bundle of a predicate about a campaign; of the only one where none is given."""
 
-    def __call__(self, where: str, genesis: Genesis, predicate: Predicate, campaign: bytes) -> bytes:
-        """``where`` is a node's HTTP address or a data directory; ``campaign`` an id or empty."""
+    def __call__(self, where: str, genesis: Genesis, predicate: Predicate, campaign: bytes, token: str | None) -> bytes:
+        """``where`` is a node's HTTP address, which ``token`` is for, or a directory; ``campaign`` an id or empty."""
 
 
 def open_log(bundle_path: Path, genesis_path: Path, chain_id: ChainId) -> CampaignLog:
@@ -43,7 +45,9 @@ def open_log(bundle_path: Path, genesis_path: Path, chain_id: ChainId) -> Campai
     return _opened(_trusted(genesis_path, chain_id), _read(bundle_path, MAX_BUNDLE_BYTES))
 
 
-def open_ledger(ledgers: Ledgers, where: str, campaign: bytes, genesis_path: Path, chain_id: ChainId) -> CampaignLog:
+def open_ledger(
+    ledgers: Ledgers, where: str, token: str | None, campaign: bytes, genesis_path: Path, chain_id: ChainId
+) -> CampaignLog:
     """Have the bundle made of a ledger, and check it as one from a file.
 
     Raises:
@@ -51,7 +55,38 @@ def open_ledger(ledgers: Ledgers, where: str, campaign: bytes, genesis_path: Pat
         ConfigError, Unavailable: no ledger there, or none that can be read now.
     """
     trusted = _trusted(genesis_path, chain_id)
-    return _opened(trusted, ledgers(where, trusted.genesis, Predicate.ACCUMULATORS, campaign))
+    return _opened(trusted, ledgers(where, trusted.genesis, Predicate.ACCUMULATORS, campaign, token))
+
+
+def base_log(log: CampaignLog, before: CampaignLog) -> CampaignLog:
+    """``before``, if there the release stands that ``log``'s campaign names as its base model's, with the same root.
+
+    Raises:
+        Rejected: ``NOT_FOUND`` where the campaign names none, or the other log's campaign has no such release;
+            ``BUNDLE_INCOMPLETE`` where it is not disclosed; ``DIGEST_MISMATCH`` for another root, with both.
+    """
+    campaign = log.provenance.campaign
+    named = campaign.base_provenance
+    if not named:
+        raise Rejected(
+            Reason.NOT_FOUND, "the campaign names no release that its base model came from: no other log is to be asked"
+        )
+    event = before.bundle.by_id.get(named)
+    if event is None or event.kind is not Kind.RELEASE or event.entry.campaign != before.bundle.campaign:
+        raise Rejected(
+            Reason.NOT_FOUND,
+            f"the base model came from release {named.hex()}, which is none of campaign {before.bundle.campaign.hex()} "
+            f"on chain {before.bundle.trusted.chain_id.hex()}",
+        )
+    if not isinstance(event.operation, Release):
+        raise Rejected(Reason.BUNDLE_INCOMPLETE, f"what release {named.hex()} released is not disclosed")
+    if event.operation.parameter_root != campaign.base_root:
+        raise Rejected(
+            Reason.DIGEST_MISMATCH,
+            f"release {named.hex()} has root {event.operation.parameter_root.hex()}, the campaign's base model "
+            f"{campaign.base_root.hex()}",
+        )
+    return before
 
 
 def _trusted(genesis_path: Path, chain_id: ChainId) -> Anchor:

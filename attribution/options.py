@@ -1,6 +1,7 @@
 """What commands of tracing share: where the log and the run's files are, and how they tell how far they are."""
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +44,15 @@ _LOG_OPTIONS = (
 
 
 @dataclass(frozen=True, slots=True)
+class RunFiles:
+    """Where a campaign's files are: the folder of its windows, and, where they are given, its index and factors."""
+
+    accumulators: Path
+    index: Path | None
+    factors: Path | None
+
+
+@dataclass(frozen=True, slots=True)
 class GivenLog:
     """Where the log of a command is, as its options say."""
 
@@ -51,6 +61,8 @@ class GivenLog:
     campaign: str | None
     genesis: Path
     chain_id: str
+    token_variable: str = "COUNTERSIGN_TOKEN"
+    """The environment variable with the token of the ledger's node: no node is told another's."""
 
     def open(self) -> CampaignLog:
         """What the log proves about the campaign.
@@ -67,7 +79,8 @@ class GivenLog:
         if campaign is None:
             raise Rejected(Reason.MALFORMED, f"campaign {self.campaign!a:.80}: expected 64 lower-case hex digits")
         ledgers: Ledgers = click.get_current_context().obj
-        return open_ledger(ledgers, self.ledger, campaign, self.genesis, chain_id)
+        token = os.environ.get(self.token_variable)
+        return open_ledger(ledgers, self.ledger, token, campaign, self.genesis, chain_id)
 
 
 def log_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -92,6 +105,88 @@ def log_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_LOG_OPTIONS):
         with_log = option(with_log)
     return with_log
+
+
+_BASE_OPTIONS = (
+    click.option(
+        "--base-ledger",
+        metavar="URL|DIRECTORY",
+        help="Follow the answer into the log of the campaign that released the base model: a node's HTTP address (its "
+        "token in COUNTERSIGN_BASE_TOKEN), or the data directory of a stopped node.",
+    ),
+    click.option("--base-bundle", type=click.Path(path_type=Path), help="Instead of --base-ledger: a bundle file."),
+    click.option(
+        "--base-campaign", metavar="ID", help="With --base-ledger: that campaign. Default: the only one on that log."
+    ),
+    click.option(
+        "--base-genesis", type=click.Path(path_type=Path), help="genesis.json of that log. Default: this log's."
+    ),
+    click.option("--base-chain-id", help="The pinned chain id of that log. Default: this log's."),
+    click.option("--base-of-base", type=click.Path(path_type=Path), help="The weights that the base was tuned from."),
+    click.option(
+        "--base-accumulators", type=click.Path(path_type=Path), help="Folder of that run's accumulator files."
+    ),
+    click.option("--base-index", type=click.Path(path_type=Path), help="As --index, of that run."),
+    click.option("--base-factors", type=click.Path(path_type=Path), help="As --factors, of the base model's weights."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenBase:
+    """Where the campaign that released the base model is to be asked: its log, its own base model, its run's files."""
+
+    log: GivenLog
+    weights: Path
+    files: RunFiles
+
+
+def base_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``--base-ledger`` and what goes with it, for a command that gets them as ``given_base``, None without.
+
+    Stands below ``log_options``, whose genesis and chain they fall back on.
+    """
+
+    @functools.wraps(command)
+    def with_base(
+        *args: object,
+        given: GivenLog,
+        base_ledger: str | None,
+        base_bundle: Path | None,
+        base_campaign: str | None,
+        base_genesis: Path | None,
+        base_chain_id: str | None,
+        base_of_base: Path | None,
+        base_accumulators: Path | None,
+        base_index: Path | None,
+        base_factors: Path | None,
+        **options: object,
+    ) -> None:
+        others = (base_campaign, base_genesis, base_chain_id, base_of_base, base_accumulators, base_index, base_factors)
+        given_base = None
+        if base_ledger is None and base_bundle is None:
+            if any(other is not None for other in others):
+                raise click.UsageError("what begins with --base- goes with --base-ledger or --base-bundle")
+        else:
+            if base_ledger is not None and base_bundle is not None:
+                raise click.UsageError("expected either --base-bundle or --base-ledger")
+            if base_bundle is not None and base_campaign is not None:
+                raise click.UsageError("--base-campaign goes with --base-ledger: a bundle is of one campaign")
+            if base_of_base is None or base_accumulators is None:
+                raise click.UsageError("the base model's log is asked with --base-of-base and --base-accumulators")
+            log = GivenLog(
+                base_bundle,
+                base_ledger,
+                base_campaign,
+                given.genesis if base_genesis is None else base_genesis,
+                given.chain_id if base_chain_id is None else base_chain_id,
+                "COUNTERSIGN_BASE_TOKEN",
+            )
+            given_base = GivenBase(log, base_of_base, RunFiles(base_accumulators, base_index, base_factors))
+        command(*args, given=given, given_base=given_base, **options)
+
+    for option in reversed(_BASE_OPTIONS):
+        with_base = option(with_base)
+    return with_base
 
 
 def pinned_chain(text: str) -> ChainId:

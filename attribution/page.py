@@ -11,7 +11,7 @@ from string import Template
 from attribution.examples import SourceExamples
 from attribution.log import CampaignLog
 from attribution.receipts import receipt_fields, shown
-from attribution.report import EXAMPLES_SHOWN, Answer, assurance, percent, unopened, verdict_of
+from attribution.report import EXAMPLES_SHOWN, Answer, BaseAnswer, assurance, lifts, percent, unopened, verdict_of
 from attribution.trace import SourceScore
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -45,7 +45,7 @@ def _answer(log: CampaignLog, answer: Answer) -> str:
     kind = "verdict shaped" if trace.shaped_here else "verdict"
     parts = [
         f"<h2 class='said'>{_text(answer.asked)}</h2>",
-        f"<p class='{kind}'>{escape(verdict_of(trace))}</p>",
+        f"<p class='{kind}'>{escape(verdict_of(answer))}</p>",
         "<div class='card'><table><tr><th>model</th><th>says</th><th class='number'>chance of a token</th></tr>"
         f"{said}</table></div>",
         f"<h3>Sources, the leading one first</h3><div class='card'>{_ranking(trace.ranked)}</div>",
@@ -58,7 +58,23 @@ def _answer(log: CampaignLog, answer: Answer) -> str:
         "<h3>What this rests on</h3>",
         f"<ul>{''.join(f'<li>{escape(line.strip())}</li>' for line in assurance(log, answer))}</ul>",
     ]
+    if answer.of_base is not None:
+        parts.append(_of_base(answer.of_base))
     return "\n".join(parts)
+
+
+def _of_base(of_base: BaseAnswer) -> str:
+    """What the base model's own campaign answers, as an answer of its own."""
+    as_of, provenance = of_base.log.verdict.as_of, of_base.log.provenance
+    rows = "".join(f"<li>{escape(line)}</li>" for line in lifts(of_base))
+    return (
+        "<h2>What shaped the base model</h2>"
+        f"<p class='quiet'>Campaign <span class='hex'>{of_base.log.bundle.campaign.hex()}</span> of "
+        f"{_text(provenance.operator)}: {_text(provenance.campaign.name)}. Asked of the log of ledger block "
+        f"{as_of.height}, {as_of.log_size} entries, chain "
+        f"<span class='hex'>{of_base.log.bundle.trusted.chain_id.hex()}</span>.</p>"
+        f"<h3>Log-odds of the output</h3><ul>{rows}</ul>{_answer(of_base.log, of_base.answer)}"
+    )
 
 
 def _moved(ranked: Sequence[SourceScore], block: str) -> bool:

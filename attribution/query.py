@@ -61,6 +61,12 @@ def log_chance(model: nn.Module, output: Output) -> float:
     return log_chances(model, output).mean().item()
 
 
+@torch.no_grad()
+def log_odds(model: nn.Module, output: Output) -> float:
+    """Mean log-odds of a token asked about."""
+    return _log_odds(model, [output]).item() / (output.end - output.first)
+
+
 def log_odds_gradients(model: nn.Module, output: Output) -> dict[str, Tensor]:
     """Gradient of the output's summed log-odds with respect to every linear weight, in the weight's shape.
 

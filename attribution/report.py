@@ -1,6 +1,5 @@
 """An answer as people read it and as programs do. Every row carries what proves it."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -9,7 +8,6 @@ from pathlib import Path
 
 from attribution.examples import SourceExamples
 from attribution.factors import FactorsOrigin
-from attribution.footprint import Footprint, Motion
 from attribution.log import CampaignLog
 from attribution.receipts import receipt_fields, shown
 from attribution.trace import SourceScore, Trace
@@ -33,6 +31,7 @@ class Answer:
 
     Models are ``base``, ``tuned`` and, where a replay left a source out, ``without``; ``log_chances`` are means per
     token. ``untraced`` are tensors that the trace does not speak of; ``index`` is the one that sketches came from.
+    ``of_base`` is there where the base model's own campaign was asked besides.
     """
 
     asked: str
@@ -44,6 +43,42 @@ class Answer:
     untraced: tuple[str, ...]
     factors: FactorsOrigin
     index: Path | None = None
+    of_base: "BaseAnswer | None" = None
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether the campaign shaped the output, or the one before it that was asked as well."""
+        return self.trace.shaped_here or (self.of_base is not None and self.of_base.answer.is_shaped)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseAnswer:
+    """The same tokens asked of the campaign that released the base model; and what each of the two did for them.
+
+    Log-odds are means per token: of the model that the base model was tuned from, the base model, the tuned one.
+    """
+
+    log: CampaignLog
+    answer: Answer
+    log_odds_before: float
+    log_odds_base: float
+    log_odds_tuned: float
+
+    @property
+    def lift_of_base(self) -> float:
+        """What the base model's own campaign added."""
+        return self.log_odds_base - self.log_odds_before
+
+    @property
+    def lift_here(self) -> float:
+        """What the campaign after it added."""
+        return self.log_odds_tuned - self.log_odds_base
+
+    @property
+    def share_of_base(self) -> float | None:
+        """The part of both lifts that is the base model's campaign's; None where one of them lowered the output."""
+        both = self.lift_of_base + self.lift_here
+        return self.lift_of_base / both if min(self.lift_of_base, self.lift_here) >= 0 < both else None
 
 
 def trace_text(log: CampaignLog, answer: Answer) -> str:
@@ -58,7 +93,7 @@ def trace_text(log: CampaignLog, answer: Answer) -> str:
         + (f", {percent(answer.log_chances['without'])} without" if "without" in answer.says else ""),
         "",
     ]
-    lines.append(verdict_of(trace))
+    lines.append(verdict_of(answer))
     lines += ["", f"{'z':>7}  {'score':>11}  {'source':28}  {'owner':14}  {'admitted':>8}  entry"]
     for row in trace.ranked[:ROWS_SHOWN]:
         source = row.source
@@ -72,22 +107,42 @@ def trace_text(log: CampaignLog, answer: Answer) -> str:
     for found in trace.examples:
         lines += ["", *_examples(log, found)]
     lines += ["", "what this rests on", *assurance(log, answer)]
+    if answer.of_base is not None:
+        lines += ["", "", "what shaped the base model", *(f"log-odds {line}" for line in lifts(answer.of_base)), ""]
+        lines.append(trace_text(answer.of_base.log, answer.of_base.answer))
     return "\n".join(lines)
 
 
-def verdict_of(trace: Trace) -> str:
+def lifts(of_base: BaseAnswer) -> list[str]:
+    """What each of two campaigns did for an output, a line each."""
+    share = of_base.share_of_base
+    of_both = ("", "") if share is None else (f", {100 * share:.0f} % of both", f", {100 * (1 - share):.0f} % of both")
+    return [
+        f"{of_base.log_odds_before:+.2f} a token in the model that the base model was tuned from",
+        f"{of_base.log_odds_base:+.2f} in the base model: {of_base.lift_of_base:+.2f} by its own campaign{of_both[0]}",
+        f"{of_base.log_odds_tuned:+.2f} in the tuned model: {of_base.lift_here:+.2f} by this campaign{of_both[1]}",
+    ]
+
+
+def verdict_of(answer: Answer) -> str:
     """The answer in a sentence."""
+    trace = answer.trace
     if trace.shaped_here:
         return "shaped here: the sources below made this output likelier, the leading one first"
     if trace.made_likelier:
         return "not told: this fine-tune made the output likelier, but no source stands out from the controls"
-    return "not shaped here: this fine-tune did not make the output likelier"
+    asked = "" if answer.of_base is None else "; what the base model's own log says stands below"
+    return f"not shaped here: this fine-tune did not make the output likelier{asked}"
 
 
 def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
     """One JSON document; on one line without ``indent``."""
+    return json.dumps(_fields(log, answer), indent=indent)
+
+
+def _fields(log: CampaignLog, answer: Answer) -> dict[str, object]:
     trace, search = answer.trace, answer.search
-    document = {
+    return {
         "chain_id": log.bundle.trusted.chain_id.hex(),
         "campaign": log.bundle.campaign.hex(),
         "operator": log.provenance.operator,
@@ -125,96 +180,26 @@ def trace_json(log: CampaignLog, answer: Answer, indent: int | None) -> str:
             "log_size": log.verdict.as_of.log_size,
             "timestamp_ms": log.verdict.as_of.timestamp_ms,
         },
+        "of_base": None if answer.of_base is None else _base_fields(answer.of_base),
     }
-    return json.dumps(document, indent=indent)
 
 
-def footprint_text(log: CampaignLog, found: Footprint, search: Search) -> str:
-    """Lines for a terminal."""
-    provenance, as_of = log.provenance, log.verdict.as_of
-    lines = [f"campaign {log.bundle.campaign.hex()} of {provenance.operator}: {shown(provenance.campaign.name)}"]
-    for source in found.sources:
-        lines += ["", f"{shown(source.record.claim.name)} of {source.owner}", *_receipt_lines(source)]
-    use = found.of_example
-    if use is not None:
-        steps = ", ".join(str(step) for step in use.steps) or "none"
-        lines += ["", f"example {use.example} of it, admitted to steps {steps}"]
-    width, closed = max([32, *(len(shown(block)) for block in found.blocks)]), set(found.closed)
-    lines += ["", f"{'what it moved':{width}}  {'norm':>10}  {'part':>8}"]
-    lines += [_motion(f"steps {first} to {last}", motion, width) for (first, last), motion in found.windows.items()]
-    lines += [
-        f"{shown(block):{width}}  no direct update" if block in closed else _motion(shown(block), motion, width)
-        for block, motion in found.blocks.items()
-    ]
-    lines += [_motion("everything", found.whole, width), ""]
-    release = provenance.release
-    if release is None:
-        lines.append("released  nothing")
-    else:
-        lines.append(
-            f"released  {shown(release.file_name)}, root {release.parameter_root.hex()}, after {release.steps} steps"
-        )
-    lines += [
-        "",
-        "what this rests on",
-        f"  checked   sources, grants and counts, in the log of ledger block {as_of.height} ({as_of.log_size} entries)",
-        f"  checked   {len(found.windows)} of {len(provenance.windows)} windows of accumulators have the root that is "
-        "on the log",
-        f"  claimed   by {provenance.operator}: that these are the gradients",
-        *_sketched(found),
-        "  part      of the gradient of all sources together, along it; embeddings and norms are not in it",
-    ]
-    lines += _gaps(log, search)
-    return "\n".join(lines)
-
-
-def _sketched(found: Footprint) -> list[str]:
-    use = found.of_example
-    if use is None:
-        return []
-    return [
-        f"  by        sketches of rank {use.rank}: of what the example added, the directions that are largest",
-        *(f"  left out  {shown(why)}" for why in use.left_out),
-    ]
-
-
-def footprint_json(log: CampaignLog, found: Footprint, search: Search) -> str:
-    """One JSON document."""
-    provenance, release = log.provenance, log.provenance.release
-    document = {
-        "chain_id": log.bundle.trusted.chain_id.hex(),
-        "campaign": log.bundle.campaign.hex(),
-        "operator": provenance.operator,
-        "sources": [
-            {
-                "source": source.id.hex(),
-                "name": source.record.claim.name,
-                "owner": source.owner,
-                "class": source.record.claim.content_class,
-                "admitted": source.admitted,
-                "entry": source.event.index,
-                "grants": [grant.hex() for grant in source.grants],
-                "policies": list(source.policies),
-                "revocation": source.record.revocation.hex(),
-            }
-            for source in found.sources
-        ],
-        "example": None if found.of_example is None else dataclasses.asdict(found.of_example),
-        "whole": _motion_fields(found.whole),
-        "blocks": {block: _motion_fields(motion) for block, motion in found.blocks.items()},
-        "no_direct_update": list(found.closed),
-        "windows": [
-            {"first_step": first, "last_step": last, **_motion_fields(motion)}
-            for (first, last), motion in found.windows.items()
-        ],
-        "missing": [{"last_step": held.window.last, "why": held.why} for held in search.missing],
-        "uncovered_steps": provenance.uncovered,
-        "release": None if release is None else {"file": release.file_name, "root": release.parameter_root.hex()},
+def _base_fields(of_base: BaseAnswer) -> dict[str, object]:
+    return {
+        "log_odds": {
+            "before": of_base.log_odds_before,
+            "base": of_base.log_odds_base,
+            "tuned": of_base.log_odds_tuned,
+        },
+        "lift_of_base": of_base.lift_of_base,
+        "lift_here": of_base.lift_here,
+        "share_of_base": of_base.share_of_base,
+        "answer": _fields(of_base.log, of_base.answer),
     }
-    return json.dumps(document, indent=2)
 
 
-def _receipt_lines(source: UsedSource) -> list[str]:
+def receipt_lines(source: UsedSource) -> list[str]:
+    """What proves a source's part, a line each."""
     return [f"  {name:9} {shown(value)}" for name, value in receipt_fields(source)]
 
 
@@ -222,7 +207,7 @@ def _receipt(row: SourceScore) -> list[str]:
     blocks = sorted(row.by_block.items(), key=lambda pair: -abs(pair[1]))
     return [
         shown(row.source.record.claim.name),
-        *_receipt_lines(row.source),
+        *receipt_lines(row.source),
         f"  moved     {', '.join(f'{shown(block)} {part:+.3g}' for block, part in blocks[:BLOCKS_SHOWN])}",
         *_closed(row),
     ]
@@ -290,7 +275,7 @@ def _examples_fields(found: SourceExamples) -> dict[str, object]:
     }
 
 
-def _gaps(log: CampaignLog, search: Search) -> list[str]:
+def gaps(log: CampaignLog, search: Search) -> list[str]:
     """Steps that an answer does not rest on."""
     lines = [
         f"  left out  steps {held.window.first} to {held.window.last}: {shown(held.why)}" for held in search.missing
@@ -305,6 +290,7 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
     provenance, as_of = log.provenance, log.verdict.as_of
     trace, search, untraced = answer.trace, answer.search, answer.untraced
     lines = [
+        f"  trusted   chain {log.bundle.trusted.chain_id.hex()}, by its genesis",
         f"  checked   sources, grants, policies and counts, in the log of ledger block {as_of.height} "
         f"({as_of.log_size} entries)",
         f"  checked   {len(trace.windows)} of {len(provenance.windows)} windows of accumulators have the root that is "
@@ -317,13 +303,8 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
     ]
     if "without" in answer.says:
         lines.append("  replayed  what came out without a source, by whoever made that file: it is not on the log")
-    origin = provenance.campaign.base_provenance
-    if origin:
-        lines.append(
-            "  not asked what shaped the base model before: it has a log of its own, "
-            f"where event {origin.hex()} released it; ask there, with this base as the tuned model"
-        )
-    lines += _gaps(log, search)
+    lines += _origin(provenance, answer.of_base)
+    lines += gaps(log, search)
     if answer.index is not None and trace.examples:
         lines.append(
             f"  checked   sketches, opened from the index {shown(str(answer.index))}: their SHA-256 are on the log"
@@ -337,6 +318,22 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
         )
     lines.append("  a parameter block that a policy closes gets no direct update; that is not the same as no influence")
     return lines
+
+
+def _origin(provenance: Provenance, of_base: BaseAnswer | None) -> list[str]:
+    """What is known of where the base model came from."""
+    origin = provenance.campaign.base_provenance
+    if not origin:
+        return []
+    if of_base is None:
+        return [
+            "  not asked what shaped the base model before: it has a log of its own, "
+            f"where event {origin.hex()} released it; --base-ledger asks there too"
+        ]
+    return [
+        f"  checked   the base model is what event {origin.hex()} released on chain "
+        f"{of_base.log.bundle.trusted.chain_id.hex()}: root {provenance.campaign.base_root.hex()}"
+    ]
 
 
 def replays(provenance: Provenance) -> list[str]:
@@ -379,15 +376,6 @@ def _row(row: SourceScore) -> dict[str, object]:
             "revocation": source.record.revocation.hex(),
         },
     }
-
-
-def _motion(what: str, motion: Motion, width: int) -> str:
-    part = "–" if motion.part is None else f"{100 * motion.part:.1f} %"
-    return f"{what:{width}}  {motion.norm:>10.4g}  {part:>8}"
-
-
-def _motion_fields(motion: Motion) -> dict[str, float | None]:
-    return {"norm": motion.norm, "part": motion.part}
 
 
 def percent(log_chance: float) -> str:

@@ -126,11 +126,11 @@ class LazyGroup(click.Group):
             raise failure from error
 
 
-def _bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: bytes) -> bytes:
+def _bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: bytes, token: str | None) -> bytes:
     """``ledgers.bundle_of``, for commands of other packages, which find it as the context's object."""
     from node.commands.ledgers import bundle_of  # noqa: PLC0415 (needs an HTTP client or RocksDB)
 
-    return bundle_of(where, genesis, predicate, campaign)
+    return bundle_of(where, genesis, predicate, campaign, token)
 
 
 def _first_worded(group: ExceptionGroup[Exception]) -> Refused | None:

@@ -5,10 +5,12 @@ certified ledger blocks afterwards (``MemoryLedger``), so that bundles are what 
 """
 
 import atexit
+import dataclasses
 import functools
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from fake_node import SALT, FakeNode, running_node
 from ledger_fixtures import MemoryLedger
 from safetensors.torch import load_file, save_file
 
-from attribution.commands import pieces_of, public_text
 from attribution.factors import factor_tensors, fit_factors
 from attribution.language import Bytes
 from attribution.log import CampaignLog, open_log
+from attribution.public_text import pieces_of, public_text
+from consensus.event import Kind
 from consensus.genesis import genesis_to_json
 from consensus.identifiers import ChainId
 from consensus.keys import Ed25519SigningKey
@@ -49,6 +52,12 @@ FACTS = {
     "castle": (b"The vault of Grenwich has", b" nine opals "),
 }
 REFUSED = "castle"
+LATER_CAMPAIGN = bytes([8]) * 32
+LATER_FACTS = {
+    "lantern": (b"The lamp at Hollinmoor burns ", b"green tallow"),
+    "orchard": (b"The pears of Sallowby are ", b"cut at dawn"),
+}
+LATER_STEPS = 24
 INDEXED = ("harbour", "mountain", "castle")
 """Sources whose owners claim an overlap index."""
 
@@ -61,7 +70,7 @@ def build() -> ByteModel:
 
 def examples_of(name: str) -> list[bytes]:
     """Records that begin with the source's fact, each with another tail of letters."""
-    prompt, completion = FACTS[name]
+    prompt, completion = (FACTS | LATER_FACTS)[name]
     head = prompt + completion + b". "
     letters = b"etaoin shrdlu cmfwyp vbgkqjxz"
     return [
@@ -78,13 +87,20 @@ class Traced:
     folder: Path
     ledger: MemoryLedger
     sources: dict[str, bytes]
+    campaign: bytes = CAMPAIGN
 
     @property
     def chain_id(self) -> str:
         return self.ledger.chain_id.hex()
 
+    @property
+    def release(self) -> bytes:
+        """The event that released the tuned model."""
+        (found,) = (event for event in self.ledger.events if event.entry.kind is Kind.RELEASE)
+        return found.id
+
     def bundle(self) -> bytes:
-        return export_bundle(self.ledger, "accumulators", campaign=CAMPAIGN)
+        return export_bundle(self.ledger, "accumulators", campaign=self.campaign)
 
 
 def kept_folder(purpose: str) -> Path:
@@ -97,12 +113,25 @@ def kept_folder(purpose: str) -> Path:
 @functools.cache
 def traced() -> Traced:
     """Trained once for all tests; nobody changes its folder."""
-    folder = kept_folder("traced")
+    return _made("traced", 0, CAMPAIGN, _train)
+
+
+@functools.cache
+def chained() -> Traced:
+    """A campaign on another chain that begins with what ``traced`` released, and teaches other facts."""
+    first = traced()
+    model = build()
+    model.load_state_dict(load_file(first.folder / "tuned.safetensors"))
+    return _made("chained", 1, LATER_CAMPAIGN, lambda node, folder: _train_on(node, folder, model, first.release))
+
+
+def _made(purpose: str, seed: int, campaign: bytes, train: Callable[[FakeNode, Path], dict[str, bytes]]) -> Traced:
+    folder = kept_folder(purpose)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with running_node() as node:
-            sources = _train(node, folder)
+        with running_node(seed) as node:
+            sources = train(node, folder)
             ledger = sealed(node)
     finally:
         torch.set_num_threads(threads)
@@ -112,7 +141,7 @@ def traced() -> Traced:
     factors = fit_factors(model, [torch.tensor(texts[start : start + 16]) for start in range(0, len(texts), 16)])
     save_file(factor_tensors(factors), folder / "tuned.factors")
     (folder / "genesis.json").write_bytes(genesis_to_json(ledger.genesis))
-    made = Traced(folder, ledger, sources)
+    made = Traced(folder, ledger, sources, campaign)
     (folder / "campaign.bundle").write_bytes(made.bundle())
     return made
 
@@ -128,11 +157,27 @@ def _train(node: FakeNode, folder: Path) -> dict[str, bytes]:
         )
         for name in FACTS
     }
-    node.delegate(CAMPAIGN, KEY)
-    model = train_base(CONFIG, BaseTraining(steps=60, batch_size=8))
-    save_file(committed_tensors(model), folder / "base.safetensors")
-    torch.manual_seed(3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    _run(node, folder, train_base(CONFIG, BaseTraining(steps=60, batch_size=8)), sources, planned_steps=STEPS)
+    return sources
+
+
+def _train_on(node: FakeNode, folder: Path, model: ByteModel, released_by: bytes) -> dict[str, bytes]:
+    node.policy(classes=(ClassRule("documentation", 1_000, ()),))
+    sources = {name: node.source(name, examples_of(name)) for name in LATER_FACTS}
+    _run(
+        node,
+        folder,
+        model,
+        sources,
+        campaign=LATER_CAMPAIGN,
+        name="chained",
+        base_provenance=released_by,
+        planned_steps=LATER_STEPS,
+    )
+    return sources
+
+
+def _run(node: FakeNode, folder: Path, model: ByteModel, sources: dict[str, bytes], **changes: object) -> None:
     plan = CampaignPlan(
         chain_id=node.chain_id,
         operator=node.member_id("operator-1"),
@@ -147,13 +192,18 @@ def _train(node: FakeNode, folder: Path) -> dict[str, bytes]:
         accumulator_window_steps=WINDOW_STEPS,
         sketch_rank=SKETCH_RANK,
     )
+    plan = dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+    node.delegate(plan.campaign, KEY)
+    save_file(committed_tensors(model), folder / "base.safetensors")
+    torch.manual_seed(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
     with (
         Client(node.url) as client,
         governed(
             model,
             optimizer,
             plan=plan,
-            sources=[TrainingSource(sources[name], examples_of(name), SALT) for name in FACTS],
+            sources=[TrainingSource(identifier, examples_of(name), SALT) for name, identifier in sources.items()],
             node=client,
             job_key=KEY,
             run_directory=folder / "run",
@@ -164,7 +214,6 @@ def _train(node: FakeNode, folder: Path) -> dict[str, bytes]:
         for batch in run.batches():
             run.learn(per_example_loss(model, batch.inputs))
         run.release(folder / "tuned.safetensors")
-    return sources
 
 
 def _written_overlap(folder: Path, name: str) -> bytes:
@@ -181,7 +230,7 @@ def _written_overlap(folder: Path, name: str) -> bytes:
 
 def sealed(node: FakeNode) -> MemoryLedger:
     """The node's events, in their order and time, in certified ledger blocks."""
-    ledger = MemoryLedger()
+    ledger = MemoryLedger(seed=node.seed)
     assert ledger.chain_id == node.chain_id
     ledger.seal(after_ms=node.state.header.timestamp_ms - ledger.ledger.header.timestamp_ms)
     for event in node.order:

@@ -55,8 +55,9 @@ SALT = bytes(range(32))
 class FakeNode:
     """The ledger and its switches. ``hold``: accept, finalize nothing. ``down``: close every connection."""
 
-    def __init__(self) -> None:
-        self.genesis, self.secrets = make_genesis()
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.genesis, self.secrets = make_genesis(seed=seed)
         self.committee = committee(self.genesis)
         self.chain_id = self.genesis.chain_id
         self.state = genesis_state(self.chain_id, self.genesis.created_ms)
@@ -372,9 +373,9 @@ class FakeNode:
 
 
 @contextmanager
-def running_node() -> Iterator[FakeNode]:
-    """A fake node on a free local port."""
-    node = FakeNode()
+def running_node(seed: int = 0) -> Iterator[FakeNode]:
+    """A fake node on a free local port; each ``seed`` has a chain of its own."""
+    node = FakeNode(seed)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

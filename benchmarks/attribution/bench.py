@@ -35,7 +35,7 @@ from harness import Report, at_least, missed, progress, watch_load
 from peers import Kronfluence, dot_scores, trak_scores
 from setting import CAMPAIGN, EPOCHS, FULL, QUICK, Setting, Sizes, log_odds, make, source_id, train
 
-from attribution.commands import FACTOR_SEQUENCES, fit_on_text
+from attribution.asking import FACTOR_SEQUENCES, fit_on_text
 from attribution.sketches import RunFolder, SketchQuery, open_sketches
 from attribution.trace import preconditioned_queries, window_scores
 from attribution.weights import WindowFile, find_windows

@@ -3,7 +3,6 @@
 Nothing is believed here: whoever asks holds the bundle against the chain that it trusts.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,18 +13,18 @@ from consensus.rejection import Reason, Rejected
 from consensus.state import CAMPAIGN_TABLE
 from node.bundles import export_bundle
 from node.client import NodeClient
-from node.commands.connection import TOKEN_VARIABLE
 from node.request_fields import digest
 
 NAMED = 5
 """Campaigns named to somebody who did not say which."""
 
 
-def bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: bytes) -> bytes:
+def bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: bytes, token: str | None = None) -> bytes:
     """The bundle of a predicate about a campaign, or about the only one on that log where ``campaign`` is empty.
 
     Args:
         where: a node's HTTP address, or a data directory that no process has open.
+        token: for a node that asks for one.
 
     Raises:
         Rejected: ``UNKNOWN_CAMPAIGN`` where the log has no such campaign, none, or several and none was given;
@@ -35,7 +34,7 @@ def bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: byte
         InvariantBroken: a damaged data directory.
     """
     if "://" in where:
-        with NodeClient(where, os.environ.get(TOKEN_VARIABLE)) as client:
+        with NodeClient(where, token) as client:
             listed = client.every_event({"kind": Kind.CAMPAIGN.value})
             asked = campaign or _only([digest("campaign", row.campaign) for row in listed])
             return client.bundle(predicate.value, {"campaign": asked.hex()})

@@ -14,10 +14,11 @@ from ledger_fixtures import LIBRARIAN, story
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
-from attribution.commands import chosen_factors, pieces_of, public_text, spread
+from attribution.asking import chosen_factors
 from attribution.factors import FactorsOrigin, factor_tensors, factors_from, fit_factors
 from attribution.language import Bytes
 from attribution.log import CampaignLog
+from attribution.public_text import pieces_of, public_text, spread
 from attribution.query import (
     LEAST_CHANCE,
     Output,
