@@ -3,16 +3,18 @@
 A sketch is the low-rank part of what one example added to the gradients of a window (``sketches.py`` reads them and
 holds them to the log). Only those of sources that stand out are opened, and of these no more than an allowance: then
 the windows in which a source's exact score is highest come first. What is left out is known: the sum over the opened
-sketches is held against the source's exact score, from its accumulators.
+sketches is held against the source's exact score, from its accumulators. The first examples of each source are
+then read once more, to be met by the control outputs: their ``z`` is of sketches, as that of their source is of sums.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from attribution.controls import Queries, deviations
 from attribution.cores import each_on_a_core
 from attribution.sketches import Sketches, SketchQuery, SketchStore, open_sketches
 from attribution.weights import WindowFile
@@ -21,6 +23,8 @@ from consensus.rejection import Rejected
 
 OPEN_AT_MOST = 100_000
 """Example-visits whose sketches are opened for one answer, unless more are asked for."""
+JUDGED_EXAMPLES = 5
+"""So many of a source's examples, the first ones, are judged against the controls."""
 RANKED_EXAMPLES = 1_000
 """At most so many of a source's examples are told one by one."""
 
@@ -43,12 +47,16 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class ExampleScore:
-    """One example's part; ``by_window``, by last step, adds up to ``score``. ``steps`` are those it was admitted to."""
+    """One example's part; ``by_window``, by last step, adds up to ``score``. ``steps`` are those it was admitted to.
+
+    ``z`` is against its own scores for the controls; None where that was not asked.
+    """
 
     example: int
     score: float
     by_window: Mapping[int, float]
     steps: tuple[int, ...]
+    z: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +95,15 @@ def source_examples(
     sources: Sequence[Asked],
     store: SketchStore,
     allowance: Allowance,
+    beside: Queries | None = None,
 ) -> list[SourceExamples]:
     """What each example of these sources did for the query; nothing of a source that no window lists sketches of.
 
-    What may be opened goes to the sources in their order.
+    What may be opened goes to the sources in their order. With the query and its controls ``beside``, the first
+    examples of each are judged against the controls.
+
+    Raises:
+        Rejected: ``DIGEST_MISMATCH`` for sketches that changed after they were scored.
     """
     asked = [one for one in sources if any(entry.sketches_sha256 for _, entry in _entries(files, one.source))]
     found = [_find(store, files, one.source) for one in asked]
@@ -106,12 +119,14 @@ def source_examples(
 
     scored = each_on_a_core(score, pieces)
     return [
-        _examples_of(one, of, {number: next(scored) for number in sorted(numbers)})
+        _examples_of(one, of, {number: next(scored) for number in sorted(numbers)}, beside)
         for one, of, numbers in zip(asked, found, chosen, strict=True)
     ]
 
 
-def _examples_of(asked: Asked, found: _Found, scored: Mapping[int, Tensor | Rejected]) -> SourceExamples:
+def _examples_of(
+    asked: Asked, found: _Found, scored: Mapping[int, Tensor | Rejected], beside: Queries | None
+) -> SourceExamples:
     """Of the windows that were opened, by their number: ranked, and what was not."""
     rows: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]]] = []
     visits: list[npt.NDArray[np.int64]] = []
@@ -130,6 +145,9 @@ def _examples_of(asked: Asked, found: _Found, scored: Mapping[int, Tensor | Reje
         rows.append((file.window.last, sketches.examples.numpy(), scores_N.numpy()))
         visits.append(sketches.visits.numpy())
     examples, ranked, total = _ranked(rows, visits)
+    if beside is not None:
+        opened = [held for number, (_, _, held) in enumerate(found.held) if isinstance(scored.get(number), Tensor)]
+        ranked = (*_judged(ranked[:JUDGED_EXAMPLES], opened, beside), *ranked[JUDGED_EXAMPLES:])
     return SourceExamples(
         asked.source,
         rank,
@@ -141,6 +159,19 @@ def _examples_of(asked: Asked, found: _Found, scored: Mapping[int, Tensor | Reje
         left_out=tuple(found.left_out),
         unopened=tuple(unopened),
         unopened_visits=unopened_visits,
+    )
+
+
+def _judged(first: Sequence[ExampleScore], opened: Sequence[Sketches], beside: Queries) -> tuple[ExampleScore, ...]:
+    """The same examples, each with its deviations from its own scores for the controls."""
+    if not first:
+        return ()
+    numbers = [row.example for row in first]
+    totals_NK = sum(each_on_a_core(lambda held: held.scores_of(numbers, beside.gradients), opened))
+    assert isinstance(totals_NK, Tensor)
+    return tuple(
+        replace(row, z=deviations(scores_K, beside.lengths))
+        for row, scores_K in zip(first, totals_NK.tolist(), strict=True)
     )
 
 

@@ -159,7 +159,7 @@ def example_footprint(
                 continue
             try:
                 held = open_sketches(store, file, entry).check(file, entry, shapes)
-                gradients = held.gradients_of(example)
+                gradients = {name: one_1PQ[0] for name, one_1PQ in held.gradients_of([example])}
             except Rejected as error:
                 left_out.append(f"steps {file.window.first} to {file.window.last}: {error}")
                 continue

@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from attribution.examples import SourceExamples
+from attribution.examples import JUDGED_EXAMPLES, SourceExamples
 from attribution.log import CampaignLog
 from attribution.receipts import receipt_fields, shown
-from attribution.report import EXAMPLES_SHOWN, Answer, BaseAnswer, assurance, lifts, percent, unopened, verdict_of
+from attribution.report import Answer, BaseAnswer, assurance, lifts, percent, unopened, verdict_of
 from attribution.trace import SourceScore
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -107,15 +107,17 @@ def _examples(log: CampaignLog, found: SourceExamples) -> str:
     rows = "".join(
         f"<tr><td class='number'><b>{row.example}</b></td>"
         f"<td><span class='bar'><i style='width:{_percent_of(row.score, most):.0f}%'></i></span></td>"
+        f"<td class='number'>{'–' if row.z is None else f'{row.z:.1f}'}</td>"
         f"<td class='number'>{row.score:.4g}</td><td>{', '.join(map(str, row.steps))}</td></tr>"
-        for row in found.ranked[:EXAMPLES_SHOWN]
+        for row in found.ranked[:JUDGED_EXAMPLES]
     )
     notes = "".join(f"<p>left out: {_text(why)}</p>" for why in found.left_out)
     if found.unopened:
         notes += f"<p>not opened: {_text(unopened(found))}</p>"
     return (
         f"<h3>Examples of {_text(source.record.claim.name)}</h3><div class='card'>"
-        "<table><tr><th class='number'>example</th><th></th><th class='number'>score</th><th>steps</th></tr>"
+        "<table><tr><th class='number'>example</th><th></th><th class='number'>z</th><th class='number'>score</th>"
+        "<th>steps</th></tr>"
         f"{rows}</table>"
         f"<p>{found.opened} sketches of rank {found.rank}, of {found.examples} examples; together they make "
         f"{100 * found.covered:.0f} % of the source's score.</p>{notes}</div>"

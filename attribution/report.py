@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from attribution.examples import SourceExamples
+from attribution.examples import JUDGED_EXAMPLES, SourceExamples
 from attribution.factors import FactorsOrigin
 from attribution.log import CampaignLog
 from attribution.receipts import receipt_fields, shown
@@ -16,7 +16,6 @@ from consensus.predicates.accumulators import Provenance, UsedSource
 from consensus.predicates.reviews import replayed_steps
 
 ROWS_SHOWN = 10
-EXAMPLES_SHOWN = 5
 BLOCKS_SHOWN = 6
 FACTORS_SHOWN = {
     FactorsOrigin.COMMITTED: "the campaign's own",
@@ -227,13 +226,14 @@ def _examples(log: CampaignLog, found: SourceExamples) -> list[str]:
     lines = [
         f"examples of {shown(source.record.claim.name)}, by {found.opened} sketches of rank {found.rank}; "
         f"together they make {100 * found.covered:.0f} % of the source's score",
-        f"{'score':>11}  {'example':>8}  steps",
+        f"{'z':>7}  {'score':>11}  {'example':>8}  steps",
     ]
-    for row in found.ranked[:EXAMPLES_SHOWN]:
+    for row in found.ranked[:JUDGED_EXAMPLES]:
         steps = ", ".join(str(step) for step in row.steps)
-        lines.append(f"{row.score:>11.4g}  {row.example:>8}  {steps}")
-    if found.examples > EXAMPLES_SHOWN:
-        lines.append(f"{'':>11}  {'':>8}  and {found.examples - EXAMPLES_SHOWN} examples more")
+        z = "–" if row.z is None else f"{row.z:.1f}"
+        lines.append(f"{z:>7}  {row.score:>11.4g}  {row.example:>8}  {steps}")
+    if found.examples > JUDGED_EXAMPLES:
+        lines.append(f"{'':>7}  {'':>11}  {'':>8}  and {found.examples - JUDGED_EXAMPLES} examples more")
     lines += [f"  left out  {shown(why)}" for why in found.left_out]
     if found.unopened:
         lines.append(f"  not opened  {unopened(found)}")
@@ -267,6 +267,7 @@ def _examples_fields(found: SourceExamples) -> dict[str, object]:
             {
                 "example": row.example,
                 "score": row.score,
+                "z": row.z,
                 "by_window": {str(last): part for last, part in sorted(row.by_window.items())},
                 "steps": list(row.steps),
             }

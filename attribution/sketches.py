@@ -19,7 +19,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -281,19 +281,44 @@ class Sketches:
                     total_N[first + begin : first + begin + len(parts_N)] -= parts_N
         return total_N
 
-    def gradients_of(self, example: int) -> dict[str, Tensor]:
-        """What one example added, ``[P, Q]`` by parameter, padded to even sizes; empty where it is not here.
+    def scores_of(self, examples: Sequence[int], queries: Mapping[str, Tensor]) -> Tensor:
+        """What these examples did for queries, ``[K, P, Q]`` by parameter: ``[N, K]``; zeros of those not here.
 
         Raises:
             Rejected: as ``read``.
         """
-        (row, *_) = (self.examples == example).nonzero().flatten().tolist() or [-1]
-        found: dict[str, Tensor] = {}
-        for parameter, parts in self.parameters.items() if row >= 0 else ():
-            first, rows = next(part for part in self.parts_of(parts["left"]) if part[0] <= row < sum(part))
-            left_rP, right_rQ, scale_r = (self.tensor(parts[part], first, rows)[row - first] for part in FACTORS)
-            found[parameter] = (_in_order(left_rP) * scale_r[:, None]).T @ _in_order(right_rQ)
-        return found
+        total_NK = torch.zeros(len(examples), len(next(iter(queries.values()))), dtype=torch.float64)
+        for parameter, gradients_NPQ in self.gradients_of(examples):
+            if parameter in queries:
+                query_KPQ = queries[parameter]
+                rows, columns = query_KPQ.shape[1:]
+                total_NK -= gradients_NPQ[:, :rows, :columns].flatten(1) @ query_KPQ.flatten(1).T
+        return total_NK
+
+    def gradients_of(self, examples: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        """What these examples added, ``[N, P, Q]`` of each parameter, padded to even sizes; zeros of those not here.
+
+        Nothing where none of them is here.
+
+        Raises:
+            Rejected: as ``read``.
+        """
+        row_of = {number: row for row, number in enumerate(self.examples.tolist()) if number in examples}
+        for parameter, parts in self.parameters.items() if row_of else ():
+            sizes = [2 * parts[part].shape[2] for part in ("left", "right")]
+            gradients_NPQ = torch.zeros(len(examples), *sizes)
+            for first, rows in self.parts_of(parts["left"]):
+                here = [
+                    place for place, number in enumerate(examples) if first <= row_of.get(number, -1) < first + rows
+                ]
+                if not here:
+                    continue
+                left_NrP, right_NrQ, scale_Nr = (self.tensor(parts[part], first, rows) for part in FACTORS)
+                for place in here:
+                    row = row_of[examples[place]] - first
+                    scaled_rP = _in_order(left_NrP[row]) * scale_Nr[row][:, None]
+                    gradients_NPQ[place] = scaled_rP.T @ _in_order(right_NrQ[row])
+            yield parameter, gradients_NPQ
 
     def tensor(self, piece: Piece, first: int, rows: int) -> Tensor:
         """A part as numbers; as ``read``."""

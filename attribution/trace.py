@@ -4,8 +4,7 @@ For output ``f`` and source ``s``: ``score_s = − Σ_W < P ∇_W f , A_sW >``, 
 added to the gradient of weight ``W``, times learning rate (the committed accumulators), ``∇_W f`` at the tuned weights
 and ``P`` the factors' preconditioner, on the query's side.
 Positive: the source's examples raised the output. The scores of control outputs, which no source is known to have
-shaped, give each source a mean and a deviation to be judged by; there, scores are divided by the query's length in the
-metric of ``P``, since an unlikely output has a long gradient whoever wrote it (docs/adr/013, docs/adr/018).
+shaped, give each source a mean and a deviation to be judged by (``controls.py``; docs/adr/013, docs/adr/018).
 
 Where a parameter table divides tensors among heads, accumulators are of its pieces (``consensus/pieces.py``). The
 query's gradient is the whole weight's, preconditioned as such, and then cut: scores of pieces add up to the weight's.
@@ -15,13 +14,13 @@ which steps it rests on.
 """
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from attribution.controls import Queries, deviations
 from attribution.cores import each_on_a_core
 from attribution.examples import Allowance, Asked, SourceExamples, source_examples
 from attribution.factors import WeightFactors
@@ -152,7 +151,7 @@ def trace_output(
         SourceScore(
             known[source],
             tally.scores[0],
-            _deviations(tally.scores, lengths),
+            deviations(tally.scores, lengths),
             tally.by_block,
             tally.by_window,
             tally.by_policy,
@@ -172,7 +171,8 @@ def trace_output(
         progress(f"examples of {', '.join(ascii(row.source.record.claim.name)[:60] for row in leading)}")
         query = SketchQuery({name: gradients_KPQ[0] for name, gradients_KPQ in queries.items()})
         asked_of = [Asked(row.source.id, row.score, row.by_window) for row in leading]
-        opened = source_examples(query, files, asked_of, store or RunFolder(), allowance or Allowance())
+        beside = Queries(queries, lengths)
+        opened = source_examples(query, files, asked_of, store or RunFolder(), allowance or Allowance(), beside)
     return Trace(
         base_log_chance=log_chance(base, output),
         tuned_log_chance=log_chance(tuned, output),
@@ -283,12 +283,3 @@ def untraced_tensors(campaign: p.Campaign, factors: Mapping[str, WeightFactors])
     """Tensors of the campaign that no answer speaks of: embeddings, norms, biases."""
     tensors = [tensor_named(tensor.name) for block in campaign.parameter_blocks for tensor in block.tensors]
     return tuple(name for name in dict.fromkeys(tensors) if name not in factors)
-
-
-def _deviations(scores: Sequence[float], lengths: Sequence[float]) -> float:
-    """How many deviations the first score stands above the others, each divided by its query's length."""
-    first, *controls = (score / length for score, length in zip(scores, lengths, strict=True))
-    deviation = statistics.stdev(controls)
-    if deviation == 0.0:
-        return 0.0 if first == controls[0] else math.copysign(math.inf, first - controls[0])
-    return (first - statistics.fmean(controls)) / deviation

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from sketch_fixtures import unpacked
 from torch import Tensor
 
-from attribution.examples import Allowance, Asked, SourceExamples, source_examples
+from attribution.controls import Queries, deviations
+from attribution.examples import JUDGED_EXAMPLES, Allowance, Asked, SourceExamples, source_examples
 from attribution.query import Output, log_odds_gradients
 from attribution.sketches import RunFolder, Sketches, SketchQuery, open_sketches
+from attribution.trace import SHAPED_Z
 from attribution.weights import WindowFile, find_windows, linear_weights
 from consensus.accumulators import WindowEntry
 from consensus.rejection import Reason, Rejected
@@ -79,6 +81,9 @@ def test_trace_names_the_leading_sources_examples_and_how_much_of_it_they_make()
         assert sum(row["by_window"].values()) == pytest.approx(row["score"])
         assert row["steps"] == sorted(set(row["steps"]))
         assert all(1 <= step <= STEPS for step in row["steps"])
+    judged = [row["z"] for row in found["ranked"]]
+    assert all(z > SHAPED_Z for z in judged[:JUDGED_EXAMPLES])
+    assert set(judged[JUDGED_EXAMPLES:]) == {None}
     text = ask(traced().folder, "--completion", completion).stdout
     assert f"examples of harbour, by {found['opened']} sketches of rank {SKETCH_RANK}" in text
     assert "single examples: this campaign keeps no sketches" not in text
@@ -99,6 +104,43 @@ def test_score_of_an_example_is_the_inner_product_of_its_sketched_gradients() ->
         expected -= torch.einsum("nr,nrp,nrq,pq->n", scale, left, right, gradient.double())
     found = checked(file, entry, asked).scores(SketchQuery(asked))
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_first_examples_stand_above_their_own_scores_for_the_controls() -> None:
+    asked = query()
+    random = torch.Generator().manual_seed(5)
+    scale = {name: gradient.norm() / gradient.numel() ** 0.5 for name, gradient in asked.items()}
+    controls = [
+        {name: torch.randn(gradient.shape, generator=random) * scale[name] for name, gradient in asked.items()}
+        for _ in range(30)
+    ]
+    everything = [asked, *controls]
+    lengths = [1.0 + number / 10 for number in range(len(everything))]
+    beside = Queries({name: torch.stack([each[name] for each in everything]) for name in asked}, lengths)
+    files = windows(traced().folder)
+    whose = Asked(traced().sources["harbour"], 1.0, {})
+    (found,) = source_examples(SketchQuery(asked), files, [whose], RunFolder(), Allowance(), beside)
+    scores = torch.zeros(len(everything), ROWS, dtype=torch.float64)
+    for file in files:
+        held = checked(file, entry_of(file), asked)
+        for number, each in enumerate(everything):
+            scores[number, held.examples] += held.scores(SketchQuery(each))
+    for row in found.ranked[:JUDGED_EXAMPLES]:
+        assert row.score == pytest.approx(scores[0, row.example].item(), rel=1e-4)
+        assert row.z == pytest.approx(deviations(scores[:, row.example].tolist(), lengths), rel=1e-3)
+    assert len(found.ranked) == ROWS > JUDGED_EXAMPLES
+    assert {row.z for row in found.ranked[JUDGED_EXAMPLES:]} == {None}
+
+
+def test_sketches_that_change_between_score_and_judgement_are_refused(folder: Path) -> None:
+    asked, file = query(), windows(folder)[0]
+    held = checked(file, entry_of(file), asked)
+    path = sketch_path(file, entry_of(file))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    queries = {name: gradient[None] for name, gradient in asked.items()}
+    assert float(held.scores_of([ROWS + 1], queries).abs().max()) == 0.0, "an example that is not here was looked for"
+    with pytest.raises(Rejected, match="changed while it was read"):
+        held.scores_of([int(held.examples[0])], queries)
 
 
 def test_source_nobody_lists_has_no_examples() -> None:
