@@ -116,12 +116,12 @@ def asked_campaign(
     Parameters of ``tuned`` that the campaign did not tune are frozen.
 
     Raises:
-        Rejected: as ``find_windows``, ``open_index`` and ``chosen_factors``.
-        ConfigError: as ``chosen_factors``.
+        Rejected: as ``RunFiles.fetch``, ``find_windows``, ``open_index`` and ``chosen_factors``.
+        ConfigError, Unavailable: as ``RunFiles.fetch`` and ``chosen_factors``.
     """
     blocks = log.provenance.campaign.parameter_blocks
     freeze_others(tuned, {tensor_named(tensor.name) for block in blocks for tensor in block.tensors})
-    search = find_windows(files.accumulators, log.bundle.campaign, log.provenance.windows)
+    search = find_windows(files.fetch(log), log.bundle.campaign, log.provenance.windows)
     factors, origin = chosen_factors(log, tuned, files.factors, sequences)
     return AskedCampaign(
         log, base, tuned, factors, origin, search, sketch_store(log, files.index), files.index, language, sequences

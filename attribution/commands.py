@@ -23,7 +23,7 @@ from attribution.footprint import chosen_sources, example_footprint, footprint
 from attribution.footprint_report import footprint_json, footprint_text
 from attribution.language import language_of
 from attribution.log import base_log
-from attribution.options import ACCUMULATORS, INDEX, GivenBase, GivenLog, RunFiles, base_options, log_options
+from attribution.options import ACCUMULATORS, CUSTODIAN, INDEX, GivenBase, GivenLog, RunFiles, base_options, log_options
 from attribution.page import page
 from attribution.public_text import public_sequences
 from attribution.questions import Question, read_questions
@@ -157,6 +157,7 @@ def _chosen(command: Callable[..., None]) -> Callable[..., None]:
 )
 @_chosen
 @ACCUMULATORS
+@CUSTODIAN
 @INDEX
 @click.option(
     "--open-at-most",
@@ -199,6 +200,7 @@ def trace_command(
     classes: tuple[str, ...],
     revoked: bool,
     directory: Path,
+    custodian: str | None,
     index_path: Path | None,
     open_at_most: int,
     given: GivenLog,
@@ -242,7 +244,9 @@ def trace_command(
     tuned = model(tuned_path, tuned_root, "campaign's release")
     beside = {} if without_path is None else {"without": _unchecked_model(architecture, adapter_path, without_path)}
     sequences = public_sequences(text_path, language, context_tokens)
-    here = asked_campaign(log, base, tuned, RunFiles(directory, index_path, factors_path), language, sequences)
+    here = asked_campaign(
+        log, base, tuned, RunFiles(directory, index_path, factors_path, custodian), language, sequences
+    )
     before = None
     if given_base is not None and log_before is not None:
         traceable_root(log_before.provenance)
@@ -288,6 +292,7 @@ def _write_page(path: Path, content: str) -> None:
 @_chosen
 @click.option("--example", metavar="SOURCE:INDEX", help="Instead of sources: one example of a source, by its sketches.")
 @ACCUMULATORS
+@CUSTODIAN
 @INDEX
 @log_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -298,6 +303,7 @@ def footprint_command(
     revoked: bool,
     example: str | None,
     directory: Path,
+    custodian: str | None,
     index_path: Path | None,
     given: GivenLog,
     as_json: bool,
@@ -320,7 +326,8 @@ def footprint_command(
     chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: what its sources moved is not on the log")
-    search = find_windows(directory, log.bundle.campaign, log.provenance.windows)
+    folder = RunFiles(directory, custodian=custodian).fetch(log)
+    search = find_windows(folder, log.bundle.campaign, log.provenance.windows)
     if example is None:
         found = footprint(log.provenance, search.found, chosen)
     else:

@@ -9,7 +9,7 @@ import click
 from attribution.index import Index, LeftOut, SketchedCampaign, open_index
 from attribution.index_build import build_index, check_index
 from attribution.log import CampaignLog
-from attribution.options import ACCUMULATORS, GivenLog, log_options, told_now_and_then
+from attribution.options import ACCUMULATORS, CUSTODIAN, GivenLog, RunFiles, log_options, told_now_and_then
 from attribution.receipts import shown
 
 SHOWN = 10
@@ -31,10 +31,11 @@ def index() -> None:
 
 @index.command("build")
 @ACCUMULATORS
+@CUSTODIAN
 @log_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make, or index to replace.")
 @_JSON
-def build_command(directory: Path, given: GivenLog, out: Path, as_json: bool) -> None:
+def build_command(directory: Path, custodian: str | None, given: GivenLog, out: Path, as_json: bool) -> None:
     """Make the index of all sketches that the log commits to and that are here.
 
     Exit code 0 when it holds all of them, 2 when files were left out (they are named), 1 when nothing is here to index.
@@ -45,7 +46,9 @@ def build_command(directory: Path, given: GivenLog, out: Path, as_json: bool) ->
         --chain-id CHAIN_ID --out campaign.index
     """
     log = given.open()
-    made = build_index(SketchedCampaign.of(log), directory, out, told_now_and_then())
+    made = build_index(
+        SketchedCampaign.of(log), RunFiles(directory, custodian=custodian).fetch(log), out, told_now_and_then()
+    )
     left_out = made.header.left_out
     if as_json:
         click.echo(json.dumps({**_holdings(made), "left_out": [_fields(held) for held in left_out]}, indent=2))

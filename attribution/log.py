@@ -1,9 +1,11 @@
 """A campaign's provenance from a bundle of the predicate ``accumulators``, checked against a pinned chain.
 
 The bundle is a file, or is made now of a ledger: by a node that serves it, or from a stopped node's disk. Whoever
-starts a command brings what reads ledgers (``Ledgers``): tracing takes bytes, and checks them wherever they came from.
+starts a command brings what reaches ledgers and custodians (``Outside``): tracing takes bytes, and checks them wherever
+they came from.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +18,7 @@ from consensus.identifiers import ChainId
 from consensus.membership import Genesis
 from consensus.portions import Release
 from consensus.predicates import Predicate, Verdict, verify
-from consensus.predicates.accumulators import Provenance, provenance
+from consensus.predicates.accumulators import Provenance, Window, provenance
 from consensus.rejection import Reason, Rejected
 
 
@@ -29,11 +31,21 @@ class CampaignLog:
     verdict: Verdict
 
 
-class Ledgers(Protocol):
-    """Makes the bundle of a predicate about a campaign; of the only one where none is given."""
+class Outside(Protocol):
+    """What is not in this process: ledgers, and custodians of what campaigns keep."""
 
-    def __call__(self, where: str, genesis: Genesis, predicate: Predicate, campaign: bytes, token: str | None) -> bytes:
-        """``where`` is a node's HTTP address, which ``token`` is for, or a directory; ``campaign`` an id or empty."""
+    def bundle_of(
+        self, where: str, genesis: Genesis, predicate: Predicate, campaign: bytes, token: str | None
+    ) -> bytes:
+        """The bundle of a predicate about a campaign, or about the only one where ``campaign`` is empty.
+
+        ``where`` is a node's HTTP address, which ``token`` is for, or a directory.
+        """
+
+    def fetch_windows(
+        self, url: str, token: str | None, campaign: bytes, windows: Sequence[Window], directory: Path
+    ) -> None:
+        """Fill a folder with what a custodian keeps of these windows; each file is held to what the log commits to."""
 
 
 def open_log(bundle_path: Path, genesis_path: Path, chain_id: ChainId) -> CampaignLog:
@@ -46,7 +58,7 @@ def open_log(bundle_path: Path, genesis_path: Path, chain_id: ChainId) -> Campai
 
 
 def open_ledger(
-    ledgers: Ledgers, where: str, token: str | None, campaign: bytes, genesis_path: Path, chain_id: ChainId
+    outside: Outside, where: str, token: str | None, campaign: bytes, genesis_path: Path, chain_id: ChainId
 ) -> CampaignLog:
     """Have the bundle made of a ledger, and check it as one from a file.
 
@@ -55,7 +67,7 @@ def open_ledger(
         ConfigError, Unavailable: no ledger there, or none that can be read now.
     """
     trusted = _trusted(genesis_path, chain_id)
-    return _opened(trusted, ledgers(where, trusted.genesis, Predicate.ACCUMULATORS, campaign, token))
+    return _opened(trusted, outside.bundle_of(where, trusted.genesis, Predicate.ACCUMULATORS, campaign, token))
 
 
 def base_log(log: CampaignLog, before: CampaignLog) -> CampaignLog:

@@ -10,16 +10,25 @@ from pathlib import Path
 
 import click
 
-from attribution.log import CampaignLog, Ledgers, open_ledger, open_log
+from attribution.log import CampaignLog, Outside, open_ledger, open_log
 from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.rejection import Reason, Rejected
 
+TOKEN, CUSTODIAN_TOKEN = "COUNTERSIGN_TOKEN", "COUNTERSIGN_CUSTODIAN_TOKEN"
+BASE_TOKEN, BASE_CUSTODIAN_TOKEN = "COUNTERSIGN_BASE_TOKEN", "COUNTERSIGN_BASE_CUSTODIAN_TOKEN"
+"""Environment variables, each with one node's token: no node is told another's."""
 ACCUMULATORS = click.option(
     "--accumulators",
     "directory",
     type=click.Path(path_type=Path),
     required=True,
     help="Folder of the run's accumulator files.",
+)
+CUSTODIAN = click.option(
+    "--custodian",
+    metavar="URL",
+    help="A custodian's HTTP address (its token in COUNTERSIGN_CUSTODIAN_TOKEN): what the folder of accumulators lacks "
+    "is fetched from there first, and held to the log.",
 )
 INDEX = click.option(
     "--index",
@@ -45,11 +54,28 @@ _LOG_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """Where a campaign's files are: the folder of its windows, and, where they are given, its index and factors."""
+    """Where a campaign's files are: the folder of its windows, and, where they are given, its index and factors.
+
+    ``custodian``: the HTTP address of a node that has what the folder lacks.
+    """
 
     accumulators: Path
-    index: Path | None
-    factors: Path | None
+    index: Path | None = None
+    factors: Path | None = None
+    custodian: str | None = None
+    token_variable: str = CUSTODIAN_TOKEN
+
+    def fetch(self, log: CampaignLog) -> Path:
+        """The folder, with what the custodian keeps of the campaign's windows, where one is given.
+
+        Raises:
+            Rejected: ``DIGEST_MISMATCH`` for other files than the log commits to; ``NOT_FOUND``.
+            Unavailable: the custodian does not answer.
+        """
+        if self.custodian is not None:
+            token, campaign = os.environ.get(self.token_variable), log.bundle.campaign
+            _outside().fetch_windows(self.custodian, token, campaign, log.provenance.windows, self.accumulators)
+        return self.accumulators
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +87,7 @@ class GivenLog:
     campaign: str | None
     genesis: Path
     chain_id: str
-    token_variable: str = "COUNTERSIGN_TOKEN"
-    """The environment variable with the token of the ledger's node: no node is told another's."""
+    token_variable: str = TOKEN
 
     def open(self) -> CampaignLog:
         """What the log proves about the campaign.
@@ -78,9 +103,8 @@ class GivenLog:
         campaign = b"" if self.campaign is None else digest_in(self.campaign)
         if campaign is None:
             raise Rejected(Reason.MALFORMED, f"campaign {self.campaign!a:.80}: expected 64 lower-case hex digits")
-        ledgers: Ledgers = click.get_current_context().obj
         token = os.environ.get(self.token_variable)
-        return open_ledger(ledgers, self.ledger, token, campaign, self.genesis, chain_id)
+        return open_ledger(_outside(), self.ledger, token, campaign, self.genesis, chain_id)
 
 
 def log_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -126,6 +150,11 @@ _BASE_OPTIONS = (
     click.option(
         "--base-accumulators", type=click.Path(path_type=Path), help="Folder of that run's accumulator files."
     ),
+    click.option(
+        "--base-custodian",
+        metavar="URL",
+        help="As --custodian, of that run; its token in COUNTERSIGN_BASE_CUSTODIAN_TOKEN.",
+    ),
     click.option("--base-index", type=click.Path(path_type=Path), help="As --index, of that run."),
     click.option("--base-factors", type=click.Path(path_type=Path), help="As --factors, of the base model's weights."),
 )
@@ -157,11 +186,13 @@ def base_options(command: Callable[..., None]) -> Callable[..., None]:
         base_chain_id: str | None,
         base_of_base: Path | None,
         base_accumulators: Path | None,
+        base_custodian: str | None,
         base_index: Path | None,
         base_factors: Path | None,
         **options: object,
     ) -> None:
-        others = (base_campaign, base_genesis, base_chain_id, base_of_base, base_accumulators, base_index, base_factors)
+        files = (base_accumulators, base_custodian, base_index, base_factors)
+        others = (base_campaign, base_genesis, base_chain_id, base_of_base, *files)
         given_base = None
         if base_ledger is None and base_bundle is None:
             if any(other is not None for other in others):
@@ -179,14 +210,21 @@ def base_options(command: Callable[..., None]) -> Callable[..., None]:
                 base_campaign,
                 given.genesis if base_genesis is None else base_genesis,
                 given.chain_id if base_chain_id is None else base_chain_id,
-                "COUNTERSIGN_BASE_TOKEN",
+                BASE_TOKEN,
             )
-            given_base = GivenBase(log, base_of_base, RunFiles(base_accumulators, base_index, base_factors))
+            of_run = RunFiles(base_accumulators, base_index, base_factors, base_custodian, BASE_CUSTODIAN_TOKEN)
+            given_base = GivenBase(log, base_of_base, of_run)
         command(*args, given=given, given_base=given_base, **options)
 
     for option in reversed(_BASE_OPTIONS):
         with_base = option(with_base)
     return with_base
+
+
+def _outside() -> Outside:
+    """What the command was started with."""
+    outside: Outside = click.get_current_context().obj
+    return outside
 
 
 def pinned_chain(text: str) -> ChainId:

@@ -11,15 +11,17 @@ documentation complete.
 """
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import IO
 
 import click
 
 from consensus.membership import Genesis
 from consensus.predicates import Predicate
+from consensus.predicates.accumulators import Window
 from consensus.rejection import ConfigError, CountersignError, InvariantBroken, Rejected, Unavailable
 
 EXIT_REFUSED = 1
@@ -110,7 +112,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, context: click.Context) -> object:
         """Run a command; what it raises becomes one line and an exit code."""
-        context.obj = _bundle_of
+        context.obj = _Outside()
         try:
             return super().invoke(context)
         except ExceptionGroup as group:
@@ -126,11 +128,24 @@ class LazyGroup(click.Group):
             raise failure from error
 
 
-def _bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: bytes, token: str | None) -> bytes:
-    """``ledgers.bundle_of``, for commands of other packages, which find it as the context's object."""
-    from node.commands.ledgers import bundle_of  # noqa: PLC0415 (needs an HTTP client or RocksDB)
+class _Outside:
+    """Ledgers and custodians, for commands of other packages, which find this as the context's object."""
 
-    return bundle_of(where, genesis, predicate, campaign, token)
+    @staticmethod
+    def bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: bytes, token: str | None) -> bytes:
+        """As ``ledgers.bundle_of``."""
+        from node.commands.ledgers import bundle_of  # noqa: PLC0415 (needs an HTTP client or RocksDB)
+
+        return bundle_of(where, genesis, predicate, campaign, token)
+
+    @staticmethod
+    def fetch_windows(url: str, token: str | None, campaign: bytes, windows: Sequence[Window], directory: Path) -> None:
+        """As ``custody.fetch_windows``."""
+        from node.client import NodeClient  # noqa: PLC0415 (needs an HTTP client)
+        from node.commands.custody import fetch_windows  # noqa: PLC0415
+
+        with NodeClient(url, token) as client:
+            fetch_windows(client, campaign, windows, directory)
 
 
 def _first_worded(group: ExceptionGroup[Exception]) -> Refused | None:

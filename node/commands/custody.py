@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -220,20 +220,31 @@ def custody_fetch(
     """
     with open_regular(genesis, MAX_JSON_BYTES) as (file, _):
         trusted = anchor(genesis_from_json(file.read()), ChainId(chain_id))
-    fetched_bytes = 0
     with connect(config_path, url, token_file) as client:
         encoded = client.bundle(Predicate.ACCUMULATORS, {"campaign": campaign.hex()})
         windows = provenance(open_bundle(trusted, encoded)).windows
-        for name in (WINDOWS, BLOBS):
-            (directory / name).mkdir(parents=True, exist_ok=True)
-        for window in windows:
-            listed = _window(client, campaign, directory, window)
-            for sha256, size_bytes in _files(listed):
-                fetched_bytes += _fetch(client, campaign, directory, sha256, size_bytes)
+        fetched_bytes = fetch_windows(client, campaign, windows, directory)
     if as_json:
         print_json({"fetched_bytes": fetched_bytes, "windows": len(windows)})
     else:
         click.echo(f"{fetched_bytes} bytes fetched; all {len(windows)} windows are in {directory}, held to the log")
+
+
+def fetch_windows(client: NodeClient, campaign: bytes, windows: Sequence[Window], directory: Path) -> int:
+    """Fill a folder with windows' lists and files from a custodian; the bytes of files fetched.
+
+    Raises:
+        Rejected: ``DIGEST_MISMATCH`` for other files than the log commits to; ``NOT_FOUND``.
+        Unavailable: the custodian does not answer.
+    """
+    fetched_bytes = 0
+    for name in (WINDOWS, BLOBS):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    for window in windows:
+        listed = _window(client, campaign, directory, window)
+        for sha256, size_bytes in _files(listed):
+            fetched_bytes += _fetch(client, campaign, directory, sha256, size_bytes)
+    return fetched_bytes
 
 
 def _whole(held: CustodyAnswer) -> int:

@@ -174,3 +174,38 @@ def test_campaign_that_a_node_lists_and_that_is_no_id_is_refused_by_name(
     code, said = by_ledger("http://127.0.0.1:1")
     assert code == 1
     assert "malformed: campaign 'zz'" in said
+
+
+# A custodian's files
+
+
+@pytest.mark.trio
+async def test_empty_folder_is_filled_by_a_custodian_and_the_answer_is_the_runs_own(tmp_path: Path) -> None:
+    accumulators = traced().folder / "run" / "accumulators"
+    async with served(tmp_path / "data", story=HERE, custody_bytes=1 << 24, max_body_bytes=8 << 20) as node:
+        url = f"http://{node.address}"
+        from_there = ("--accumulators", tmp_path / "fetched", "--custodian", url)
+        code, said = await asked(url, *from_there)
+        assert code == 1
+        assert "not-found" in said, "nothing was handed in yet"
+        arguments = ["custody", "hand-in", "--url", url, "--campaign", CAMPAIGN.hex(), "--accumulators", accumulators]
+        handed = await trio.to_thread.run_sync(
+            lambda: CliRunner().invoke(main, [str(argument) for argument in arguments])
+        )
+        assert handed.exit_code == 0, handed.output
+        assert await asked(url, *from_there) == by_bundle()
+        kept = sorted((tmp_path / "data" / "custody" / CAMPAIGN.hex() / "blobs").iterdir())[0]
+        kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+        (tmp_path / "fetched" / "blobs" / kept.name).unlink()
+        code, said = await asked(url, *from_there)
+        assert code == 1
+        assert "digest-mismatch" in said
+    assert not (tmp_path / "fetched" / "blobs" / kept.name).exists()
+
+
+def test_custodian_that_does_not_answer_is_missed_where_the_folder_lacks_something(tmp_path: Path) -> None:
+    written(traced().ledger, tmp_path / "data").store.close()
+    assert by_ledger(tmp_path / "data", "--custodian", "http://127.0.0.1:1") == by_bundle()
+    code, said = by_ledger(tmp_path / "data", "--custodian", "http://127.0.0.1:1", "--accumulators", tmp_path / "empty")
+    assert code == 2
+    assert "unavailable" in said
