@@ -77,6 +77,7 @@ def footprint_json(log: CampaignLog, found: Footprint, search: Search) -> str:
                 "grants": [grant.hex() for grant in source.grants],
                 "policies": list(source.policies),
                 "revocation": source.record.revocation.hex(),
+                "momentum": "" if source.usage is None else source.usage.momentum,
             }
             for source in found.sources
         ],

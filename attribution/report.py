@@ -329,7 +329,7 @@ def _origin(provenance: Provenance, of_base: BaseAnswer | None) -> list[str]:
     if of_base is None:
         return [
             "  not asked what shaped the base model before: it has a log of its own, "
-            f"where event {origin.hex()} released it; --base-ledger asks there too"
+            f"where event {origin.hex()} released it; ask of this campaign with --base-ledger to follow it"
         ]
     return [
         f"  checked   the base model is what event {origin.hex()} released on chain "
@@ -375,6 +375,7 @@ def _row(row: SourceScore) -> dict[str, object]:
             "grants": [grant.hex() for grant in source.grants],
             "policies": list(source.policies),
             "revocation": source.record.revocation.hex(),
+            "momentum": "" if source.usage is None else source.usage.momentum,
         },
     }
 

@@ -3,18 +3,19 @@
 The export side of ``consensus/bundle.py``. Nothing here decides an answer: the bundle is checked by whoever
 reads it. What is disclosed is decided here, and no more than the predicate needs:
 
-=====================  ================================================================================
-``included``           the entry; no portion
-``consistent``         two certified headers
-``policy-in-force``    governance portions of policies and steps
-``source-honored``     the one source's items; governance portions of the steps that used it
-``source-unused``      nothing
-``delta-exact``        operation portions of the campaign's events
-``refusals-complete``  all portions of steps, refusals and rollbacks
-``evidence``           the two signed messages
-``metadata-complete``  the operation portion of the campaign's opening event
-``accumulators``       the manifest; operation portions of the campaign's events; its sources' claims
-=====================  ================================================================================
+=======================  ================================================================================
+``included``             the entry; no portion
+``consistent``           two certified headers
+``policy-in-force``      governance portions of policies and steps
+``source-honored``       the one source's items; governance portions of the steps that used it
+``source-unused``        nothing
+``revocation-exposure``  as ``source-honored``; operation portions of the release and of steps that settle its momentum
+``delta-exact``          operation portions of the campaign's events
+``refusals-complete``    all portions of steps, refusals and rollbacks
+``evidence``             the two signed messages
+``metadata-complete``    the operation portion of the campaign's opening event
+``accumulators``         the manifest; operation portions of the campaign's events; its sources' claims
+=======================  ================================================================================
 
 In the narrow ones a rollback's operation portion is disclosed only if its memorization signals name no
 source (but the one asked about); a step's only if, without it, its index could not be told, and if neither signals
@@ -23,6 +24,8 @@ nor the momentum that it settles name another.
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
+
+import msgspec
 
 from consensus import merkle
 from consensus import portions as p
@@ -310,6 +313,15 @@ def _source_unused(export: _Export) -> None:
     export.keys.add(usage_key(export.campaign, export.source))
 
 
+def _revocation_exposure(export: _Export) -> None:
+    _source_honored(export)
+    for index, entry in export.campaign_events():
+        portions = export.portions(index)
+        settles = entry.kind is Kind.STEP and _settles(portions, export.source)
+        if entry.kind is Kind.RELEASE or (settles and _names_only(portions, (export.source,))):
+            export.events[index] = msgspec.structs.replace(export.events[index], operation=portions.operation)
+
+
 def _delta_exact(export: _Export) -> None:
     export.add_job_events(
         lambda index, entry, portions: export.add(
@@ -459,12 +471,20 @@ def _names_only(portions: p.Portions, sources: Iterable[bytes]) -> bool:
     return named <= set(sources)
 
 
+def _settles(portions: p.Portions, source: bytes) -> bool:
+    """Whether a step says what becomes of the source's momentum."""
+    assert portions.operation is not None
+    operation = decode(portions.operation.content, p.StepOperation, p.MAX_PORTIONS_BYTES)
+    return source in operation.flushed or any(carried.source == source for carried in operation.carried)
+
+
 _COLLECTORS: dict[Predicate, Callable[[_Export], None]] = {
     Predicate.INCLUDED: _included,
     Predicate.CONSISTENT: _consistent,
     Predicate.POLICY_IN_FORCE: _policy_in_force,
     Predicate.SOURCE_HONORED: _source_honored,
     Predicate.SOURCE_UNUSED: _source_unused,
+    Predicate.REVOCATION_EXPOSURE: _revocation_exposure,
     Predicate.DELTA_EXACT: _delta_exact,
     Predicate.REFUSALS_COMPLETE: _refusals_complete,
     Predicate.EVIDENCE: _evidence,

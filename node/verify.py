@@ -82,8 +82,9 @@ def verify_command(
 ) -> None:
     """Check PREDICATE offline over a bundle file, with numbered steps.
 
-    PREDICATE is one of included, consistent, policy-in-force, source-honored, source-unused, delta-exact,
-    refusals-complete, evidence, accumulators. Exits 0 for yes, 1 for no or a refused bundle, 2 for unknown.
+    PREDICATE is one of included, consistent, policy-in-force, source-honored, source-unused, revocation-exposure,
+    delta-exact, refusals-complete, evidence, metadata-complete, accumulators, evaluated. Exits 0 for yes, 1 for no or a
+    refused bundle, 2 for unknown.
 
     \b
     Example:

@@ -2,19 +2,20 @@
 
 ``verify(bundle, weights)`` answers the predicate the bundle was made for:
 
-=====================  ===========================================================================
-``included``           this event is on the log, by whom it was authored and signed
-``consistent``         the log only grew between two certified ledger blocks
-``policy-in-force``    every step ran under a grant of the policy then in force, within its depths
-``source-honored``     every use of a source was granted by its owner, and these are all uses
-``source-unused``      no example of a source was trained on
-``delta-exact``        the released file is what the recorded steps, one after the other, ended in
-``refusals-complete``  every presented example was admitted, or refused for the true reason
-``evidence``           a member signed two messages that contradict each other
-``metadata-complete``  a campaign recorded every fact that its policy requires of one
-``accumulators``       per-source accumulators of all steps are committed, and these sources took part
-``evaluated``          a campaign's weights were evaluated, and no finding about them stands open
-=====================  ===========================================================================
+=======================  ===========================================================================
+``included``             this event is on the log, by whom it was authored and signed
+``consistent``           the log only grew between two certified ledger blocks
+``policy-in-force``      every step ran under a grant of the policy then in force, within its depths
+``source-honored``       every use of a source was granted by its owner, and these are all uses
+``source-unused``        no example of a source was trained on
+``revocation-exposure``  a campaign depends on a source that was revoked: by which steps, released when
+``delta-exact``          the released file is what the recorded steps, one after the other, ended in
+``refusals-complete``    every presented example was admitted, or refused for the true reason
+``evidence``             a member signed two messages that contradict each other
+``metadata-complete``    a campaign recorded every fact that its policy requires of one
+``accumulators``         per-source accumulators of all steps are committed, and these sources took part
+``evaluated``            a campaign's weights were evaluated, and no finding about them stands open
+=======================  ===========================================================================
 
 A bundle that is malformed, of another chain, or lacks an event or record the predicate needs raises
 ``Rejected``. Pure, like everything in ``consensus``: the caller reads files and hashes weights.
@@ -33,6 +34,7 @@ from consensus.predicates.metadata_complete import metadata_complete
 from consensus.predicates.policy_in_force import policy_in_force
 from consensus.predicates.refusals_complete import refusals_complete
 from consensus.predicates.reviews import evaluated
+from consensus.predicates.revocation_exposure import revocation_exposure
 from consensus.predicates.source_honored import source_honored
 from consensus.predicates.source_unused import source_unused
 from consensus.predicates.verdict import Answer, AsOf, CheckedStep, Status, Steps, Verdict
@@ -47,6 +49,7 @@ class Predicate(StrEnum):
     POLICY_IN_FORCE = "policy-in-force"
     SOURCE_HONORED = "source-honored"
     SOURCE_UNUSED = "source-unused"
+    REVOCATION_EXPOSURE = "revocation-exposure"
     DELTA_EXACT = "delta-exact"
     REFUSALS_COMPLETE = "refusals-complete"
     EVIDENCE = "evidence"
@@ -61,6 +64,7 @@ SUBJECTS: Mapping[Predicate, tuple[str, ...]] = {
     Predicate.POLICY_IN_FORCE: ("campaign",),
     Predicate.SOURCE_HONORED: ("campaign", "source"),
     Predicate.SOURCE_UNUSED: ("campaign", "source"),
+    Predicate.REVOCATION_EXPOSURE: ("campaign", "source"),
     Predicate.DELTA_EXACT: ("campaign",),
     Predicate.REFUSALS_COMPLETE: ("campaign",),
     Predicate.EVIDENCE: ("event",),
@@ -76,6 +80,7 @@ _PREDICATES: dict[Predicate, Callable[[OpenBundle, Steps], None]] = {
     Predicate.POLICY_IN_FORCE: policy_in_force,
     Predicate.SOURCE_HONORED: source_honored,
     Predicate.SOURCE_UNUSED: source_unused,
+    Predicate.REVOCATION_EXPOSURE: revocation_exposure,
     Predicate.REFUSALS_COMPLETE: refusals_complete,
     Predicate.EVIDENCE: evidence,
     Predicate.ACCUMULATORS: accumulators,

@@ -1,8 +1,6 @@
 """``source-honored``: every use of one source in a campaign was granted by its owner, and these are all uses.
 
-Completeness rests on the state's usage record: its exact totals of the source in the campaign must be the
-sums over the uses disclosed, so that a step that trained on it and is left out, or counted twice, shows. (One
-that refused all of it and was discarded leaves no count.) Order rests on the log: a grant stands before or
+Completeness rests on the state's usage record (``source_uses.py``), order on the log: a grant stands before or
 after a revocation. Of the campaign's other sources nothing is needed, so nothing of
 them is in the bundle; where a rollback's portion names one it stays closed (``history.py``).
 """
@@ -11,30 +9,11 @@ from dataclasses import dataclass, field
 
 from consensus import portions as p
 from consensus.bundle import OpenBundle, OpenEvent
-from consensus.event import Kind
 from consensus.policy import REVOCATION_VOID, why_refused
-from consensus.predicates.history import PlacedStep, job_events, member_name, note_closing, place_steps, same_member
+from consensus.predicates.history import job_events, member_name, note_closing, same_member
+from consensus.predicates.source_uses import Use, claim_of, grant_of, totals_of, uses_of_source
 from consensus.predicates.verdict import Steps
-from consensus.rejection import Reason, Rejected
-from consensus.state import (
-    POLICY_TABLE,
-    SOURCE_TABLE,
-    PolicyRecord,
-    SourceRecord,
-    Usage,
-    merge_counts,
-    usage_key,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    step: PlacedStep
-    content: p.SourceUse
-
-    @property
-    def where(self) -> str:
-        return f"event {self.step.event.entry.sequence} (step {self.step.highest})"
+from consensus.state import POLICY_TABLE, PolicyRecord, SourceRecord
 
 
 @dataclass(slots=True)
@@ -54,17 +33,15 @@ def source_honored(bundle: OpenBundle, steps: Steps) -> None:
     Raises:
         Rejected: ``BUNDLE_INCOMPLETE``.
     """
-    record = _check_claim(bundle, steps)
+    record, claim = claim_of(bundle)
+    steps.check(claim.text, claim.problems, claim.undisclosed)
+    steps.attested(f"that the claim is true (rights basis {record.claim.rights_basis!r}): {claim.owner}")
     events = job_events(bundle)
     operator = member_name(bundle, events[0].entry.author)
-    uses = [
-        _Use(step, item.content)
-        for step in place_steps(events)
-        for item in step.event.items
-        if isinstance(item.content, p.SourceUse) and item.content.source == bundle.source
-    ]
-    _check_totals(bundle, steps, uses)
-    owner = member_name(bundle, record.author)
+    uses = uses_of_source(bundle, events)
+    totals = totals_of(bundle, uses)
+    steps.check(totals.text, totals.problems, totals.undisclosed)
+    owner = claim.owner
     revocation = bundle.event_of(record.revocation, "revocation") if record.revocation else None
     findings = _Findings()
     for use in uses:
@@ -100,59 +77,9 @@ def source_honored(bundle: OpenBundle, steps: Steps) -> None:
     steps.not_covered("other campaigns: each has its own bundle")
 
 
-def _check_claim(bundle: OpenBundle, steps: Steps) -> SourceRecord:
-    event = bundle.event_of(bundle.source, "source")
-    record = bundle.record(SOURCE_TABLE + bundle.source, SourceRecord)
-    claim = record.claim
-    owner = member_name(bundle, record.author)
-    problems = []
-    if event.kind is not Kind.SOURCE or event.entry.author != record.author:
-        problems.append("the state records another author")
-    if any(item.content != claim for item in event.items):
-        problems.append("the state records another claim than was signed")
-    steps.check(
-        f"source {claim.name!r} is claimed and signed by {owner}: licence {claim.licence!r}, "
-        f"purposes {', '.join(map(repr, claim.purposes))}, class {claim.content_class!r}",
-        problems,
-        not event.items,
-    )
-    steps.attested(f"that the claim is true (rights basis {claim.rights_basis!r}): {owner}")
-    return record
-
-
-def _check_totals(bundle: OpenBundle, steps: Steps, uses: list[_Use]) -> None:
-    usage = bundle.find(usage_key(bundle.campaign, bundle.source), Usage)
-    # A step that refused all of it and was discarded leaves no count behind: of these none is claimed.
-    text = f"{len(uses)} steps presented with it are in the bundle, among them every one that trained on it"
-    if usage is None:
-        steps.check(text, ["the state has no usage record of it"] if uses else [])
-        return
-    text += (
-        f": {usage.presented} presented, {usage.admitted} admitted, {usage.discarded} more admitted in discarded "
-        "steps, as the state counts"
-    )
-    trained = sum(use.content.admitted for use in uses)
-    if trained != usage.admitted + usage.discarded:
-        steps.check(text, [f"the bundle shows {trained} admitted"])
-        return
-    kept = [use.content for use in uses if use.step.discarded is False]
-    refused: tuple[p.Count, ...] = ()
-    for content in kept:
-        refused = merge_counts(refused, content.refused)
-    found = (sum(use.presented for use in kept), sum(use.admitted for use in kept), refused)
-    problems = []
-    if found != (usage.presented, usage.admitted, usage.refused):
-        problems.append(f"the bundle shows {found[0]} presented and {found[1]} admitted in steps not discarded")
-    if problems and any(use.step.discarded is None for use in uses):
-        # All examples trained on are accounted for; which of the steps count as discarded is not to be seen.
-        steps.check(text, [], 1)
-        return
-    steps.check(text, problems)
-
-
 def _check_use(
     bundle: OpenBundle,
-    use: _Use,
+    use: Use,
     record: SourceRecord,
     revocation: OpenEvent | None,
     campaign: OpenEvent,
@@ -164,9 +91,7 @@ def _check_use(
         return
     if use.content.content_class != record.claim.content_class:
         findings.terms.append(f"{use.where} uses it as class {use.content.content_class!r}")
-    grant = bundle.event_of(governance.grant, "grant")
-    if grant.kind is not Kind.GRANT or grant.entry.campaign != bundle.campaign:
-        raise Rejected(Reason.BUNDLE_INCOMPLETE, f"{use.where} names no grant of the campaign")
+    grant = grant_of(bundle, use, governance)
     number = grant.entry.sequence
     findings.grants.add(grant.id)
     if not any(same_member(bundle, record.author, held.signer) for held in grant.entry.signatures):
@@ -199,7 +124,7 @@ def _check_use(
 
 
 def _check_terms(
-    bundle: OpenBundle, use: _Use, record: SourceRecord, terms: p.GrantTerms, purpose: str, findings: _Findings
+    bundle: OpenBundle, use: Use, record: SourceRecord, terms: p.GrantTerms, purpose: str, findings: _Findings
 ) -> None:
     held = bundle.record(POLICY_TABLE + terms.policy, PolicyRecord)
     claim = record.claim

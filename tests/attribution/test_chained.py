@@ -132,7 +132,7 @@ def test_share_is_told_where_both_campaigns_raised_the_output(
 def test_without_the_base_models_log_the_answer_says_how_to_ask_on() -> None:
     result = ask(FACTS["harbour"])
     assert result.exit_code == 1
-    assert f"where event {traced().release.hex()} released it; --base-ledger asks there too" in result.stdout
+    assert f"where event {traced().release.hex()} released it; ask of this campaign with --base-ledger" in result.stdout
     assert "stands below" not in result.stdout
 
 

@@ -82,7 +82,7 @@ def test_base_models_own_log_is_named_where_it_has_one() -> None:
     provenance = dataclasses.replace(log.provenance, campaign=campaign)
     chained = dataclasses.replace(log, provenance=provenance)
     for told in (page(chained, [answer]), trace_text(chained, answer)):
-        assert f"where event {'05' * 32} released it; --base-ledger asks there too" in told
+        assert f"where event {'05' * 32} released it; ask of this campaign with --base-ledger to follow it" in told
     assert json.loads(trace_json(chained, answer, None))["base_provenance"] == "05" * 32
 
 

@@ -26,6 +26,7 @@ from attribution.query import (
     log_chances,
     log_odds_gradients,
 )
+from attribution.receipts import receipt_fields
 from attribution.report import replays
 from attribution.trace import SHAPED_Z, Trace
 from attribution.weights import accumulators_of, find_windows, linear_weights, read_tensors
@@ -138,9 +139,27 @@ def test_outputs_that_a_revocation_reaches_are_listed_the_highest_first(folder: 
     assert columns.split() == ["output", "place", "z", "source", "asked"]
     assert rows[0].split()[:2] == ["2", "1"]
     assert all("harbour" in row and row.endswith("revoked") for row in rows)
+    assert "; what its gradients left in the optimizer is not settled" in found.stdout
     heights = [float(row.split()[2]) for row in rows]
     assert heights == sorted(heights, reverse=True)
     assert "3" not in {row.split()[0] for row in rows}, "a refused fact is traced to a source"
+
+
+@pytest.mark.parametrize(
+    ("momentum", "words"), [("", "is not settled"), ("carry", "was carried on"), ("flush", "was flushed")]
+)
+def test_receipt_of_a_revoked_source_says_what_became_of_its_momentum(momentum: str, words: str) -> None:
+    source = opened_log().provenance.sources[0]
+    assert source.usage is not None
+    taken_back = dataclasses.replace(
+        source,
+        record=replace(source.record, revocation=bytes([1]) * 32),
+        usage=replace(source.usage, momentum=momentum),
+    )
+    assert dict(receipt_fields(taken_back))["revoked"].endswith(words)
+    unused = dataclasses.replace(taken_back, usage=None)
+    assert dict(receipt_fields(unused))["revoked"] == f"by event {'01' * 32}"
+    assert dict(receipt_fields(source))["revoked"] == "no"
 
 
 def test_sources_are_looked_for_in_all_outputs_and_every_place_is_in_the_last_line(folder: Path) -> None:

@@ -141,6 +141,7 @@ QUESTIONS = [
     (Predicate.SOURCE_HONORED, "records"),
     (Predicate.SOURCE_HONORED, "archive"),
     (Predicate.SOURCE_UNUSED, "archive"),
+    (Predicate.REVOCATION_EXPOSURE, "records"),
     (Predicate.DELTA_EXACT, ""),
     (Predicate.REFUSALS_COMPLETE, ""),
     (Predicate.METADATA_COMPLETE, ""),

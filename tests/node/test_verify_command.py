@@ -45,6 +45,8 @@ def house(tmp_path: Path) -> Path:
     for predicate in (Predicate.SOURCE_HONORED, Predicate.SOURCE_UNUSED):
         encoded = export_bundle(tale.ledger, predicate, campaign=tale.run.id, source=tale.books)
         (tmp_path / "bundles" / predicate.value).write_bytes(encoded)
+    exposed = export_bundle(tale.ledger, "revocation-exposure", campaign=tale.run.id, source=tale.records)
+    (tmp_path / "bundles" / "revocation-exposure").write_bytes(exposed)
     event = next(event for event in tale.ledger.events if event.entry.kind is Kind.EVIDENCE)
     (tmp_path / "bundles" / "evidence").write_bytes(export_bundle(tale.ledger, "evidence", event=event.id))
     return tmp_path
@@ -69,7 +71,9 @@ def verified(house: Path, predicate: str, *more: str, chain_id: str = "") -> Res
     return result
 
 
-@pytest.mark.parametrize("predicate", ["policy-in-force", "delta-exact", "refusals-complete", "source-honored"])
+@pytest.mark.parametrize(
+    "predicate", ["policy-in-force", "delta-exact", "refusals-complete", "source-honored", "revocation-exposure"]
+)
 def test_honest_bundle_answers_yes_with_numbered_steps(house: Path, predicate: str) -> None:
     result = verified(house, predicate)
     assert result.exit_code == 0
