@@ -182,7 +182,10 @@ def chosen_factors(
     committed = log.provenance.campaign.factors_digest
     if path is None:
         if committed:
-            raise ConfigError(f"the campaign commits to factors {committed.hex()}: give their file with --factors")
+            raise ConfigError(
+                f"campaign {log.provenance.campaign.name!a} commits to factors {committed.hex()}: give their file with "
+                "--factors, of a base model's campaign with --base-factors"
+            )
         return fit_on_text(tuned, sequences, FACTOR_SEQUENCES), FactorsOrigin.FITTED
     held = read_tensors(path)
     if committed and held.root != committed:

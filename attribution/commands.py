@@ -234,7 +234,10 @@ def trace_command(
     log = given.open()
     tuned_root = traceable_root(log.provenance)
     chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
-    log_before = None if given_base is None else base_log(log, given_base.log.open())
+    log_before = None
+    if given_base is not None:
+        log_before = base_log(log, given_base.log.open())
+        traceable_root(log_before.provenance)
     language = language_of(architecture, tokenizer_path)
 
     def model(path: Path, root: bytes, what: str) -> nn.Module:
@@ -244,15 +247,13 @@ def trace_command(
     tuned = model(tuned_path, tuned_root, "campaign's release")
     beside = {} if without_path is None else {"without": _unchecked_model(architecture, adapter_path, without_path)}
     sequences = public_sequences(text_path, language, context_tokens)
-    here = asked_campaign(
-        log, base, tuned, RunFiles(directory, index_path, factors_path, custodian), language, sequences
-    )
     before = None
     if given_base is not None and log_before is not None:
-        traceable_root(log_before.provenance)
         root = log_before.provenance.campaign.base_root
         first = model(given_base.weights, root, "model that the base model was tuned from")
         before = asked_campaign(log_before, first, base, given_base.files, language, sequences)
+    files = RunFiles(directory, index_path, factors_path, custodian)
+    here = asked_campaign(log, base, tuned, files, language, sequences)
     answers = []
     for number, question in enumerate(questions):
         asked = Asked(question, *question.output(tuned, language, length))

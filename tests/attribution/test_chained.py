@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import trio
+from api_fixtures import served, told
 from attribution_fixtures import CAMPAIGN, FACTS, LATER_CAMPAIGN, LATER_FACTS, Traced, chained, traced
 from click.testing import CliRunner, Result
 from html_fixtures import tags_left
@@ -142,6 +144,24 @@ def test_stopped_nodes_disk_is_followed_as_the_bundle_is(tmp_path: Path) -> None
     by_file = followed("market")
     found = ask(FACTS["market"], "--json", *by_disk, *without(following(traced()), "--base-bundle"))
     assert (found.exit_code, found.stdout) == (by_file.exit_code, by_file.stdout)
+
+
+@pytest.mark.trio
+async def test_base_models_node_is_told_its_own_token_and_not_that_of_this_logs_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = dataclasses.replace(told(), ledger=traced().ledger)
+    monkeypatch.setenv("COUNTERSIGN_TOKEN", "s" * 32)
+    async with served(tmp_path / "data", story=story, tokens=("s" * 32,)) as node:
+        options = without(following(traced()), "--base-bundle", "--base-of-base")
+        options += ["--base-ledger", f"http://{node.address}", "--base-of-base", tmp_path / "none"]
+        refused = await trio.to_thread.run_sync(lambda: ask(FACTS["harbour"], *options))
+        assert refused.exit_code != 0
+        assert "unauthorized" in refused.output
+        monkeypatch.setenv("COUNTERSIGN_BASE_TOKEN", "s" * 32)
+        opened = await trio.to_thread.run_sync(lambda: ask(FACTS["harbour"], *options))
+        assert opened.exit_code == 1
+        assert f"{tmp_path / 'none'} cannot be read" in opened.output
 
 
 # What is not the base model's log

@@ -203,6 +203,23 @@ async def test_empty_folder_is_filled_by_a_custodian_and_the_answer_is_the_runs_
     assert not (tmp_path / "fetched" / "blobs" / kept.name).exists()
 
 
+@pytest.mark.trio
+async def test_custodian_is_told_its_own_token_and_not_that_of_the_ledgers_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(traced().ledger, tmp_path / "disk").store.close()
+    monkeypatch.setenv("COUNTERSIGN_TOKEN", "s" * 32)
+    async with served(tmp_path / "data", story=HERE, tokens=("s" * 32,), custody_bytes=1 << 24) as node:
+        from_there = ("--accumulators", tmp_path / "fetched", "--custodian", f"http://{node.address}")
+        code, said = await asked(tmp_path / "disk", *from_there)
+        assert code != 0
+        assert "unauthorized" in said
+        monkeypatch.setenv("COUNTERSIGN_CUSTODIAN_TOKEN", "s" * 32)
+        code, said = await asked(tmp_path / "disk", *from_there)
+        assert code == 1
+        assert "no window with root" in said
+
+
 def test_custodian_that_does_not_answer_is_missed_where_the_folder_lacks_something(tmp_path: Path) -> None:
     written(traced().ledger, tmp_path / "data").store.close()
     assert by_ledger(tmp_path / "data", "--custodian", "http://127.0.0.1:1") == by_bundle()
