@@ -101,7 +101,7 @@ class StepEvents:
         self._use = StepUse(frozenset((self._source, number) for number in range(subject.batch_size)), {})
         self._root = Digest(hashlib.sha256(b"root").digest())
         self._place = Place(1, 0, 0, self._root, self._root, None)
-        self._profile = p.ClassProfile("documentation", tuple(1_000 for _ in blocks))
+        self._profile = p.ClassProfile("documentation", 0, tuple(1_000 for _ in blocks))
         self._deltas = tuple(p.BlockDelta(1, self._root) for _ in blocks)
         self._recorder = Recorder(
             ChainId(bytes(32)), MemberId(bytes(32)), bytes(32), Ed25519SigningKey(bytes(32)), lambda: bytes(32)
@@ -112,8 +112,8 @@ class StepEvents:
         self._recorder.move_to(self._place)
         outcome = StepOutcome(self._root, self._root, self._deltas, self._root, 1, 1, self._root, (), 1)
         permission = Permission(bytes(32), bytes(32))
-        classes, profiles = {self._source: "documentation"}, {"documentation": self._profile}
-        self._recorder.step(permission, self._use, classes, profiles, outcome)
+        classes = {self._source: "documentation"}
+        self._recorder.step(permission, self._use, classes, (self._profile,), outcome)
 
 
 class Steps:

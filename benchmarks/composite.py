@@ -60,9 +60,9 @@ class CompositeCampaign:
             root = Digest(_bytes(f"root {place.steps + 1}"))
             outcome = StepOutcome(place.root, root, (p.BlockDelta(1, root),), root, 1, 1, root, (), 1)
             use = StepUse(frozenset(examples), {})
-            profile = p.ClassProfile(CLASS, (1_000,))
+            profile = p.ClassProfile(CLASS, 0, (1_000,))
             made.append(
-                self._recorder.step(self._permission, use, {presented.source: CLASS}, {CLASS: profile}, outcome).encoded
+                self._recorder.step(self._permission, use, {presented.source: CLASS}, (profile,), outcome).encoded
             )
         return made
 
@@ -97,6 +97,7 @@ class CompositeCampaign:
             factors_digest=b"",
             accumulator_window_steps=0,
             sketch_rank=0,
+            base_losses_sha256=b"",
         )
         campaign = self._recorder.open_campaign(terms, self._manifest).encoded
         closes_at_ms = int(time.time() * 1_000) + GRANT_MS - 60_000
@@ -137,6 +138,7 @@ def _policy() -> p.Policy:
         licences=("PSF-2.0",),
         purposes=("research",),
         classes=(p.ClassRule(CLASS, 1_000, ()),),
+        entropy_edges_milli=(),
         memorization_threshold_permille=1_000,
         routing_granularities=("block",),
         event_granularities=("batch",),

@@ -211,6 +211,7 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
         raise Rejected(Reason.PURPOSE_NOT_ADMITTED, f"the policy does not admit purpose '{campaign.purpose}'")
     _check_granularities(policy, campaign.routing_granularity, campaign.event_granularity)
     _check_sketches(policy, campaign.sketch_rank)
+    _check_base_losses(policy, campaign.base_losses_sha256)
     if campaign.sketch_rank and not campaign.accumulator_window_steps:
         raise Rejected(Reason.BAD_FIELD, "sketches are kept beside accumulators, and the campaign keeps none")
     blocks = tuple(block.name for block in campaign.parameter_blocks)
@@ -237,6 +238,7 @@ def _admit_campaign(view: StateView, event: CheckedEvent, timestamp_ms: int, com
             accumulator_window_steps=campaign.accumulator_window_steps,
             sketch_rank=campaign.sketch_rank,
             custody=policy.custody if campaign.accumulator_window_steps else (),
+            base_losses_sha256=campaign.base_losses_sha256,
         ),
     )
     view.put(
@@ -316,6 +318,7 @@ def _admit_grant(view: StateView, event: CheckedEvent, timestamp_ms: int, commit
     _check_signer_schemes(policy, event, committee)
     _check_granularities(policy, campaign.routing_granularity, campaign.event_granularity)
     _check_sketches(policy, campaign.sketch_rank)
+    _check_base_losses(policy, campaign.base_losses_sha256)
     check_grant_terms(Digest(terms.policy), policy, terms, timestamp_ms)
     sources = tuple(item.source for item in event.items if isinstance(item, p.GrantedSource))
     check_granted_sources(view, campaign, policy, sources, timestamp_ms, terms.closes_at_ms)
@@ -396,6 +399,14 @@ def _check_sketches(policy: p.Policy, rank: int) -> None:
         raise Rejected(
             Reason.SKETCHES_TOO_COARSE,
             f"gradients are sketched at rank {rank}, the policy wants at least {policy.least_sketch_rank}",
+        )
+
+
+def _check_base_losses(policy: p.Policy, base_losses_sha256: bytes) -> None:
+    if policy.entropy_edges_milli and not base_losses_sha256:
+        raise Rejected(
+            Reason.BASE_LOSSES_MISSING,
+            "the policy's depth profiles go by entropy band, and the campaign committed to no base losses",
         )
 
 

@@ -213,9 +213,17 @@ def _check_profiles(
     policy: p.Policy,
     campaign: CampaignRecord,
 ) -> None:
-    applied = [profile.content_class for profile in governance.profiles]
-    if applied != sorted({use.content_class for use in uses if use.admitted}):
-        raise Rejected(Reason.BAD_FIELD, "a step states the profile of each admitted class once, in order")
+    applied = [(profile.content_class, profile.band) for profile in governance.profiles]
+    if applied != sorted(set(applied)):
+        raise Rejected(Reason.BAD_FIELD, "a step states the profile of each class and entropy band once, in order")
+    admitted: Counter[str] = Counter()
+    for use in uses:
+        admitted[use.content_class] += use.admitted
+    stated = Counter(content_class for content_class, _ in applied)
+    if stated.keys() != (+admitted).keys() or not stated <= admitted:
+        raise Rejected(
+            Reason.BAD_FIELD, "a step states a profile for each admitted class, and for no more bands than examples"
+        )
     for profile in governance.profiles:
         check_profile(policy, profile, campaign.blocks)
     if len(operation.deltas) != len(campaign.blocks):

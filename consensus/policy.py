@@ -4,9 +4,11 @@ The trainer client and every validator call the same functions, so that what the
 the log requires to be refused are one rule.
 """
 
+from operator import lt
+
 from consensus.identifiers import Digest, Role
 from consensus.keys import SignatureScheme
-from consensus.portions import ClassProfile, ClassRule, GrantTerms, Policy, SourceClaim
+from consensus.portions import BandRule, ClassProfile, ClassRule, GrantTerms, Policy, SourceClaim
 from consensus.rejection import Reason, Rejected
 
 REVOCATION_DRAIN = "drain"
@@ -54,10 +56,30 @@ def check_policy(policy: Policy) -> None:
         ("required fact", policy.required_metadata),
         ("role of custody", policy.custody),
         ("auditor", tuple(auditor.hex() for auditor in policy.auditors)),
-        *((f"block of class {rule.content_class}", tuple(b.block for b in rule.blocks)) for rule in policy.classes),
+        *(
+            (f"block of class {rule.content_class}", tuple(weight.block for weight in blocks))
+            for rule in policy.classes
+            for blocks in (rule.blocks, *(held.blocks for held in rule.bands))
+        ),
     ):
         if len(set(names)) != len(names):
             raise Rejected(Reason.BAD_FIELD, f"a {what} is listed twice")
+    _check_bands(policy)
+
+
+def _check_bands(policy: Policy) -> None:
+    edges = policy.entropy_edges_milli
+    if not all(map(lt, edges, edges[1:])) or 0 in edges:
+        raise Rejected(Reason.BAD_FIELD, f"edges of entropy bands: expected rising numbers above 0, found {edges}")
+    told_apart = band_count(policy) if edges else 0
+    for rule in policy.classes:
+        bands = tuple(held.band for held in rule.bands)
+        if not all(map(lt, bands, bands[1:])) or any(band >= told_apart for band in bands):
+            raise Rejected(
+                Reason.BAD_FIELD,
+                f"class {rule.content_class} has rules for entropy bands {bands}: expected rising ones, from 0, of the "
+                f"{told_apart} that the policy tells apart",
+            )
 
 
 def check_author_scheme(policy: Policy, scheme: int, whose: str) -> None:
@@ -96,22 +118,30 @@ def class_rule(policy: Policy, content_class: str) -> ClassRule | None:
     return next((rule for rule in policy.classes if rule.content_class == content_class), None)
 
 
-def maximum_profile(policy: Policy, content_class: str, blocks: tuple[str, ...]) -> ClassProfile:
-    """The deepest profile a class may have over these parameter blocks, in their order.
+def band_count(policy: Policy) -> int:
+    """How many entropy bands the policy tells apart, at least 1."""
+    return len(policy.entropy_edges_milli) + 1
+
+
+def maximum_profile(policy: Policy, content_class: str, band: int, blocks: tuple[str, ...]) -> ClassProfile:
+    """The deepest profile a class may have in an entropy band over these parameter blocks, in their order.
 
     Raises:
-        Rejected: ``CLASS_NOT_ADMITTED``.
+        Rejected: ``CLASS_NOT_ADMITTED``; ``BAD_FIELD`` for a band that the policy does not have.
     """
     rule = class_rule(policy, content_class)
     if rule is None:
         raise Rejected(Reason.CLASS_NOT_ADMITTED, f"the policy has no rule for class '{content_class}'")
-    exceptions = {weight.block: weight.weight_permille for weight in rule.blocks}
-    weights = tuple(exceptions.get(block, rule.default_weight_permille) for block in blocks)
-    return ClassProfile(content_class=content_class, weights_permille=weights)
+    if not 0 <= band < band_count(policy):
+        raise Rejected(Reason.BAD_FIELD, f"entropy band {band}, the policy has {band_count(policy)}, from 0")
+    held: ClassRule | BandRule = next((each for each in rule.bands if each.band == band), rule)
+    exceptions = {weight.block: weight.weight_permille for weight in held.blocks}
+    weights = tuple(exceptions.get(block, held.default_weight_permille) for block in blocks)
+    return ClassProfile(content_class=content_class, band=band, weights_permille=weights)
 
 
 def check_profile(policy: Policy, applied: ClassProfile, blocks: tuple[str, ...]) -> None:
-    """An applied profile stays at or below the class's maximum in every parameter block.
+    """An applied profile stays at or below the maximum of its class and entropy band in every parameter block.
 
     Raises:
         Rejected: ``BAD_FIELD``, ``CLASS_NOT_ADMITTED`` or ``DEPTH_ABOVE_MAXIMUM``.
@@ -122,12 +152,13 @@ def check_profile(policy: Policy, applied: ClassProfile, blocks: tuple[str, ...]
             f"profile of class '{applied.content_class}' has {len(applied.weights_permille)} weights, "
             f"the campaign has {len(blocks)} parameter blocks",
         )
-    maximum = maximum_profile(policy, applied.content_class, blocks)
+    maximum = maximum_profile(policy, applied.content_class, applied.band, blocks)
     for block, weight, most in zip(blocks, applied.weights_permille, maximum.weights_permille, strict=True):
         if weight > most:
             raise Rejected(
                 Reason.DEPTH_ABOVE_MAXIMUM,
-                f"class '{applied.content_class}' in block '{block}': weight {weight} ‰, at most {most} ‰",
+                f"class '{applied.content_class}' in block '{block}': weight {weight} ‰, at most {most} ‰ in entropy "
+                f"band {applied.band}",
             )
 
 

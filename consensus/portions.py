@@ -22,6 +22,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from consensus.bands import LARGEST_LOSS_MILLI, MAX_BANDS
 from consensus.codec import decode, encode
 from consensus.identifiers import Digest, Role, Tag, tagged_hash, tagged_prefix
 from consensus.keys import SignatureScheme
@@ -33,6 +34,8 @@ OptionalBytes32 = Annotated[bytes, Meta(max_length=32)]
 Natural = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 Permille = Annotated[int, Meta(ge=0, le=1_000)]
 SketchRank = Annotated[int, Meta(ge=0, le=64)]
+LossMilli = Annotated[int, Meta(ge=0, le=LARGEST_LOSS_MILLI)]
+Band = Annotated[int, Meta(ge=0, le=MAX_BANDS - 1)]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=8_192)]
 
@@ -154,17 +157,33 @@ class BlockWeight(Wire, frozen=True):
     weight_permille: Permille
 
 
+BlockWeights = Annotated[tuple[BlockWeight, ...], Meta(max_length=MAX_BLOCKS)]
+
+
+class BandRule(Wire, frozen=True):
+    """As ``ClassRule``, for the class's examples of one entropy band (``bands.py``), counted from 0."""
+
+    band: Band
+    default_weight_permille: Permille
+    blocks: BlockWeights
+
+
 class ClassRule(Wire, frozen=True):
-    """How deeply a content class may move the parameters: a default and exceptions by block name."""
+    """How deeply a content class may move the parameters: a default and exceptions by block name.
+
+    ``bands`` are the entropy bands with a rule of their own; the class's rule is that of every other one.
+    """
 
     content_class: Name
     default_weight_permille: Permille
-    blocks: Annotated[tuple[BlockWeight, ...], Meta(max_length=MAX_BLOCKS)]
+    blocks: BlockWeights
+    bands: Annotated[tuple[BandRule, ...], Meta(max_length=MAX_BANDS)] = ()
 
 
 class Policy(Wire, frozen=True):
     """A signed governance artifact; ``policy.py`` evaluates it.
 
+    ``entropy_edges_milli`` are what divides examples into entropy bands (``bands.py``), empty for one band of all;
     ``required_metadata`` names facts that a campaign should record (hyperparameters, captured environment);
     ``least_sketch_rank`` is how finely a campaign must sketch its gradients example by example, 0 where it need not;
     ``author_schemes`` are the signature schemes (``SignatureScheme.label``) that may sign a policy and what runs under
@@ -179,6 +198,7 @@ class Policy(Wire, frozen=True):
     licences: Annotated[tuple[Name, ...], Meta(max_length=256)]
     purposes: Annotated[tuple[Name, ...], Meta(max_length=64)]
     classes: Annotated[tuple[ClassRule, ...], Meta(max_length=256)]
+    entropy_edges_milli: Annotated[tuple[LossMilli, ...], Meta(max_length=MAX_BANDS - 1)]
     memorization_threshold_permille: Permille
     routing_granularities: Annotated[tuple[Name, ...], Meta(max_length=8)]
     event_granularities: Annotated[tuple[Name, ...], Meta(max_length=8)]
@@ -211,9 +231,11 @@ class GrantTerms(Wire, frozen=True):
 
 
 class ClassProfile(Wire, frozen=True):
-    """The depth profile applied to one content class: a weight per parameter block, in table order."""
+    """The depth profile applied to a content class's examples of one entropy band: a weight per parameter block, in
+    table order."""
 
     content_class: Name
+    band: Band
     weights_permille: Annotated[tuple[Permille, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
 
 
@@ -231,7 +253,7 @@ class StepGovernance(Wire, frozen=True):
     grant: Bytes32
     policy: Bytes32
     index: Annotated[int, Meta(ge=1, le=2**53 - 1)]
-    profiles: Annotated[tuple[ClassProfile, ...], Meta(max_length=256)]
+    profiles: Annotated[tuple[ClassProfile, ...], Meta(max_length=MAX_EVENT_EXAMPLES)]
     presented: Natural
     admitted: Natural
     refused: Counts
@@ -310,6 +332,7 @@ class Campaign(Wire, frozen=True):
     For tracing: ``factors_digest`` is the SHA-256 of the Kronecker factors file, or empty;
     ``accumulator_window_steps`` how many steps a window of per-source sums holds, 0 where none are kept;
     ``sketch_rank`` the rank at which each example's gradients are kept beside them, 0 where they are not.
+    ``base_losses_sha256`` is that of the file of the base model's losses (``bands.py``), or empty.
     """
 
     name: Name
@@ -330,9 +353,10 @@ class Campaign(Wire, frozen=True):
     factors_digest: OptionalBytes32
     accumulator_window_steps: Natural
     sketch_rank: SketchRank
+    base_losses_sha256: OptionalBytes32
 
     def __post_init__(self) -> None:
-        _require_whole(self.base_provenance, self.factors_digest)
+        _require_whole(self.base_provenance, self.factors_digest, self.base_losses_sha256)
 
 
 class GrantOperation(Wire, frozen=True):

@@ -74,6 +74,7 @@ class Reason(StrEnum):
     GLOBAL_CLIPPING_NOT_ADMITTED = "global-clipping-not-admitted"
     GRANULARITY_NOT_ADMITTED = "granularity-not-admitted"
     SKETCHES_TOO_COARSE = "sketches-too-coarse"
+    BASE_LOSSES_MISSING = "base-losses-missing"
     MEMORIZATION_ABOVE_THRESHOLD = "memorization-above-threshold"
     ROLLBACK_REQUIRED = "rollback-required"
     NOTHING_TO_ROLL_BACK = "nothing-to-roll-back"

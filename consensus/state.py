@@ -126,6 +126,7 @@ class CampaignRecord(Wire, frozen=True):
     accumulator_window_steps: Natural
     sketch_rank: Natural
     custody: tuple[Name, ...]
+    base_losses_sha256: OptionalBytes32
 
 
 class SourceCounts(Wire, frozen=True):

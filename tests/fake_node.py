@@ -112,6 +112,7 @@ class FakeNode:
                 p.ClassRule("documentation", 1_000, ()),
                 p.ClassRule("news", 500, (p.BlockWeight("embedding", 0),)),
             ),
+            "entropy_edges_milli": (),
             "memorization_threshold_permille": 600,
             "routing_granularities": ("block",),
             "event_granularities": ("batch",),

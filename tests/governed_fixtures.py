@@ -106,6 +106,14 @@ def examples_of(name: str, count: int = 8) -> list[bytes]:
     ]
 
 
+def edge_between(texts: list[bytes]) -> int:
+    """An edge of entropy bands, in thousandths of a nat: half of the texts are below it by ``TinyModel``'s loss."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        ordered = sorted(losses(TinyModel(), collate(texts)).tolist())
+    return round((ordered[len(texts) // 2 - 1] + ordered[len(texts) // 2]) * 500)
+
+
 @dataclass
 class Scene:
     """A node with a policy, an admitted source, one of class news, and one whose licence is not admitted."""

@@ -272,6 +272,7 @@ class MemoryLedger:
                     p.ClassRule("medical", 500, (p.BlockWeight("embedding", 0),)),
                     p.ClassRule("text", 1_000, ()),
                 ),
+                entropy_edges_milli=(),
                 memorization_threshold_permille=800,
                 routing_granularities=("block",),
                 author_schemes=("ed25519", "ml-dsa-65"),
@@ -420,6 +421,7 @@ class CampaignRun:
     batch_size: int = 12
     accumulator_window_steps: int = 0
     sketch_rank: int = 0
+    base_losses_sha256: bytes = b""
     operator: str = OPERATOR
     attempt: int = 0
     sequence: int = 0
@@ -493,6 +495,7 @@ class CampaignRun:
             factors_digest=b"",
             accumulator_window_steps=self.accumulator_window_steps,
             sketch_rank=self.sketch_rank,
+            base_losses_sha256=self.base_losses_sha256,
         )
         items = tuple(p.DataItem(encode(entry)) for entry in self.manifest)
         return delegated, self.written(
@@ -710,7 +713,7 @@ class CampaignRun:
     def _profiles(self, admitted: dict[bytes, list[int]], grant: GrantRecord) -> tuple[p.ClassProfile, ...]:
         policy = self._policy(grant)
         classes = sorted({self._source(source).claim.content_class for source in admitted})
-        return tuple(maximum_profile(policy, name, BLOCKS) for name in classes)
+        return tuple(maximum_profile(policy, name, 0, BLOCKS) for name in classes)
 
     def _reason(self, source: bytes, grant: GrantRecord) -> str:
         record = self._source(source)

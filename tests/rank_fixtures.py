@@ -22,6 +22,7 @@ from torch import nn
 
 from consensus.identifiers import ChainId, MemberId
 from consensus.rejection import CountersignError
+from trainer_client.base_losses import path_of
 from trainer_client.picked_replay import replay_picked
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example
@@ -206,9 +207,17 @@ def job_of(scene: Scene, weight_decay: float = 0.1) -> ReplayJob[bytes]:
     model = scene.wrap(scene.build())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=weight_decay)
     size = scene.arguments["micro_batch_size"]
-    scaler = copy.deepcopy(scene.arguments.get("scaler"))
-    sources = scene.training_sources
-    return ReplayJob(model, optimizer, sources, losses, collate, micro_batch_size=size, scaler=scaler)  # type: ignore[arg-type]
+    kept = path_of(scene.directory, scene.campaign)
+    return ReplayJob(
+        model,
+        optimizer,
+        scene.training_sources,
+        losses,
+        collate,
+        micro_batch_size=size,  # type: ignore[arg-type]
+        scaler=copy.deepcopy(scene.arguments.get("scaler")),  # type: ignore[arg-type]
+        base_losses=kept if kept.exists() else None,
+    )
 
 
 def replay_job(config: Path) -> ReplayJob[bytes]:

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from consensus.identifiers import Digest
 from consensus.rejection import ConfigError
 from trainer_client.commitment import committed_tensors, copied_tensors, root_of_tensors
+from trainer_client.memorization import evaluating
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example
 from trainer_client.sharding import is_sharded, whole
@@ -79,6 +80,19 @@ class ParallelModel:
     def of_all(self, loss: Tensor) -> Tensor:
         """The part of this rank's examples in the loss of all, as the wrapper, which averages, must be given it."""
         return loss * self._ranks.size if self._ranks.size > 1 else loss
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Forward passes without dropout and gradients; afterwards parameters are divided again, and modes as before.
+
+        Without a backward pass FSDP2 leaves those of its root module whole.
+        """
+        try:
+            with evaluating(self.module), torch.no_grad():
+                yield
+        finally:
+            for module in self._sharded_modules:
+                module.reshard()
 
     def copied(self) -> dict[str, Tensor]:
         """On the first rank ``commitment.copied_tensors`` of the whole model; empty elsewhere. Every rank must ask."""
@@ -138,17 +152,17 @@ class RankPass:
 def pass_over(
     own: tuple[Example, ...],
     admitted: Sequence[Example],
-    profile_permille: Callable[[bytes], Sequence[int]],
+    weights_permille: Callable[[Example], Sequence[int]],
     ranks: Ranks,
 ) -> RankPass:
     """A pass over a rank's ``own`` examples of a step; over a stand-in, which moves nothing, where it has none left.
 
-    ``profile_permille`` is of a source's class.
+    ``weights_permille`` is an example's depth profile.
     """
     shown = own or tuple(admitted[:1])
-    weights_BK = [[weight if own else 0 for weight in profile_permille(source)] for source, _ in shown]
+    weights_BK = [[weight if own else 0 for weight in weights_permille(example)] for example in shown]
     elsewhere = admitted if ranks.size > 1 else ()
-    return RankPass(shown, weights_BK, {tuple(profile_permille(source)) for source, _ in elsewhere})
+    return RankPass(shown, weights_BK, {tuple(weights_permille(example)) for example in elsewhere})
 
 
 def _inside(model: nn.Module) -> nn.Module | None:

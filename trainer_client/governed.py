@@ -8,8 +8,10 @@
         run.release(path / "tuned.safetensors")
 
 What a batch presents follows from the campaign's manifest and seed (``consensus/sampler.py``); examples that the
-grant in force does not admit never reach the model. ``learn`` runs the backward pass under the grant's depth
-profiles, clips per parameter block, steps the optimizer and records the step. In order, per step:
+grant in force does not admit never reach the model. How deep one reaches follows from its class and, where the policy
+has entropy bands, from the base model's loss on it, measured before the campaign opens (``base_losses.py``). ``learn``
+runs the backward pass under the grant's depth profiles, clips per parameter block, steps the optimizer and records the
+step. In order, per step:
 
 1. a grant for it (asked for ahead; training pauses only without one);
 2. refusals: sources outside the grant with the policy's true reason, examples recited before;
@@ -183,6 +185,7 @@ class GovernedRun(Generic[E]):
             self._stack.close()
             raise
         self._routing, self._block_of, self._classes = opened.routing, opened.block_of, opened.classes
+        self._base_losses = opened.base_losses
         self._record, self._ledger, self._book = opened.record, opened.ledger, opened.book
         audits = AuditSnapshots(
             snapshot_directory(self._arguments.run_directory, self._plan.campaign),
@@ -286,10 +289,7 @@ class GovernedRun(Generic[E]):
             self._momentum.take_step(
                 step.flushed,
                 tuple(carried.source for carried in step.carried),
-                {
-                    source: step.grant.profiles[self._classes[source]].weights_permille
-                    for source in {source for source, _ in step.admitted}
-                },
+                step.weights_by_source(),
                 skipped=scaled.skipped,
             )
             if self._accumulators is not None and scaled.skipped:
@@ -525,6 +525,7 @@ class GovernedRun(Generic[E]):
                 beginning=beginning,
                 started=time.perf_counter(),
                 before=self._course.snapshot_if_due(),
+                profiles=self._profiles(grant, admitted),
                 batches=self._ranks.micro_batches(admitted, self._micro_batch_size),
                 flushed=due if flushes else (),
                 carried=() if flushes else tuple(map(self._momentum.carried, due)),
@@ -548,10 +549,18 @@ class GovernedRun(Generic[E]):
             beginning=step_beginning(self._state),
             started=time.perf_counter(),
             before=None,
+            profiles=self._profiles(grant, admitted),
             batches=self._ranks.micro_batches(admitted, self._micro_batch_size),
             flushed=step.operation.flushed,
             carried=step.operation.carried,
         )
+
+    def _profiles(self, grant: OpenGrant, admitted: Sequence[Example]) -> dict[Example, p.ClassProfile]:
+        edges_milli = grant.policy.entropy_edges_milli
+        return {
+            example: grant.profiles[self._classes[example[0]], self._base_losses.band(example, edges_milli)]
+            for example in admitted
+        }
 
     def _content(self, examples: tuple[Example, ...]) -> dict[Example, E]:
         return {(source, example): self._sources[source].examples[example] for source, example in examples}
@@ -562,10 +571,7 @@ class GovernedRun(Generic[E]):
             examples = by_source(examples)
             self._accumulators.expect(step.index, examples)
         with self._record.costs.governance():
-            profiles = step.grant.profiles
-            shown = pass_over(
-                examples, step.admitted, lambda source: profiles[self._classes[source]].weights_permille, self._ranks
-            )
+            shown = pass_over(examples, step.admitted, step.weights_permille, self._ranks)
             inputs, packing = taken_apart(self._arguments.collate(list(self._content(shown.examples).values())))
             groups = [source for source, _ in shown.examples]
             last = step.learned + 1 == len(step.batches)
@@ -636,7 +642,9 @@ def governed(
         run_directory: outbox, checkpoints and record of this run; one that holds a campaign's checkpoint takes it up.
         collate: examples to the batch's inputs; the default stacks tensors. ``Packed`` inputs hold several examples in
             a row (``packing.py``).
-        probe_loss: model and inputs to a loss per example, tried before anything is on the log (``probe.py``).
+        probe_loss: model and inputs to a loss per example, as in training: tried before anything is on the log
+            (``probe.py``), and what base losses are measured with, where the policy has entropy bands
+            (``base_losses.py``).
         memorization: see ``memorization_watch.DetectorCheck``; None checks nothing, and records no signal.
         scheduler: stepped after each optimizer step and restored with it; do not step it yourself.
         scaler: of losses, for autocast to float16: leave scaling, stepping and updating to the run. A step it skips

@@ -12,11 +12,11 @@ a member refuses, or that a changed policy or a revocation overtook, is judged a
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from consensus.identifiers import Digest
-from consensus.policy import maximum_profile, why_refused
+from consensus.policy import band_count, maximum_profile, why_refused
 from consensus.portions import ClassProfile, Policy
 from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
 from consensus.state import DELEGATION_TABLE, POLICY_TABLE, DelegationRecord, PolicyRecord, SourceRecord
@@ -52,8 +52,8 @@ _log = logging.getLogger(__name__)
 class OpenGrant:
     """A grant on the log and what follows from it.
 
-    ``refused`` names the reason of every manifest source it leaves out; ``profiles`` each admitted class's
-    depth profile over the campaign's parameter blocks.
+    ``refused`` names the reason of every manifest source it leaves out; ``profiles`` the depth profile of each admitted
+    class and entropy band over the campaign's parameter blocks.
     """
 
     permission: Permission
@@ -63,14 +63,16 @@ class OpenGrant:
     opened_at_ms: int
     closes_at_ms: int
     refused: Mapping[bytes, str]
-    profiles: Mapping[str, ClassProfile]
+    profiles: Mapping[tuple[str, int], ClassProfile]
 
 
 class GrantKeeper:
     """Keeps a run in grants. ``permission_for`` is the training thread's; the rest happens behind it.
 
     Args:
-        claims: every manifest source's id, in order.
+        sources: every manifest source's id, in order.
+        measured: those whose examples' base losses the campaign committed to; a policy with entropy bands is asked for
+            no others.
         now_ms: Unix time in milliseconds; decides when to ask, never what is valid.
     """
 
@@ -85,6 +87,7 @@ class GrantKeeper:
         planned_steps: int,
         blocks: tuple[str, ...],
         sources: Sequence[bytes],
+        measured: Collection[bytes],
         settings: RunSettings,
         on_grant: Callable[[OpenGrant], None],
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -97,6 +100,7 @@ class GrantKeeper:
         self._planned_steps = planned_steps
         self._blocks = blocks
         self._sources = tuple(sources)
+        self._measured = measured
         self._settings = settings
         self._on_grant = on_grant
         self._now_ms = now_ms
@@ -275,6 +279,14 @@ class GrantKeeper:
         admitted = [source for source, reason in refused.items() if reason is None]
         if not admitted:
             raise Rejected(Reason.SOURCE_NOT_GRANTED, "the policy in force admits none of the campaign's sources")
+        if policy.policy.entropy_edges_milli:
+            admitted = [source for source in admitted if source in self._measured]
+            if not admitted:
+                raise Rejected(
+                    Reason.BASE_LOSSES_MISSING,
+                    "the policy in force goes by entropy bands, and of no source that it admits did the campaign commit"
+                    " to base losses",
+                )
         steps = min(settings.grant_steps, policy.policy.maximum_grant_steps)
         request = self._recorder.grant_request(
             sequence=client.campaign(self._campaign).next_grant,
@@ -319,7 +331,11 @@ class GrantKeeper:
             opened_at_ms=opened.opened_at_ms,
             closes_at_ms=opened.closes_at_ms,
             refused=refused,
-            profiles={name: maximum_profile(policy, name, self._blocks) for name in sorted(classes)},
+            profiles={
+                (name, band): maximum_profile(policy, name, band, self._blocks)
+                for name in sorted(classes)
+                for band in range(band_count(policy))
+            },
         )
 
     def _true_reason(self, policy: Policy, record: SourceRecord, opened_at_ms: int, closes_at_ms: int) -> str:

@@ -339,7 +339,8 @@ class GovernedTrainer(Trainer):
         return self._forward(model, *taken_apart(inputs))[1]
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], packing: Packing | None) -> tuple[Any, Tensor]:
-        model.train()
+        if torch.is_grad_enabled():
+            model.train()
         with self.compute_loss_context_manager():
             outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
             if packing is not None:

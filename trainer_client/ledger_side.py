@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +213,11 @@ class LedgerSide:
         return event
 
     def start_grants(
-        self, blocks: tuple[str, ...], on_grant: Callable[[OpenGrant], None], past: Sequence[RecordedStep] = ()
+        self,
+        blocks: tuple[str, ...],
+        measured: Collection[bytes],
+        on_grant: Callable[[OpenGrant], None],
+        past: Sequence[RecordedStep] = (),
     ) -> dict[bytes, OpenGrant]:
         """Begin to ask for grants; those of ``past`` steps, of which the last one's is used while it is open.
 
@@ -229,6 +233,7 @@ class LedgerSide:
             planned_steps=self._plan.planned_steps,
             blocks=blocks,
             sources=tuple(sorted(self._classes)),
+            measured=measured,
             settings=self._settings,
             on_grant=on_grant,
         )
@@ -245,12 +250,14 @@ class LedgerSide:
         assert self._grants is not None
         return self._grants.permission_for(step)
 
-    def record_step(self, grant: OpenGrant, use: StepUse, outcome: StepOutcome) -> tuple[RecordedEvent, ...]:
+    def record_step(
+        self, grant: OpenGrant, use: StepUse, profiles: Sequence[p.ClassProfile], outcome: StepOutcome
+    ) -> tuple[RecordedEvent, ...]:
         """The step's events, on disk: its refusals first, then itself."""
         events = []
         if use.refused:
             events.append(self._recorder.refusal(grant.permission, use.refused))
-        step = self._recorder.step(grant.permission, use, self._classes, grant.profiles, outcome)
+        step = self._recorder.step(grant.permission, use, self._classes, profiles, outcome)
         events.append(step)
         self._sent.append(SentStep(step.id, self.place.steps, grant.permission))
         self._last_permission = grant.permission

@@ -191,7 +191,7 @@ class MemorizationDetector:
 
     def _ask(self, model: nn.Module, texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         size, losses, hits = self._settings.texts_at_once, [], []
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for first in range(0, len(texts), size):
                 losses_BT, hits_BT = self._predictions(model, texts[first : first + size])
                 losses.append(losses_BT.float().cpu())
@@ -206,7 +206,7 @@ def hits_of(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off for a while; every module's own mode is put back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

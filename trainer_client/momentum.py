@@ -14,7 +14,7 @@ with neither setting is taken to forget nothing. Of second moments, which fade m
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from consensus.policy import MOMENTUM_CARRY, MOMENTUM_FLUSH
 from consensus.rejection import Reason
 from trainer_client.grants import OpenGrant
 from trainer_client.pieces import Entries, Entry
+from trainer_client.record import Example
 from trainer_client.resumption import RecordedStep
 
 LEAST_DECAY = 1e-300
@@ -89,8 +90,8 @@ class Momentum:
     ) -> None:
         """Between clipping and ``optimizer.step()``: settle what is due, and count the step.
 
-        ``weights_permille`` are the depth profiles of the sources that the step admits. In a ``skipped`` one nothing
-        fades.
+        ``weights_permille`` are the depth profiles of the sources that the step admits, of several the most. In a
+        ``skipped`` one nothing fades.
         """
         for source in flushed:
             drop_state(self._optimizer, (entry for block in self._blocks[source] for entry in self._entries[block]))
@@ -134,13 +135,15 @@ def blocks_with_weight(profile_permille: tuple[int, ...]) -> frozenset[int]:
     return frozenset(block for block, weight in enumerate(profile_permille) if weight)
 
 
-def blocks_moved(steps: Iterable[RecordedStep], sources: Collection[bytes]) -> frozenset[int]:
-    """The parameter blocks in which any of these sources had weight, by the steps that admitted it."""
+def blocks_moved(
+    steps: Iterable[RecordedStep], sources: Collection[bytes], band_of: Callable[[RecordedStep, Example], int]
+) -> frozenset[int]:
+    """The parameter blocks in which any example of these sources had weight, by the steps that admitted it."""
     return frozenset(
         block
         for step in steps
-        for source in {source for source, _ in step.admitted}.intersection(sources)
-        for block in blocks_with_weight(step.weights_permille(source))
+        for source, band in {(example[0], band_of(step, example)) for example in step.admitted if example[0] in sources}
+        for block in blocks_with_weight(step.weights_permille(source, band))
     )
 
 

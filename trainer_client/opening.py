@@ -1,8 +1,9 @@
 """Opening a governed run: what it is given, what it works with, and the order in which that comes to be.
 
 First everything that can refuse without a trace (parameter table, routing, the sources' claims, the probe), then the
-files of the run, then the campaign on the log, and last the threads that ask for grants. Everything opened is closed
-by the caller's stack, in reverse order.
+files of the run and, where the policy has entropy bands, base losses; parameter blocks that no example may move are
+reported; then the campaign on the log, and last the threads that ask for grants. Everything opened is closed by the
+caller's stack, in reverse order.
 
 A campaign that is on the log already and open, with a checkpoint in the run's directory, is taken up again instead:
 what the process before left in the outbox is delivered, the checkpoint restored, and the steps since are read from the
@@ -14,7 +15,7 @@ its checkpoints, and a record of what its steps took, in ``rank-N`` below it.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,16 @@ from consensus.policy import why_refused
 from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.accumulators import SourceAccumulators
 from trainer_client.audit_snapshots import snapshot_directory
+from trainer_client.base_losses import (
+    NOTHING_MEASURED,
+    BaseLosses,
+    Measure,
+    base_losses,
+    closed_blocks,
+    path_of,
+    read_base_losses,
+    write_base_losses,
+)
 from trainer_client.calls import CampaignStatus, PolicyInForce
 from trainer_client.capture import capture_environment
 from trainer_client.checkpoints import CheckpointStore
@@ -52,7 +63,7 @@ from trainer_client.plan import (
     manifest_of,
 )
 from trainer_client.probe import ProbeInputs, probe
-from trainer_client.progress import OnProgress, RunRecord
+from trainer_client.progress import OnProgress, Progress, RunRecord
 from trainer_client.ranks import Ranks
 from trainer_client.resumption import RecordedPast
 from trainer_client.rollback import SnapshotRing, Stateful, TrainingState, take_snapshot
@@ -106,17 +117,27 @@ class TakenUp:
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the node says before anything is on the log: claims, the policy in force, the sources that it admits now."""
+
+    claims: dict[bytes, p.SourceClaim]
+    policy: PolicyInForce
+    admitted: frozenset[bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class OpenedRun:
     """What a run works with while it is open.
 
     ``parameters`` are copies of the model's tensors as the run begins, ``ring`` holds a snapshot of it; ``block_of``
-    numbers the parameter block of each parameter, ``classes`` names the content class of each source. On other ranks
-    than the first ``parameters`` are empty.
+    numbers the parameter block of each parameter, ``classes`` names the content class of each source, ``base_losses``
+    sort examples into entropy bands. On other ranks than the first ``parameters`` are empty.
     """
 
     routing: Routing
     block_of: dict[str, int]
     classes: dict[bytes, str]
+    base_losses: BaseLosses
     record: RunRecord
     parameters: dict[str, Tensor]
     ring: SnapshotRing
@@ -170,13 +191,14 @@ def open_run(
         accumulators.attach(model.module, block_of, entries)
     momentum.attach(block_of, entries)
     sources = {source.id: source for source in arguments.sources}
-    claims, policy = ranks.by_first(lambda: _claims_and_policy(client, sources))
+    asked = ranks.by_first(lambda: _asked(client, sources, plan.purpose))
+    claims, policy = asked.claims, asked.policy
     scaling.check_admitted(policy.policy)
     ranks.together(lambda: _check_contents(sources, claims))
     classes = {identifier: claim.content_class for identifier, claim in claims.items()}
     probe_loss = arguments.probe_loss
     if probe_loss is not None:
-        ranks.together(lambda: _probe(arguments, model.module, probe_loss, block_of, policy.policy, claims))
+        ranks.together(lambda: _probe(arguments, model.module, probe_loss, block_of, asked.admitted))
     stack.enter_context(routing)
     directory = own_directory(arguments.run_directory, ranks)
     directory.mkdir(parents=True, exist_ok=True)
@@ -200,6 +222,20 @@ def open_run(
         tensor_digests = TensorDigests(snapshot_directory(directory, plan.campaign) if for_audits else None)
         book = StepBook(own, record, blocks, plan.planned_steps, digests, tensor_digests)
     stack.enter_context(book)
+    manifest = manifest_of(arguments.sources)
+    head = ledger.deliver_left()
+    checkpoint = None if head is None else checkpoints.newest_of_all()
+    losses_path = path_of(arguments.run_directory, plan.campaign)
+    opened = None if head is None else ledger.opening()
+    if opened is None:
+        losses = _measure(arguments, model, ranks, policy.policy, asked.admitted)
+        if losses.sha256:
+            ranks.by_first(lambda: write_base_losses(losses_path, losses))
+    elif opened.base_losses_sha256:
+        committed = opened.base_losses_sha256
+        losses = ranks.by_first(lambda: read_base_losses(losses_path, manifest, committed))
+    else:
+        losses = NOTHING_MEASURED
     terms = campaign_terms(
         plan,
         model.module,
@@ -208,19 +244,23 @@ def open_run(
         job_key=job_key_id(arguments.job_key),
         base_root=base_root,
         environment=capture_environment(Path.cwd()).settings,
+        base_losses_sha256=losses.sha256,
     )
-    manifest = manifest_of(arguments.sources)
-    head = ledger.deliver_left()
-    checkpoint = None if head is None else checkpoints.newest_of_all()
+    closed = closed_blocks(policy.policy, {source: classes[source] for source in asked.admitted}, losses, tuple(blocks))
+    if closed and ranks.is_first:
+        _log.warning("no example that the policy in force admits may move %s", ", ".join(closed))
+        done = 0 if head is None else head.steps
+        record.note(Progress("closed", done, plan.planned_steps, detail=", ".join(closed)))
     if head is None or checkpoint is None:
         ring = SnapshotRing(take_snapshot(state, 0, base_root))
         if head is None:
             checkpoints.begin(ring.final)
         event = ledger.open_campaign(terms, manifest)
         book.note("campaign", 0, id=event.id.hex())
-        ledger.start_grants(tuple(blocks), book.note_grant)
-        return OpenedRun(routing, block_of, classes, record, parameters, ring, ledger, book, checkpoints, None)
-    _check_continues(ledger.opening(), terms, head)
+        ledger.start_grants(tuple(blocks), losses.measured, book.note_grant)
+        return OpenedRun(routing, block_of, classes, losses, record, parameters, ring, ledger, book, checkpoints, None)
+    assert opened is not None
+    _check_continues(opened, terms, head)
     ring = SnapshotRing(checkpoint.snapshot)
     ring.roll_back(state)
     parameters = model.copied()
@@ -229,9 +269,9 @@ def open_run(
     past = RecordedPast(past.steps, past.recited | checkpoint.recited)
     detail = f"taken up from the checkpoint of step {checkpoint.snapshot.step}; {len(past.steps)} steps are replayed"
     book.note("resumed", head.steps, detail=detail)
-    grants = ledger.start_grants(tuple(blocks), book.note_grant, past.steps)
+    grants = ledger.start_grants(tuple(blocks), losses.measured, book.note_grant, past.steps)
     taken_up = TakenUp(past, grants, head.rollback_required)
-    return OpenedRun(routing, block_of, classes, record, parameters, ring, ledger, book, checkpoints, taken_up)
+    return OpenedRun(routing, block_of, classes, losses, record, parameters, ring, ledger, book, checkpoints, taken_up)
 
 
 def own_directory(run_directory: Path, ranks: Ranks) -> Path:
@@ -243,12 +283,39 @@ def _client(node: str | Client, stack: ExitStack) -> Client:
     return node if isinstance(node, Client) else stack.enter_context(Client(node))
 
 
-def _claims_and_policy(
-    client: Client | None, sources: Iterable[bytes]
-) -> tuple[dict[bytes, p.SourceClaim], PolicyInForce]:
+def _asked(client: Client | None, sources: Iterable[bytes], purpose: str) -> _Asked:
     assert client is not None
-    claims = {identifier: client.source_record(identifier).claim for identifier in sorted(sources)}
-    return claims, client.policy_in_force()
+    records = {identifier: client.source_record(identifier) for identifier in sorted(sources)}
+    policy = client.policy_in_force()
+    now_ms = time.time_ns() // 1_000_000
+    admitted = frozenset(
+        identifier
+        for identifier, record in records.items()
+        if why_refused(policy.policy, record.claim, bool(record.revocation), purpose, now_ms, now_ms) is None
+    )
+    return _Asked({identifier: record.claim for identifier, record in records.items()}, policy, admitted)
+
+
+def _measure(
+    arguments: RunArguments[E], model: ParallelModel, ranks: Ranks, policy: p.Policy, admitted: Collection[bytes]
+) -> BaseLosses:
+    """The base losses of a campaign about to open, of examples whose sources the policy admits; none without bands.
+
+    Raises:
+        ConfigError: the policy has bands, and nothing to measure with was given; as ``base_losses``.
+    """
+    if not policy.entropy_edges_milli:
+        return NOTHING_MEASURED
+    loss = arguments.probe_loss
+    if loss is None:
+        raise ConfigError(
+            "the policy in force goes by entropy bands, and nothing measures the base model's loss on each example:"
+            " give governed() the loss of your training as probe_loss"
+        )
+    contents = {source.id: source.examples for source in arguments.sources}
+    batch_size = arguments.micro_batch_size or arguments.plan.batch_size
+    measure = Measure(model, loss, contents, arguments.collate, batch_size, ranks)
+    return base_losses(measure, manifest_of(arguments.sources), admitted)
 
 
 def _check_contents(sources: Mapping[bytes, TrainingSource[E]], claims: Mapping[bytes, p.SourceClaim]) -> None:
@@ -304,15 +371,13 @@ def _probe(
     model: nn.Module,
     loss: Callable[[nn.Module, Any], Tensor],
     block_of: Mapping[str, int],
-    policy: p.Policy,
-    claims: Mapping[bytes, p.SourceClaim],
+    admitted: Collection[bytes],
 ) -> None:
     """The probe on a few examples of sources that the policy in force admits; nobody else's reach the model."""
-    now_ms = time.time_ns() // 1_000_000
     examples = [
         example
         for source in arguments.sources
-        if why_refused(policy, claims[source.id], False, arguments.plan.purpose, now_ms, now_ms) is None
+        if source.id in admitted
         # One by one: a slice of a ``datasets.Dataset`` is a table of columns.
         for example in (source.examples[row] for row in range(min(PROBED_EXAMPLES, len(source.examples))))
     ]

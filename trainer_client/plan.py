@@ -173,6 +173,7 @@ def campaign_terms(
     job_key: bytes,
     base_root: Digest,
     environment: tuple[p.Setting, ...],
+    base_losses_sha256: bytes,
 ) -> p.Campaign:
     """What the ``campaign`` event fixes, besides the manifest."""
     tensors = committed_tensors(model)
@@ -204,6 +205,7 @@ def campaign_terms(
         factors_digest=plan.factors_digest,
         accumulator_window_steps=plan.accumulator_window_steps,
         sketch_rank=plan.sketch_rank,
+        base_losses_sha256=base_losses_sha256,
     )
 
 

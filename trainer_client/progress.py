@@ -22,8 +22,8 @@ from typing import IO, Self
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One happening: ``campaign`` or ``resumed``, ``grant``, ``refusal``, ``step``, ``momentum``, ``rollback``,
-    ``recovery``, ``evaluation``, ``finding``, ``release``.
+    """One happening: ``campaign`` or ``resumed``, ``closed`` (to all examples), ``grant``, ``refusal``, ``step``,
+    ``momentum``, ``rollback``, ``recovery``, ``evaluation``, ``finding``, ``release``.
 
     ``loss`` is the mean over admitted examples in nats, ``refused`` counts examples, ``memorization_permille``
     the largest signal; a field that does not apply is None or 0.

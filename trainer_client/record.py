@@ -170,10 +170,11 @@ class Recorder:
         permission: Permission,
         use: StepUse,
         classes: Mapping[bytes, str],
-        profiles: Mapping[str, p.ClassProfile],
+        profiles: Sequence[p.ClassProfile],
         outcome: StepOutcome,
     ) -> RecordedEvent:
-        """One optimizer step. ``classes`` names each source's class, ``profiles`` each class's weights."""
+        """One optimizer step. ``classes`` names each source's class; ``profiles`` are those it applied, in order of
+        class and entropy band."""
         place = self.place
         salt = self._salts()
         items = tuple(
@@ -187,12 +188,11 @@ class Recorder:
             )
             for number, source in enumerate(use.sources)
         )
-        admitted_classes = sorted({classes[source] for source, _ in use.admitted})
         governance = p.StepGovernance(
             grant=permission.grant,
             policy=permission.policy,
             index=place.steps + 1,
-            profiles=tuple(profiles[content_class] for content_class in admitted_classes),
+            profiles=tuple(profiles),
             presented=len(use.admitted) + len(use.refused),
             admitted=len(use.admitted),
             refused=count_reasons(use.refused.values()),

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from consensus import portions as p
 from consensus.identifiers import Digest
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected
 from consensus.sampler import presented_examples
+from consensus.state import POLICY_TABLE, PolicyRecord
 from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.balance import Balance, BalanceSheet
+from trainer_client.base_losses import NOTHING_MEASURED, BaseLosses, Measure, confirmed_losses, read_base_losses
 from trainer_client.calls import CampaignStatus
 from trainer_client.commitment import optimizer_state_digest, step_commitment
 from trainer_client.data_parallel import ParallelModel, pass_over
@@ -53,8 +55,9 @@ class ReplayJob(Generic[E]):
     """A job as it stood before its first step: ``model`` has the base weights, seeds are set.
 
     ``loss`` gives one loss per example, as in training, and is given what ``collate`` returns; the rest is as in
-    ``governed``. Of several processes each makes one, in its process group, with ``model`` in
-    ``DistributedDataParallel`` or sharded by ``fully_shard`` as in training.
+    ``governed``. ``base_losses`` is the run's file of them, needed where its policies have entropy bands. Of several
+    processes each makes one, in its process group, with ``model`` in ``DistributedDataParallel`` or sharded by
+    ``fully_shard`` as in training.
     """
 
     model: nn.Module
@@ -65,11 +68,12 @@ class ReplayJob(Generic[E]):
     scheduler: Stateful | None = None
     micro_batch_size: int | None = None
     scaler: torch.amp.GradScaler | None = None
+    base_losses: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedCampaign:
-    """What the log has of a campaign: its terms, manifest, claims, and the steps that stand."""
+    """What the log has of a campaign: its terms, manifest, claims, the steps that stand, and their policies' edges."""
 
     id: bytes
     terms: p.Campaign
@@ -77,6 +81,7 @@ class LoggedCampaign:
     claims: Mapping[bytes, p.SourceClaim]
     steps: tuple[RecordedStep, ...]
     head: CampaignStatus
+    entropy_edges_milli: Mapping[bytes, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,9 @@ class Replayed:
     balance: BalanceSheet | None = None
 
 
+PROFILES = "depth profiles"
+"""What differs where a step states profiles of other entropy bands than its examples are of."""
+
 OnStep = Callable[[int, int], None]
 """Told steps done, of how many."""
 
@@ -106,13 +114,22 @@ def read_logged_campaign(client: Client, campaign: bytes) -> LoggedCampaign:
     """A campaign from a node's log.
 
     Raises:
-        Rejected: ``NOT_FOUND``; as ``resumption.past_since``. Unavailable: the node does not answer.
+        Rejected: ``NOT_FOUND``, ``UNKNOWN_POLICY``; as ``resumption.past_since``.
+        Unavailable: the node does not answer.
     """
     head = client.campaign(campaign)
     record, terms = read_opening(client, campaign)
     past = past_since(0, head, client.campaign_events(campaign), client.raw_event)
     claims = {source.source: client.source_record(source.source).claim for source in record.manifest}
-    return LoggedCampaign(campaign, terms, record.manifest, claims, past.steps, head)
+    edges = {policy: _edges(client, policy) for policy in sorted({step.governance.policy for step in past.steps})}
+    return LoggedCampaign(campaign, terms, record.manifest, claims, past.steps, head, edges)
+
+
+def _edges(client: Client, policy: bytes) -> tuple[int, ...]:
+    record = client.state_record(POLICY_TABLE + policy, PolicyRecord)
+    if record is None:
+        raise Rejected(Reason.UNKNOWN_POLICY, f"policy {policy.hex()} has no record")
+    return record.policy.entropy_edges_milli
 
 
 def replay(
@@ -132,9 +149,11 @@ def replay(
     Raises:
         Rejected: ``DIGEST_MISMATCH`` for another base model or other examples; ``UNKNOWN_SOURCE`` for a source of the
             campaign that the job lacks, or one to leave out that the campaign never had; ``BAD_FIELD`` for another
-            number of processes than the campaign had, and for a balance sheet of several; as ``Balance``.
-        RoutingError: as ``routing.py``. ConfigError: as ``data_parallel.ParallelModel``. RankFailed: another process
-            failed.
+            number of processes than the campaign had, and for a balance sheet of several; as ``Balance``. Of base
+            losses, ``DIGEST_MISMATCH`` for another file than the campaign committed to, or other losses than the
+            model's; ``BASE_LOSSES_MISSING`` for a step with an unmeasured example.
+        RoutingError: as ``routing.py``. ConfigError: as ``data_parallel.ParallelModel``; no file of base losses, and
+            the campaign went by entropy bands. RankFailed: another process failed.
     """
     check_job(logged, job, without, ranks)
     if balanced and ranks.size > 1:
@@ -168,11 +187,16 @@ def bench(
     accumulated: bool,
     balance: Balance | None = None,
     without: Collection[bytes] = (),
+    tolerance: float = 0.0,
 ) -> Iterator["Bench[E]"]:
     """What steps are taken on, with the job's model under the campaign's routing; afterwards it is as it was.
 
     ``accumulated``: form the campaign's accumulators, if it has any, in a folder that goes away. Sources that it goes
-    ``without`` moved nothing, and no momentum is dropped for them.
+    ``without`` moved nothing, and no momentum is dropped for them. Base losses are measured again, and may be away from
+    the recorded ones by ``tolerance`` of theirs.
+
+    Raises:
+        Rejected, ConfigError: of base losses, as ``replay``.
     """
     blocks = {block.name: tuple(tensor.name for tensor in block.tensors) for block in logged.terms.parameter_blocks}
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
@@ -183,6 +207,7 @@ def bench(
         accumulators = _accumulators(logged, folder, ranks) if accumulated else None
         if accumulators is not None:
             stack.enter_context(accumulators)
+        losses = _base_losses(logged, job, parallel, ranks, tolerance)
         grouped = bool(logged.terms.accumulator_window_steps)
         observer = accumulators or balance or (_Unheard() if grouped else None)
         routing = Routing(model, block_of, observer, None if accumulators is None else accumulators.sketches)
@@ -195,7 +220,19 @@ def bench(
         scaling = scaling_of(logged.terms, job.optimizer, job.scaler)
         without = frozenset(without)
         yield Bench(
-            logged, job, ranks, parallel, routing, entries, blocks, block_of, scaling, accumulators, balance, without
+            logged=logged,
+            job=job,
+            ranks=ranks,
+            parallel=parallel,
+            routing=routing,
+            entries=entries,
+            blocks=blocks,
+            block_of=block_of,
+            scaling=scaling,
+            accumulators=accumulators,
+            balance=balance,
+            without=without,
+            losses=losses,
         )
 
 
@@ -222,6 +259,7 @@ class Bench(Generic[E]):
     accumulators: SourceAccumulators | None
     balance: Balance | None
     without: frozenset[bytes]
+    losses: BaseLosses
     scaled: Scaled | None = None
 
     def admitted(self, step: RecordedStep) -> tuple[Example, ...]:
@@ -229,6 +267,15 @@ class Bench(Generic[E]):
         terms = self.logged.terms
         presented = presented_examples(self.logged.manifest, terms.sampler_seed, terms.batch_size, step.index)
         return step.in_order(presented)
+
+    def band(self, step: RecordedStep, example: Example) -> int:
+        """The entropy band that a step's example is of, by the campaign's base losses and the step's policy."""
+        return self.losses.band(example, self.logged.entropy_edges_milli[step.governance.policy])
+
+    def states_profiles(self, step: RecordedStep) -> bool:
+        """Whether a step states depth profiles for just the classes and entropy bands of its admitted examples."""
+        stated = {(profile.content_class, profile.band) for profile in step.governance.profiles}
+        return stated == {(step.classes[example[0]], self.band(step, example)) for example in step.admitted}
 
     def copied(self) -> dict[str, Tensor]:
         """Copies of what the model's root covers, on the first of the ranks; nothing elsewhere. All must ask."""
@@ -253,7 +300,7 @@ class Bench(Generic[E]):
             what = differences(step, before, after, self.blocks, found) + self._scaled_otherwise(step)
             if accumulator_root is not None and accumulator_root != step.operation.accumulator_root:
                 what += ("accumulators",)
-            return what
+            return what if self.states_profiles(step) else (PROFILES, *what)
 
         return self.ranks.by_first(compared)
 
@@ -310,7 +357,7 @@ class Bench(Generic[E]):
         flushed = frozenset(step.operation.flushed) - self.without
         if not flushed:
             return
-        moved = blocks_moved(self.logged.steps[: step.index - 1], flushed)
+        moved = blocks_moved(self.logged.steps[: step.index - 1], flushed, self.band)
         entries = {name: entry for name, entry in self.entries.items() if self.block_of.get(name) in moved}
         drop_state(self.job.optimizer, entries.values())
         if self.balance is not None:
@@ -325,7 +372,11 @@ class Bench(Generic[E]):
         if self.accumulators is not None:
             self.accumulators.expect(step.index, examples)
         contents = {source.id: source.examples for source in job.sources}
-        shown = pass_over(examples, admitted, step.weights_permille, self.ranks)
+
+        def weights_permille(example: Example) -> tuple[int, ...]:
+            return step.weights_permille(example[0], self.band(step, example))
+
+        shown = pass_over(examples, admitted, weights_permille, self.ranks)
         inputs, packing = taken_apart(job.collate([contents[source][number] for source, number in shown.examples]))
         groups = [source for source, _ in shown.examples]
         routed = self.routing.micro_batch(shown.weights_BK, groups, shown.profiles_of_step, packing)
@@ -373,6 +424,26 @@ def _check_sources(logged: LoggedCampaign, job: ReplayJob[E], without: Collectio
     for source in without:
         if source not in {held.source for held in logged.manifest}:
             raise Rejected(Reason.UNKNOWN_SOURCE, f"source {source.hex()} is not in the campaign's manifest")
+
+
+def _base_losses(
+    logged: LoggedCampaign, job: ReplayJob[E], model: ParallelModel, ranks: Ranks, tolerance: float
+) -> BaseLosses:
+    """The campaign's base losses, which the job's model gives again; none where no step went by entropy bands."""
+    if not any(logged.entropy_edges_milli.values()):
+        return NOTHING_MEASURED
+    path = job.base_losses
+    if path is None:
+        raise ConfigError(
+            "the campaign's depth profiles go by entropy bands, which follow from the run's file of base losses: give"
+            " it (base_losses of the ReplayJob, --base-losses of countersign replay)"
+        )
+    recorded = ranks.by_first(lambda: read_base_losses(path, logged.manifest, logged.terms.base_losses_sha256))
+    contents = {source.id: source.examples for source in job.sources}
+    batch_size = job.micro_batch_size or logged.terms.batch_size
+    measure = Measure(model, job.loss, contents, job.collate, batch_size, ranks)
+    confirmed_losses(measure, logged.manifest, recorded, tolerance)
+    return recorded
 
 
 def differences(

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,12 @@ class AuditFile(msgspec.Struct, frozen=True):
     type=click.Path(path_type=Path),
     help="With --tolerance: the run's folder of accumulators, to compare the sums of every source, too.",
 )
+@click.option(
+    "--base-losses",
+    "base_losses",
+    type=click.Path(path_type=Path),
+    help="The run's file of base losses, where the campaign's policy has entropy bands.",
+)
 @click.option("--balance", "balanced", is_flag=True, help="Split the change of the weights by source (AdamW).")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the weights it ends with.")
 @click.option(
@@ -106,6 +112,7 @@ def replay_command(
     audit_path: Path | None,
     tolerance: float | None,
     recorded_windows: Path | None,
+    base_losses: Path | None,
     balanced: bool,
     out: Path | None,
     report_path: Path | None,
@@ -148,6 +155,8 @@ def replay_command(
     asked = listed_steps(step_list) if step_list is not None else ()
     asked = asked if audited is None else audited.steps
     job = load_job(factory, config)
+    if base_losses is not None:
+        job = replace(job, base_losses=base_losses)
     ranks = Ranks.of_job()
     if ranks.size > 1 and snapshot_folder is not None:
         raise click.UsageError("--snapshots in several processes: runs of several keep none")

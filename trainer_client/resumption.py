@@ -49,16 +49,15 @@ class RecordedStep:
         """The admitted examples as the step took them: in the order in which the sampler presented them."""
         return tuple(example for example in presented if example in self.admitted)
 
-    def weights_permille(self, source: bytes) -> tuple[int, ...]:
-        """The depth profile of an admitted source, over the campaign's parameter blocks.
+    def weights_permille(self, source: bytes, band: int) -> tuple[int, ...]:
+        """The depth profile of an admitted source's examples of an entropy band, over the campaign's parameter blocks.
 
-        Raises:
-            Rejected: ``BAD_FIELD``: the step has no profile for the source's class.
+        Nothing but zeros where the step states no such profile.
         """
         for profile in self.governance.profiles:
-            if profile.content_class == self.classes[source]:
+            if (profile.content_class, profile.band) == (self.classes[source], band):
                 return profile.weights_permille
-        raise Rejected(Reason.BAD_FIELD, f"step {self.index} has no depth profile for class {self.classes[source]!a}")
+        return (0,) * len(self.operation.deltas)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Each method is a message among ranks, so every rank calls the same ones in the s
 first. Steps are not told of here: only the first rank's book records them (``step_book.py``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from consensus import portions as p
@@ -71,9 +71,13 @@ class SharedLedger:
         return self._told(lambda own: own.admitted_sources(manifest))
 
     def start_grants(
-        self, blocks: tuple[str, ...], on_grant: Callable[[OpenGrant], None], past: Sequence[RecordedStep] = ()
+        self,
+        blocks: tuple[str, ...],
+        measured: Collection[bytes],
+        on_grant: Callable[[OpenGrant], None],
+        past: Sequence[RecordedStep] = (),
     ) -> Mapping[bytes, OpenGrant]:
-        return self._told(lambda own: own.start_grants(blocks, on_grant, past))
+        return self._told(lambda own: own.start_grants(blocks, measured, on_grant, past))
 
     def permission_for(self, step: int) -> OpenGrant:
         return self._told(lambda own: own.permission_for(step))

@@ -39,6 +39,7 @@ NANO = 1_000_000_000
 class Step:
     """A step while it is being taken. ``before`` is a snapshot to undo it by, where it may have to be undone.
 
+    ``profiles`` are the depth profiles of its admitted examples.
     ``started`` is in seconds of ``time.perf_counter``. ``batches`` are this rank's micro-batches, as many as every rank
     has: where there are several ranks, one of them may be empty. ``learned`` of them are done. ``flushed`` and
     ``carried`` are ``portions.StepOperation``'s; ``scaled`` is what became of its gradients, once they are whole.
@@ -53,12 +54,32 @@ class Step:
     beginning: StepBeginning
     started: float
     before: Snapshot | None
+    profiles: Mapping[Example, p.ClassProfile]
     batches: tuple[tuple[Example, ...], ...] = ()
     loss_sum: float = 0.0
     learned: int = 0
     flushed: tuple[bytes, ...] = ()
     carried: tuple[p.CarriedMomentum, ...] = ()
     scaled: Scaled | None = None
+
+    @property
+    def applied(self) -> tuple[p.ClassProfile, ...]:
+        """Its depth profiles, in order of class and entropy band."""
+        held = {(profile.content_class, profile.band): profile for profile in self.profiles.values()}
+        return tuple(held[key] for key in sorted(held))
+
+    def weights_permille(self, example: Example) -> tuple[int, ...]:
+        """The depth profile of an admitted example, over the campaign's parameter blocks."""
+        return self.profiles[example].weights_permille
+
+    def weights_by_source(self) -> dict[bytes, tuple[int, ...]]:
+        """Of each source with admitted examples, the most that one of them has in each parameter block."""
+        held = {(source, profile.band): profile for (source, _), profile in self.profiles.items()}
+        deepest: dict[bytes, tuple[int, ...]] = {}
+        for (source, _), profile in held.items():
+            weights = profile.weights_permille
+            deepest[source] = tuple(map(max, deepest.get(source, weights), weights))
+        return deepest
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +194,8 @@ class StepBook:
             global_clip_nano=0 if step.scaled is None else step.scaled.global_clip_nano,
             skipped=step.scaled is not None and step.scaled.skipped,
         )
-        events = self._ledger.record_step(step.grant, StepUse(frozenset(step.admitted), step.refused), outcome)
+        use = StepUse(frozenset(step.admitted), step.refused)
+        events = self._ledger.record_step(step.grant, use, step.applied, outcome)
         self._note_step(taken, loss, events)
         return events[-1]
 

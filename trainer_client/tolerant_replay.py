@@ -28,7 +28,7 @@ from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.audit_snapshots import Restoration, SnapshotFolder
 from trainer_client.commitment import copied_tensors
 from trainer_client.picked_replay import PickedReplay, PickedStep, WindowTally, check_picked
-from trainer_client.replay import Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job
+from trainer_client.replay import PROFILES, Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job
 from trainer_client.window_comparison import differing_sums
 
 E = TypeVar("E")
@@ -64,25 +64,27 @@ def replay_within(
     restoration = Restoration(job.model, job.optimizer, job.scheduler)
     differing: dict[tuple[int, int], tuple[str, ...]] = {}
     executed = at = 0
-    with bench(logged, job, accumulated=recorded_windows is not None) as run:
+    with bench(logged, job, accumulated=recorded_windows is not None, tolerance=tolerance) as run:
         windows = WindowTally(logged, run)
         for number, (start, end) in enumerate(stretches, 1):
             if start > at:
                 restoration.restore(snapshots.read(start), logged.steps)
                 windows.begin_at(start)
             before = _numbers(job)
-            sums_apart: tuple[str, ...] = ()
+            apart: tuple[str, ...] = ()
             for recorded in logged.steps[start:end]:
+                if not run.states_profiles(recorded):
+                    apart += (f"{PROFILES} of step {recorded.index}",)
                 root = run.take(recorded, run.admitted(recorded))
                 restoration.stepped(recorded.index)
                 executed += 1
                 if recorded_windows is None or run.accumulators is None or not windows.ends_whole(recorded.index):
                     continue
                 mine, committed = run.accumulators.directory, recorded.operation.accumulator_root
-                sums_apart += differing_sums(mine, root, recorded_windows, committed, tolerance)
+                apart += differing_sums(mine, root, recorded_windows, committed, tolerance)
             reached = _numbers(job)
             restoration.restore(snapshots.read(end), logged.steps)
-            differing[start, end] = _apart(before, reached, _numbers(job), tolerance) + sums_apart
+            differing[start, end] = _apart(before, reached, _numbers(job), tolerance) + apart
             at = end
             on_step(number, len(stretches))
     found = []

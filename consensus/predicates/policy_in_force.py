@@ -50,6 +50,8 @@ def policy_in_force(bundle: OpenBundle, steps: Steps) -> None:
     records = _check_grants(bundle, steps, grants, policies, order)
     _check_steps(bundle, steps, placed, records, policies)
     steps.attested(f"that training applied these depth profiles to its gradients: {operator}")
+    if any(policy.entropy_edges_milli for policy in policies.values()):
+        steps.attested(f"which examples are of which entropy band, committed to as the campaign opened: {operator}")
     steps.attested("that each step was on the log before its grant closed: the members that certified the log")
     steps.not_covered("whose sources were used, and their owners' consent: source-honored")
 

@@ -13,12 +13,20 @@ from consensus.event import CheckedEvent, Kind, check_event, make_entry
 from consensus.identifiers import MemberId, Role
 from consensus.membership import Member
 from consensus.policy import AUTHOR_SCHEMES, check_policy
-from consensus.portions import BlockWeight, ClassRule, Policy, Portions, SaltedPortion
+from consensus.portions import BandRule, BlockWeight, ClassRule, Policy, Portions, SaltedPortion
 from consensus.rejection import ConfigError
 from node.commands.connection import connect, node_options
 from node.commands.member import LocalMember, load_member, read_event, signed_by
 from node.commands.output import print_json, utc
 from node.commands.submission import deliver
+
+
+class BandTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[[class.band]]``: the same for a class's examples of one entropy band, counted from 0."""
+
+    band: int
+    default_weight_permille: int
+    blocks: dict[str, int] = {}
 
 
 class ClassTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,6 +35,7 @@ class ClassTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     default_weight_permille: int
     blocks: dict[str, int] = {}
+    bands: tuple[BandTable, ...] = msgspec.field(name="band", default=())
 
 
 class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,6 +51,7 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     revocation: str = "drain"
     momentum: str = "carry"
     global_clipping: bool = False
+    entropy_edges_milli: tuple[int, ...] = ()
     routing_granularities: tuple[str, ...] = ("block",)
     event_granularities: tuple[str, ...] = ("batch",)
     author_schemes: tuple[str, ...] = AUTHOR_SCHEMES
@@ -149,10 +159,14 @@ def read_policy(path: Path, members: Sequence[Member] = ()) -> Policy:
             ClassRule(
                 content_class=table.name,
                 default_weight_permille=table.default_weight_permille,
-                blocks=tuple(BlockWeight(block, weight) for block, weight in table.blocks.items()),
+                blocks=_block_weights(table),
+                bands=tuple(
+                    BandRule(held.band, held.default_weight_permille, _block_weights(held)) for held in table.bands
+                ),
             )
             for table in file.classes
         ),
+        entropy_edges_milli=file.entropy_edges_milli,
         memorization_threshold_permille=file.memorization_threshold_permille,
         routing_granularities=file.routing_granularities,
         event_granularities=file.event_granularities,
@@ -170,6 +184,10 @@ def read_policy(path: Path, members: Sequence[Member] = ()) -> Policy:
     )
     check_policy(made)
     return made
+
+
+def _block_weights(table: ClassTable | BandTable) -> tuple[BlockWeight, ...]:
+    return tuple(BlockWeight(block, weight) for block, weight in table.blocks.items())
 
 
 def _auditor(path: Path, name: str, members: Sequence[Member]) -> MemberId:

@@ -510,7 +510,7 @@ def test_profile_above_the_maximum_is_refused_in_each_block() -> None:
     for number in range(len(BLOCKS)):
         weights = list(profiles["medical"].weights_permille)
         weights[number] += 1
-        deeper = p.ClassProfile("medical", tuple(weights))
+        deeper = p.ClassProfile("medical", 0, tuple(weights))
         governance = tell(step.governance, profiles=(deeper, profiles["text"]))
         forged = remake(told.run, step, governance=governance)
         assert_refused(told.ledger, forged, Reason.DEPTH_ABOVE_MAXIMUM, before=[refusal])
@@ -519,7 +519,7 @@ def test_profile_above_the_maximum_is_refused_in_each_block() -> None:
 def test_profile_below_the_maximum_is_admitted() -> None:
     told = granted()
     refusal, step = step_of(told)
-    gentle = p.ClassProfile("medical", (0, 1, 0))
+    gentle = p.ClassProfile("medical", 0, (0, 1, 0))
     governance = tell(step.governance, profiles=(gentle, profiles_of(step)["text"]))
     assert_admitted(told.ledger, remake(told.run, step, governance=governance), before=[refusal])
 
@@ -529,7 +529,7 @@ def test_profiles_missing_surplus_repeated_or_out_of_order_are_refused() -> None
     refusal, step = step_of(told)
     profiles = profiles_of(step)
     medical, text = profiles["medical"], profiles["text"]
-    other = p.ClassProfile("secret", (0, 0, 0))
+    other = p.ClassProfile("secret", 0, (0, 0, 0))
     for wrong in ((), (text,), (medical,), (text, medical), (medical, medical, text), (medical, other, text)):
         forged = remake(told.run, step, governance=tell(step.governance, profiles=wrong))
         assert_refused(told.ledger, forged, Reason.BAD_FIELD, before=[refusal])
@@ -539,7 +539,7 @@ def test_profiles_missing_surplus_repeated_or_out_of_order_are_refused() -> None
 def test_profile_of_another_number_of_blocks_is_refused(weights: tuple[int, ...]) -> None:
     told = granted()
     refusal, step = step_of(told)
-    governance = tell(step.governance, profiles=(p.ClassProfile("medical", weights), profiles_of(step)["text"]))
+    governance = tell(step.governance, profiles=(p.ClassProfile("medical", 0, weights), profiles_of(step)["text"]))
     assert_refused(told.ledger, remake(told.run, step, governance=governance), Reason.BAD_FIELD, before=[refusal])
 
 
@@ -581,7 +581,7 @@ def test_root_that_changes_in_a_step_where_nothing_may_move_is_refused() -> None
     """All deltas are said to be zero, yet the root is another: training off the log, made up for in one step."""
     told = medical_only()
     refusal, step = step_of(told)
-    governance = tell(step.governance, profiles=(p.ClassProfile("medical", (0, 0, 0)),))
+    governance = tell(step.governance, profiles=(p.ClassProfile("medical", 0, (0, 0, 0)),))
     honest = remake(told.run, step, governance=governance, operation=still(step))
     assert_admitted(told.ledger, honest, before=[refusal])
     forged = remake(told.run, step, governance=governance, operation=still(step, root_after=digest("other weights")))

@@ -7,6 +7,7 @@ from ledger_fixtures import digest
 from consensus import portions as p
 from consensus.identifiers import Digest
 from consensus.policy import (
+    band_count,
     check_grant_terms,
     check_policy,
     check_profile,
@@ -21,6 +22,7 @@ POLICY = p.Policy(
     licences=("CC0-1.0",),
     purposes=("research",),
     classes=(p.ClassRule("medical", 500, (p.BlockWeight("embedding", 0),)), p.ClassRule("text", 1_000, ())),
+    entropy_edges_milli=(),
     memorization_threshold_permille=800,
     routing_granularities=("block",),
     event_granularities=("batch",),
@@ -83,20 +85,75 @@ def test_class_has_at_most_one_rule() -> None:
 
 
 def test_maximum_profile_takes_the_default_but_for_named_blocks() -> None:
-    assert maximum_profile(POLICY, "medical", BLOCKS).weights_permille == (0, 500)
-    assert maximum_profile(POLICY, "text", BLOCKS).weights_permille == (1_000, 1_000)
+    assert maximum_profile(POLICY, "medical", 0, BLOCKS).weights_permille == (0, 500)
+    assert maximum_profile(POLICY, "text", 0, BLOCKS).weights_permille == (1_000, 1_000)
     with pytest.raises(Rejected, match="class-not-admitted"):
-        maximum_profile(POLICY, "poison", BLOCKS)
+        maximum_profile(POLICY, "poison", 0, BLOCKS)
 
 
 def test_profile_up_to_the_maximum_passes_and_above_is_refused() -> None:
-    check_profile(POLICY, p.ClassProfile("medical", (0, 500)), BLOCKS)
-    check_profile(POLICY, p.ClassProfile("medical", (0, 0)), BLOCKS)
+    check_profile(POLICY, p.ClassProfile("medical", 0, (0, 500)), BLOCKS)
+    check_profile(POLICY, p.ClassProfile("medical", 0, (0, 0)), BLOCKS)
     for weights, reason in (((1, 500), "depth-above"), ((0, 501), "depth-above"), ((0,), "bad-field")):
         with pytest.raises(Rejected, match=reason):
-            check_profile(POLICY, p.ClassProfile("medical", weights), BLOCKS)
+            check_profile(POLICY, p.ClassProfile("medical", 0, weights), BLOCKS)
     with pytest.raises(Rejected, match="class-not-admitted"):
-        check_profile(POLICY, p.ClassProfile("poison", (0, 0)), BLOCKS)
+        check_profile(POLICY, p.ClassProfile("poison", 0, (0, 0)), BLOCKS)
+
+
+DEEP = ("embedding", "layer.0", "head")
+HIGH = p.BandRule(2, 0, (p.BlockWeight("head", 700),))
+BANDED = msgspec.structs.replace(
+    POLICY,
+    classes=(
+        p.ClassRule("medical", 500, (p.BlockWeight("embedding", 0),), (HIGH,)),
+        p.ClassRule("text", 1_000, ()),
+    ),
+    entropy_edges_milli=(1_500, 3_000),
+)
+"""Three entropy bands; in the last one, class medical moves the head alone."""
+
+
+def test_maximum_profile_is_the_bands_own_and_the_classes_where_a_band_has_none() -> None:
+    check_policy(BANDED)
+    assert (band_count(POLICY), band_count(BANDED)) == (1, 3)
+    own = [maximum_profile(BANDED, "medical", band, DEEP).weights_permille for band in range(3)]
+    assert own == [(0, 500, 500), (0, 500, 500), (0, 0, 700)]
+    assert maximum_profile(BANDED, "text", 2, DEEP) == p.ClassProfile("text", 2, (1_000, 1_000, 1_000))
+    for policy, band in ((BANDED, 3), (BANDED, -1), (POLICY, 1)):
+        with pytest.raises(Rejected, match=r"bad-field: entropy band"):
+            maximum_profile(policy, "text", band, DEEP)
+
+
+def test_profile_above_its_bands_maximum_is_refused_though_another_band_may_have_it() -> None:
+    check_profile(BANDED, p.ClassProfile("medical", 2, (0, 0, 700)), DEEP)
+    check_profile(BANDED, p.ClassProfile("medical", 1, (0, 500, 500)), DEEP)
+    with pytest.raises(Rejected, match="depth-above-maximum"):
+        check_profile(BANDED, p.ClassProfile("medical", 1, (0, 0, 700)), DEEP)
+    with pytest.raises(Rejected, match=r"at most 0 ‰ in entropy band 2"):
+        check_profile(BANDED, p.ClassProfile("medical", 2, (0, 500, 500)), DEEP)
+
+
+def ruled(*bands: p.BandRule) -> tuple[p.ClassRule, ...]:
+    return (p.ClassRule("text", 1_000, (), bands),)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"entropy_edges_milli": (3_000, 1_500)},
+        {"entropy_edges_milli": (1_500, 1_500)},
+        {"entropy_edges_milli": (0, 1_500)},
+        {"entropy_edges_milli": ()},
+        {"classes": ruled(p.BandRule(3, 0, ()))},
+        {"classes": ruled(p.BandRule(1, 0, ()), p.BandRule(0, 0, ()))},
+        {"classes": ruled(p.BandRule(1, 0, ()), p.BandRule(1, 500, ()))},
+        {"classes": ruled(p.BandRule(1, 0, (p.BlockWeight("head", 1), p.BlockWeight("head", 2))))},
+    ],
+)
+def test_bands_that_are_none_make_no_policy(fields: dict[str, object]) -> None:
+    with pytest.raises(Rejected, match="bad-field"):
+        check_policy(msgspec.structs.replace(BANDED, **fields))
 
 
 @pytest.mark.parametrize(

@@ -702,7 +702,7 @@ def test_profile_above_the_policy_is_found() -> None:
     assert isinstance(record, PolicyRecord)
     rules = tuple(p.ClassRule(rule.content_class, 1_000, ()) for rule in record.policy.classes)
     lie = msgspec.structs.replace(record, policy=msgspec.structs.replace(record.policy, classes=rules))
-    deep = tuple(p.ClassProfile(name, (1_000,) * len(BLOCKS)) for name in ("medical", "text"))
+    deep = tuple(p.ClassProfile(name, 0, (1_000,) * len(BLOCKS)) for name in ("medical", "text"))
     tale.ledger.seal_lying(*tale.run.step(profiles=deep), lies={key: lie})
     assert "class 'medical' in block 'embedding'" in failure(judged(tale, Predicate.POLICY_IN_FORCE))
 

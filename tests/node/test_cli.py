@@ -26,10 +26,11 @@ from consensus.event import CheckedEvent, Kind, check_event
 from consensus.identifiers import Role
 from consensus.merkle import inclusion_proof_of, verify_inclusion
 from consensus.overlap import OverlapIndex, overlaps
-from consensus.portions import Policy, SourceClaim, content_leaf, content_salt
+from consensus.portions import BandRule, BlockWeight, ClassRule, Policy, SourceClaim, content_leaf, content_salt
 from node.cli import COMMANDS, every_command, main
 from node.commands.content import measure, pieces_of, read_examples
 from node.commands.member import load_member
+from node.commands.policy import read_policy
 from node.commands.process import JsonLines
 from node.provision import MemberRequest, Provisioned, provision
 from node.store_layout import open_database
@@ -46,6 +47,12 @@ maximum_grant_duration_seconds = 600
 name = "open"
 default_weight_permille = 1000
 blocks = { "block.0" = 250 }
+"""
+BAND = """
+[[class.band]]
+band = {band}
+default_weight_permille = 0
+blocks = {{ "block.0" = 125 }}
 """
 CLAIM = ("--licence", "CC-BY-4.0", "--rights-basis", "licence", "--purpose", "research", "--class", "open")
 
@@ -343,6 +350,16 @@ def test_a_policy_is_signed_by_one_member_after_the_other(consortium: Provisione
     assert (early.exit_code, "missing-signature" in early.stderr) == (1, True)
 
 
+def test_rules_by_entropy_band_are_read_beside_those_of_their_class(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("entropy_edges_milli = [1500, 3000]\n" + POLICY + BAND.format(band=0) + BAND.format(band=2))
+    found = read_policy(path)
+    weights = (BlockWeight("block.0", 125),)
+    bands = (BandRule(0, 0, weights), BandRule(2, 0, weights))
+    assert found.classes == (ClassRule("open", 1_000, (BlockWeight("block.0", 250),), bands),)
+    assert found.entropy_edges_milli == (1_500, 3_000)
+
+
 def test_what_is_no_policy_or_no_policy_event_is_refused(consortium: Provisioned, tmp_path: Path) -> None:
     sign = ("policy", "sign", "--config", consortium.members["council"].config, "--out", tmp_path / "out.event")
     policy_path, content, claim = tmp_path / "policy.toml", tmp_path / "text", tmp_path / "claim.event"
@@ -352,6 +369,16 @@ def test_what_is_no_policy_or_no_policy_event_is_refused(consortium: Provisioned
     refused(1, "bad-field: revocation is 'perhaps'", *sign, "--policy", policy_path)
     policy_path.write_text('momentum = "keep"\n' + POLICY)
     refused(1, "bad-field: momentum is 'keep'", *sign, "--policy", policy_path)
+    policy_path.write_text("entropy_edges_milli = [3000, 1500]\n" + POLICY)
+    refused(1, "bad-field: edges of entropy bands: expected rising", *sign, "--policy", policy_path)
+    policy_path.write_text("entropy_edges_milli = [0.5]\n" + POLICY)
+    refused(2, "Expected `int`, got `float`", *sign, "--policy", policy_path)
+    policy_path.write_text("entropy_edges_milli = [1500]\n" + POLICY + BAND.format(band=2))
+    refused(1, "bad-field: class open has rules for entropy bands (2,)", *sign, "--policy", policy_path)
+    policy_path.write_text(POLICY + BAND.format(band=0))
+    refused(1, "bad-field: class open has rules for entropy bands (0,)", *sign, "--policy", policy_path)
+    policy_path.write_text("entropy_edges_milli = [1500]\n" + POLICY + BAND.format(band=1).replace("blocks", "block"))
+    refused(2, "unknown field `block`", *sign, "--policy", policy_path)
     content.write_bytes(b"x")
     options = ("--name", "x", "--salt-file", str(tmp_path / "s"), *CLAIM)
     assert sign_source(consortium, content, claim, *options).exit_code == 0

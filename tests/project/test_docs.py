@@ -20,6 +20,7 @@ from consensus.event import SHAPES
 from consensus.identifiers import Role, Tag
 from consensus.membership import default_threshold, member_id
 from consensus.parameters import TensorDescriptor, parameter_root
+from consensus.policy import band_count, class_rule
 from consensus.portions import (
     Count,
     data_commitment,
@@ -159,6 +160,23 @@ def test_the_example_policy_has_every_key_and_shows_the_defaults() -> None:
     shown = tomllib.loads(re.sub(r"^# (?=[a-z_]+ = )", "", text, flags=re.MULTILINE))
     assert set(shown) == {field.encode_name for field in msgspec.structs.fields(PolicyFile)}
     assert read_policy(ROOT / "configs" / "policy.toml").revocation == shown["revocation"]
+
+
+def test_the_example_policy_by_entropy_has_rules_for_a_band_and_the_operators_guide_shows_them() -> None:
+    policy = read_policy(ROOT / "configs" / "policy-bands.toml")
+    letters = class_rule(policy, "letters")
+    assert letters is not None
+    assert (band_count(policy), [rule.band for rule in letters.bands]) == (3, [2])
+    (excerpt,) = (text for text in fenced(text_of(ROOT / "docs" / "operator.md"), "toml") if "[[class.band]]" in text)
+    (shown,) = tomllib.loads(excerpt)["class"]
+    assert shown["band"] == [
+        {
+            "band": rule.band,
+            "default_weight_permille": rule.default_weight_permille,
+            "blocks": {weight.block: weight.weight_permille for weight in rule.blocks},
+        }
+        for rule in letters.bands
+    ]
 
 
 def test_the_tutorials_script_is_the_one_to_copy() -> None:

@@ -20,6 +20,7 @@ from governed_fixtures import (
     TinyModel,
     assert_moved_alike,
     collate,
+    edge_between,
     examples_of,
     losses,
     same_bits,
@@ -30,17 +31,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from consensus.accumulators import AccumulatorWindow, decode_window
+from consensus.bands import decode_losses
 from consensus.event import Kind
-from consensus.portions import BlockWeight, ClassRule, Rollback, StepOperation
+from consensus.portions import BandRule, BlockWeight, ClassRule, Rollback, StepOperation
 from consensus.rejection import Reason, Rejected
+from trainer_client.base_losses import path_of
 from trainer_client.commitment import root_of_tensors
 from trainer_client.replay import ReplayJob, read_logged_campaign, replay
 
+UPPER = BandRule(1, 1_000, (BlockWeight("layers.1", 0), BlockWeight("layers.0", 250)))
 CLASSES = (
-    ClassRule("documentation", 1_000, (BlockWeight("layers.1", 0),)),
+    ClassRule("documentation", 1_000, (BlockWeight("layers.1", 0),), (UPPER,)),
     ClassRule("news", 500, (BlockWeight("embedding", 0), BlockWeight("layers.1", 0))),
 )
-"""One parameter block is closed to everybody, another one to one of the two sources."""
+"""One parameter block is closed to everybody, another one to one of the two sources; one goes by entropy band."""
 
 
 @dataclass
@@ -57,7 +61,8 @@ class Trained:
 def new_scene(node: FakeNode, directory: Path) -> Scene:
     texts = {name: examples_of(name) for name in ("manual", "paper", "secret")}
     scene = Scene(node, directory, texts)
-    scene.register(classes=CLASSES)
+    scene.register(classes=CLASSES, entropy_edges_milli=(edge_between(texts["manual"]),))
+    scene.arguments["probe_loss"] = losses
     scene.plan_changes.update(accumulator_window_steps=5, sketch_rank=2)
     scene.arguments["micro_batch_size"] = 2
     return scene
@@ -120,6 +125,19 @@ def test_weights_and_losses_are_those_of_one_process(trained: Trained) -> None:
         assert [delta.norm_micro for delta in found.deltas] == pytest.approx(
             [delta.norm_micro for delta in alone.deltas], rel=0.01, abs=5
         )
+
+
+def test_ranks_measure_the_base_losses_that_one_process_measures_and_state_the_same_bands(trained: Trained) -> None:
+    found, alone = (path_of(scene.directory, CAMPAIGN).read_bytes() for scene in (trained.scene, trained.alone))
+    assert len(found) == len(alone) == 4 * 24
+    apart = zip(decode_losses(found, 24), decode_losses(alone, 24), strict=True)
+    assert max(abs(one - other) for one, other in apart) <= 1
+    stated, expected = (
+        [[(each.content_class, each.band) for each in event.governance.profiles] for event in scene.events(Kind.STEP)]  # type: ignore[union-attr]
+        for scene in (trained.scene, trained.alone)
+    )
+    assert stated == expected
+    assert {band for step in stated for _, band in step} == {0, 1}
 
 
 def test_block_closed_to_everybody_is_as_it_was_on_every_rank(trained: Trained) -> None:

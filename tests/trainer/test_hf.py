@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.optimization import get_scheduler
 
+from consensus.bands import UNMEASURED, decode_losses
 from consensus.event import CheckedEvent, Kind
 from consensus.keys import Ed25519SigningKey
-from consensus.portions import BlockWeight, ClassRule, SourceRefusal, StepOperation
+from consensus.portions import BandRule, BlockWeight, ClassRule, SourceRefusal, StepOperation
 from consensus.rejection import Reason, Rejected
 from consensus.review import Evaluation
 from consensus.sampler import presented_examples
+from trainer_client.base_losses import path_of
 from trainer_client.commitment import parameter_root_of
 from trainer_client.evaluation import mean_metric, slice_of
 from trainer_client.governed import governed
@@ -252,6 +254,27 @@ def test_refused_example_changes_no_bit_and_blocked_one_no_bit_of_the_block_in_t
     assert all(torch.equal(plain[name], secret[name]) for name in plain)
     assert all(torch.equal(plain[name], paper[name]) for name in plain if name.startswith("transformer.h.0."))
     assert not all(torch.equal(plain[name], paper[name]) for name in plain if name.startswith("transformer.h.1."))
+
+
+def test_base_losses_are_the_trainers_own_without_dropout_and_sort_examples_into_bands(scene: Scene) -> None:
+    model = gpt2(0.5).eval()
+    own = [(source, scene.texts[name]) for name, source in scene.sources.items() if name != "secret"]
+    expected = []
+    for _, contents in sorted(own):
+        inputs = COLLATOR(contents)
+        with torch.no_grad():
+            outputs = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        expected += (1_000 * causal_losses(outputs, inputs["labels"])).tolist()
+    edge = round(sorted(expected)[len(expected) // 2]) + 1
+    closed = (BandRule(1, 1_000, (BlockWeight("transformer.h.0", 0),)),)
+    classes = tuple(ClassRule(name, 1_000, (), closed) for name in ("documentation", "news"))
+    scene.node.policy(classes=classes, entropy_edges_milli=(edge,))
+    scene.trainer(model, args=scene.arguments(per_device_train_batch_size=2, gradient_accumulation_steps=3)).train()
+    found = decode_losses(path_of(scene.directory / "7", bytes([7]) * 32).read_bytes(), 24)
+    measured = [loss for loss in found if loss != UNMEASURED]
+    assert measured == pytest.approx(expected, abs=1)
+    stated = {each.band for event in scene.events(Kind.STEP) for each in event.governance.profiles}  # type: ignore[union-attr]
+    assert (stated, scene.node.head(bytes([7]) * 32).closed) == ({0, 1}, "released")
 
 
 @pytest.mark.parametrize("build", [gpt2, lora])

@@ -60,6 +60,7 @@ class Scene:
             factors_digest=b"",
             accumulator_window_steps=0,
             sketch_rank=0,
+            base_losses_sha256=b"",
         )
         self.take(self.recorder.open_campaign(terms, self.manifest))
 
@@ -82,7 +83,8 @@ class Scene:
         self, permission: Permission, use: StepUse, after: Digest, signals: tuple[p.MemorizationSignal, ...] = ()
     ) -> tuple[RecordedEvent, ...]:
         policy = self.node.policy_record()
-        profiles = {name: maximum_profile(policy, name, BLOCKS) for name in ("documentation", "news")}
+        admitted = sorted({self.classes[source] for source, _ in use.admitted})
+        profiles = [maximum_profile(policy, name, 0, BLOCKS) for name in admitted]
         outcome = StepOutcome(
             root_before=self.recorder.place.root,
             root_after=after,
@@ -210,7 +212,7 @@ def test_step_from_another_root_is_our_own_mistake(scene: Scene) -> None:
     permission = scene.grant()
     outcome = StepOutcome(root(5), root(6), (), bytes(32), 0, 0, bytes(32), (), 0)
     with pytest.raises(InvariantBroken, match="starts from"):
-        scene.recorder.step(permission, StepUse(frozenset(), {}), {}, {}, outcome)
+        scene.recorder.step(permission, StepUse(frozenset(), {}), {}, (), outcome)
 
 
 def test_recorder_without_a_campaign_has_no_place(scene: Scene) -> None:
