@@ -179,10 +179,10 @@ class LogApi:
         return HttpReply(200, encode(self._ledger.receipt(identifier)), OCTETS)
 
     async def _status(self, identifier: Digest, call: Call) -> EventStatus:
-        """What became of an event this node knows, waited for as the query asks."""
+        """What became of an event, waited for as the query asks; one handed to another node may be on its way."""
         seconds = fields.wait_seconds(call.query)
         status = self._service.status_of(identifier)
-        if status.state is EventState.PENDING and seconds:
+        if status.state in (EventState.PENDING, EventState.UNKNOWN) and seconds:
             status = await self._service.wait_final(identifier, seconds)
         if status.state is EventState.UNKNOWN:
             raise Rejected(Reason.NOT_FOUND, f"event {identifier.hex()} is not known here")

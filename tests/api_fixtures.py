@@ -205,7 +205,7 @@ class InstantNode:
 
     async def wait_final(self, event_id: Digest, timeout_seconds: float) -> EventStatus:
         with trio.move_on_after(timeout_seconds):
-            while self.status_of(event_id).state is EventState.PENDING:
+            while self.status_of(event_id).state in (EventState.PENDING, EventState.UNKNOWN):
                 await self.changed.wait()
         return self.status_of(event_id)
 

@@ -90,6 +90,23 @@ async def test_wait_returns_when_the_event_is_final_and_at_its_limit_when_not(tm
 
 
 @pytest.mark.trio
+async def test_event_that_is_still_on_its_way_to_this_node_is_waited_for(tmp_path: Path) -> None:
+    async with at(tmp_path) as running:
+        event = running.node.memory.source(LIBRARIAN, "atlas")
+        assert refusal(await running.client.get(f"/v1/events/{event.id.hex()}?wait=0.2")) == (404, "not-found")
+        receipts = []
+
+        async def wait() -> None:
+            receipts.append(await running.client.get(f"/v1/receipts/{event.id.hex()}?wait=30"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.sleep(0.1)
+            assert (await running.client.post("/v1/events", content=wire(event))).status_code == 202
+        assert receipts[0].status_code == 200
+
+
+@pytest.mark.trio
 async def test_event_a_rule_refuses_is_answered_with_the_rule(tmp_path: Path) -> None:
     async with at(tmp_path) as running:
         foreign = running.node.memory.revocation(HOSPITAL, told().books)
