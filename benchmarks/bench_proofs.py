@@ -50,6 +50,7 @@ def measure(report: Report, arguments: argparse.Namespace) -> None:
         valid_until_ms=4_000_000_000_000,
         statement="",
         overlap_sha256=b"",
+        reserve_below=0,
     )
     portions = p.Portions(p.DataPortion(bytes(32), (p.DataItem(encode(claim)),)), None, None)
     unsigned = make_entry(genesis.chain_id, Kind.SOURCE, MemberId(author.id), portions)

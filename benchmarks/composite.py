@@ -170,6 +170,7 @@ def _claim() -> p.SourceClaim:
         valid_until_ms=FAR_FUTURE_MS,
         statement="",
         overlap_sha256=b"",
+        reserve_below=0,
     )
 
 

@@ -70,6 +70,7 @@ class Author:
             valid_until_ms=FAR_FUTURE_MS,
             statement=statement,
             overlap_sha256=b"",
+            reserve_below=0,
         )
         salt = hashlib.sha256(f"salt {label}".encode()).digest()
         portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)

@@ -4,10 +4,10 @@ The second half of admission (``admission.py`` dispatches here). A campaign's he
 stands; every event here is by the campaign's job key, next in sequence, and moves that head by one:
 
 * *step*: inside an open grant, chained to the last event and parameter root; presented examples exactly the
-  sampler's; admitted ones granted, refused ones recorded before; profiles at or below the policy's; a
-  parameter block that no admitted example may touch has not moved, none has in a skipped step; one clip factor over
-  all of them only where the policy admits it; windows of accumulators are committed where they end; momentum of revoked
-  sources is accounted for (``momentum_rules.py``).
+  sampler's; admitted ones granted, refused ones recorded before, and those of a source's reserve (``reserve.py``)
+  neither, but counted; profiles at or below the policy's; a parameter block that no admitted example may touch has not
+  moved, none has in a skipped step; one clip factor over all of them only where the policy admits it; windows of
+  accumulators are committed where they end; momentum of revoked sources is accounted for (``momentum_rules.py``).
 * *refusal*: the true reason, before its step. *rollback*: restores a root on the log, and must follow a step
   whose memorization signal is above the policy's threshold. *release*: the root on the log, with no finding open,
   and what the campaign committed to in custody (``custody_rules.py``).
@@ -15,7 +15,7 @@ stands; every event here is by the campaign's job key, next in sequence, and mov
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -29,6 +29,7 @@ from consensus.membership_change import holder
 from consensus.momentum_rules import check_momentum, is_revoked_under, record_settled, undo_counts
 from consensus.policy import DISCRETIONARY_REFUSALS, REVOCATION_VOID, check_profile, why_refused
 from consensus.rejection import Reason, Rejected
+from consensus.reserve import RESERVED, reserved_among
 from consensus.sampler import is_among, presented_by_source
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
@@ -161,6 +162,7 @@ def _check_uses(
     for pending in head.pending:
         pending_of.setdefault(pending.source, []).extend(pending.examples)
         refused.setdefault(pending.source, Counter())[pending.reason] += len(pending.examples)
+    presented = presented_by_source(campaign.manifest, campaign.sampler_seed, campaign.batch_size, index)
     accounted: dict[bytes, array[int]] = {}
     for use, item in zip(uses, event.portions.data.items, strict=True):
         record = view.get(SOURCE_TABLE + use.source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
@@ -171,17 +173,21 @@ def _check_uses(
             )
         if use.admitted and use.source not in grant.sources:
             raise Rejected(Reason.SOURCE_NOT_GRANTED, f"'{record.claim.name}' was trained on without a grant")
+        reserved = reserved_among(record.claim, presented.get(use.source, ()))
+        if reserved:
+            _check_none_reserved(record.claim, set(reserved).intersection(item.examples))
+            pending_of.setdefault(use.source, []).extend(reserved)
+            refused.setdefault(use.source, Counter())[RESERVED] += len(reserved)
         expected = tuple(p.Count(reason, count) for reason, count in sorted(refused.pop(use.source, {}).items()))
         if use.refused != expected:
             raise Rejected(
                 Reason.COUNTS_NOT_CONSERVED,
-                f"refusals of '{record.claim.name}' are not those recorded before the step",
+                f"refusals of '{record.claim.name}' are not those recorded before the step and those of its reserve",
             )
         if use.presented != use.admitted + sum(count.count for count in use.refused):
             raise Rejected(Reason.COUNTS_NOT_CONSERVED, f"presented of '{record.claim.name}' is not admitted + refused")
         listed = sorted((*item.examples, *pending_of[use.source])) if use.source in pending_of else item.examples
         accounted[use.source] = array("Q", listed)
-    presented = presented_by_source(campaign.manifest, campaign.sampler_seed, campaign.batch_size, index)
     if refused or accounted != presented:
         for source in refused:
             accounted[source] = array("Q", pending_of[source])
@@ -191,6 +197,11 @@ def _check_uses(
             f"step {index} accounts for {claimed.total()} examples, {due.total()} were presented; "
             f"{(claimed - due).total()} too many, {(due - claimed).total()} missing",
         )
+
+
+def _check_none_reserved(claim: p.SourceClaim, reserved: Collection[int]) -> None:
+    if reserved:
+        raise Rejected(Reason.RESERVED_FOR_CALIBRATION, f"example {min(reserved)} of '{claim.name}' is of its reserve")
 
 
 def _counted(examples: Mapping[bytes, "array[int]"]) -> Counter[tuple[bytes, int]]:
@@ -317,7 +328,8 @@ def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     presented = presented_by_source(campaign.manifest, campaign.sampler_seed, campaign.batch_size, operation.index)
     totals: Counter[str] = Counter()
     for refusal, item in zip(refusals, event.portions.data.items, strict=True):
-        _check_refusal_reason(view, refusal.source, refusal.reason, campaign, grant, policy)
+        claim = _check_refusal_reason(view, refusal.source, refusal.reason, campaign, grant, policy)
+        _check_none_reserved(claim, reserved_among(claim, item.examples))
         for example in item.examples:
             if (refusal.source, example) in taken or not is_among(presented, refusal.source, example):
                 raise Rejected(
@@ -344,8 +356,11 @@ def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
 
 def _check_refusal_reason(
     view: StateView, source: bytes, named: str, campaign: CampaignRecord, grant: GrantRecord, policy: p.Policy
-) -> None:
-    """The reason named is the one that holds under the grant (which the step must share with its refusals)."""
+) -> p.SourceClaim:
+    """The reason named is the one that holds under the grant (which the step must share with its refusals).
+
+    Returns the source's claim.
+    """
     record = view.get(SOURCE_TABLE + source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
     if source in grant.sources:
         allowed = DISCRETIONARY_REFUSALS
@@ -358,6 +373,7 @@ def _check_refusal_reason(
             Reason.BAD_FIELD,
             f"'{record.claim.name}' refused as '{named}', expected {' or '.join(sorted(allowed))}",
         )
+    return record.claim
 
 
 def admit_rollback(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:

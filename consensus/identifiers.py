@@ -56,6 +56,7 @@ class Tag(StrEnum):
     SOURCE_ENTRY = "countersign/v1/source-entry"
     EXAMPLE = "countersign/v1/example"
     SALT = "countersign/v1/salt"
+    RESERVE = "countersign/v1/reserve"
     BODY = "countersign/v1/block-body"
     BLOCK = "countersign/v1/block"
     VOTE = "countersign/v1/vote"

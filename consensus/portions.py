@@ -83,7 +83,8 @@ class SourceClaim(Wire, frozen=True):
 
     ``content_root`` is the RFC 9162 root over the source's examples (``content_leaf``), ``licence`` an
     SPDX identifier, the window Unix milliseconds (``valid_until_ms`` exclusive). ``overlap_sha256`` is that of the
-    overlap index of the same examples (``overlap.py``), or empty.
+    overlap index of the same examples (``overlap.py``), or empty. ``reserve_below`` says which of them are never to be
+    trained on (``reserve.py``); 0: none.
     """
 
     name: Name
@@ -98,6 +99,7 @@ class SourceClaim(Wire, frozen=True):
     valid_until_ms: Natural
     statement: Text
     overlap_sha256: OptionalBytes32
+    reserve_below: Natural
 
     def __post_init__(self) -> None:
         _require_whole(self.overlap_sha256)

@@ -75,6 +75,7 @@ class Reason(StrEnum):
     GRANULARITY_NOT_ADMITTED = "granularity-not-admitted"
     SKETCHES_TOO_COARSE = "sketches-too-coarse"
     BASE_LOSSES_MISSING = "base-losses-missing"
+    RESERVED_FOR_CALIBRATION = "reserved-for-calibration"
     MEMORIZATION_ABOVE_THRESHOLD = "memorization-above-threshold"
     ROLLBACK_REQUIRED = "rollback-required"
     NOTHING_TO_ROLL_BACK = "nothing-to-roll-back"

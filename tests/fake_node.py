@@ -36,6 +36,7 @@ from consensus.keys import Signer
 from consensus.membership import committee
 from consensus.merkle import root_of
 from consensus.rejection import Reason, Rejected
+from consensus.reserve import bound_of
 from consensus.state import (
     CAMPAIGN_HEAD_TABLE,
     POLICY_HEAD_KEY,
@@ -143,13 +144,13 @@ class FakeNode:
         content_class: str = "documentation",
         purposes: tuple[str, ...] = ("fine-tuning",),
         overlap_sha256: bytes = b"",
+        reserve: int = 0,
     ) -> bytes:
-        """Register a source whose content tree is salted with ``SALT``."""
+        """Register a source whose content tree is salted with ``SALT``, with so many examples in reserve."""
+        root = root_of([p.content_leaf(p.content_salt(SALT, index), example) for index, example in enumerate(examples)])
         claim = p.SourceClaim(
             name=name,
-            content_root=root_of(
-                [p.content_leaf(p.content_salt(SALT, index), example) for index, example in enumerate(examples)]
-            ),
+            content_root=root,
             example_count=len(examples),
             size_bytes=sum(map(len, examples)),
             licence=licence,
@@ -160,6 +161,7 @@ class FakeNode:
             valid_until_ms=2**52,
             statement="",
             overlap_sha256=overlap_sha256,
+            reserve_below=bound_of(root, len(examples), reserve),
         )
         return self.by_member(
             owner, Kind.SOURCE, p.Portions(p.DataPortion(SALT, (p.DataItem(encode(claim)),)), None, None)

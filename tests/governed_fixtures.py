@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -116,7 +116,10 @@ def edge_between(texts: list[bytes]) -> int:
 
 @dataclass
 class Scene:
-    """A node with a policy, an admitted source, one of class news, and one whose licence is not admitted."""
+    """A node with a policy, an admitted source, one of class news, and one whose licence is not admitted.
+
+    Of the first and the last so many examples are in ``reserve``.
+    """
 
     node: FakeNode
     directory: Path
@@ -130,6 +133,7 @@ class Scene:
     trained: Callable[[nn.Module], Iterable[object]] = nn.Module.parameters
     seen: list[Example] = field(default_factory=list)
     salt: bytes | None = SALT
+    reserve: int = 0
     campaign: bytes = CAMPAIGN
     key: Ed25519SigningKey = KEY
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model
@@ -139,9 +143,11 @@ class Scene:
         if policy or not self.node.order:
             self.node.policy(**policy)
         self.sources = {
-            "manual": self.node.source("manual", self.texts["manual"]),
+            "manual": self.node.source("manual", self.texts["manual"], reserve=self.reserve),
             "paper": self.node.source("paper", self.texts["paper"], owner="data-source-2", content_class="news"),
-            "secret": self.node.source("secret", self.texts["secret"], licence="LicenseRef-Proprietary"),
+            "secret": self.node.source(
+                "secret", self.texts["secret"], licence="LicenseRef-Proprietary", reserve=self.reserve
+            ),
         }
         self.node.delegate(self.campaign, self.key)
 
@@ -245,6 +251,7 @@ class RecitesAt:
         self.step = step
         self.at: list[int] = []
         self.caught: list[Example] = []
+        self.calibrators: dict[bytes, tuple[bytes, ...]] = {}
 
     def glance(self, shown: Mapping[Example, bytes], hits_BT: Tensor, floor: int) -> list[Example]:
         return []
@@ -254,6 +261,9 @@ class RecitesAt:
             return {}
         self.caught.append(min(shown))
         return {self.caught[0]: 900}
+
+    def calibrate_on(self, source: bytes, texts: Sequence[bytes]) -> None:
+        self.calibrators[source] = tuple(texts)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from consensus.parameters import TensorDescriptor, parameter_root
 from consensus.participant import MemberSecrets
 from consensus.policy import maximum_profile, why_refused
 from consensus.rejection import Reason
+from consensus.reserve import RESERVED, reserved_among
 from consensus.review import (
     ACCEPT,
     AT_MOST,
@@ -309,6 +310,7 @@ class MemoryLedger:
                 valid_until_ms=self.genesis.created_ms + YEAR_MS,
                 statement="",
                 overlap_sha256=b"",
+                reserve_below=0,
             ),
             **fields,
         )
@@ -569,12 +571,15 @@ class CampaignRun:
         admitted: dict[bytes, list[int]] = {}
         refused: dict[tuple[bytes, str], list[int]] = {}
         for source, example in presented_examples(self.manifest, seed, self.batch_size, index):
-            if source in grant.sources:
+            if reserved_among(self._source(source).claim, [example]):
+                refused.setdefault((source, RESERVED), []).append(example)
+            elif source in grant.sources:
                 admitted.setdefault(source, []).append(example)
             else:
                 refused.setdefault((source, reason or self._reason(source, grant)), []).append(example)
         before = self.root()
-        refusal = self._refusal(index, refused, grant) if refused else ()
+        recorded_apart = {named: held for named, held in refused.items() if named[1] != RESERVED}
+        refusal = self._refusal(index, recorded_apart, grant) if recorded_apart else ()
         presented = sorted({*admitted, *(source for source, _ in refused)})
         salt = ledger.salt()
         items = []
@@ -751,17 +756,20 @@ class Story:
 
 
 def begin(
-    accumulator_window_steps: int = 0, job_scheme: SignatureScheme = SignatureScheme.ED25519, **ledger_options: object
+    accumulator_window_steps: int = 0,
+    job_scheme: SignatureScheme = SignatureScheme.ED25519,
+    reserve_below: int = 0,
+    **ledger_options: object,
 ) -> Story:
     """A ledger with a policy, three sources and an open campaign; nothing granted yet.
 
     ``books`` is the librarian's, class text; ``records`` the hospital's, class medical; ``archive`` the
-    hospital's too, under a licence the policy does not admit.
+    hospital's too, under a licence the policy does not admit. ``books`` and ``archive`` have the reserve.
     """
     ledger = MemoryLedger(**ledger_options)  # type: ignore[arg-type]
-    books = ledger.source(LIBRARIAN, "books")
+    books = ledger.source(LIBRARIAN, "books", reserve_below=reserve_below)
     records = ledger.source(HOSPITAL, "records", content_class="medical")
-    archive = ledger.source(HOSPITAL, "archive", licence="LicenseRef-internal")
+    archive = ledger.source(HOSPITAL, "archive", licence="LicenseRef-internal", reserve_below=reserve_below)
     ledger.seal(ledger.policy(), books, records, archive)
     sources = (books.id, records.id, archive.id)
     manifest = tuple(p.ManifestRange(source, 0, 8) for source in sources)

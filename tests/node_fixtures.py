@@ -102,6 +102,7 @@ class Consortium:
             valid_until_ms=2_000_000_000_000 + 100 * YEAR_MS,
             statement="",
             overlap_sha256=b"",
+            reserve_below=0,
         )
         salt = hashlib.sha256(f"salt {number}".encode()).digest()
         portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)

@@ -161,6 +161,7 @@ def source(consortium: Processes, owner: str, number: int) -> bytes:
         valid_until_ms=2**52,
         statement="",
         overlap_sha256=b"",
+        reserve_below=0,
     )
     salt = hashlib.sha256(f"salt {number}".encode()).digest()
     return consortium.sign(

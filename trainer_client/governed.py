@@ -14,7 +14,8 @@ runs the backward pass under the grant's depth profiles, clips per parameter blo
 step. In order, per step:
 
 1. a grant for it (asked for ahead; training pauses only without one);
-2. refusals: sources outside the grant with the policy's true reason, examples recited before;
+2. refusals: sources outside the grant with the policy's true reason, examples recited before, and what owners keep in
+   reserve (``consensus/reserve.py``);
 3. forward (the caller's) and one routed backward pass per micro-batch, normalised by the *presented* count;
 4. what the optimizer keeps of sources revoked since is dropped or accounted for (``momentum.py``); where the plan says
    so, per-source sums of gradients (``accumulators.py``), committed at the end of each window;
@@ -59,6 +60,7 @@ from consensus.identifiers import ZERO_DIGEST
 from consensus.keys import Signer
 from consensus.policy import MOMENTUM_FLUSH
 from consensus.rejection import ConfigError, CountersignError, InvariantBroken, Reason, Rejected
+from consensus.reserve import RESERVED
 from consensus.review import DataSlice, Metric, metric_text
 from consensus.sampler import presented_examples
 from trainer_client.accumulators import SourceAccumulators, by_source
@@ -186,6 +188,7 @@ class GovernedRun(Generic[E]):
             raise
         self._routing, self._block_of, self._classes = opened.routing, opened.block_of, opened.classes
         self._base_losses = opened.base_losses
+        self._reserves = opened.reserves
         self._record, self._ledger, self._book = opened.record, opened.ledger, opened.book
         audits = AuditSnapshots(
             snapshot_directory(self._arguments.run_directory, self._plan.campaign),
@@ -361,7 +364,13 @@ class GovernedRun(Generic[E]):
         threshold_permille = self._grant.policy.memorization_threshold_permille
         terms = (self._manifest, self._plan.sampler_seed, self._plan.batch_size)
         shown = {example for index in range(1, self._course.done + 1) for example in presented_examples(*terms, index)}
-        assessed = tuple(sorted(example for example in shown if example[0] in self._admitted))
+        assessed = tuple(
+            sorted(
+                (source, number)
+                for source, number in shown
+                if source in self._admitted and number not in self._reserves[source]
+            )
+        )
         with self._record.costs.governance(), self._record.costs.memorization():
             signals = self._watch.survey(self._model, self._content(assessed), threshold_permille)
             directory = own_directory(self._arguments.run_directory, self._ranks)
@@ -507,10 +516,7 @@ class GovernedRun(Generic[E]):
         self._scaling.check_admitted(grant.policy)
         with self._record.costs.governance():
             presented = presented_examples(self._manifest, self._plan.sampler_seed, self._plan.batch_size, index)
-            refused = {example: grant.refused[example[0]] for example in presented if example[0] in grant.refused}
-            for example in presented:
-                if example in self._course.recited and example not in refused:
-                    refused[example] = Reason.MEMORIZATION_ABOVE_THRESHOLD.value
+            refused = {example: why for example in presented if (why := self._why_refused(example, grant)) is not None}
             admitted = tuple(example for example in presented if example not in refused)
             beginning = step_beginning(self._state)
             due = self._momentum.due(grant) if admitted else ()
@@ -533,6 +539,14 @@ class GovernedRun(Generic[E]):
             self._grant = grant
             self._admitted.update(source for source, _ in self._step.admitted)
         return self._step
+
+    def _why_refused(self, example: Example, grant: OpenGrant) -> str | None:
+        source, number = example
+        if number in self._reserves[source]:
+            return RESERVED
+        if source in grant.refused:
+            return grant.refused[source]
+        return Reason.MEMORIZATION_ABOVE_THRESHOLD.value if example in self._course.recited else None
 
     def _again(self, step: RecordedStep, grant: OpenGrant) -> Step:
         """A step on the log, to be taken again."""
@@ -611,9 +625,11 @@ class GovernedRun(Generic[E]):
         """What else the model recites, of the recited examples' sources."""
         found = [(signal.source, signal.example) for signal in recited]
         contents = {source: self._sources[source].examples for source, _ in found}
+        reserved = {(source, number) for source in contents for number in self._reserves[source]}
+        out = self._course.recited | reserved
         threshold_permille = step.grant.policy.memorization_threshold_permille
         with self._record.costs.memorization():
-            return self._watch.sweep(self._model, found, contents, self._course.recited, threshold_permille)
+            return self._watch.sweep(self._model, found, contents, out, threshold_permille)
 
 
 def governed(

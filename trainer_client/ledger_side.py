@@ -37,7 +37,15 @@ from trainer_client.delivery import Delivery
 from trainer_client.grants import GrantKeeper, OpenGrant
 from trainer_client.outbox import Fate, Outbox, OutboxFull, State
 from trainer_client.plan import CampaignPlan, RunSettings
-from trainer_client.record import Permission, Place, RecordedEvent, Recorder, StepOutcome, StepUse
+from trainer_client.record import (
+    Permission,
+    Place,
+    RecordedEvent,
+    Recorder,
+    StepOutcome,
+    StepUse,
+    refused_by_event,
+)
 from trainer_client.resumption import (
     RecordedPast,
     RecordedStep,
@@ -255,8 +263,8 @@ class LedgerSide:
     ) -> tuple[RecordedEvent, ...]:
         """The step's events, on disk: its refusals first, then itself."""
         events = []
-        if use.refused:
-            events.append(self._recorder.refusal(grant.permission, use.refused))
+        if refused := refused_by_event(use.refused):
+            events.append(self._recorder.refusal(grant.permission, refused))
         step = self._recorder.step(grant.permission, use, self._classes, profiles, outcome)
         events.append(step)
         self._sent.append(SentStep(step.id, self.place.steps, grant.permission))

@@ -15,9 +15,10 @@ its checkpoints, and a record of what its steps took, in ``rank-N`` below it.
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +30,7 @@ from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.policy import why_refused
 from consensus.rejection import ConfigError, Reason, Rejected
+from consensus.reserve import reserved_among
 from trainer_client.accumulators import SourceAccumulators
 from trainer_client.audit_snapshots import snapshot_directory
 from trainer_client.base_losses import (
@@ -131,13 +133,15 @@ class OpenedRun:
 
     ``parameters`` are copies of the model's tensors as the run begins, ``ring`` holds a snapshot of it; ``block_of``
     numbers the parameter block of each parameter, ``classes`` names the content class of each source, ``base_losses``
-    sort examples into entropy bands. On other ranks than the first ``parameters`` are empty.
+    sort examples into entropy bands, ``reserves`` are the examples of a source that no step may admit. On other ranks
+    than the first ``parameters`` are empty.
     """
 
     routing: Routing
     block_of: dict[str, int]
     classes: dict[bytes, str]
     base_losses: BaseLosses
+    reserves: dict[bytes, frozenset[int]]
     record: RunRecord
     parameters: dict[str, Tensor]
     ring: SnapshotRing
@@ -196,9 +200,13 @@ def open_run(
     scaling.check_admitted(policy.policy)
     ranks.together(lambda: _check_contents(sources, claims))
     classes = {identifier: claim.content_class for identifier, claim in claims.items()}
+    reserves = {
+        identifier: frozenset(reserved_among(claim, range(len(sources[identifier].examples))))
+        for identifier, claim in claims.items()
+    }
     probe_loss = arguments.probe_loss
     if probe_loss is not None:
-        ranks.together(lambda: _probe(arguments, model.module, probe_loss, block_of, asked.admitted))
+        ranks.together(lambda: _probe(arguments, model.module, probe_loss, block_of, asked.admitted, reserves))
     stack.enter_context(routing)
     directory = own_directory(arguments.run_directory, ranks)
     directory.mkdir(parents=True, exist_ok=True)
@@ -258,7 +266,9 @@ def open_run(
         event = ledger.open_campaign(terms, manifest)
         book.note("campaign", 0, id=event.id.hex())
         ledger.start_grants(tuple(blocks), losses.measured, book.note_grant)
-        return OpenedRun(routing, block_of, classes, losses, record, parameters, ring, ledger, book, checkpoints, None)
+        return OpenedRun(
+            routing, block_of, classes, losses, reserves, record, parameters, ring, ledger, book, checkpoints, None
+        )
     assert opened is not None
     _check_continues(opened, terms, head)
     ring = SnapshotRing(checkpoint.snapshot)
@@ -271,7 +281,9 @@ def open_run(
     book.note("resumed", head.steps, detail=detail)
     grants = ledger.start_grants(tuple(blocks), losses.measured, book.note_grant, past.steps)
     taken_up = TakenUp(past, grants, head.rollback_required)
-    return OpenedRun(routing, block_of, classes, losses, record, parameters, ring, ledger, book, checkpoints, taken_up)
+    return OpenedRun(
+        routing, block_of, classes, losses, reserves, record, parameters, ring, ledger, book, checkpoints, taken_up
+    )
 
 
 def own_directory(run_directory: Path, ranks: Ranks) -> Path:
@@ -366,12 +378,17 @@ def _check_continues(opened: p.Campaign, terms: p.Campaign, head: CampaignStatus
         raise Rejected(Reason.BAD_FIELD, f"the campaign cannot be taken up with other terms: {'; '.join(different)}")
 
 
+def _not_reserved(source: TrainingSource[E], reserves: Mapping[bytes, frozenset[int]]) -> Iterator[int]:
+    return (row for row in range(len(source.examples)) if row not in reserves[source.id])
+
+
 def _probe(
     arguments: RunArguments[E],
     model: nn.Module,
     loss: Callable[[nn.Module, Any], Tensor],
     block_of: Mapping[str, int],
     admitted: Collection[bytes],
+    reserves: Mapping[bytes, frozenset[int]],
 ) -> None:
     """The probe on a few examples of sources that the policy in force admits; nobody else's reach the model."""
     examples = [
@@ -379,7 +396,7 @@ def _probe(
         for source in arguments.sources
         if source.id in admitted
         # One by one: a slice of a ``datasets.Dataset`` is a table of columns.
-        for example in (source.examples[row] for row in range(min(PROBED_EXAMPLES, len(source.examples))))
+        for example in (source.examples[row] for row in islice(_not_reserved(source, reserves), PROBED_EXAMPLES))
     ]
     if len(examples) < 3:
         _log.warning("the probe needs three admitted examples and found %d: nothing was tried", len(examples))

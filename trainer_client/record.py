@@ -5,7 +5,8 @@ attempt, steps, parameter root, the last event that others chain to. Each method
 one happening and moves that place forward by exactly the rules of ``consensus/admission.py``; should the log
 refuse an event, ``move_to`` puts the recorder back to where the log stands.
 
-A step's refusals come as an event of their own, before the step. Salts come from the caller (32 fresh random
+A step's refusals come as an event of their own, before the step, but for those of a source's reserve, which its claim
+names: the step counts them. Salts come from the caller (32 fresh random
 bytes each); what to record, and when, is left to ``governed.py``.
 """
 
@@ -19,6 +20,7 @@ from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
 from consensus.rejection import InvariantBroken
+from consensus.reserve import RESERVED
 from consensus.review import DataSlice, Evaluation, Metric, check_evaluation
 from consensus.state import merge_counts
 
@@ -314,6 +316,11 @@ class Recorder:
 
     def _salted(self, content: p.Wire) -> p.SaltedPortion:
         return p.SaltedPortion(self._salts(), encode(content))
+
+
+def refused_by_event(refused: Mapping[Example, str]) -> dict[Example, str]:
+    """The refusals that are told by an event of their own: all but those of a reserve."""
+    return {example: reason for example, reason in refused.items() if reason != RESERVED}
 
 
 def count_reasons(reasons: Iterable[str]) -> tuple[p.Count, ...]:

@@ -21,12 +21,13 @@ from torch import Tensor
 from consensus import portions as p
 from consensus.identifiers import ZERO_DIGEST, Digest, Tag, tagged_hash
 from consensus.rejection import InvariantBroken
+from consensus.reserve import RESERVED
 from trainer_client.commitment import CommitmentWorker, StepCommitment, optimizer_state_digest
 from trainer_client.grants import OpenGrant
 from trainer_client.ledger_side import LedgerSide
 from trainer_client.progress import Progress, RunRecord
 from trainer_client.ranks import Ranks
-from trainer_client.record import Example, RecordedEvent, StepOutcome, StepUse
+from trainer_client.record import Example, RecordedEvent, StepOutcome, StepUse, refused_by_event
 from trainer_client.rollback import RandomState, Snapshot, StepBeginning
 from trainer_client.scaling import Scaled
 from trainer_client.tensor_digests import TensorDigests
@@ -216,9 +217,9 @@ class StepBook:
         counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
         presented = len(step.admitted) + len(step.refused)
         self._record.note_step(step.index, loss, presented, counts)
-        if counts:
-            detail = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-            self.note("refusal", step.index, id=events[0].id.hex(), refused=len(step.refused), detail=detail)
+        if refused := refused_by_event(step.refused):
+            detail = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason != RESERVED)
+            self.note("refusal", step.index, id=events[0].id.hex(), refused=len(refused), detail=detail)
         settled = [f"{source.hex()} flushed" for source in step.flushed]
         settled += [f"{held.source.hex()} carried, at most {held.residual_nano / NANO:.9f}" for held in step.carried]
         if settled:

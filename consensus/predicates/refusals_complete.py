@@ -1,9 +1,10 @@
 """``refusals-complete``: every example a campaign was presented with was admitted or refused, for the true reason.
 
-The examples presented at each step follow from the campaign's manifest and seed alone (``sampler.py``), so
-the verifier makes the list itself and holds it against the admitted and refused examples of every step and
-refusal, one by one. Totals must be those of the campaign's head and of every source's usage record. A
-refusal's reason is recomputed from claim, policy, purpose and revocation as they stood when its grant opened.
+The examples presented at each step follow from the campaign's manifest and seed alone (``sampler.py``), and which
+of them are of a source's reserve from its claim (``reserve.py``), so the verifier makes the lists itself and holds them
+against the admitted and refused examples of every step and refusal, one by one. Totals must be those of the campaign's
+head and of every source's usage record. A refusal's reason is recomputed from claim, policy, purpose and revocation as
+they stood when its grant opened.
 This predicate needs the data portions of all sources.
 """
 
@@ -17,7 +18,8 @@ from consensus.policy import DISCRETIONARY_REFUSALS, why_refused
 from consensus.predicates.history import complete_job_events, member_name
 from consensus.predicates.verdict import Steps
 from consensus.rejection import Reason
-from consensus.sampler import presented_examples
+from consensus.reserve import RESERVED, reserved_among
+from consensus.sampler import presented_by_source
 from consensus.state import (
     CAMPAIGN_TABLE,
     GRANT_TABLE,
@@ -122,6 +124,8 @@ def refusals_complete(bundle: OpenBundle, steps: Steps) -> None:
         f"records of {len(campaign.manifest)} sources count",
         problems,
     )
+    if reserved := sum(totals.refused[RESERVED] for totals in replay.by_source.values()):
+        steps.checked(f"{reserved} of those refused are of their owners' reserves, of which no step admitted any")
     steps.attested(f"that the job trained on nothing but what it recorded: {operator}")
     if head.pending:
         steps.not_covered("examples refused for a step that is not on the log yet")
@@ -185,6 +189,7 @@ def _replay_step(replay: _Replay, event: OpenEvent) -> None:
     where = f"event {event.entry.sequence} (step {operation.index})"
     if operation.index != replay.steps + 1:
         replay.conserved.append(f"{where}: the campaign's next step is {replay.steps + 1}")
+    presented = presented_by_source(campaign.manifest, campaign.sampler_seed, campaign.batch_size, operation.index)
     accounted: Counter[tuple[bytes, int]] = Counter()
     refused: dict[bytes, Counter[str]] = {}
     for (source, reason), examples in replay.pending.items():
@@ -196,24 +201,30 @@ def _replay_step(replay: _Replay, event: OpenEvent) -> None:
         assert item.examples is not None
         accounted.update((use.source, example) for example in item.examples)
         counts = Counter({count.reason: count.count for count in use.refused})
-        if counts != refused.pop(use.source, Counter()):
-            replay.conserved.append(f"{where}: refusals of source {use.source.hex()} are not those recorded before")
+        claim = replay.bundle.record(SOURCE_TABLE + use.source, SourceRecord).claim
+        expected = refused.pop(use.source, Counter())
+        if reserved := reserved_among(claim, presented.get(use.source, ())):
+            accounted.update((use.source, example) for example in reserved)
+            expected[RESERVED] += len(reserved)
+        if reserved_among(claim, item.examples):
+            replay.conserved.append(f"{where}: examples of the reserve of {claim.name!r} were admitted")
+        if counts != expected:
+            replay.conserved.append(
+                f"{where}: refusals of source {use.source.hex()} are not those recorded before and those of its reserve"
+            )
         if use.presented != use.admitted + counts.total():
             replay.conserved.append(f"{where}: presented of source {use.source.hex()} is not admitted + refused")
-        claim = replay.bundle.record(SOURCE_TABLE + use.source, SourceRecord).claim
         if use.content_class != claim.content_class:
             replay.conserved.append(f"{where}: class of {claim.name!r} is not {use.content_class!r}")
         totals = replay.by_source.setdefault(use.source, _Totals())
         totals.presented += use.presented
         totals.admitted += use.admitted
         totals.refused.update(counts)
-    presented = Counter(
-        presented_examples(campaign.manifest, campaign.sampler_seed, campaign.batch_size, operation.index)
-    )
-    if refused or accounted != presented:
+    due = Counter((source, example) for source, listed in presented.items() for example in listed)
+    if refused or accounted != due:
         replay.conserved.append(
-            f"{where} accounts for {accounted.total()} examples, {presented.total()} were presented; "
-            f"{(accounted - presented).total()} too many, {(presented - accounted).total()} missing"
+            f"{where} accounts for {accounted.total()} examples, {due.total()} were presented; "
+            f"{(accounted - due).total()} too many, {(due - accounted).total()} missing"
         )
     replay.pending.clear()
     replay.steps, replay.last_step = operation.index, event

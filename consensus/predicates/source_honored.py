@@ -13,6 +13,7 @@ from consensus.policy import REVOCATION_VOID, why_refused
 from consensus.predicates.history import job_events, member_name, note_closing, same_member
 from consensus.predicates.source_uses import Use, claim_of, grant_of, totals_of, uses_of_source
 from consensus.predicates.verdict import Steps
+from consensus.reserve import RESERVED
 from consensus.state import POLICY_TABLE, PolicyRecord, SourceRecord
 
 
@@ -70,6 +71,12 @@ def source_honored(bundle: OpenBundle, steps: Steps) -> None:
             f"{owner} revoked it (entry {revocation.index}): no grant opened later covers a use{drained}",
             findings.revocation,
             findings.undisclosed,
+        )
+    if record.claim.reserve_below:
+        kept = sum(count.count for use in uses for count in use.content.refused if count.reason == RESERVED)
+        steps.attested(
+            f"that the {kept} examples counted as of its reserve are all of the reserve that it was presented with: "
+            "the members that certified the log, each of whom can tell them (refusals-complete shows it)"
         )
     note_closing(bundle, steps)
     steps.attested(f"that the job trained on nothing but what it recorded: {operator}")

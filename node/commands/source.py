@@ -15,6 +15,7 @@ from consensus.identifiers import Role
 from consensus.overlap import OverlapBuilder, overlap_key
 from consensus.portions import DataItem, DataPortion, Portions, SourceClaim, SourceRevocation, Wire
 from consensus.rejection import ConfigError
+from consensus.reserve import bound_of
 from node.clock import SystemClock
 from node.commands.connection import connect, node_options
 from node.commands.content import (
@@ -41,6 +42,10 @@ BACKDATED_MS = 60_000
 NOTED_BYTES = 16 << 20
 """Between lines that say how far an overlap index is."""
 
+LEAST_RESERVE = 32
+RESERVE_PERCENT = 2
+"""What ``--reserve auto`` keeps back: so many examples, or this share of them if that is more."""
+
 REQUIRED = ("name", "licence", "rights_basis", "purposes", "content_class")
 
 
@@ -54,6 +59,7 @@ class ClaimFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content_class: str | None = msgspec.field(name="class", default=None)
     valid_days: int | None = None
     statement: str = ""
+    reserve: int | str = 0
 
 
 @click.group()
@@ -100,6 +106,12 @@ def source() -> None:
     help="Also write an overlap index, by which outputs that repeat an example are recognised later, and its key to "
     "FILE.key; the claim names its digest. About 2.5 times the examples' size; some seconds a megabyte.",
 )
+@click.option(
+    "--reserve",
+    metavar="N|auto",
+    help="So many examples are never trained on: memorization of the others is measured against them. Lots drawn from "
+    "their root say which. auto: 2 percent, at least 32. At most half. Default: none.",
+)
 @click.option("--submit", is_flag=True, help="Hand it to the node of --config and wait until it is final.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -121,6 +133,7 @@ def source_sign(
     statement: str | None,
     salt_file: Path | None,
     overlap_path: Path | None,
+    reserve: str | None,
     submit: bool,
     out: Path | None,
     as_json: bool,
@@ -148,6 +161,7 @@ def source_sign(
         content_class=content_class or file.content_class,
         valid_days=valid_days or file.valid_days or 365,
         statement=statement or file.statement,
+        reserve=reserve or file.reserve,
     )
     missing = [key for key in REQUIRED if not getattr(claimed, key)]
     if missing:
@@ -161,6 +175,7 @@ def source_sign(
     examples = dataset_column(paths, dataset) if dataset is not None else read_examples(paths, split)
     content = measure(examples if overlap is None else _told(examples, overlap.add), salt)
     index = b"" if overlap is None else overlap.finish()
+    reserved_count = _reserve_of(claimed.reserve, content.example_count)
     now_ms = SystemClock().now_ms()
     assert claimed.name is not None
     assert claimed.licence is not None
@@ -180,10 +195,13 @@ def source_sign(
         valid_until_ms=now_ms + claimed.valid_days * DAY_MS,
         statement=claimed.statement,
         overlap_sha256=hashlib.sha256(index).digest() if index else b"",
+        reserve_below=bound_of(content.root, content.example_count, reserved_count),
     )
     if not as_json:
         click.echo(f"{content.example_count} examples, {content.size_bytes} bytes, root {content.root.hex()}")
         click.echo(f"salt in {salt_path}: keep it secret and keep it safe")
+        if reserved_count:
+            click.echo(f"{reserved_count} of the examples are the reserve, which no step may train on")
     if overlap_path is not None:
         replace_private(overlap_path, index)
         replace_private(key_path(overlap_path), overlap_key(salt).hex().encode() + b"\n")
@@ -263,6 +281,23 @@ def _sign_single_item(
 def key_path(overlap_path: Path) -> Path:
     """Where the key of an overlap index is kept."""
     return overlap_path.with_name(f"{overlap_path.name}.key")
+
+
+def _reserve_of(asked: int | str, example_count: int) -> int:
+    """How many examples are kept in reserve.
+
+    Raises:
+        ConfigError: no number, or more than half of the source.
+    """
+    if asked == "auto":
+        reserve = max(LEAST_RESERVE, -(-example_count * RESERVE_PERCENT // 100))
+    elif str(asked).isascii() and str(asked).isdigit():
+        reserve = int(asked)
+    else:
+        raise ConfigError(f"reserve: expected a number of examples or auto, found {asked!r}")
+    if 2 * reserve > example_count:
+        raise ConfigError(f"reserve: expected at most half of {example_count} examples, found {reserve}")
+    return reserve
 
 
 def _told(examples: Iterable[bytes], tell: Callable[[bytes], None]) -> Iterator[bytes]:

@@ -279,6 +279,7 @@ class Consortium:
             valid_until_ms=now_ms + 365 * DAY_MS,
             statement="Documentation of the Python standard library, with facts made up for the demonstration.",
             overlap_sha256=b"",
+            reserve_below=0,
         )
         final = self._finalize(own, Kind.SOURCE, data=claim)
         return SignedSource(description, final.id, salt, content.example_count, final.milliseconds)

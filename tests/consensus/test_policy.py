@@ -38,7 +38,7 @@ POLICY = p.Policy(
     momentum="carry",
     rationale="",
 )
-CLAIM = p.SourceClaim("s", digest("c"), 8, 8, "CC0-1.0", "own", ("research",), "text", 100, 200, "", b"")
+CLAIM = p.SourceClaim("s", digest("c"), 8, 8, "CC0-1.0", "own", ("research",), "text", 100, 200, "", b"", 0)
 BLOCKS = ("embedding", "layer.0")
 
 

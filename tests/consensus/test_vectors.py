@@ -20,6 +20,7 @@ FILES = (
     "job_keys",
     "log_tree",
     "portions",
+    "reserve",
     "sampler",
     "state_map",
     "tagged_hash",

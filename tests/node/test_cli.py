@@ -27,6 +27,7 @@ from consensus.identifiers import Role
 from consensus.merkle import inclusion_proof_of, verify_inclusion
 from consensus.overlap import OverlapIndex, overlaps
 from consensus.portions import BandRule, BlockWeight, ClassRule, Policy, SourceClaim, content_leaf, content_salt
+from consensus.reserve import reserved_among
 from node.cli import COMMANDS, every_command, main
 from node.commands.content import measure, pieces_of, read_examples
 from node.commands.member import load_member
@@ -269,6 +270,41 @@ def test_a_claim_names_the_overlap_index_of_its_examples_whose_key_is_kept_besid
     assert (found.example, index.header.examples) == (1, 2)
     assert found.longest.length > 50
     assert bytes.fromhex((tmp_path / "sonnets.salt").read_text()) not in (key, index_path.read_bytes())
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("auto", 32), ("7", 7), ("0", 0), (None, 0)])
+def test_a_claim_keeps_so_many_examples_in_reserve_as_asked_for(
+    consortium: Provisioned, tmp_path: Path, asked: str | None, expected: int
+) -> None:
+    content, out = tmp_path / "text.txt", tmp_path / "claim.event"
+    content.write_bytes(b"".join(b"line %d\n" % number for number in range(100)))
+    options = ("--name", "sonnets", "--lines", "--salt-file", str(tmp_path / "sonnets.salt"), *CLAIM)
+    result = sign_source(consortium, content, out, *options, *(("--reserve", asked) if asked else ()))
+    assert result.exit_code == 0, result.output
+    assert (f"{expected} of the examples are the reserve" in result.output) is bool(expected)
+    claim = event_in(out, consortium.members["library"].config).items[0]
+    assert isinstance(claim, SourceClaim)
+    assert len(reserved_among(claim, range(100))) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("auto", "reserve: expected at most half of 63 examples, found 32"),
+        ("32", "reserve: expected at most half of 63 examples, found 32"),
+        ("-1", "reserve: expected a number of examples or auto, found '-1'"),
+        ("2%", "reserve: expected a number of examples or auto, found '2%'"),
+    ],
+)
+def test_a_reserve_that_leaves_too_little_of_a_source_is_refused_by_name(
+    consortium: Provisioned, tmp_path: Path, asked: str, expected: str
+) -> None:
+    content, out = tmp_path / "text.txt", tmp_path / "claim.event"
+    content.write_bytes(b"".join(b"line %d\n" % number for number in range(63)))
+    options = ("--name", "sonnets", "--lines", "--salt-file", str(tmp_path / "sonnets.salt"), *CLAIM)
+    result = sign_source(consortium, content, out, *options, "--reserve", asked)
+    assert (result.exit_code, expected in result.stderr) == (2, True), result.stderr
+    assert not out.exists()
 
 
 def test_examples_are_files_pieces_lines_or_json_fields(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def claim(genesis: Genesis, secrets: dict[str, MemberSecrets], number: int) -> C
         valid_until_ms=2 * START_MS,
         statement="",
         overlap_sha256=b"",
+        reserve_below=0,
     )
     return signed(genesis, secrets, Kind.SOURCE, content, number)
 

@@ -31,6 +31,7 @@ from consensus.portions import (
     portion_commitment,
 )
 from consensus.predicates import Predicate
+from consensus.reserve import lot
 from consensus.sampler import presented_indexes
 from consensus.state_map import EMPTY_STATE_ROOT, StateMap
 from node.cli import every_command, main
@@ -258,6 +259,7 @@ VECTORS = {
     "sampler, seed 00…, n = 10, b = 4, steps 1 to 3": "`, `".join(
         " ".join(map(str, presented_indexes(ZERO, 10, 4, step))) for step in (1, 2, 3)
     ),
+    "reserve, content root 00…, lots of examples 0 and 1": f"{lot(ZERO, 0)} {lot(ZERO, 1)}",
 }
 
 

@@ -34,6 +34,7 @@ PURE_MODULES = frozenset(
         "fractions",
         "functools",
         "hashlib",
+        "heapq",
         "itertools",
         "json",
         "math",

@@ -279,6 +279,16 @@ def check_sample(case: dict) -> None:
     check(examples, case["examples"], "examples presented")
 
 
+def check_reserve(case: dict) -> None:
+    root = bytes.fromhex(case["content_root"])
+    lots = [
+        struct.unpack(">Q", tagged(name("reserve"), root, struct.pack(">Q", example))[:8])[0] // 2**11
+        for example in range(len(case["lots"]))
+    ]
+    check(lots, case["lots"], "lots")
+    check([example for example, drawn in enumerate(lots) if drawn < case["reserve_below"]], case["reserve"], "reserve")
+
+
 def check_window(case: dict) -> None:
     leaves = [bytes.fromhex(part) for part in (case["terms"], *case["entries"])]
     check(tree([tagged(name("accumulator"), part) for part in leaves]).hex(), case["root"], "root of a window")
@@ -338,6 +348,7 @@ CHECKS = {
     "log_tree": check_tree,
     "state_map": check_state,
     "sampler": check_sample,
+    "reserve": check_reserve,
     "accumulators": check_window,
     "epochs": check_epoch,
     "audits": check_audit,

@@ -40,6 +40,7 @@ from consensus.keys import Ed25519SigningKey, SignatureScheme, signer_for
 from consensus.membership import ED25519_LIST, Membership, committee
 from consensus.membership_change import MembershipChange, membership_digest
 from consensus.merkle import leaf_hash, root_of
+from consensus.reserve import bound_of, lot
 from consensus.sampler import presented_examples, presented_indexes
 from consensus.state import EPOCH_HEAD_KEY
 from consensus.state_map import StateMap
@@ -247,6 +248,24 @@ def samples() -> list[Case]:
     return cases
 
 
+def reserves() -> list[Case]:
+    """Lots of a source's examples, and the reserve of so many of them."""
+    cases: list[Case] = []
+    for count, reserve in ((1, 0), (8, 1), (100, 32)):
+        root = octets("content", count)
+        bound = bound_of(root, count, reserve)
+        lots = [lot(root, example) for example in range(count)]
+        cases.append(
+            {
+                "content_root": root.hex(),
+                "lots": lots,
+                "reserve_below": bound,
+                "reserve": [example for example in range(count) if lots[example] < bound],
+            }
+        )
+    return cases
+
+
 def windows() -> list[Case]:
     """Accumulator windows and their roots."""
     cases: list[Case] = []
@@ -352,6 +371,7 @@ FILES = {
     "log_tree": trees,
     "state_map": states,
     "sampler": samples,
+    "reserve": reserves,
     "accumulators": windows,
     "epochs": epochs,
     "audits": audits,
