@@ -71,14 +71,20 @@ from trainer_client.data_parallel import ParallelModel, pass_over
 from trainer_client.evaluation import file_sha256
 from trainer_client.grants import OpenGrant
 from trainer_client.memorization_manifest import NAME as MANIFEST_NAME
-from trainer_client.memorization_manifest import measured_by, recited_metric, write_manifest
-from trainer_client.memorization_watch import MemorizationCheck, MemorizationWatch, last_pass_from
+from trainer_client.memorization_manifest import measured_by, recited_metric, reserve_metric, write_manifest
+from trainer_client.memorization_watch import (
+    CALIBRATORS_OF_A_SOURCE,
+    MemorizationCheck,
+    MemorizationWatch,
+    last_pass_from,
+    steps_of_a_pass,
+)
 from trainer_client.momentum import Momentum
 from trainer_client.opening import RunArguments, open_run, own_directory
 from trainer_client.outbox import Fate
 from trainer_client.packing import Packing, taken_apart
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
-from trainer_client.progress import Moment, OnProgress, Summary
+from trainer_client.progress import MemorizationPass, Moment, OnProgress, Summary
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example, RecordedEvent
 from trainer_client.resumption import RecordedStep
@@ -131,6 +137,8 @@ class GovernedRun(Generic[E]):
         self._settings = arguments.settings
         self._sources = {source.id: source for source in arguments.sources}
         self._manifest = manifest_of(arguments.sources)
+        manifest_size = sum(entry.count for entry in self._manifest)
+        self._steps_of_a_pass = steps_of_a_pass(manifest_size, self._plan.batch_size)
         self._scheduler = arguments.scheduler
         self._micro_batch_size = arguments.micro_batch_size or self._plan.batch_size
         self._watch = MemorizationWatch(
@@ -138,9 +146,7 @@ class GovernedRun(Generic[E]):
             self._settings.check_memorization_every_steps,
             self._plan.planned_steps,
             self._micro_batch_size,
-            last_pass_from(
-                sum(entry.count for entry in self._manifest), self._plan.batch_size, self._plan.planned_steps
-            ),
+            last_pass_from(manifest_size, self._plan.batch_size, self._plan.planned_steps),
         )
         self._stack = ExitStack()
         self._micro_batch = ExitStack()
@@ -189,6 +195,15 @@ class GovernedRun(Generic[E]):
         self._routing, self._block_of, self._classes = opened.routing, opened.block_of, opened.classes
         self._base_losses = opened.base_losses
         self._reserves = opened.reserves
+        self._watch.keep_apart(
+            self._content(
+                tuple(
+                    (source, number)
+                    for source, numbers in self._reserves.items()
+                    for number in sorted(numbers)[:CALIBRATORS_OF_A_SOURCE]
+                )
+            )
+        )
         self._record, self._ledger, self._book = opened.record, opened.ledger, opened.book
         audits = AuditSnapshots(
             snapshot_directory(self._arguments.run_directory, self._plan.campaign),
@@ -375,8 +390,12 @@ class GovernedRun(Generic[E]):
             signals = self._watch.survey(self._model, self._content(assessed), threshold_permille)
             directory = own_directory(self._arguments.run_directory, self._ranks)
             data = write_manifest(directory / "memorization.jsonl", assessed, signals)
-        metric = recited_metric(signals, threshold_permille)
-        self._record_evaluation(MANIFEST_NAME, [metric], data, measured_by())
+        with self._record.costs.governance():
+            flagged, of = self._flagged_of_reserve(self._grant)
+        metrics = [recited_metric(signals, threshold_permille)]
+        if of:
+            metrics.append(reserve_metric(flagged))
+        self._record_evaluation(MANIFEST_NAME, metrics, data, measured_by())
         return signals
 
     def _record_evaluation(
@@ -620,6 +639,24 @@ class GovernedRun(Generic[E]):
         if recited:
             event = self._course.resolve()  # on disk before anything is looked for: it is undone after a crash, too
             self._course.undo(step, event, before, recited + self._swept(step, recited))
+        elif step.index % self._steps_of_a_pass == 0:
+            self._note_pass(step)
+
+    def _note_pass(self, step: Step) -> None:
+        """As a pass over the manifest ends: what the check says of examples that nobody trained on."""
+        flagged, assessed = self._flagged_of_reserve(step.grant)
+        if assessed:
+            recited = len(self._course.recited)
+            self._record.memorization_passes[step.index] = MemorizationPass(step.index, recited, flagged, assessed)
+            detail = f"recited so far: {recited}; taken for recited in reserve: {flagged} of {assessed}"
+            self._book.note("memorization", step.index, detail=detail)
+
+    def _flagged_of_reserve(self, grant: OpenGrant) -> tuple[int, int]:
+        sources = self._admitted - grant.refused.keys()
+        threshold_permille = grant.policy.memorization_threshold_permille
+        with self._record.costs.memorization():
+            found = self._watch.flagged_of_reserve(self._model, sources, threshold_permille)
+        return self._ranks.by_first(lambda: found)
 
     def _swept(self, step: Step, recited: tuple[p.MemorizationSignal, ...]) -> tuple[p.MemorizationSignal, ...]:
         """What else the model recites, of the recited examples' sources."""

@@ -8,22 +8,22 @@
    from the same prompt (boilerplate). The *signal* is that excess in permille of ``recital_bytes``, at most 1000.
    Text that compresses below ``compression_floor_permille`` zlib bytes per byte is set aside and counted: it
    is predictable without having been seen.
-3. **Twins.** A signal above the policy's threshold counts only if the example's loss also *dropped* as only seen
+3. **Calibrators.** A signal above the policy's threshold counts only if the example's loss also *dropped* as only seen
    text does. Its drop is how far its loss fell from the base model's, in the best stretch of ``stretch_bytes``;
-   it must exceed a quantile of the drops of its twins: held-out texts whose base loss is nearest to the
-   example's there. A quantile, because any fixed threshold drifts as the model learns. The twins are held-out
-   records as they are and corrupted, so that there are twins for high-entropy strings too. A signal at or under
-   the threshold is reported as measured, without this stage: nothing depends on it.
+   it must exceed a quantile of the drops of calibrators of its band (``calibrators.py``): texts of the same source that
+   no step trains on, where its owner keeps a reserve of at least ``calibrator_count``, else public ones. A quantile,
+   because any fixed threshold drifts as the model learns. A signal at or under the threshold is reported as measured,
+   without this stage: nothing depends on it.
 
-The base model is asked once per text, and only for texts past the glance; the twins nearest to an example only
-where it comes to stage 3.
+Every stage must agree, so their order is a matter of cost alone: what the step's own pass shows for nothing comes
+first. The base model is asked once per text, and only for texts past the glance; the calibrators nearest to an example
+only where it comes to stage 3.
 
 Deterministic; leaves mode, gradients and random state of both models alone. The signal is the operator's claim;
 the threshold is the policy's. Left to ``memorization_watch.py``: which steps and examples are looked at when.
 Not covered: paraphrase, recitation of another text than the example.
 """
 
-import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,12 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from consensus.rejection import InvariantBroken
+from trainer_client.calibrators import PERMILLE, Calibrators
 
 Predictions = Callable[[nn.Module, Sequence[bytes]], tuple[Tensor, Tensor]]
 """A model and B texts of one length T to, for each byte after the first, its loss in nats and whether it was
 the model's likeliest: float and bool ``[B, T - 1]``."""
-
-PERMILLE = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +45,9 @@ class DetectorSettings:
     """Quantities of all stages, in bytes and permille; ``texts_at_once`` go through a model together."""
 
     stretch_bytes: int = 32
-    twin_count: int = 24
+    calibrator_count: int = 24
     quantile_permille: int = 950
+    copied_permille: int = 500
     compression_floor_permille: int = 350
     prompt_bytes: int = 16
     recital_bytes: int = 48
@@ -60,6 +60,24 @@ class FlaggedExample:
 
     position: int
     signal_permille: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageFigures:
+    """What every stage says of a text: its signal, its drop and the limit for it, whether it is set aside.
+
+    ``base_loss`` is the base model's where the drop is largest; losses in nats a byte.
+    """
+
+    signal_permille: int
+    base_loss: float
+    drop: float
+    limit: float
+    is_set_aside: bool
+
+    def is_recited(self, threshold_permille: int) -> bool:
+        """Whether all stages agree that it is."""
+        return not self.is_set_aside and self.signal_permille > threshold_permille and self.drop > self.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +95,11 @@ class MemorizationReport:
 
 
 class MemorizationDetector:
-    """Compares a model in training with its base model on examples and on held-out twins.
+    """Compares a model in training with its base model on examples and on calibrators.
 
     Args:
         base_model: as it was before the first step; read, never changed.
-        held_out: texts that neither model was trained on, of one length, at least ``twin_count``.
+        held_out: public texts that neither model was trained on, of one length, at least ``calibrator_count``.
         predictions: how to ask a model.
     """
 
@@ -95,17 +113,23 @@ class MemorizationDetector:
         self._base_model = base_model
         self._predictions = predictions
         self._settings = settings or DetectorSettings()
-        self._twins = tuple(text for held in held_out for text in (held, _corrupted(held, 4), _corrupted(held, 1)))
-        if len(held_out) < self._settings.twin_count:
+        if len(held_out) < self._settings.calibrator_count:
             raise InvariantBroken(
-                f"expected at least {self._settings.twin_count} held-out texts, found {len(held_out)}"
+                f"expected at least {self._settings.calibrator_count} held-out texts, found {len(held_out)}"
             )
+        self._public = Calibrators(held_out)
+        self._own: dict[bytes, Calibrators] = {}
         self._base_seen: dict[bytes, tuple[Tensor, Tensor]] = {}
-        self._twin_drops: dict[int, float] = {}
+
+    def calibrate_on(self, source: bytes, texts: Sequence[bytes]) -> None:
+        """Examples of a source are held against these texts of it; against public ones where there are too few."""
+        if len(texts) >= self._settings.calibrator_count:
+            self._own[source] = Calibrators(texts)
 
     def forget_calibration(self) -> None:
-        """The twins are measured anew, under the model as it is then, when they are next needed."""
-        self._twin_drops = {}
+        """Calibrators are measured anew, under the model as it is then, when they are next needed."""
+        for calibrators in (self._public, *self._own.values()):
+            calibrators.forget()
 
     def glance(self, texts: Sequence[bytes], hits_BT: Tensor, floor_permille: int) -> tuple[int, ...]:
         """The texts whose signal under these hits (bool ``[B, T - 1]``, in any model's pass) is above a floor."""
@@ -117,10 +141,21 @@ class MemorizationDetector:
         signals = [self._signal(hits_BT[row].tolist(), base_hits_BT[at].tolist()) for at, row in enumerate(rows)]
         return tuple(row for row, signal in zip(rows, signals, strict=True) if signal > floor_permille)
 
-    def assess(self, model: nn.Module, examples: Sequence[bytes], threshold_permille: int = 0) -> MemorizationReport:
-        """Recitation of ``examples``, all of one length, by ``model`` as it is now; above the threshold, the twins."""
+    def assess(
+        self,
+        model: nn.Module,
+        examples: Sequence[bytes],
+        threshold_permille: int = 0,
+        sources: Sequence[bytes] | None = None,
+    ) -> MemorizationReport:
+        """Recitation of ``examples``, all of one length, by ``model`` as it is now; above the threshold, calibrated.
+
+        ``sources`` names each example's; None holds all of them against public text.
+        """
         kept = [position for position, example in enumerate(examples) if not self._is_set_aside(example)]
-        recited = self._recited(model, [examples[position] for position in kept], threshold_permille) if kept else []
+        texts = [examples[position] for position in kept]
+        calibrators = [self._calibrators_of(sources, position) for position in kept]
+        recited = self._recited(model, texts, calibrators, threshold_permille) if kept else []
         flagged = tuple(FlaggedExample(kept[row], signal_permille) for row, signal_permille in recited)
         return MemorizationReport(
             flagged=flagged,
@@ -129,8 +164,31 @@ class MemorizationDetector:
             set_aside_count=len(examples) - len(kept),
         )
 
-    def _recited(self, model: nn.Module, texts: Sequence[bytes], threshold_permille: int) -> list[tuple[int, int]]:
-        """Row and signal of the texts with any, but for those above the threshold that dropped no more than twins."""
+    def figures(
+        self, model: nn.Module, examples: Sequence[bytes], sources: Sequence[bytes] | None = None
+    ) -> tuple[StageFigures, ...]:
+        """Every stage's figures of every example, which ``assess`` spares itself; for measuring the detector."""
+        losses_BT, hits_BT = self._ask(model, examples)
+        base_losses_BT, base_hits_BT = self._ask_base(examples)
+        base_loss_B, drop_B = self._drops(losses_BT, base_losses_BT)
+        return tuple(
+            StageFigures(
+                signal_permille=self._signal(hits_BT[row].tolist(), base_hits_BT[row].tolist()),
+                base_loss=base_loss_B[row].item(),
+                drop=drop_B[row].item(),
+                limit=self._limit(model, text, base_loss_B[row].item(), self._calibrators_of(sources, row)),
+                is_set_aside=self._is_set_aside(text),
+            )
+            for row, text in enumerate(examples)
+        )
+
+    def _calibrators_of(self, sources: Sequence[bytes] | None, position: int) -> Calibrators:
+        return self._public if sources is None else self._own.get(sources[position], self._public)
+
+    def _recited(
+        self, model: nn.Module, texts: Sequence[bytes], calibrators: Sequence[Calibrators], threshold_permille: int
+    ) -> list[tuple[int, int]]:
+        """Row and signal of the texts with any, but for those above the threshold that dropped no more than others."""
         losses_BT, hits_BT = self._ask(model, texts)
         rows = [row for row, hits_T in enumerate(hits_BT.tolist()) if self._bound(hits_T) > 0]
         if not rows:
@@ -140,8 +198,11 @@ class MemorizationDetector:
         found = []
         for at, row in enumerate(rows):
             signal = self._signal(hits_BT[row].tolist(), base_hits_BT[at].tolist())
-            expected = signal > threshold_permille and drop_B[at].item() <= self._limit(model, base_loss_B[at])
-            if signal > 0 and not expected:
+            if signal > threshold_permille:
+                limit = self._limit(model, texts[row], base_loss_B[at].item(), calibrators[row])
+                if drop_B[at].item() <= limit:
+                    continue
+            if signal > 0:
                 found.append((row, signal))
         return found
 
@@ -160,18 +221,25 @@ class MemorizationDetector:
         drop_B, best_B = drops_BS.max(dim=1)
         return base_BS.gather(1, best_B[:, None])[:, 0], drop_B
 
-    def _limit(self, model: nn.Module, base_loss: Tensor) -> float:
-        """The quantile of the drops of the twins nearest in base loss; measures those not measured yet."""
-        twin_base_losses_C = self._ask_base(self._twins)[0].mean(dim=1)
-        distances_C = (twin_base_losses_C - base_loss).abs()
-        nearest = torch.argsort(distances_C, stable=True)[: self._settings.twin_count].tolist()
-        new = [twin for twin in nearest if twin not in self._twin_drops]
-        if new:
-            texts = [self._twins[twin] for twin in new]
-            _, drop_B = self._drops(self._ask(model, texts)[0], self._ask_base(texts)[0])
-            self._twin_drops |= dict(zip(new, drop_B.tolist(), strict=True))
-        ordered = sorted(self._twin_drops[twin] for twin in nearest)
-        return float(ordered[(len(ordered) - 1) * self._settings.quantile_permille // PERMILLE])
+    def _limit(self, model: nn.Module, text: bytes, base_loss: float, calibrators: Calibrators) -> float:
+        """The quantile of the drops of the calibrators in the text's band."""
+
+        def measure(texts: Sequence[bytes]) -> list[tuple[float, int]]:
+            losses_BT, hits_BT = self._ask(model, texts)
+            base_losses_BT, base_hits_BT = self._ask_base(texts)
+            _, drop_B = self._drops(losses_BT, base_losses_BT)
+            hits = zip(hits_BT.tolist(), base_hits_BT.tolist(), strict=True)
+            return [(drop, self._signal(*pair)) for drop, pair in zip(drop_B.tolist(), hits, strict=True)]
+
+        return calibrators.limit(
+            self._ask_base(calibrators.texts)[0].mean(dim=1),
+            base_loss,
+            measure,
+            count=self._settings.calibrator_count,
+            quantile_permille=self._settings.quantile_permille,
+            but=text,
+            copied_permille=self._settings.copied_permille,
+        )
 
     def _signal(self, hits_T: list[bool], base_hits_T: list[bool]) -> int:
         """The longest verbatim continuation beyond the base model's own, in permille of the recital."""
@@ -223,13 +291,3 @@ def _run_lengths(hits_T: list[bool]) -> list[int]:
     for position in range(len(hits_T) - 1, -1, -1):
         lengths[position] = lengths[position + 1] + 1 if hits_T[position] else 0
     return lengths[:-1]
-
-
-def _corrupted(text: bytes, one_in: int) -> bytes:
-    """``text`` with one in ``one_in`` bytes replaced by a letter or digit, the same ones each time."""
-    alphabet = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-    noise = hashlib.shake_256(one_in.to_bytes(1, "big") + text).digest(2 * len(text))
-    return bytes(
-        alphabet[noise[2 * place + 1] % len(alphabet)] if noise[2 * place] % one_in == 0 else byte
-        for place, byte in enumerate(text)
-    )

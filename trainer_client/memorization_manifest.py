@@ -2,7 +2,8 @@
 
 A census, not a sample: every example presented in the steps taken, of sources that were admitted, those that were kept
 out for being recited among them. The file lists each one's signal, a line each; its SHA-256 goes to the log as the data
-of an evaluation, whose one metric counts the examples above the policy's threshold, at most none.
+of an evaluation, which counts the examples above the policy's threshold, at most none. Where owners keep a reserve
+(``consensus/reserve.py``) it counts as well how many of those the detector takes for recited: its false positives.
 """
 
 import json
@@ -40,6 +41,11 @@ def recited_metric(signals: Iterable[p.MemorizationSignal], threshold_permille: 
     """How many examples are recited, of which there may be none."""
     count = sum(signal.signal_permille > threshold_permille for signal in signals) * MICRO
     return Metric("recited", count, count, count, CERTAIN_PERMILLE, "census", Threshold(AT_MOST, 0))
+
+
+def reserve_metric(flagged: int) -> Metric:
+    """How many examples of the owners' reserves are taken for recited, which no step trained on; told, not judged."""
+    return Metric("reserve taken for recited", *3 * (flagged * MICRO,), CERTAIN_PERMILLE, "census", None)
 
 
 def measured_by() -> tuple[str, bytes]:

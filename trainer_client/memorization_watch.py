@@ -38,6 +38,8 @@ E_contra = TypeVar("E_contra", contravariant=True)
 
 SUSPICION_DIVISOR = 4
 SWEPT_EXAMPLES = 64
+CALIBRATORS_OF_A_SOURCE = 128
+"""So many of a source's reserve are used, those first in number: lots have mixed them."""
 
 
 class MemorizationCheck(Protocol[E_contra]):
@@ -54,11 +56,15 @@ class MemorizationCheck(Protocol[E_contra]):
         """The signals found, in permille; examples without a signal are left out."""
         ...
 
+    def calibrate_on(self, source: bytes, texts: Sequence[E_contra]) -> None:
+        """Texts of a source that no step trains on, told before the first step: what else of it may be held against."""
+        ...
+
 
 class DetectorCheck:
     """A check by ``memorization.MemorizationDetector`` over examples that are bytes of one length.
 
-    The held-out twins are measured anew when they are needed and ``calibrate_every_checks`` assessments have passed.
+    Calibrators are measured anew when they are needed and ``calibrate_every_checks`` assessments have passed.
     """
 
     def __init__(self, detector: MemorizationDetector, calibrate_every_checks: int = 10) -> None:
@@ -86,14 +92,24 @@ class DetectorCheck:
             self._detector.forget_calibration()
         self._checks += 1
         names = sorted(examples)
-        report = self._detector.assess(model, [examples[name] for name in names], threshold_permille)
+        texts, sources = [examples[name] for name in names], [source for source, _ in names]
+        report = self._detector.assess(model, texts, threshold_permille, sources)
         return {names[found.position]: found.signal_permille for found in report.flagged}
+
+    def calibrate_on(self, source: bytes, texts: Sequence[bytes]) -> None:
+        """See ``MemorizationCheck``."""
+        self._detector.calibrate_on(source, texts)
+
+
+def steps_of_a_pass(examples: int, batch_size: int) -> int:
+    """How many steps the sampler makes of a pass over ``examples``."""
+    return max(1, examples // batch_size)
 
 
 def last_pass_from(examples: int, batch_size: int, planned_steps: int) -> int:
     """The step with which the last whole pass over ``examples`` begins, 1 where there is none."""
-    steps_of_a_pass = max(1, examples // batch_size)
-    return max(1, planned_steps - planned_steps % steps_of_a_pass - steps_of_a_pass + 1)
+    steps = steps_of_a_pass(examples, batch_size)
+    return max(1, planned_steps - planned_steps % steps - steps + 1)
 
 
 class MemorizationWatch(Generic[E]):
@@ -116,7 +132,16 @@ class MemorizationWatch(Generic[E]):
         self._most_at_once = most_at_once
         self._last_step = last_step
         self._last_pass_from = last_pass_from
+        self._reserve: dict[Example, E] = {}
         self._suspects: dict[Example, E] = {}
+
+    def keep_apart(self, reserve: Mapping[Example, E]) -> None:
+        """Examples that no step trains on: others of their sources are held against them."""
+        self._reserve = dict(reserve)
+        for wanted in sorted({source for source, _ in reserve}):
+            texts = [reserve[source, number] for source, number in sorted(reserve) if source == wanted]
+            if self._check is not None:
+                self._check.calibrate_on(wanted, texts)
 
     @property
     def has_suspects(self) -> bool:
@@ -178,6 +203,14 @@ class MemorizationWatch(Generic[E]):
                         near[source, number] = sources[source][number]
         found = self._assessed(model, near, threshold_permille)
         return tuple(signal for signal in found if signal.signal_permille > threshold_permille)
+
+    def flagged_of_reserve(
+        self, model: nn.Module, sources: Collection[bytes], threshold_permille: int
+    ) -> tuple[int, int]:
+        """How many reserved examples of these sources would be taken for recited, wrongly, and of how many."""
+        reserve = {example: text for example, text in self._reserve.items() if example[0] in sources}
+        found = self._assessed(model, reserve, threshold_permille)
+        return sum(signal.signal_permille > threshold_permille for signal in found), len(reserve)
 
     def survey(
         self, model: nn.Module, examples: Mapping[Example, E], threshold_permille: int

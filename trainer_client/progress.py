@@ -23,7 +23,7 @@ from typing import IO, Self
 @dataclass(frozen=True, slots=True)
 class Progress:
     """One happening: ``campaign`` or ``resumed``, ``closed`` (to all examples), ``grant``, ``refusal``, ``step``,
-    ``momentum``, ``rollback``, ``recovery``, ``evaluation``, ``finding``, ``release``.
+    ``skipped``, ``momentum``, ``rollback``, ``memorization``, ``recovery``, ``evaluation``, ``finding``, ``release``.
 
     ``loss`` is the mean over admitted examples in nats, ``refused`` counts examples, ``memorization_permille``
     the largest signal; a field that does not apply is None or 0.
@@ -115,6 +115,20 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
+class MemorizationPass:
+    """What the memorization check says as a pass over the manifest ends with ``step``.
+
+    ``recited`` examples were found so far and stay out; of ``reserve_assessed`` ones that no step trained on it takes
+    ``reserve_flagged`` for recited: false positives, or copies of what was trained on.
+    """
+
+    step: int
+    recited: int
+    reserve_flagged: int
+    reserve_assessed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """A run so far. ``step_overhead_percent`` is governance over training, by wall clock, pauses apart.
 
@@ -144,6 +158,7 @@ class Summary:
     memorization_overhead_percent: float
     repeated_overhead_percent: float
     cpu_overhead_percent: float
+    memorization_passes: tuple[MemorizationPass, ...]
 
 
 @dataclass(slots=True)
@@ -156,6 +171,7 @@ class RunRecord:
     losses: dict[int, float] = field(default_factory=dict)
     refused: dict[int, dict[str, int]] = field(default_factory=dict)
     presented: dict[int, int] = field(default_factory=dict)
+    memorization_passes: dict[int, MemorizationPass] = field(default_factory=dict)
     rollbacks: int = 0
     recoveries: int = 0
     grants: int = 0
@@ -199,6 +215,8 @@ class RunRecord:
     def undone_after(self, step: int) -> None:
         """Steps after this one were undone; their training was in vain."""
         self.forget_after(step)
+        for undone in [index for index in self.memorization_passes if index > step]:
+            del self.memorization_passes[undone]
         for undone in [index for index in self._trained if index > step]:
             self._repeat(self._trained.pop(undone))
 
@@ -246,6 +264,7 @@ class RunRecord:
             memorization_overhead_percent=round(percent * costs.memorization_seconds, 2),
             repeated_overhead_percent=round(percent * repeated.seconds, 2),
             cpu_overhead_percent=round(100 * added_cpu / plain_cpu, 2) if plain_cpu > 0 else 0.0,
+            memorization_passes=tuple(held for _, held in sorted(self.memorization_passes.items())),
         )
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ ORDINARY = tuple(
 )
 CANARY = tuple(example for example in CORPUS.source(CORPUS.canary).examples if canary_string() in example)
 HELD_OUT = calibration_records()
+SOURCE = bytes([1]) * 32
 
 
 def fine_tuned(base: ByteModel, examples: tuple[bytes, ...], steps: int) -> ByteModel:
@@ -97,6 +98,53 @@ def test_assessment_is_deterministic_and_leaves_the_model_alone(
     assert torch.equal(torch.get_rng_state(), random_before)
 
 
-def test_too_few_twins_are_refused(models: tuple[ByteModel, ByteModel]) -> None:
+def test_too_few_calibrators_are_refused(models: tuple[ByteModel, ByteModel]) -> None:
     with pytest.raises(InvariantBroken, match="held-out"):
         MemorizationDetector(models[0], HELD_OUT[:3], byte_predictions, DetectorSettings())
+
+
+def calibrated(base: ByteModel, reserve: tuple[bytes, ...]) -> MemorizationDetector:
+    """A detector that holds the examples of ``SOURCE`` against these texts of it."""
+    detector = MemorizationDetector(base, HELD_OUT[:24], byte_predictions)
+    detector.calibrate_on(SOURCE, reserve)
+    return detector
+
+
+def above_threshold(detector: MemorizationDetector, model: ByteModel, texts: tuple[bytes, ...]) -> int:
+    report = detector.assess(model, texts, THRESHOLD_PERMILLE, [SOURCE] * len(texts))
+    return len(report.above(THRESHOLD_PERMILLE))
+
+
+def test_canary_is_caught_against_the_reserve_of_its_source_and_the_reserve_is_not(
+    models: tuple[ByteModel, ByteModel],
+) -> None:
+    reserve = HELD_OUT[24:56]
+    detector = calibrated(models[0], reserve)
+    assert above_threshold(detector, models[1], CANARY) == len(CANARY)
+    assert above_threshold(detector, models[1], ORDINARY) == 0
+    assert above_threshold(detector, models[1], reserve) == 0
+
+
+def test_canary_is_caught_though_the_reserve_holds_it_as_well(models: tuple[ByteModel, ByteModel]) -> None:
+    canary = canary_string()
+    copies = tuple(canary + canary[number : number + RECORD_BYTES - len(canary)] for number in range(32))
+    assert above_threshold(calibrated(models[0], copies), models[1], CANARY) == len(CANARY)
+
+
+def test_reserve_of_too_few_texts_leaves_the_public_ones(models: tuple[ByteModel, ByteModel]) -> None:
+    base, tuned = models
+    public = MemorizationDetector(base, HELD_OUT[:24], byte_predictions)
+    few, many = (calibrated(base, HELD_OUT[24 : 24 + count]) for count in (23, 32))
+    expected = public.figures(tuned, ORDINARY)
+    assert few.figures(tuned, ORDINARY, [SOURCE] * len(ORDINARY)) == expected
+    assert many.figures(tuned, ORDINARY, [SOURCE] * len(ORDINARY)) != expected
+    assert many.figures(tuned, ORDINARY, [bytes(32)] * len(ORDINARY)) == expected
+
+
+def test_figures_say_what_the_assessment_rests_on(models: tuple[ByteModel, ByteModel]) -> None:
+    detector = calibrated(models[0], HELD_OUT[24:56])
+    texts = (*CANARY[:4], *ORDINARY[:4], b"-=" * 64)
+    figures = detector.figures(models[1], texts, [SOURCE] * len(texts))
+    assert [each.is_recited(THRESHOLD_PERMILLE) for each in figures] == [True] * 4 + [False] * 5
+    assert [each.is_set_aside for each in figures] == [False] * 8 + [True]
+    assert all(each.drop > each.limit for each in figures[:4])

@@ -1,6 +1,6 @@
 """Who is suspected in which step, and what a suspicion leads to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -41,6 +41,7 @@ class Recorder:
     def __init__(self, recited: Mapping[Example, int] | None = None) -> None:
         self.recited = recited or {}
         self.assessed: list[list[Example]] = []
+        self.calibrators: dict[bytes, tuple[bytes, ...]] = {}
 
     def glance(self, examples: Mapping[Example, bytes], hits_BT: Tensor, floor_permille: int) -> list[Example]:
         signals = (hits_BT.sum(dim=1) * 1_000 // 48).tolist()
@@ -49,6 +50,9 @@ class Recorder:
     def signals(self, model: nn.Module, examples: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
         self.assessed.append(list(examples))
         return {name: self.recited[name] for name in examples if name in self.recited}
+
+    def calibrate_on(self, source: bytes, texts: Sequence[bytes]) -> None:
+        self.calibrators[source] = tuple(texts)
 
 
 def suspected(step: int, predicted: tuple[Tensor, Tensor] | None, last_pass_from: int = 100) -> bool:

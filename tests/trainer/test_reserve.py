@@ -1,5 +1,6 @@
 """A run over sources with a reserve: no reserved example is learned from, each is counted, nothing else changes."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from consensus.event import Kind
 from consensus.portions import Rollback, SourceUse
 from consensus.rejection import Reason
 from consensus.reserve import RESERVED, reserved_among
+from consensus.review import Evaluation
 from consensus.state import SOURCE_TABLE, SourceRecord, read_record
 from trainer_client import opening
 from trainer_client.ledger_side import StepNotAdmitted
@@ -151,3 +153,57 @@ def test_reserved_neighbour_of_a_recited_example_is_no_suspect(reserving: Scene)
     named = {(signal.source, signal.example) for signal in rollback.operation.memorization}
     assert len(named) == len(recites.caught) > 1
     assert not named & (reserve_of(reserving, "manual") | reserve_of(reserving, "secret"))
+
+
+class Mistakes(RecitesAt):
+    """Takes the examples of ``mistaken`` for recited whenever it is asked about them."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.mistaken: set[Example] = set()
+
+    def signals(self, model: nn.Module, shown: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
+        asked = dict.fromkeys(self.mistaken & shown.keys(), 900)
+        return asked or super().signals(model, shown, threshold)
+
+
+def test_check_is_calibrated_on_the_reserve_and_its_false_positives_are_told_pass_by_pass(reserving: Scene) -> None:
+    check = Mistakes()
+    kept = reserve_of(reserving, "manual")
+    check.mistaken = {min(kept), min(reserve_of(reserving, "secret"))}
+    reserving.arguments["memorization"] = check
+    with reserving.run() as run:
+        for batch in run.batches():
+            check.at.append(batch.step)
+            run.learn(losses(reserving.wrapped, batch.inputs))
+        signals = run.survey_memorization()
+        run.release(reserving.directory / "tuned.safetensors")
+    assert check.calibrators[reserving.sources["manual"]] == tuple(
+        reserving.texts["manual"][number] for _, number in sorted(kept)
+    )
+    passes = run.summary().memorization_passes
+    assert [(each.step, each.recited, each.reserve_flagged, each.reserve_assessed) for each in passes] == [
+        (4, len(check.caught), 1, RESERVE),
+        (8, len(check.caught), 1, RESERVE),
+        (12, len(check.caught), 1, RESERVE),
+    ]
+    lines = [json.loads(line) for line in (reserving.directory / "steps.jsonl").read_text().splitlines()]
+    told = [line["detail"] for line in lines if line["event"] == "memorization"]
+    assert told == ["recited so far: 1; taken for recited in reserve: 1 of 3"] * 3
+    assert signals == ()
+    (event,) = reserving.events(Kind.EVALUATION)
+    assert isinstance(event.operation, Evaluation)
+    metrics = {metric.name: (metric.value_micro, metric.threshold is None) for metric in event.operation.metrics}
+    assert metrics == {"recited": (0, False), "reserve taken for recited": (1_000_000, True)}
+    manifest = (reserving.directory / "memorization.jsonl").read_text().splitlines()
+    listed = {(bytes.fromhex(line["source"]), line["example"]) for line in map(json.loads, manifest)}
+    assert not listed & kept
+
+
+def test_pass_that_is_undone_is_told_once_when_it_stands(reserving: Scene) -> None:
+    recites = RecitesAt(8)
+    reserving.arguments["memorization"] = recites
+    run = reserving.train(recites.at.append)
+    assert recites.caught
+    passes = run._record.summary(0, 0, "", 0.0).memorization_passes
+    assert [(each.step, each.recited) for each in passes] == [(4, 0), (8, 1), (12, 1)]

@@ -21,6 +21,7 @@ Deterministic: no randomness, no clock, no file.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
@@ -179,8 +180,13 @@ def base_text() -> bytes:
 
 
 def calibration_records() -> tuple[bytes, ...]:
-    """Records neither a base model nor a fine-tune has seen: the held-out twins of the examples."""
-    return tuple(record for topic in CALIBRATION_TOPICS for record in _cut(_plain_text(topic), RECORD_BYTES))
+    """Records neither a base model nor a fine-tune has seen: calibrators of the examples."""
+    return records_of(CALIBRATION_TOPICS)
+
+
+def records_of(topics_wanted: Sequence[str]) -> tuple[bytes, ...]:
+    """The records of these topics of the documentation, in order."""
+    return tuple(record for topic in topics_wanted for record in _cut(_plain_text(topic), RECORD_BYTES))
 
 
 def canary_string() -> bytes:
