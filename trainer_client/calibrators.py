@@ -3,7 +3,11 @@
 Learning some text lowers the loss of other text as well, the more the likelier that was to begin with. So an example
 is compared with calibrators of its own *band*: those whose loss under the base model is nearest to its own. To have
 some in every band, up to that of random strings, each text is there at several degrees of corruption, from as it is to
-every byte replaced.
+every byte replaced. A band is of one degree, the least that reaches the example's loss: corrupted text can have the
+loss of stranger text, and has less in it to be learned.
+
+The limit is the quantile of conformal prediction (Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World",
+2005): of n drops and one more like them, the one more is above the ⌈(n + 1) · q⌉-th with a chance of at most 1 - q.
 
 Two kinds of text are no calibrators after all: the example's own, and one that the model recites, since nothing recites
 what it has not seen. That one has a copy among the trained texts; counted, it would let the copy pass for ordinary.
@@ -49,23 +53,29 @@ class Calibrators:
         but: bytes,
         copied_permille: int,
     ) -> float:
-        """The quantile of the drops of the ``count`` calibrators whose base loss is nearest; none made from ``but``.
+        """The quantile of the drops of the ``count`` calibrators in the band of ``base_loss``; none made from ``but``.
 
         ``base_losses_C`` are those of ``texts``, in nats a byte. A text with a signal above ``copied_permille`` counts
         as recited. Below every drop where all of them are.
         """
-        by_distance = torch.argsort((base_losses_C - base_loss).abs(), stable=True).tolist()
-        others = [at for at in by_distance if self.texts[_original(at)] != but]
+        losses_ND = base_losses_C.view(-1, len(CORRUPTED_PERMILLE))
+        distances_ND = (losses_ND - base_loss).abs()
+        reached_D = (losses_ND.amin(dim=0) <= base_loss) & (base_loss <= losses_ND.amax(dim=0))
+        least = reached_D.int().argmax() if reached_D.any() else distances_ND.amin(dim=0).argmin()
+        degree = int(least.item())
+        nearest = torch.argsort(distances_ND[:, degree], stable=True).tolist()
+        others = [number for number in nearest if self.texts[_place(number)] != but]
         drops: list[float] = []
         for first in range(0, len(others), count):
             near = others[first : first + count]
-            self._measure({*near, *map(_original, near)}, measure)
-            unseen = (at for at in near if self._measured[_original(at)][1] <= copied_permille)
-            drops += [self._measured[at][0] for at in unseen]
+            self._measure({_place(number, of) for number in near for of in (0, degree)}, measure)
+            unseen = (number for number in near if self._measured[_place(number)][1] <= copied_permille)
+            drops += [self._measured[_place(number, degree)][0] for number in unseen]
             if len(drops) >= count:
                 break
         ordered = sorted(drops[:count])
-        return ordered[(len(ordered) - 1) * quantile_permille // PERMILLE] if ordered else -inf
+        rank = -(-(len(ordered) + 1) * quantile_permille // PERMILLE)
+        return ordered[min(max(rank, 1), len(ordered)) - 1] if ordered else -inf
 
     def _measure(self, places: set[int], measure: Measure) -> None:
         new = sorted(places - self._measured.keys())
@@ -73,9 +83,9 @@ class Calibrators:
             self._measured |= dict(zip(new, measure([self.texts[at] for at in new]), strict=True))
 
 
-def _original(place: int) -> int:
-    """Where the text stands, as it is, that the one at ``place`` was made from."""
-    return place - place % len(CORRUPTED_PERMILLE)
+def _place(number: int, degree: int = 0) -> int:
+    """Where a text stands at a degree of corruption, by its number."""
+    return number * len(CORRUPTED_PERMILLE) + degree
 
 
 def corrupted(text: bytes, permille: int) -> bytes:

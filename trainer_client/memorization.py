@@ -10,10 +10,10 @@
    is predictable without having been seen.
 3. **Calibrators.** A signal above the policy's threshold counts only if the example's loss also *dropped* as only seen
    text does. Its drop is how far its loss fell from the base model's, in the best stretch of ``stretch_bytes``;
-   it must exceed a quantile of the drops of calibrators of its band (``calibrators.py``): texts of the same source that
-   no step trains on, where its owner keeps a reserve of at least ``calibrator_count``, else public ones. A quantile,
-   because any fixed threshold drifts as the model learns. A signal at or under the threshold is reported as measured,
-   without this stage: nothing depends on it.
+   it must exceed a quantile of the drops of calibrators of its band of base loss (``calibrators.py``): texts of the
+   same source that no step trains on, where its owner keeps a reserve of at least ``calibrator_count``, else public
+   ones. A quantile, because any fixed threshold drifts as the model learns. A signal at or under the threshold is
+   reported as measured, without this stage: nothing depends on it.
 
 Every stage must agree, so their order is a matter of cost alone: what the step's own pass shows for nothing comes
 first. The base model is asked once per text, and only for texts past the glance; the calibrators nearest to an example
@@ -66,7 +66,7 @@ class FlaggedExample:
 class StageFigures:
     """What every stage says of a text: its signal, its drop and the limit for it, whether it is set aside.
 
-    ``base_loss`` is the base model's where the drop is largest; losses in nats a byte.
+    ``base_loss`` is the base model's over the whole text, ``drop`` that of the best stretch; in nats a byte.
     """
 
     signal_permille: int
@@ -170,13 +170,13 @@ class MemorizationDetector:
         """Every stage's figures of every example, which ``assess`` spares itself; for measuring the detector."""
         losses_BT, hits_BT = self._ask(model, examples)
         base_losses_BT, base_hits_BT = self._ask_base(examples)
-        base_loss_B, drop_B = self._drops(losses_BT, base_losses_BT)
+        drops, base_losses = self._drops(losses_BT, base_losses_BT), base_losses_BT.mean(dim=1).tolist()
         return tuple(
             StageFigures(
                 signal_permille=self._signal(hits_BT[row].tolist(), base_hits_BT[row].tolist()),
-                base_loss=base_loss_B[row].item(),
-                drop=drop_B[row].item(),
-                limit=self._limit(model, text, base_loss_B[row].item(), self._calibrators_of(sources, row)),
+                base_loss=base_losses[row],
+                drop=drops[row],
+                limit=self._limit(model, text, base_losses[row], self._calibrators_of(sources, row)),
                 is_set_aside=self._is_set_aside(text),
             )
             for row, text in enumerate(examples)
@@ -194,14 +194,14 @@ class MemorizationDetector:
         if not rows:
             return []
         base_losses_BT, base_hits_BT = self._ask_base([texts[row] for row in rows])
-        base_loss_B, drop_B = self._drops(losses_BT[rows], base_losses_BT)
+        drops, base_losses = self._drops(losses_BT[rows], base_losses_BT), base_losses_BT.mean(dim=1).tolist()
         found = []
         for at, row in enumerate(rows):
             signal = self._signal(hits_BT[row].tolist(), base_hits_BT[at].tolist())
-            if signal > threshold_permille:
-                limit = self._limit(model, texts[row], base_loss_B[at].item(), calibrators[row])
-                if drop_B[at].item() <= limit:
-                    continue
+            if signal > threshold_permille and drops[at] <= self._limit(
+                model, texts[row], base_losses[at], calibrators[row]
+            ):
+                continue
             if signal > 0:
                 found.append((row, signal))
         return found
@@ -213,13 +213,12 @@ class MemorizationDetector:
         """The signal if the base model continued nothing."""
         return self._signal(hits_T, [False] * len(hits_T))
 
-    def _drops(self, losses_BT: Tensor, base_losses_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The stretch with the largest mean drop: the base loss there, and the drop, each ``[B]``."""
+    def _drops(self, losses_BT: Tensor, base_losses_BT: Tensor) -> list[float]:
+        """The largest mean drop of a stretch, for each text."""
         stretch = min(self._settings.stretch_bytes, losses_BT.shape[1])
-        base_BS = base_losses_BT.unfold(1, stretch, 1).mean(dim=2)
-        drops_BS = base_BS - losses_BT.unfold(1, stretch, 1).mean(dim=2)
-        drop_B, best_B = drops_BS.max(dim=1)
-        return base_BS.gather(1, best_B[:, None])[:, 0], drop_B
+        drops_BT = base_losses_BT - losses_BT
+        largest: list[float] = drops_BT.unfold(1, stretch, 1).mean(dim=2).amax(dim=1).tolist()
+        return largest
 
     def _limit(self, model: nn.Module, text: bytes, base_loss: float, calibrators: Calibrators) -> float:
         """The quantile of the drops of the calibrators in the text's band."""
@@ -227,9 +226,9 @@ class MemorizationDetector:
         def measure(texts: Sequence[bytes]) -> list[tuple[float, int]]:
             losses_BT, hits_BT = self._ask(model, texts)
             base_losses_BT, base_hits_BT = self._ask_base(texts)
-            _, drop_B = self._drops(losses_BT, base_losses_BT)
+            drops = self._drops(losses_BT, base_losses_BT)
             hits = zip(hits_BT.tolist(), base_hits_BT.tolist(), strict=True)
-            return [(drop, self._signal(*pair)) for drop, pair in zip(drop_B.tolist(), hits, strict=True)]
+            return [(drop, self._signal(*pair)) for drop, pair in zip(drops, hits, strict=True)]
 
         return calibrators.limit(
             self._ask_base(calibrators.texts)[0].mean(dim=1),

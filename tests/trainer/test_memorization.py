@@ -127,7 +127,7 @@ def test_canary_is_caught_against_the_reserve_of_its_source_and_the_reserve_is_n
 
 def test_canary_is_caught_though_the_reserve_holds_it_as_well(models: tuple[ByteModel, ByteModel]) -> None:
     canary = canary_string()
-    copies = tuple(canary + canary[number : number + RECORD_BYTES - len(canary)] for number in range(32))
+    copies = tuple(canary + b" " + record[: RECORD_BYTES - len(canary) - 1] for record in HELD_OUT[24:56])
     assert above_threshold(calibrated(models[0], copies), models[1], CANARY) == len(CANARY)
 
 
