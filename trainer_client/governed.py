@@ -44,7 +44,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,21 +189,13 @@ class GovernedRun(Generic[E]):
                 self._momentum,
                 self._scaling,
             )
+            self._calibrate(opened.reserves)
         except BaseException:
             self._stack.close()
             raise
         self._routing, self._block_of, self._classes = opened.routing, opened.block_of, opened.classes
         self._base_losses = opened.base_losses
         self._reserves = opened.reserves
-        self._watch.keep_apart(
-            self._content(
-                tuple(
-                    (source, number)
-                    for source, numbers in self._reserves.items()
-                    for number in sorted(numbers)[:CALIBRATORS_OF_A_SOURCE]
-                )
-            )
-        )
         self._record, self._ledger, self._book = opened.record, opened.ledger, opened.book
         audits = AuditSnapshots(
             snapshot_directory(self._arguments.run_directory, self._plan.campaign),
@@ -650,6 +642,12 @@ class GovernedRun(Generic[E]):
             self._record.memorization_passes[step.index] = MemorizationPass(step.index, recited, flagged, assessed)
             detail = f"recited so far: {recited}; taken for recited in reserve: {flagged} of {assessed}"
             self._book.note("memorization", step.index, detail=detail)
+
+    def _calibrate(self, reserves: Mapping[bytes, frozenset[int]]) -> None:
+        """Give the check, if there is one, what it may hold each source's examples against."""
+        if self._arguments.memorization is not None:
+            kept = [(source, sorted(numbers)[:CALIBRATORS_OF_A_SOURCE]) for source, numbers in reserves.items()]
+            self._watch.keep_apart(self._content(tuple((source, number) for source, held in kept for number in held)))
 
     def _flagged_of_reserve(self, grant: OpenGrant) -> tuple[int, int]:
         sources = self._admitted - grant.refused.keys()

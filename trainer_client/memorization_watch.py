@@ -138,10 +138,12 @@ class MemorizationWatch(Generic[E]):
     def keep_apart(self, reserve: Mapping[Example, E]) -> None:
         """Examples that no step trains on: others of their sources are held against them."""
         self._reserve = dict(reserve)
-        for wanted in sorted({source for source, _ in reserve}):
-            texts = [reserve[source, number] for source, number in sorted(reserve) if source == wanted]
-            if self._check is not None:
-                self._check.calibrate_on(wanted, texts)
+        texts: dict[bytes, list[E]] = {}
+        for source, number in sorted(reserve):
+            texts.setdefault(source, []).append(reserve[source, number])
+        if self._check is not None:
+            for source, held in texts.items():
+                self._check.calibrate_on(source, held)
 
     @property
     def has_suspects(self) -> bool:
