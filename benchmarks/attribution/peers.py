@@ -1,7 +1,8 @@
 """What others make of the same question, with the whole corpus at hand: kronfluence, TRAK, and a plain dot product.
 
 Each takes the tuned model, every training example and the outputs, and gives a score ``[Q, N]`` per output and example,
-positive where the example raises the output. All ask about the same figure: an output's summed log-odds.
+positive where the example raises the output. All ask about the same figure, an output's summed log-odds, and about the
+parameters that were tuned: TRAK about all of them, the others about the linears' weights.
 """
 
 import copy
@@ -67,15 +68,14 @@ class ByteTask(Task):  # type: ignore[misc]
 
 
 class Kronfluence:
-    """EK-FAC of the tuned model over the corpus, fitted once; scores by damping."""
+    """EK-FAC of the tuned model over the corpus, fitted once, factors in ``folder``; scores by damping."""
 
-    def __init__(self, tuned: nn.Module, examples_NT: Tensor) -> None:
+    def __init__(self, tuned: nn.Module, examples_NT: Tensor, folder: Path) -> None:
         self._examples_NT = examples_NT
         task = ByteTask([name.removesuffix(".weight") for name in linear_weights(tuned)])
         model = prepare_model(copy.deepcopy(tuned), task)
-        self._folder = tempfile.TemporaryDirectory()
         self._analyzer = Analyzer(
-            "lds", model, task, cpu=True, disable_tqdm=True, output_dir=self._folder.name, log_level=logging.ERROR
+            "lds", model, task, cpu=True, disable_tqdm=True, output_dir=str(folder), log_level=logging.ERROR
         )
         torch.manual_seed(0)
         arguments = FactorArguments(strategy="ekfac")
@@ -97,10 +97,6 @@ class Kronfluence:
         )
         found: Tensor = self._analyzer.load_pairwise_scores(name)["all_modules"]
         return -found.double().numpy()
-
-    def close(self) -> None:
-        """Remove its files."""
-        self._folder.cleanup()
 
 
 class LogOdds(AbstractModelOutput):  # type: ignore[misc]
@@ -124,7 +120,8 @@ class LogOdds(AbstractModelOutput):  # type: ignore[misc]
 def trak_scores(tuned: nn.Module, examples_NT: Tensor, queries: Sequence[Output]) -> Scores:
     """TRAK from the one model there is, ``TRAK_DIMENSIONS`` projected dimensions."""
     model = copy.deepcopy(tuned).eval()
-    size = sum(parameter.numel() for parameter in model.parameters())
+    asked = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    size = sum(model.get_parameter(name).numel() for name in asked)
     with tempfile.TemporaryDirectory() as folder:
         projector = BasicProjector(
             grad_dim=size, proj_dim=TRAK_DIMENSIONS, seed=0, proj_type=ProjectionType.rademacher, device="cpu"
@@ -139,6 +136,7 @@ def trak_scores(tuned: nn.Module, examples_NT: Tensor, queries: Sequence[Output]
             device="cpu",
             use_half_precision=False,
             logging_level=logging.ERROR,
+            grad_wrt=asked,
         )
         traker.load_checkpoint(model.state_dict(), model_id=0)
         for start in range(0, len(examples_NT), 32):

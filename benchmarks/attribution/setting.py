@@ -2,19 +2,22 @@
 
 Sixteen sources of sixteen pieces of text, each source from a topic of its own of ``pydoc_data.topics``; a byte
 transformer trained on other topics; ``STEPS`` steps of AdamW in batches of 32 with per-block clipping, through
-``trainer_client.routing``, as a governed job takes them. A *subset* leaves sources (or examples) out: their weight is
-zero, order and normalisation stay. Same subset, same weights, bit for bit.
+``trainer_client.routing``, as a governed job takes them: of all weights, or of LoRA's two matrices beside each linear,
+everything else frozen. A *subset* leaves sources (or examples) out: their weight is zero, order and normalisation stay.
+Same subset and order, same weights, bit for bit.
 
 Outputs asked about are the next pieces of the sources' own topics, which nothing was trained on.
 """
 
+import copy
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pydoc_data.topics import topics
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.query import Output, log_chances
 from trainer_client.accumulators import SourceAccumulators
@@ -31,7 +34,9 @@ CONFIG = ModelConfig(context_bytes=PIECE_BYTES, layer_count=2, head_count=4, wid
 BASE = BaseTraining(steps=400, batch_size=16)
 BATCH_SIZE = 32
 EPOCHS = 6
-LEARNING_RATE = 1e-3
+LORA_RANK = 8
+LORA_SCALE = 2.0
+"""What LoRA's matrices add is multiplied by it."""
 WARM_UP_STEPS = 8
 CLIP_NORM = 1.0
 FULL_PERMILLE = 1_000
@@ -50,10 +55,39 @@ class Sizes:
     queries_per_source: int
     subsets: int
     """Retrains for each kind of subset."""
+    orders: int
+    """Retrains of each of the larger subsets in orders of their own."""
 
 
-FULL = Sizes(16, 16, 2, 100)
-QUICK = Sizes(8, 8, 1, 12)
+FULL = Sizes(16, 16, 2, 100, 2)
+QUICK = Sizes(8, 8, 1, 12, 1)
+
+
+class Tuning(StrEnum):
+    """What of the model is tuned."""
+
+    FULL = "full"
+    LORA = "lora"
+
+
+LEARNING_RATE = {Tuning.FULL: 1e-3, Tuning.LORA: 1e-2}
+
+
+class LowRankAdapted(nn.Module):
+    """A frozen linear and LoRA's two matrices beside it (Hu et al., arXiv 2106.09685), which add nothing at first."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.lora_A = nn.Linear(linear.in_features, LORA_RANK, bias=False)
+        self.lora_B = nn.Linear(LORA_RANK, linear.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the linear's, with what the matrices add."""
+        added: Tensor = self.lora_B(self.lora_A(x))
+        found: Tensor = self.linear(x)
+        return found + LORA_SCALE * added
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +103,7 @@ class Setting:
     """Rows of each step."""
     profiled: bool
     """Whether every other source may move the upper half of the model alone."""
+    tuning: Tuning
 
     def source_of(self, row: int) -> int:
         """The source an example is of."""
@@ -79,7 +114,7 @@ class Setting:
         return frozenset(row for row in range(len(self.examples_NT)) if self.source_of(row) in sources)
 
 
-def make(sizes: Sizes, *, profiled: bool, seed: int = 0) -> Setting:
+def make(sizes: Sizes, *, profiled: bool, tuning: Tuning, seed: int = 0) -> Setting:
     """The setting of a seed."""
     needed = (sizes.examples_per_source + sizes.queries_per_source) * PIECE_BYTES
     names = [name for name in sorted(topics) if name not in BASE_TOPICS and len(topics[name]) > needed + 200]
@@ -93,12 +128,31 @@ def make(sizes: Sizes, *, profiled: bool, seed: int = 0) -> Setting:
         queries += [Output(tuple(piece), PROMPT_BYTES, len(piece)) for piece in pieces[sizes.examples_per_source :]]
     base_text = " ".join(" ".join(topics[name] for name in BASE_TOPICS).split()).encode("ascii", "ignore")
     pieces = [base_text[start : start + PIECE_BYTES] for start in range(0, len(base_text) - PIECE_BYTES, PIECE_BYTES)]
+    order = order_of(len(rows), str(seed))
+    examples_NT = torch.tensor([list(row) for row in rows])
+    base = _base(pieces, seed)
+    if tuning is Tuning.LORA:
+        adapt(base, seed)
+    return Setting(sizes, base, examples_NT, tuple(queries), tuple(pieces), order, profiled, tuning)
+
+
+def order_of(count: int, seed: str) -> tuple[tuple[int, ...], ...]:
+    """Which of ``count`` rows each step takes."""
     order: list[tuple[int, ...]] = []
     for epoch in range(EPOCHS):
-        shuffled = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
-        order += [tuple(shuffled[at : at + BATCH_SIZE]) for at in range(0, len(shuffled), BATCH_SIZE)]
-    examples_NT = torch.tensor([list(row) for row in rows])
-    return Setting(sizes, _base(pieces, seed), examples_NT, tuple(queries), tuple(pieces), tuple(order), profiled)
+        shuffled = random.Random(f"{seed} {epoch}").sample(range(count), count)
+        order += [tuple(shuffled[at : at + BATCH_SIZE]) for at in range(0, count, BATCH_SIZE)]
+    return tuple(order)
+
+
+def adapt(model: nn.Module, seed: int) -> None:
+    """Freezes the model and puts LoRA's matrices beside each of its linears, the inner ones random."""
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name, linear in linears:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, LowRankAdapted(linear))
 
 
 def _base(pieces: Sequence[bytes], seed: int) -> ByteModel:
@@ -125,27 +179,29 @@ def train(
     accumulators: SourceAccumulators | None = None,
     *,
     apart: bool = False,
+    order: Sequence[Sequence[int]] = (),
 ) -> tuple[ByteModel, list[tuple[int, bytes]]]:
     """The fine-tune over the kept rows alone; with ``accumulators`` each source's part of it is summed.
 
-    ``apart``: each example counts as a source of its own there.
+    ``apart``: each example counts as a source of its own there. ``order``: another than the setting's.
 
     Returns:
         The model, and the last step and root of each window of accumulators.
     """
-    model = ByteModel(CONFIG)
-    model.load_state_dict(setting.base.state_dict())
-    blocks = {name: names for name, names in parameter_blocks(model).items() if names}
+    model = copy.deepcopy(setting.base)
+    tuned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    table = {block: [name for name in names if name in tuned] for block, names in parameter_blocks(model).items()}
+    blocks = {block: names for block, names in table.items() if names}
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
     weights_SK = [source_weights(setting, source, list(blocks)) for source in range(setting.sizes.sources)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(tuned.values(), lr=LEARNING_RATE[setting.tuning], betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS))
     if accumulators is not None:
         accumulators.attach(model, block_of, whole_entries(model))
     roots: list[tuple[int, bytes]] = []
     routing = Routing(model, block_of, accumulators, None if accumulators is None else accumulators.sketches)
     with routing:
-        for index, presented in enumerate(setting.order, 1):
+        for index, presented in enumerate(order or setting.order, 1):
             rows = [row for row in presented if row in kept]
             if rows:
                 weights_BK = [weights_SK[setting.source_of(row)] for row in rows]
