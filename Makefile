@@ -52,7 +52,7 @@ bench: $(INSTALLED) ## Measure, one benchmark after the other, on an otherwise i
 	@$(BIN)/python benchmarks/harness.py $(BENCH_ARGUMENTS)
 
 .PHONY: bench-attribution
-bench-attribution: $(PEERS) ## Traces beside kronfluence and TRAK: fine-tunes repeated without some of it, an hour or more.
+bench-attribution: $(PEERS) ## Traces beside kronfluence, bergson and TRAK: fine-tunes repeated without some of it, an hour or more.
 	@.venv-peers/bin/python benchmarks/attribution/bench.py $(BENCH_ARGUMENTS)
 
 .PHONY: bench-trainer

@@ -206,6 +206,11 @@ def scores_of_all(setting: Setting, report: Report, where: str) -> Found:
 
 def ask_peers(setting: Setting, tuned: ByteModel, found: Found) -> None:
     """What the others make of it."""
+    for unused in ("torchvision", "torchaudio"):
+        # Found, they are imported by transformers, and fail where they were built beside another torch.
+        sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
+    from bergson_peer import Bergson  # noqa: PLC0415 (not in the processes that repeat fine-tunes)
+
     begun = time.perf_counter()
 
     def took(name: str, scores: np.ndarray, before: float = 0.0) -> None:
@@ -224,6 +229,12 @@ def ask_peers(setting: Setting, tuned: ByteModel, found: Found) -> None:
             name = f"kronfluence EK-FAC, damping {'default' if damping else 'by eigenvalues'}"
             took(name, peer.scores(setting.queries, damping), fitted)
             found.stored_bytes[name] = kept_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        bergson = Bergson(tuned, setting.examples_NT, Path(folder))
+        took("bergson EK-FAC", bergson.scores(setting.queries))
+        name = "bergson, index of projected gradients"
+        took(name, bergson.projected_scores(setting.queries))
+        found.stored_bytes[name] = bergson.index_bytes
 
 
 def main() -> int:
