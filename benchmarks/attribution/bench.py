@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,7 +214,8 @@ def ask_peers(setting: Setting, tuned: ByteModel, found: Found) -> None:
     for unused in ("torchvision", "torchaudio"):
         # Found, they are imported by transformers, and fail where they were built beside another torch.
         sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
-    from bergson_peer import Bergson  # noqa: PLC0415 (not in the processes that repeat fine-tunes)
+    with redirect_stdout(sys.stderr):  # what it brings along warns on standard output, where the document goes
+        from bergson_peer import Bergson  # noqa: PLC0415 (not in the processes that repeat fine-tunes)
 
     begun = time.perf_counter()
 
