@@ -102,6 +102,8 @@ def build(
     parent_view = _parent_view(parent, committee)
     for event in candidates if takes_events(parent, committee) else ():
         event_bytes = len(event.entry_bytes) + len(event.portions_bytes)
+        if event_bytes > max_bytes:
+            continue  # none has room for it, and what waits behind it has
         if len(admitted) >= min(max_events, MAX_BLOCK_EVENTS) or size_bytes + event_bytes > max_bytes:
             break
         try:

@@ -8,7 +8,7 @@ woken when its ledger block is durable.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 
 import trio
@@ -86,17 +86,24 @@ class Intake:
             self._tell_arrival()
         return taken
 
-    def take_fetched(self, encoded: bytes, sender: MemberId) -> CheckedEvent:
+    def take_fetched(self, encoded: bytes, sender: MemberId, asked: Container[bytes]) -> CheckedEvent:
         """An event that a peer was asked for: pooled, so that it is not checked again when it comes by gossip.
 
-        It is returned even where the pool has no room: a ledger block is judged by it.
+        It is returned even where the pool does not take it, for its size or for want of room: a ledger block is judged
+        by it.
 
         Raises:
-            Rejected: the rule it breaks.
+            Rejected: the rule it breaks; ``BAD_FIELD`` for one whose leaf hash nobody ``asked`` for.
         """
-        event = check_event(encoded, self._ledger.committee)
+        wire = unpack(encoded)
+        leaf = leaf_hash(wire.entry)
+        if leaf not in asked:
+            raise Rejected(Reason.BAD_FIELD, f"an event with leaf hash {leaf.hex()}, which was not asked for")
+        event = check_parts(wire.entry, wire.portions, self._ledger.committee)
         with suppress(Rejected):
-            self._pool(event, sender)
+            self._check_size(encoded)
+            if self._pool(event, sender):
+                self._tell_arrival()
         return event
 
     def restore(self, events: Iterable[bytes]) -> None:

@@ -42,9 +42,10 @@ MAX_PROPOSAL_BYTES = 1 << 20
 MAX_BLOCK_BYTES = 2 << 20
 FETCH_SECONDS = 5.0
 ARRIVAL_SECONDS = 0.1
-MOST_ARRIVAL_SECONDS = 0.5
+MOST_ARRIVAL_SECONDS = 0.2
 """How long a proposal waits for its next event to arrive by gossip, and for all, before those missing are asked for: to
-ask for what is on its way costs both sides more than anything else they do."""
+ask for what is on its way costs both sides more than anything else they do. For all, half of a view's default timeout:
+a member that trickles a leader's events to the others must not make its views fail."""
 PROPOSALS_KEPT = 128
 TRIED_PER_EVENT = 4
 """For each event a ledger block may have, how many that wait are tried: one full of events that cannot be admitted yet
@@ -275,10 +276,11 @@ class Proposals:
             found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
             if not missing:
                 break
+            asked = frozenset(missing)
             try:
                 answer = await self._network.request(peer, encode(GetEvents(tuple(missing))), FETCH_SECONDS)
                 for encoded in decode(answer, Events, 2 * MAX_BLOCK_BYTES).events:
-                    event = self._intake.take_fetched(encoded, peer)
+                    event = self._intake.take_fetched(encoded, peer, asked)
                     found[event.leaf_hash] = event
             except (Unavailable, Rejected) as error:
                 log.debug("events from %s: %s", peer.hex()[:16], error)

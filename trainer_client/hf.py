@@ -353,7 +353,7 @@ def unsupported_options(args: TrainingArguments, plan: CampaignPlan, options: Ma
     presented = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     refused = {
         f"max_grad_norm={args.max_grad_norm}: a global norm lets blocked examples scale everybody's update; set it to 0"
-        f" (the plan's clip_norm={plan.clip_norm} clips each parameter block)": args.max_grad_norm != 0,
+        f" (the plan clips: clip_norm={plan.clip_norm}, clip_scope={plan.clip_scope})": args.max_grad_norm != 0,
         f"max_steps={args.max_steps}: the plan has planned_steps={plan.planned_steps}": args.max_steps
         != plan.planned_steps,
         f"per_device_train_batch_size × gradient_accumulation_steps × processes = {presented}: the plan has"

@@ -170,8 +170,7 @@ def open_run(
         Rejected, RoutingUnsupported, ConfigError, Unavailable, RankFailed: as ``GovernedRun.__enter__``; ``stack`` is
         the caller's to close.
     """
-    plan = _plan_of_all(arguments, model, ranks)
-    plan = replace(plan, hyperparameters={**scaling.hyperparameters(), **plan.hyperparameters})
+    plan = _plan_of_all(arguments, model, ranks, scaling)
     client = _client(arguments.node, stack) if ranks.is_first else None
     blocks = blocks_of(plan, model.module)
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
@@ -184,6 +183,7 @@ def open_run(
         if arguments.probe_loss is None:
             raise ConfigError("routing granularity 'head' without probe_loss: only a probe shows whose rows are whose")
     scaling.check_supported(
+        model.module,
         sharded=model.is_sharded,
         pieces=bool(routing.division.pieces),
         audit_snapshots=bool(arguments.settings.audit_snapshot_every_steps),
@@ -335,13 +335,14 @@ def _check_contents(sources: Mapping[bytes, TrainingSource[E]], claims: Mapping[
         check_content(sources[identifier], claim)
 
 
-def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks) -> CampaignPlan:
-    """The plan, with how the ranks divide a step among its hyperparameters.
+def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks, scaling: Scaling) -> CampaignPlan:
+    """The plan, with how gradients are scaled and how the ranks divide a step among its hyperparameters.
 
     Raises:
         ConfigError: a rank was started with another plan, or other sources; snapshots for audits are asked for.
     """
     plan, micro_batch_size = arguments.plan, arguments.micro_batch_size
+    plan = replace(plan, hyperparameters={**plan.hyperparameters, **scaling.hyperparameters()})
     if ranks.size == 1:
         return plan
     asked = (plan, manifest_of(arguments.sources), micro_batch_size)
@@ -356,7 +357,7 @@ def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks)
     layout = {RANKS: str(ranks.size), DATA_PARALLEL: model.kind}
     if micro_batch_size is not None:
         layout["micro_batch_size"] = str(micro_batch_size)
-    return replace(plan, hyperparameters={**layout, **plan.hyperparameters})
+    return replace(plan, hyperparameters={**plan.hyperparameters, **layout})
 
 
 def _check_continues(opened: p.Campaign, terms: p.Campaign, head: CampaignStatus) -> None:

@@ -237,6 +237,7 @@ def check_content(source: TrainingSource[E], claim: p.SourceClaim) -> None:
 
 def _hyperparameters(plan: CampaignPlan, optimizer: torch.optim.Optimizer) -> tuple[p.Setting, ...]:
     settings = {
+        **plan.hyperparameters,  # what follows is what the job does, whatever it is called there
         "clip_norm": repr(plan.clip_norm),
         "optimizer": type(optimizer).__name__,
         **{
@@ -245,6 +246,5 @@ def _hyperparameters(plan: CampaignPlan, optimizer: torch.optim.Optimizer) -> tu
             for name, value in group.items()
             if name not in ("params", "param_names")  # the parameter table has the names
         },
-        **plan.hyperparameters,
     }
     return tuple(p.Setting(name, value) for name, value in sorted(settings.items()))

@@ -6,13 +6,14 @@
 * **Loss scaling** for float16 (``torch.amp.GradScaler``): gradients are divided by the scale before they are clipped. A
   step in which one of them is not finite is *skipped*: optimizer and schedule stay where they are, nothing of it is
   summed, and it is recorded as such. Examples that are kept out of a block cannot make its gradient overflow, since
-  they are masked, not multiplied; but what they do elsewhere can skip the step.
+  they are masked, not multiplied; but what they do elsewhere can skip the step. Where it still overflows at the least
+  scale the run ends: it would skip for ever.
 
 One object serves a run and its replay, so that both scale alike.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ from trainer_client.clipping import GradientOverflow, clip_block_gradients, clip
 BLOCK, GLOBAL = "block", "global"
 CLIP_SCOPE, LOSS_SCALING = "clip_scope", "loss_scaling"
 """The hyperparameters that say so, of campaigns in which it is not per block, or in which losses are scaled."""
+LEAST_SCALE = 2.0**-10
+"""Where gradients still overflow at so small a scale, it is not for the scale: an admitted example's is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class Scaling:
                 f"the plan clips all parameter blocks together, policy '{policy.name}' has each clipped on its own",
             )
 
-    def check_supported(self, *, sharded: bool, pieces: bool, audit_snapshots: bool) -> None:
+    def check_supported(self, model: nn.Module, *, sharded: bool, pieces: bool, audit_snapshots: bool) -> None:
         """Losses are not scaled where nobody has shown that it stays exact.
 
         Raises:
@@ -100,6 +103,15 @@ class Scaling:
         ):
             if found:
                 raise ConfigError(f"a gradient scaler with {why}")
+        own = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in own:
+                raise ConfigError(
+                    f"a gradient scaler with parameter {name!a}, which requires a gradient and is not the optimizer's:"
+                    " freeze it (requires_grad_(False))"
+                )
+            if parameter.requires_grad and parameter.dtype == torch.float16:
+                raise ConfigError(f"a gradient scaler with parameter {name!a} in float16: keep parameters in float32")
 
     def backward(self, loss: Tensor) -> None:
         """The backward pass of a micro-batch's loss."""
@@ -110,16 +122,18 @@ class Scaling:
         """After a step's last backward pass: gradients as the optimizer is to have them.
 
         Raises:
-            GradientOverflow: one is not finite, and no losses are scaled.
+            GradientOverflow: one is not finite, and no losses are scaled, or the scale is the least already; or only
+                its norm is not.
         """
         scale = 1.0
         if self._scaler is not None:
             scale = self._scaler.get_scale()
-            self._scaler.unscale_(self._optimizer)
+            if self._has_gradients():
+                self._scaler.unscale_(self._optimizer)
         try:
             norms = clip_block_gradients(model, block_of, self.clip_norm, together=self._together)
         except GradientOverflow:
-            if self._scaler is None:
+            if self._scaler is None or scale <= LEAST_SCALE or self._all_finite():
                 raise
             return Scaled((), scale, 0, skipped=True)
         if not self._together:
@@ -133,7 +147,7 @@ class Scaling:
         Raises:
             InvariantBroken: the scaler did otherwise.
         """
-        if self._scaler is None:
+        if self._scaler is None or not self._has_gradients():
             self._optimizer.step()
             return
         self._scaler.step(self._optimizer)
@@ -142,6 +156,19 @@ class Scaling:
             raise InvariantBroken(
                 f"the gradient scaler {'took' if scaled.skipped else 'skipped'} a step whose gradients say otherwise"
             )
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    yield parameter.grad
+
+    def _has_gradients(self) -> bool:
+        """Whether the step moves anything: a scaler refuses to step where nothing has a gradient."""
+        return next(self._gradients(), None) is not None
+
+    def _all_finite(self) -> bool:
+        return all(bool(torch.isfinite(gradient).all()) for gradient in self._gradients())
 
 
 def scaling_text(scaler: torch.amp.GradScaler) -> str:

@@ -79,6 +79,8 @@ class SketchBook:
         """One use of a linear in a backward pass: ``[B, *, P]`` and ``[B, *, Q]``, and each example's permille."""
         if parameter not in self._parameters:
             return
+        # Products of gradients that fill float16, as loss scaling has them, overflow in it.
+        left, right = (x.float() if x.dtype == torch.float16 else x for x in (left, right))
         left_BTP, right_BTQ = (x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1) for x in (left, right))
         scale_B = torch.tensor(weights_B, dtype=torch.float32, device=left.device) / FULL_PERMILLE
         u_BrP, v_BrQ = self._factor(parameter, left_BTP, right_BTQ)

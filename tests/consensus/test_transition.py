@@ -146,6 +146,10 @@ def test_build_keeps_to_its_caps() -> None:
     assert len(built(told.ledger, *sources, max_events=3).events) == 3
     size_bytes = len(sources[0].entry_bytes) + len(sources[0].portions_bytes)
     assert len(built(told.ledger, *sources, max_bytes=2 * size_bytes).events) == 2
+    large = told.ledger.source(LIBRARIAN, "large", statement="x" * 4_000)
+    assert list(built(told.ledger, large, *sources, max_bytes=3 * size_bytes).events) == sources[:3], (
+        "what no ledger block has room for stands in nobody's way"
+    )
     assert built(told.ledger, *sources, max_events=0).events == ()
 
 

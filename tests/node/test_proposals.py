@@ -3,18 +3,20 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 from epoch_fixtures import change_event, next_membership
 from ledger_fixtures import LIBRARIAN, MemoryLedger
 
-from consensus.block import Header, decode_header
+from consensus.block import Body, Header, decode_header
 from consensus.branches import Verdict
 from consensus.codec import decode, encode
 from consensus.effect import RequestProposal
 from consensus.event import CheckedEvent, pack_parts
 from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import ED25519_LIST, Parameters
+from consensus.portions import BlockWeight, ClassRule
 from consensus.rejection import Rejected
 from consensus.vote import Proposal
 from node.intake import Intake
@@ -261,7 +263,7 @@ async def test_events_that_keep_coming_by_gossip_are_not_asked_for(
 
     async def pass_on() -> None:
         for event in made[1]:
-            await trio.sleep(0.9 * ARRIVAL_SECONDS)
+            await trio.sleep(0.6 * ARRIVAL_SECONDS)
             assert voter.intake.receive(memory.ids[LIBRARIAN], pack_gossip([packed(event)])) == 1
 
     async with trio.open_nursery() as nursery:
@@ -311,3 +313,35 @@ async def test_event_that_was_asked_for_is_not_checked_again_when_it_comes_by_go
     assert voter.intake.receive(memory.ids[LIBRARIAN], pack_gossip([packed(event), spoiled])) == 0
     assert voter.mempool.get(event.leaf_hash) is not None
     assert voter.intake.refused == {}
+
+
+@pytest.mark.trio
+async def test_peer_that_answers_with_what_nobody_asked_for_fills_no_pool(
+    memory: MemoryLedger, desks: tuple[Desk, Desk], autojump_clock: trio.testing.MockClock
+) -> None:
+    leader, voter = desks
+    made = leader.hold(LATELY_MS, memory.source(LIBRARIAN, "kept back")).propose()
+    voter.peers.at_hand = [memory.source(LIBRARIAN, "another")]
+    assert await voter.verdict(made, memory.ids[LIBRARIAN]) is Verdict.MISSING
+    assert len(voter.peers.asked) == 1
+    assert len(voter.mempool) == 0
+
+
+@pytest.mark.trio
+async def test_fetched_event_larger_than_gossip_allows_is_judged_and_never_proposed(
+    memory: MemoryLedger, desks: tuple[Desk, Desk], autojump_clock: trio.testing.MockClock
+) -> None:
+    leader, voter = desks
+    blocks = tuple(BlockWeight(f"{number:0100}", 0) for number in range(4_000))
+    large = memory.policy(classes=tuple(ClassRule(name, 0, blocks) for name in ("a", "b", "c")))
+    assert len(packed(large)) > 1 << 20
+    made = leader.hold(LATELY_MS, memory.source(LIBRARIAN, "small")).propose()
+    proposal = made[0]
+    lying = msgspec.structs.replace(proposal, body=Body((large.leaf_hash,)))
+    voter.peers.at_hand = [large]
+    voter.peers.connected = frozenset({memory.ids[LIBRARIAN]})
+    header = decode_header(proposal.header, memory.chain_id)
+    verdict = await voter.proposals.verdict(lying, header, [memory.ids[LIBRARIAN]])
+    assert verdict is Verdict.INVALID
+    assert len(voter.mempool) == 0
+    assert len(voter.hold(LATELY_MS, memory.source(LIBRARIAN, "own")).propose(2)[1]) == 1

@@ -30,11 +30,12 @@ from consensus.portions import BlockWeight, ClassRule
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
 from trainer_client.balance import Balance
 from trainer_client.clipping import GradientOverflow, clip_factor
+from trainer_client.governed import GovernedRun
 from trainer_client.momentum import Momentum
 from trainer_client.pieces import whole_entries
 from trainer_client.plan import default_blocks
 from trainer_client.replay import Replayed, ReplayJob, read_logged_campaign, replay
-from trainer_client.scaling import GLOBAL, Scaled, Scaling
+from trainer_client.scaling import GLOBAL, LEAST_SCALE, Scaled, Scaling
 
 CLIP_NORM = 0.25
 FIRST_SCALE = 2.0**18
@@ -301,6 +302,72 @@ def test_two_ranks_skip_and_clip_alike_and_are_replayed(scene: Scene) -> None:
     assert [(outcome.replayed, outcome.differing) for outcome in again] == [(STEPS, ())] * 2
 
 
+def test_rank_with_another_scaler_is_refused_by_name(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    halved(scene).arguments["micro_batch_size"] = None
+    other = {**scene.arguments, "scaler": torch.amp.GradScaler("cpu", init_scale=4.0)}
+    (outcomes,) = run_on_ranks(scene, Attempt("DDP", changes={1: {"arguments": other}}))
+    assert all("was started with another plan" in outcome.error for outcome in outcomes)
+    assert scene.events(Kind.CAMPAIGN) == []
+
+
+def test_step_that_may_move_nothing_passes_the_scaler_by(scene: Scene) -> None:
+    scene.register(classes=(ClassRule("documentation", 1_000, ()), ClassRule("news", 0, ())))
+    halved(scene).plan_changes["batch_size"] = 1
+    scene.train()
+    still = [
+        step.index
+        for step in governance_of(scene)
+        if not any(map(any, (each.weights_permille for each in step.profiles)))
+    ]
+    assert set(still) - {step.index for step in governance_of(scene) if not step.admitted}
+    assert not set(still) & set(skipped(scene))
+
+
+def test_gradient_that_overflows_at_every_scale_ends_the_run_by_its_block(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    own = halved(scene).arguments["scaler"] = torch.amp.GradScaler("cpu", init_scale=2 * LEAST_SCALE)
+
+    def steep(run: GovernedRun[bytes], inputs: Tensor, step: int) -> None:
+        loss_B = losses(scene.model, inputs)
+        run.learn(loss_B + (loss_B - loss_B.detach()).abs().sqrt())
+
+    with pytest.raises(GradientOverflow, match="the gradient of parameter block"):
+        scene.loop(steep)
+    assert own.get_scale() == LEAST_SCALE, "one step was skipped before"
+
+
+def test_norm_that_overflows_over_finite_gradients_is_no_reason_to_skip() -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaling = Scaling(optimizer, 1.0, scaler=torch.amp.GradScaler("cpu", init_scale=1.0))
+    scaling.backward(1e30 * model(torch.ones(1, 4)).sum())
+    with pytest.raises(GradientOverflow, match="norm inf"):
+        scaling.finish(model, {"weight": 0, "bias": 0})
+
+
+def test_parameters_that_a_scaler_cannot_scale_are_refused_by_name() -> None:
+    model = torch.nn.Linear(4, 4)
+    scaling = Scaling(torch.optim.SGD([model.weight], lr=1.0), 1.0, scaler=scaler())
+    with pytest.raises(ConfigError, match="parameter 'bias', which requires a gradient and is not the optimizer's"):
+        scaling.check_supported(model, sharded=False, pieces=False, audit_snapshots=False)
+    half = torch.nn.Linear(4, 4).half()
+    scaling = Scaling(torch.optim.SGD(half.parameters(), lr=1.0), 1.0, scaler=scaler())
+    with pytest.raises(ConfigError, match="parameter 'weight' in float16"):
+        scaling.check_supported(half, sharded=False, pieces=False, audit_snapshots=False)
+
+
+def test_campaign_records_what_the_job_does_whatever_the_plan_calls_it(scene: Scene) -> None:
+    clipped_together(scene)
+    scene.plan_changes["hyperparameters"] = {"clip_scope": "block", "clip_norm": "77", "schedule": "constant"}
+    scene.train()
+    (opening,) = scene.events(Kind.CAMPAIGN)
+    assert isinstance(opening.operation, p.Campaign)
+    recorded = {setting.name: setting.value for setting in opening.operation.hyperparameters}
+    assert (recorded["clip_scope"], recorded["clip_norm"]) == ("global", repr(CLIP_NORM))
+    assert recorded["schedule"] == "constant"
+
+
 def test_what_does_not_go_with_a_scaler_is_refused_by_name(scene: Scene) -> None:
     by_heads(scene)
     scene.arguments["scaler"] = scaler()
@@ -308,7 +375,7 @@ def test_what_does_not_go_with_a_scaler_is_refused_by_name(scene: Scene) -> None
         scene.train()
     scaling = Scaling(torch.optim.SGD([torch.zeros(1)]), 1.0, scaler=scaler())
     with pytest.raises(ConfigError, match="a gradient scaler with fully_shard"):
-        scaling.check_supported(sharded=True, pieces=False, audit_snapshots=False)
+        scaling.check_supported(TinyModel(), sharded=True, pieces=False, audit_snapshots=False)
 
 
 def test_snapshots_for_audits_hold_no_scale_and_are_refused_by_name(scene: Scene) -> None:

@@ -329,3 +329,21 @@ def test_campaign_without_the_sketches_it_owes_is_refused(
     with pytest.raises(Rejected) as refusal, scene.run():
         pass
     assert refusal.value.reason is reason
+
+
+def test_gradients_that_fill_float16_are_sketched_as_they_are() -> None:
+    """As loss scaling has them: an entry of a product of such gradients is beyond float16."""
+    torch.manual_seed(0)
+    left, right = 3_000 * torch.randn(1, 4, 1_024), torch.randn(1, 4, 512)
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        book = SketchBook(2)
+        book.attach(["first.weight"])
+        book.expect(1, EXAMPLES[:1])
+        book.observe("first.weight", left.to(dtype), right.to(dtype), (1_000,))
+        book.take_step(POLICY, {"first.weight": 1.0})
+        found.append(book.window.rows_of("first.weight"))
+    scale, half_scale = (parts[2] for parts in found)
+    assert bool(torch.isfinite(half_scale).all())
+    assert bool((scale > 0).all())
+    assert torch.allclose(half_scale, scale, rtol=0.02)
