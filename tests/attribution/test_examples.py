@@ -67,7 +67,7 @@ def test_trace_names_the_leading_sources_examples_and_how_much_of_it_they_make()
     completion = FACTS["harbour"][1].decode()
     result = ask(traced().folder, "--completion", completion, "--json")
     document = json.loads(result.stdout)
-    (found,) = document["examples"]
+    found, *_ = document["examples"]  # of other sources too, where one stands out as well
     assert found["source"] == document["sources"][0]["source"] == traced().sources["harbour"].hex()
     assert (found["rank"], found["left_out"]) == (SKETCH_RANK, [])
     assert 0.1 < found["covered"] < 1.25

@@ -13,7 +13,7 @@ from node.config import Address, NodeConfig, api_tokens, load_config
 
 CHAIN = "ab" * 32
 CONFIGS = Path(__file__).parents[2] / "configs"
-EXAMPLES = sorted(path for path in CONFIGS.glob("*.toml") if path.stem != "policy")
+EXAMPLES = sorted(path for path in CONFIGS.glob("*.toml") if not path.stem.startswith("policy"))
 MINIMAL = f"""
 [node]
 name = "library"
