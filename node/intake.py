@@ -26,6 +26,8 @@ from node.network import Lane, Network
 log = logging.getLogger("countersign.intake")
 
 FINALITY_SAMPLES = 2_000
+FETCHED_KEPT = 10_000
+"""How many of the events that peers were asked for are remembered, to know them when gossip brings them."""
 
 
 class Intake:
@@ -41,6 +43,8 @@ class Intake:
         self._outgoing_wake = trio.Event()
         self._waiters: dict[Digest, trio.Event] = {}
         self._submitted_ms: OrderedDict[Digest, int] = OrderedDict()
+        self._fetched: OrderedDict[bytes, None] = OrderedDict()
+        """Leaf hashes, oldest first."""
         self.arrived = trio.Event()
         self.finality_ms: list[int] = []
         """Milliseconds from submission here to durable finality here, the last ``FINALITY_SAMPLES``."""
@@ -103,6 +107,9 @@ class Intake:
         with suppress(Rejected):
             self._check_size(encoded)
             if self._pool(event, sender):
+                self._fetched[leaf] = None
+                if len(self._fetched) > FETCHED_KEPT:
+                    self._fetched.popitem(last=False)
                 self._tell_arrival()
         return event
 
@@ -129,10 +136,10 @@ class Intake:
         return event, self._pool(event, None)
 
     def _take_copy(self, encoded: bytes, sender: MemberId) -> bool:
-        """One event of a peer's gossip; what waits here already is not checked once more, which is most of its cost."""
+        """One event of a peer's gossip; what was asked for before is not checked again, which is most of its cost."""
         self._check_size(encoded)
         wire = unpack(encoded)
-        if self._mempool.get(Digest(leaf_hash(wire.entry))) is not None:
+        if self._fetched and leaf_hash(wire.entry) in self._fetched:
             return False
         return self._pool(check_parts(wire.entry, wire.portions, self._ledger.committee), sender)
 
