@@ -8,7 +8,7 @@ file named by its SHA-256; beside it, where the campaign sketches (``sketch_rank
 example by example, at low rank (``trainer_client/sketches.py``). Here is what the log binds of them:
 
 * the step that ends a window, and no other, names the window's root (``accumulator_root`` of its operation
-  portion); members refuse a step that does otherwise, so that no window can be left out (``campaign_rules.py``);
+  portion); members refuse a step that does otherwise, so that no window can be left out (``step_rules.py``);
 * the root is the RFC 9162 tree over one leaf for the window itself and one for each entry, entries in order of
   policy and source, the total first: one entry can be shown with its proof and reveals no other.
 

@@ -13,7 +13,7 @@ The rules, by kind (DESIGN of the protocol: ``docs/protocol.md``, section "Admis
 * *evidence*: the first of its member, epoch and offence. *membership*: ``membership_change.py``.
 * *grant*: every named source admitted by the policy in force until the grant closes, with the
   signature of each one's authority; within the policy's bounds; for the campaign's current job key.
-* steps, refusals, rollbacks, abandon, release: ``campaign_rules.py``.
+* steps: ``step_rules.py``. Refusals, rollbacks, abandon, release: ``campaign_rules.py``.
 * evaluations, decisions: ``review_rules.py``. Audit challenges, audit results: ``audit_rules.py``.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from consensus import audit_rules, campaign_rules, custody_rules, review_rules
+from consensus import audit_rules, campaign_rules, custody_rules, review_rules, step_rules
 from consensus import portions as p
 from consensus.campaign_rules import changed, check_job_key, check_sequence, open_campaign
 from consensus.event import CheckedEvent, Kind
@@ -427,7 +427,7 @@ _HANDLERS: dict[Kind, Callable[[StateView, CheckedEvent, int, Committee], None]]
     Kind.DELEGATION: _admit_delegation,
     Kind.CAMPAIGN: _admit_campaign,
     Kind.GRANT: _admit_grant,
-    Kind.STEP: campaign_rules.admit_step,
+    Kind.STEP: step_rules.admit_step,
     Kind.REFUSAL: campaign_rules.admit_refusal,
     Kind.ROLLBACK: campaign_rules.admit_rollback,
     Kind.ABANDON: campaign_rules.admit_abandon,

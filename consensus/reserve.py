@@ -10,7 +10,7 @@ claim's ``reserve_below`` is a bound; the examples whose lots are below it are t
   the larger one holds the other.
 
 A reserved example that is presented is counted by the step, as refused ``reserved-for-calibration``, with no event of
-its own (``campaign_rules.py``). What the reserve is used for: ``trainer_client/memorization.py``.
+its own (``step_rules.py``). What the reserve is used for: ``trainer_client/memorization.py``.
 """
 
 import hashlib
