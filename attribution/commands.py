@@ -22,7 +22,7 @@ from attribution.factors import factor_tensors
 from attribution.footprint import chosen_sources, example_footprint, footprint
 from attribution.footprint_report import footprint_json, footprint_text
 from attribution.language import language_of
-from attribution.log import base_log
+from attribution.log import check_released_base
 from attribution.options import ACCUMULATORS, CUSTODIAN, INDEX, GivenBase, GivenLog, RunFiles, base_options, log_options
 from attribution.page import page
 from attribution.public_text import public_sequences
@@ -236,7 +236,8 @@ def trace_command(
     chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
     log_before = None
     if given_base is not None:
-        log_before = base_log(log, given_base.log.open())
+        log_before = given_base.log.open()
+        check_released_base(log, log_before)
         traceable_root(log_before.provenance)
     language = language_of(architecture, tokenizer_path)
 

@@ -70,8 +70,8 @@ def open_ledger(
     return _opened(trusted, outside.bundle_of(where, trusted.genesis, Predicate.ACCUMULATORS, campaign, token))
 
 
-def base_log(log: CampaignLog, before: CampaignLog) -> CampaignLog:
-    """``before``, if there the release stands that ``log``'s campaign names as its base model's, with the same root.
+def check_released_base(log: CampaignLog, before: CampaignLog) -> None:
+    """The campaign of ``before`` released the base model of ``log``'s: the release it names stands there, of its root.
 
     Raises:
         Rejected: ``NOT_FOUND`` where the campaign names none, or the other log's campaign has no such release;
@@ -98,7 +98,6 @@ def base_log(log: CampaignLog, before: CampaignLog) -> CampaignLog:
             f"release {named.hex()} has root {event.operation.parameter_root.hex()}, the campaign's base model "
             f"{campaign.base_root.hex()}",
         )
-    return before
 
 
 def _trusted(genesis_path: Path, chain_id: ChainId) -> Anchor:

@@ -34,7 +34,6 @@ from consensus import portions as p
 from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.keys import Ed25519SigningKey
 from trainer_client.accumulators import SourceAccumulators
-from trainer_client.clipping import clip_block_gradients
 from trainer_client.commitment import (
     CommitmentWorker,
     copied_tensors,
@@ -48,6 +47,7 @@ from trainer_client.ranks import ALONE
 from trainer_client.record import Permission, Place, Recorder, StepOutcome, StepUse
 from trainer_client.routed_modules import observed_parameters
 from trainer_client.routing import Routing
+from trainer_client.scaling import Scaling
 from trainer_client.sketches import SketchBook
 from trainer_client.step_book import OptimizerDigests
 
@@ -173,8 +173,8 @@ class Steps:
             routing.routed_loss(self._loss_B(), self._batch_size).backward()  # type: ignore[no-untyped-call]
         routing.finish_step()
         if "accumulators" in kind:
-            norms = clip_block_gradients(self._model, self._block_of, 1e9)
-            self._accumulators.take_step(bytes(32), self.optimizer, norms, 1e9)
+            scaled = Scaling(self.optimizer, clip_norm=1e9).finish(self._model, self._block_of)
+            self._accumulators.take_step(bytes(32), self.optimizer, scaled.factors)
         elif "sketches" in kind:
             self._book.take_step(bytes(32), {})
         self.optimizer.step()

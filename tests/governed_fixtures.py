@@ -233,6 +233,22 @@ def by_heads(scene: Scene) -> None:
     scene.arguments["probe_loss"] = losses
 
 
+def replay_job(scene: Scene, **changes: object) -> ReplayJob[bytes]:
+    """What takes a campaign again of a ``TinyModel`` with a dropout of one half."""
+    torch.manual_seed(1)
+    model = TinyModel(dropout=0.5)
+    return ReplayJob(
+        **{  # type: ignore[arg-type]
+            "model": model,
+            "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+            "sources": scene.training_sources,
+            "loss": losses,
+            "collate": collate,
+            **changes,
+        }
+    )
+
+
 def job_again(scene: Scene) -> ReplayJob[bytes]:
     """What takes a campaign ``by_heads`` again."""
     torch.manual_seed(1)

@@ -51,7 +51,6 @@ from consensus.accumulators import (
 from consensus.codec import encode
 from consensus.identifiers import Digest
 from consensus.rejection import CountersignError
-from trainer_client.clipping import clip_factor
 from trainer_client.durable import make_durable
 from trainer_client.pieces import Entries
 from trainer_client.ranks import ALONE, Ranks
@@ -142,27 +141,21 @@ class SourceAccumulators:
             held.add_(wide)
 
     def take_step(
-        self,
-        policy: bytes,
-        optimizer: torch.optim.Optimizer,
-        norms: Sequence[float | None],
-        maximum_norm: float,
-        loss_scale: float = 1.0,
+        self, policy: bytes, optimizer: torch.optim.Optimizer, factors_of_blocks: Sequence[float | None]
     ) -> None:
         """Between clipping and ``optimizer.step()``: the step's parts and whole gradient enter the window.
 
-        ``norms`` are those of the parameter blocks before clipping to ``maximum_norm``. What was observed is
-        ``loss_scale`` times too large; the model's gradients are not any more.
+        ``factors_of_blocks`` are ``scaling.Scaled``'s: what was observed, times them, is what the optimizer gets.
         """
         rates = {id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]}
         self._wait()
         factors = {}
         for name, entry in self._entries.items():
-            norm, rate = norms[self._block_of[name]], rates.get(id(entry.parameter), 0.0)
+            factor, rate = factors_of_blocks[self._block_of[name]], rates.get(id(entry.parameter), 0.0)
             gradient = entry.gradient
-            if gradient is None or norm is None:
+            if gradient is None or factor is None:
                 continue
-            factors[name] = rate * clip_factor(norm, maximum_norm) / (self._ranks.size * loss_scale)
+            factors[name] = rate * factor / self._ranks.size
             _add(self._total, name, gradient, rate)
         if self.sketches is not None:
             self.sketches.take_step(policy, factors)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from consensus.rejection import Reason, Rejected
-from trainer_client.clipping import clip_factor
 from trainer_client.pieces import Entries
 from trainer_client.routed_modules import observed_parameters
 
@@ -102,22 +101,13 @@ class Balance:
         """In place of ``before_step`` and ``after_step``: the optimizer does not step."""
         self._pending = {}
 
-    def before_step(
-        self,
-        block_of: Mapping[str, int],
-        norms: Sequence[float | None],
-        maximum_norm: float,
-        loss_scale: float = 1.0,
-    ) -> None:
-        """Between clipping and ``optimizer.step()``; ``norms`` are those of the parameter blocks before clipping.
-
-        What was observed is ``loss_scale`` times too large.
-        """
+    def before_step(self, block_of: Mapping[str, int], factors_of_blocks: Sequence[float | None]) -> None:
+        """Between clipping and ``optimizer.step()``; the factors are as for ``SourceAccumulators.take_step``."""
         self._factors, self._before = {}, {}
         for name, entry in self._entries.items():
-            norm = norms[block_of[name]]
-            if entry.gradient is not None and norm is not None:
-                self._factors[name] = clip_factor(norm, maximum_norm) / loss_scale
+            factor = factors_of_blocks[block_of[name]]
+            if entry.gradient is not None and factor is not None:
+                self._factors[name] = factor
                 self._before[name] = _wide(entry.value)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:

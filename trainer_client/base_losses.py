@@ -123,7 +123,11 @@ class Measure(Generic[E]):
                     if loss_B.shape == (len(shown),) and bool(loss_B.isfinite().all()):
                         own.update(zip(batch, map(_in_milli, loss_B.tolist()), strict=bool(batch)))
                     else:
-                        problems.append(f"for each of {len(shown)} examples, found {loss_B.tolist()!r:.200}")
+                        source, number = shown[0]
+                        first = f"{number} of source {source.hex()}"
+                        problems.append(
+                            f"for each of {len(shown)} examples from {first} on, found {loss_B.tolist()!r:.200}"
+                        )
         finally:
             set_random_states(random_before)
         self.ranks.together(lambda: _refuse(problems))

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from consensus.identifiers import Digest
 from consensus.rejection import ConfigError
 from trainer_client.commitment import committed_tensors, copied_tensors, root_of_tensors
-from trainer_client.memorization import evaluating
+from trainer_client.evaluating import evaluating
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example
 from trainer_client.sharding import is_sharded, whole

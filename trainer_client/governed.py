@@ -306,9 +306,7 @@ class GovernedRun(Generic[E]):
                 self._accumulators.skip_step()
             elif self._accumulators is not None:
                 policy = step.grant.permission.policy
-                self._accumulators.take_step(
-                    policy, self._optimizer, scaled.norms, self._plan.clip_norm, scaled.loss_scale
-                )
+                self._accumulators.take_step(policy, self._optimizer, scaled.factors)
         self._learning_rate = float(self._optimizer.param_groups[0]["lr"])
         return True
 

@@ -25,8 +25,7 @@ Not covered: paraphrase, recitation of another text than the example.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from consensus.rejection import InvariantBroken
 from trainer_client.calibrators import PERMILLE, Calibrators
+from trainer_client.evaluating import evaluating
 
 Predictions = Callable[[nn.Module, Sequence[bytes]], tuple[Tensor, Tensor]]
 """A model and B texts of one length T to, for each byte after the first, its loss in nats and whether it was
@@ -270,18 +270,6 @@ def hits_of(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
     """Whether each target was a likeliest choice, ties included: bool ``[B, T]``."""
     with torch.no_grad():
         return logits_BTV.gather(-1, target_BT[..., None])[..., 0] >= logits_BTV.amax(dim=-1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off for a while; every module's own mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _run_lengths(hits_T: list[bool]) -> list[int]:

@@ -297,22 +297,23 @@ class Bench(Generic[E]):
         found = optimizer_digest_of_all(own, self.ranks) if self.parallel.is_sharded else own
 
         def compared() -> tuple[str, ...]:
-            what = differences(step, before, after, self.blocks, found) + self._scaled_otherwise(step)
+            what = differences(step, before, after, self.blocks, found) + self.scaled_otherwise(step)
             if accumulator_root is not None and accumulator_root != step.operation.accumulator_root:
                 what += ("accumulators",)
             return what if self.states_profiles(step) else (PROFILES, *what)
 
         return self.ranks.by_first(compared)
 
-    def _scaled_otherwise(self, step: RecordedStep) -> tuple[str, ...]:
-        scaled, recorded = self.scaled, step.governance
-        found = (0, False) if scaled is None else (scaled.global_clip_nano, scaled.skipped)
-        named = zip(("global clip factor", "whether it is skipped"), found, strict=True)
-        return tuple(
-            name
-            for (name, mine), theirs in zip(named, (recorded.global_clip_nano, recorded.skipped), strict=True)
-            if mine != theirs
-        )
+    def scaled_otherwise(self, step: RecordedStep, tolerance: float = 0.0) -> tuple[str, ...]:
+        """What of the step just taken was scaled otherwise than recorded; a factor by more than a part of it."""
+        factor, skipped = (0, False) if self.scaled is None else (self.scaled.global_clip_nano, self.scaled.skipped)
+        recorded = step.governance
+        what = []
+        if abs(factor - recorded.global_clip_nano) > tolerance * recorded.global_clip_nano:
+            what.append("global clip factor")
+        if skipped != recorded.skipped:
+            what.append("whether it is skipped")
+        return tuple(what)
 
     def take(self, step: RecordedStep, admitted: tuple[Example, ...]) -> bytes:
         """One step; the root of the accumulators' window that it ends, on the first of the ranks, or nothing."""
@@ -340,17 +341,15 @@ class Bench(Generic[E]):
 
     def _observe_step(self, step: RecordedStep, scaled: Scaled) -> None:
         """Accumulators and balance take in a step, or drop one that is skipped, before the optimizer takes it."""
-        norms, clip_norm, loss_scale = scaled.norms, self.scaling.clip_norm, scaled.loss_scale
         for observer in (self.accumulators, self.balance):
             if observer is not None and scaled.skipped:
                 observer.skip_step()
         if scaled.skipped:
             return
         if self.accumulators is not None:
-            policy = step.permission.policy
-            self.accumulators.take_step(policy, self.job.optimizer, norms, clip_norm, loss_scale)
+            self.accumulators.take_step(step.permission.policy, self.job.optimizer, scaled.factors)
         if self.balance is not None:
-            self.balance.before_step(self.block_of, norms, clip_norm, loss_scale)
+            self.balance.before_step(self.block_of, scaled.factors)
 
     def _flush(self, step: RecordedStep) -> None:
         """Drop the optimizer's state of the parameter blocks which the step says that it dropped it of."""

@@ -32,12 +32,13 @@ LEAST_SCALE = 2.0**-10
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """What became of a step's gradients: the ``norms`` that each block was clipped by, None without a gradient.
+    """What became of a step's gradients: ``factors`` by parameter block, None for one without a gradient.
 
-    ``loss_scale`` is still in what an observer of the backward pass saw. Of a ``skipped`` step there are no norms.
+    A factor makes what an observer of the backward pass saw into what the optimizer gets: clipped, and without the
+    ``loss_scale``. Of a ``skipped`` step there are none.
     """
 
-    norms: tuple[float | None, ...]
+    factors: tuple[float | None, ...]
     loss_scale: float
     global_clip_nano: int
     skipped: bool
@@ -59,7 +60,7 @@ class Scaling:
     ) -> None:
         if clip_scope not in (BLOCK, GLOBAL):
             raise ConfigError(f"clip_scope is {clip_scope!a:.40}, expected {BLOCK} or {GLOBAL}")
-        self.clip_norm = clip_norm
+        self._clip_norm = clip_norm
         self._optimizer = optimizer
         self._together = clip_scope == GLOBAL
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -131,15 +132,18 @@ class Scaling:
             if self._has_gradients():
                 self._scaler.unscale_(self._optimizer)
         try:
-            norms = clip_block_gradients(model, block_of, self.clip_norm, together=self._together)
+            norms = clip_block_gradients(model, block_of, self._clip_norm, together=self._together)
         except GradientOverflow:
             if self._scaler is None or scale <= LEAST_SCALE or self._all_finite():
                 raise
             return Scaled((), scale, 0, skipped=True)
-        if not self._together:
-            return Scaled(norms, scale, 0, skipped=False)
-        factor = clip_factor(max((norm for norm in norms if norm is not None), default=0.0), self.clip_norm)
-        return Scaled(norms, scale, max(1, math.floor(factor * p.NANO)), skipped=False)
+        clipped = [None if norm is None else clip_factor(norm, self._clip_norm) for norm in norms]
+        factors = tuple(None if factor is None else factor / scale for factor in clipped)
+        global_clip_nano = 0
+        if self._together:
+            of_all = next((factor for factor in clipped if factor is not None), 1.0)
+            global_clip_nano = max(1, math.floor(of_all * p.NANO))
+        return Scaled(factors, scale, global_clip_nano, skipped=False)
 
     def step(self, scaled: Scaled) -> None:
         """The optimizer's step, unless it is to be skipped.

@@ -76,6 +76,7 @@ def replay_within(
                 if not run.states_profiles(recorded):
                     apart += (f"{PROFILES} of step {recorded.index}",)
                 root = run.take(recorded, run.admitted(recorded))
+                apart += tuple(f"{what} in step {recorded.index}" for what in run.scaled_otherwise(recorded, tolerance))
                 restoration.stepped(recorded.index)
                 executed += 1
                 if recorded_windows is None or run.accumulators is None or not windows.ends_whole(recorded.index):

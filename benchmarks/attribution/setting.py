@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from attribution.query import Output, log_chances
 from trainer_client.accumulators import SourceAccumulators
-from trainer_client.clipping import clip_block_gradients
 from trainer_client.demo.base import BaseTraining
 from trainer_client.demo.corpus import BASE_TOPICS
 from trainer_client.demo.model import ByteModel, ModelConfig, parameter_blocks, per_example_loss
 from trainer_client.pieces import whole_entries
 from trainer_client.routing import Routing
+from trainer_client.scaling import Scaling
 
 PIECE_BYTES = 64
 PROMPT_BYTES = 16
@@ -203,6 +203,7 @@ def train(
     if accumulators is not None:
         accumulators.attach(model, block_of, whole_entries(model))
     roots: list[tuple[int, bytes]] = []
+    scaling = Scaling(optimizer, CLIP_NORM)
     routing = Routing(model, block_of, accumulators, None if accumulators is None else accumulators.sketches)
     with routing:
         for index, presented in enumerate(order or setting.order, 1):
@@ -216,9 +217,9 @@ def train(
                     loss_B = per_example_loss(model, setting.examples_NT[rows])
                     routing.routed_loss(loss_B, BATCH_SIZE).backward()  # type: ignore[no-untyped-call]
                 routing.finish_step()
-                norms = clip_block_gradients(model, block_of, CLIP_NORM)
+                scaled = scaling.finish(model, block_of)
                 if accumulators is not None:
-                    accumulators.take_step(POLICY, optimizer, norms, CLIP_NORM)
+                    accumulators.take_step(POLICY, optimizer, scaled.factors)
                 optimizer.step()
             if accumulators is not None:
                 window = accumulators.end_step(index, recorded=True)

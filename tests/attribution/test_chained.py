@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from snapshot_fixtures import written
 
 from attribution.factors import FactorsOrigin
-from attribution.log import CampaignLog, base_log, open_log
+from attribution.log import CampaignLog, check_released_base, open_log
 from attribution.report import Answer, BaseAnswer, lifts
 from attribution.trace import Trace
 from attribution.weights import Search, read_tensors
@@ -189,7 +189,7 @@ def test_log_of_another_chain_than_the_pinned_is_refused_also_where_none_is_name
 
 def test_campaign_that_names_no_release_cannot_be_followed() -> None:
     with pytest.raises(Rejected) as refusal:
-        base_log(log_of(traced()), log_of(traced()))
+        check_released_base(log_of(traced()), log_of(traced()))
     assert refusal.value.reason is Reason.NOT_FOUND
     assert "names no release" in refusal.value.detail
 
@@ -199,7 +199,7 @@ def test_release_of_other_weights_is_refused_with_both_roots() -> None:
     campaign = replace(log.provenance.campaign, base_root=bytes([3]) * 32)
     other = dataclasses.replace(log, provenance=dataclasses.replace(log.provenance, campaign=campaign))
     with pytest.raises(Rejected) as refusal:
-        base_log(other, log_of(traced()))
+        check_released_base(other, log_of(traced()))
     assert refusal.value.reason is Reason.DIGEST_MISMATCH
     assert "03" * 32 in refusal.value.detail
     assert read_tensors(traced().folder / "tuned.safetensors").root.hex() in refusal.value.detail
@@ -211,12 +211,12 @@ def test_event_that_is_no_release_or_not_disclosed_is_no_origin() -> None:
     campaign = replace(log.provenance.campaign, base_provenance=step.id)
     from_a_step = dataclasses.replace(log, provenance=dataclasses.replace(log.provenance, campaign=campaign))
     with pytest.raises(Rejected) as refusal:
-        base_log(from_a_step, before)
+        check_released_base(from_a_step, before)
     assert refusal.value.reason is Reason.NOT_FOUND
     closed = dataclasses.replace(before.bundle.by_id[traced().release], operation=None)
     hidden = dataclasses.replace(before.bundle, by_id={**before.bundle.by_id, closed.id: closed})
     with pytest.raises(Rejected) as refusal:
-        base_log(log, dataclasses.replace(before, bundle=hidden))
+        check_released_base(log, dataclasses.replace(before, bundle=hidden))
     assert refusal.value.reason is Reason.BUNDLE_INCOMPLETE
 
 

@@ -93,12 +93,13 @@ class Run:
             routing.finish_step()
         extra()
         norms = clip_block_gradients(self.model, self.block_of, 0.05)
+        factors = [None if norm is None else min(1.0, 0.05 / (norm + 1e-6)) for norm in norms]
         for (source, name), part in parts.items():
-            norm = norms[self.block_of[name]]
-            assert norm is not None
+            factor = factors[self.block_of[name]]
+            assert factor is not None
             held = self.oracle.setdefault((source, name), torch.zeros_like(part))
-            held += 0.01 / index * min(1.0, 0.05 / (norm + 1e-6)) * part
-        self.accumulators.take_step(POLICY, self.optimizer, norms, 0.05)
+            held += 0.01 / index * factor * part
+        self.accumulators.take_step(POLICY, self.optimizer, factors)
         self.optimizer.step()
         root = self.accumulators.end_step(index, recorded=recorded)
         if root is not None:

@@ -26,6 +26,7 @@ from governed_fixtures import (
     edge_between,
     examples_of,
     losses,
+    replay_job,
     same_bits,
     weights,
 )
@@ -107,19 +108,7 @@ def committed(scene: Scene) -> bytes:
 
 
 def job(scene: Scene, **changes: object) -> ReplayJob[bytes]:
-    torch.manual_seed(1)
-    model = TinyModel(dropout=0.5)
-    return ReplayJob(
-        **{  # type: ignore[arg-type]
-            "model": model,
-            "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
-            "sources": scene.training_sources,
-            "loss": losses,
-            "collate": collate,
-            "base_losses": kept_at(scene),
-            **changes,
-        }
-    )
+    return replay_job(scene, **{"base_losses": kept_at(scene), **changes})
 
 
 def replayed(scene: Scene, made: ReplayJob[bytes]) -> Replayed:

@@ -115,15 +115,16 @@ class Windowed:
                 self.model.zero_grad()
                 learn(routing, self.model, examples(), rows)
                 norms = clip_block_gradients(self.model, self.block_of, CLIP_NORM)
+                factors = [None if norm is None else clip_factor(norm, CLIP_NORM) for norm in norms]
                 for source, found in alone.items():
                     for entry, gradient in found.items():
-                        norm = norms[self.block_of[entry]]
-                        assert norm is not None
-                        part = 0.01 / index * clip_factor(norm, CLIP_NORM) * gradient
+                        factor = factors[self.block_of[entry]]
+                        assert factor is not None
+                        part = 0.01 / index * factor * gradient
                         place = source, entry
                         self.expected[place] = self.expected.get(place, torch.zeros_like(part)) + part
                 self._add_gradients(held, 0.01 / index)
-                accumulators.take_step(POLICY, optimizer, norms, CLIP_NORM)
+                accumulators.take_step(POLICY, optimizer, factors)
                 optimizer.step()
                 root = accumulators.end_step(index, recorded=True)
             assert root is not None

@@ -24,6 +24,7 @@ from governed_fixtures import (
     TinyModel,
     collate,
     losses,
+    replay_job,
     same_bits,
     weights,
 )
@@ -56,21 +57,6 @@ def kept_by(scene: Scene) -> Path:
     return scene.directory / "snapshots" / CAMPAIGN.hex()
 
 
-def job(scene: Scene, **changes: object) -> ReplayJob[bytes]:
-    torch.manual_seed(1)
-    model = TinyModel(dropout=0.5)
-    return ReplayJob(
-        **{  # type: ignore[arg-type]
-            "model": model,
-            "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
-            "sources": scene.training_sources,
-            "loss": losses,
-            "collate": collate,
-            **changes,
-        }
-    )
-
-
 def picked(scene: Scene, made: ReplayJob[bytes], *steps: int, snapshots: bool = True) -> PickedReplay:
     folder = SnapshotFolder(kept_by(scene), CAMPAIGN) if snapshots else None
     return replay_picked(read_logged_campaign(scene.client(), CAMPAIGN), made, steps, folder)
@@ -100,7 +86,7 @@ def kept(scene: Scene) -> Scene:
 
 def test_picked_steps_come_out_from_the_nearest_snapshots(kept: Scene) -> None:
     assert [int(path.name[5:14]) for path in checkpoint_files(kept_by(kept))] == [5, 10, STEPS]
-    made = job(kept)
+    made = replay_job(kept)
     found = picked(kept, made, 3, 7, 12)
     assert [(each.step, each.differing) for each in found.picked] == [(3, ()), (7, ()), (12, ())]
     assert (found.matched, found.difference) == (3, None)
@@ -111,7 +97,7 @@ def test_picked_steps_come_out_from_the_nearest_snapshots(kept: Scene) -> None:
 
 
 def test_picked_steps_without_snapshots_are_taken_from_the_base(kept: Scene) -> None:
-    found = picked(kept, job(kept), 3, 7, snapshots=False)
+    found = picked(kept, replay_job(kept), 3, 7, snapshots=False)
     assert (found.matched, found.executed, found.windows) == (2, 7, 1)
 
 
@@ -120,14 +106,14 @@ def test_window_that_began_before_the_snapshot_is_counted_and_not_compared(scene
     scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
     scene.plan_changes.update(model={"dropout": 0.5}, accumulator_window_steps=EVERY)
     scene.train()
-    found = picked(scene, job(scene), 6, 12)
+    found = picked(scene, replay_job(scene), 6, 12)
     assert (found.matched, found.executed, found.windows, found.windows_cut) == (2, 2 + 4, 1, 2)
 
 
 @pytest.mark.parametrize("steps", [(), (0,), (STEPS + 1,), (3, 3), (7, 3)])
 def test_steps_that_are_not_on_the_log_are_refused(kept: Scene, steps: tuple[int, ...]) -> None:
     with pytest.raises(Rejected) as refusal:
-        picked(kept, job(kept), *steps)
+        picked(kept, replay_job(kept), *steps)
     assert refusal.value.reason is Reason.STEP_CHAIN_BROKEN
 
 
@@ -138,7 +124,7 @@ def test_first_step_that_differs_is_found_between_snapshots_and_later_snapshots_
         calls.append(1)
         return losses(model, inputs) * (1.001 if len(calls) == 2 else 1.0)
 
-    found = picked(kept, job(kept, loss=spoiled), 8, 9, 12)
+    found = picked(kept, replay_job(kept, loss=spoiled), 8, 9, 12)
     assert found.difference is not None
     assert found.difference.step == 7
     assert "parameter block head" in found.difference.what
@@ -173,7 +159,7 @@ def with_moved_bias(scene: Scene) -> Path:
 
 def test_tensor_that_was_moved_beside_training_is_named(scene: Scene) -> None:
     with_moved_bias(scene)
-    found = picked(scene, job(scene), 6, 8, 9)
+    found = picked(scene, replay_job(scene), 6, 8, 9)
     first, second, third = found.picked
     assert (first.differing, third.differing) == ((), ())
     assert second.differing == ("step 7", "parameter block head", "tensor head.bias")
@@ -198,7 +184,7 @@ def test_tensors_digests_that_do_not_give_the_logs_root_name_no_tensor(
 ) -> None:
     path = with_moved_bias(scene)
     path.write_bytes(spoil(path.read_bytes()))
-    assert picked(scene, job(scene), 7).picked[0].differing == ("parameter block head",)
+    assert picked(scene, replay_job(scene), 7).picked[0].differing == ("parameter block head",)
 
 
 def test_record_that_a_crash_tore_puts_no_other_out_of_place(tmp_path: Path) -> None:
@@ -266,7 +252,7 @@ def test_tampered_snapshot_is_refused_with_both_digests(
 ) -> None:
     put(kept, tamper(snapshot_of(kept, EVERY)))
     with pytest.raises(Rejected) as refusal:
-        picked(kept, job(kept), 7)
+        picked(kept, replay_job(kept), 7)
     assert refusal.value.reason is Reason.DIGEST_MISMATCH
     assert f"the snapshot of step 5 is not the log's: {what}" in refusal.value.detail
     assert "the log has" in refusal.value.detail
@@ -288,7 +274,7 @@ def with_no_random_state(snapshot: Snapshot) -> Snapshot:
 def test_snapshot_of_another_job_is_refused_by_name(kept: Scene, tamper: Callable[[Snapshot], Snapshot]) -> None:
     put(kept, tamper(snapshot_of(kept, EVERY)))
     with pytest.raises(Rejected, match="the snapshot of step 5 is none of this job") as refusal:
-        picked(kept, job(kept), 7)
+        picked(kept, replay_job(kept), 7)
     assert refusal.value.reason is Reason.DIGEST_MISMATCH
 
 
@@ -296,7 +282,7 @@ def test_snapshot_of_another_step_under_this_ones_name_is_refused(kept: Scene) -
     (path,) = checkpoint_files(kept_by(kept), 10)
     path.rename(path.with_name(path.name.replace("000000010", "000000006")))
     with pytest.raises(ConfigError, match="expected a snapshot of step 6, found step 10"):
-        picked(kept, job(kept), 7)
+        picked(kept, replay_job(kept), 7)
 
 
 def test_snapshots_that_are_none_are_named(kept: Scene, tmp_path: Path) -> None:
@@ -305,7 +291,7 @@ def test_snapshots_that_are_none_are_named(kept: Scene, tmp_path: Path) -> None:
     (path,) = checkpoint_files(kept_by(kept), EVERY)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ConfigError, match="the checkpoint is damaged"):
-        picked(kept, job(kept), 7)
+        picked(kept, replay_job(kept), 7)
 
 
 # What the log does not bind: a schedule, a buffer outside the parameter root
@@ -327,7 +313,7 @@ def scheduled_job(scene: Scene) -> ReplayJob[bytes]:
     model = Masked()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    return job(scene, model=model, optimizer=optimizer, scheduler=scheduler)
+    return replay_job(scene, model=model, optimizer=optimizer, scheduler=scheduler)
 
 
 def train_scheduled(scene: Scene) -> None:
@@ -400,7 +386,7 @@ def test_run_that_died_keeps_the_snapshots_of_one_that_did_not(scene: Scene) -> 
     scene.train()
     kept = [int(path.name[5:14]) for path in checkpoint_files(kept_by(scene))]
     assert kept in ([2, 4, 6, 8, 10, 12], [2, 4, 8, 10, 12])
-    found = picked(scene, job(scene), *(step + 1 for step in kept[:-1]))
+    found = picked(scene, replay_job(scene), *(step + 1 for step in kept[:-1]))
     assert (found.matched, found.executed) == (len(kept) - 1, len(kept) - 1)
 
 
@@ -413,7 +399,7 @@ def test_step_that_was_undone_leaves_no_snapshot_of_itself(scene: Scene) -> None
     scene.train(recites.at.append)
     assert scene.node.head(CAMPAIGN).rollbacks == 1
     assert [int(path.name[5:14]) for path in checkpoint_files(kept_by(scene))] == [3, 6, 9, 12]
-    assert picked(scene, job(scene), 4, 7, 10).matched == 3
+    assert picked(scene, replay_job(scene), 4, 7, 10).matched == 3
 
 
 def test_full_disk_costs_a_snapshot_and_not_the_run(

@@ -18,8 +18,8 @@ from governed_fixtures import (
     RecitesAt,
     Scene,
     TinyModel,
-    collate,
     losses,
+    replay_job,
     same_bits,
     weights,
 )
@@ -34,21 +34,6 @@ from trainer_client.commitment import root_of_tensors
 from trainer_client.demo.job import main as demo_job
 from trainer_client.replay import Replayed, ReplayJob, read_logged_campaign, replay
 from trainer_client.replay_command import load_job
-
-
-def job(scene: Scene, **changes: object) -> ReplayJob[bytes]:
-    torch.manual_seed(1)
-    model = TinyModel(dropout=0.5)
-    return ReplayJob(
-        **{  # type: ignore[arg-type]
-            "model": model,
-            "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
-            "sources": scene.training_sources,
-            "loss": losses,
-            "collate": collate,
-            **changes,
-        }
-    )
 
 
 def replayed(scene: Scene, made: ReplayJob[bytes], without: frozenset[bytes] = frozenset()) -> Replayed:
@@ -69,7 +54,7 @@ def trained(scene: Scene) -> Scene:
 
 
 def test_replay_comes_out_bit_for_bit_to_the_released_weights(trained: Scene) -> None:
-    made = job(trained)
+    made = replay_job(trained)
     seen: list[tuple[int, int]] = []
     found = replay(read_logged_campaign(trained.client(), CAMPAIGN), made, (), lambda done, of: seen.append((done, of)))
     assert (found.steps, found.matched, found.difference) == (STEPS, STEPS, None)
@@ -83,8 +68,8 @@ def test_replay_in_micro_batches_is_the_run_in_micro_batches(scene: Scene) -> No
     scene.arguments["micro_batch_size"] = 2
     scene.plan_changes["model"] = {"dropout": 0.5}
     scene.train()
-    assert replayed(scene, job(scene, micro_batch_size=2)).difference is None
-    assert replayed(scene, job(scene)).difference is not None
+    assert replayed(scene, replay_job(scene, micro_batch_size=2)).difference is None
+    assert replayed(scene, replay_job(scene)).difference is not None
 
 
 Spoil = Callable[[Scene, list[int]], ReplayJob[bytes]]
@@ -95,11 +80,11 @@ def other_loss(scene: Scene, calls: list[int]) -> ReplayJob[bytes]:
         calls.append(1)
         return losses(model, inputs) * (1.001 if len(calls) == 7 else 1.0)
 
-    return job(scene, loss=spoiled)
+    return replay_job(scene, loss=spoiled)
 
 
 def other_rate(scene: Scene, calls: list[int]) -> ReplayJob[bytes]:
-    made = job(scene)
+    made = replay_job(scene)
     made.optimizer.param_groups[0]["lr"] = 0.0101
     return made
 
@@ -117,7 +102,7 @@ def test_first_step_that_differs_is_named_with_its_blocks_and_ends_the_replay(
 
 
 def test_optimizer_that_was_tampered_with_is_seen_though_the_parameters_are_right(trained: Scene) -> None:
-    made = job(trained)
+    made = replay_job(trained)
     made.optimizer.param_groups[0]["eps"] = 1e-8 + 1e-24
     found = replayed(trained, made)
     assert found.difference is not None
@@ -139,28 +124,28 @@ def test_accumulators_that_were_not_the_gradients_are_seen(scene: Scene, monkeyp
             lambda self, name, group, gradient: observe(self, name, manual if group == paper else group, gradient),
         )
         scene.train()
-    found = replayed(scene, job(scene))
+    found = replayed(scene, replay_job(scene))
     assert found.difference is not None
     assert (found.difference.step, found.difference.what) == (5, ("accumulators",))
 
 
 def test_without_a_source_is_the_fine_tune_that_it_never_was_in(trained: Scene, tmp_path: Path) -> None:
     paper = trained.sources["paper"]
-    made = job(trained)
+    made = replay_job(trained)
     found = replayed(trained, made, frozenset({paper}))
     assert (found.steps, found.matched, found.difference) == (STEPS, 0, None)
     blank = [
         replace(source, examples=[bytes(len(each)) for each in source.examples]) if source.id == paper else source
         for source in made.sources
     ]
-    other = job(trained, sources=[replace(source, content_salt=None) for source in blank])
+    other = replay_job(trained, sources=[replace(source, content_salt=None) for source in blank])
     replayed(trained, other, frozenset({paper}))
     assert same_bits(weights(made.model), weights(other.model))
     assert not same_bits(weights(made.model), weights(trained.model))
 
 
 def test_without_every_admitted_source_nothing_moves(trained: Scene) -> None:
-    made = job(trained)
+    made = replay_job(trained)
     before = weights(made.model)
     replayed(trained, made, frozenset({trained.sources["paper"], trained.sources["manual"]}))
     assert same_bits(before, weights(made.model))
@@ -169,22 +154,22 @@ def test_without_every_admitted_source_nothing_moves(trained: Scene) -> None:
 def test_other_model_other_examples_and_unknown_sources_are_refused_by_name(trained: Scene) -> None:
     other = TinyModel(0.5)
     with pytest.raises(Rejected, match="the campaign began at root") as refusal:
-        replayed(trained, job(trained, model=other))
+        replayed(trained, replay_job(trained, model=other))
     assert refusal.value.reason is Reason.DIGEST_MISMATCH
     sources = trained.training_sources
     with pytest.raises(Rejected, match="the job lacks source") as refusal:
-        replayed(trained, job(trained, sources=sources[1:]))
+        replayed(trained, replay_job(trained, sources=sources[1:]))
     assert refusal.value.reason is Reason.UNKNOWN_SOURCE
     spoiled = replace(sources[0], examples=[bytes(10), *list(sources[0].examples)[1:]])
     with pytest.raises(Rejected, match="claimed is") as refusal:
-        replayed(trained, job(trained, sources=[spoiled, *sources[1:]]))
+        replayed(trained, replay_job(trained, sources=[spoiled, *sources[1:]]))
     assert refusal.value.reason is Reason.DIGEST_MISMATCH
     with pytest.raises(Rejected, match="is not in the campaign's manifest"):
-        replayed(trained, job(trained), frozenset({bytes(32)}))
+        replayed(trained, replay_job(trained), frozenset({bytes(32)}))
 
 
 def test_balance_sheet_adds_up_to_the_change_of_the_weights(trained: Scene) -> None:
-    made = job(trained)
+    made = replay_job(trained)
     found = replay(read_logged_campaign(trained.client(), CAMPAIGN), made, balanced=True)
     assert (found.matched, found.difference) == (STEPS, None)
     sheet = found.balance
@@ -207,7 +192,7 @@ def test_balance_of_a_source_that_a_block_is_closed_to_is_nothing_there(scene: S
     scene.register(classes=(ClassRule("documentation", 1_000, ()), ClassRule("news", 500, closed)))
     scene.plan_changes.update(model={"dropout": 0.5}, accumulator_window_steps=5)
     scene.train()
-    sheet = replay(read_logged_campaign(scene.client(), CAMPAIGN), job(scene), balanced=True).balance
+    sheet = replay(read_logged_campaign(scene.client(), CAMPAIGN), replay_job(scene), balanced=True).balance
     assert sheet is not None
     paper = sheet.sources[scene.sources["paper"]]
     assert (paper["layers.0"].norm, paper["head"].norm) == (0.0, 0.0)
@@ -219,7 +204,7 @@ def test_balance_of_one_source_is_all_but_the_decay(scene: Scene) -> None:
     scene.register(classes=EVERYTHING)
     scene.plan_changes["model"] = {"dropout": 0.5}
     scene.train()
-    made = job(scene)
+    made = replay_job(scene)
     logged = read_logged_campaign(scene.client(), CAMPAIGN)
     found = replay(logged, made, without={scene.sources["paper"]}, balanced=True)
     assert found.balance is not None
@@ -232,13 +217,13 @@ def test_run_without_accumulators_is_balanced_and_not_compared(scene: Scene) -> 
     scene.register(classes=EVERYTHING)
     scene.plan_changes["model"] = {"dropout": 0.5}
     scene.train()
-    found = replay(read_logged_campaign(scene.client(), CAMPAIGN), job(scene), balanced=True)
+    found = replay(read_logged_campaign(scene.client(), CAMPAIGN), replay_job(scene), balanced=True)
     assert (found.steps, found.matched, found.difference) == (STEPS, 0, None)
     assert found.balance is not None
 
 
 def test_balance_is_of_adamw_alone(trained: Scene) -> None:
-    model = job(trained).model
+    model = replay_job(trained).model
     for optimizer in (
         torch.optim.SGD(model.parameters(), lr=0.01),
         torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True),
@@ -246,7 +231,7 @@ def test_balance_is_of_adamw_alone(trained: Scene) -> None:
         with pytest.raises(Rejected, match=r"a balance sheet is of torch.optim.AdamW, found"):
             replay(
                 read_logged_campaign(trained.client(), CAMPAIGN),
-                job(trained, model=model, optimizer=optimizer),
+                replay_job(trained, model=model, optimizer=optimizer),
                 balanced=True,
             )
 

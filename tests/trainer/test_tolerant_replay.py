@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from governed_fixtures import CAMPAIGN, EVERYTHING, STEPS, Scene, TinyModel, collate, losses
 from torch import Tensor, nn
 
-from consensus.portions import BlockWeight, ClassRule
+from consensus.portions import NANO, BlockWeight, ClassRule
 from consensus.rejection import ConfigError, Reason, Rejected
 from node.cli import main
 from trainer_client.accumulators import SourceAccumulators
@@ -23,6 +24,7 @@ from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkp
 from trainer_client.governed import GovernedRun
 from trainer_client.picked_replay import PickedReplay, replay_picked
 from trainer_client.replay import ReplayJob, read_logged_campaign
+from trainer_client.scaling import GLOBAL, Scaled, Scaling
 from trainer_client.tolerant_replay import replay_within, tolerance_text
 
 TOLERANCE = 1e-3
@@ -136,6 +138,28 @@ def test_operator_that_did_something_else_in_one_step_is_outside_the_tolerance(
     assert found.difference is not None
     assert (found.difference.step, found.difference.what[0]) == (5, "by step 8")
     assert found.matched == 1
+
+
+def test_clip_factor_that_was_not_the_one_recorded_is_outside_the_tolerance(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.register(classes=EVERYTHING, global_clipping=True)
+    scene.plan_changes.update(clip_scope=GLOBAL, clip_norm=0.25)
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
+    honest, lies = Scaling.finish, 0
+
+    def finish(*inputs: Any) -> Scaled:
+        nonlocal lies
+        scaled = honest(*inputs)
+        lies += 1
+        return replace(scaled, global_clip_nano=NANO) if lies == 6 else scaled
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scaling, "finish", finish)
+        scene.train()
+    found = within(scene, elsewhere(scene), 2, 6)
+    assert [(each.step, bool(each.differing)) for each in found.picked] == [(2, False), (6, True)]
+    assert found.picked[1].differing == ("steps 5 to 8", "global clip factor in step 6")
 
 
 def test_tensor_that_the_record_never_changed_must_not_change_at_all(scene: Scene) -> None:
