@@ -28,6 +28,8 @@ evaluation
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from hashlib import sha256
 from typing import Annotated, NamedTuple
 
 from msgspec import Meta, Struct
@@ -35,9 +37,20 @@ from msgspec import Meta, Struct
 from consensus import portions as p
 from consensus.codec import decode, encode
 from consensus.evidence import EvidenceReport, check_evidence
-from consensus.identifiers import VOTING_ROLES, ChainId, Digest, MemberId, Role, Tag, tagged_hash, tagged_message
+from consensus.identifiers import (
+    DIGEST_BYTES,
+    VOTING_ROLES,
+    ChainId,
+    Digest,
+    MemberId,
+    Role,
+    Tag,
+    tagged_hash,
+    tagged_message,
+    tagged_prefix,
+)
 from consensus.job_key import MAX_JOB_SIGNATURE_BYTES, job_key_id, sign_as_job, verify_job_signature
-from consensus.keys import SignatureScheme, Signer, verify
+from consensus.keys import Signer, verify
 from consensus.membership import Committee
 from consensus.membership_change import MembershipChange, check_change
 from consensus.merkle import leaf_hash
@@ -116,6 +129,12 @@ SHAPES: Mapping[Kind, Shape] = {
 
 SINGLE_ITEM_KINDS = frozenset({Kind.SOURCE, Kind.REVOCATION})
 
+_SIGNED_BY_SEVERAL = frozenset({Kind.POLICY, Kind.GRANT, Kind.MEMBERSHIP, Kind.DECISION})
+"""What others than its author may have to sign; of decisions those of the governance members."""
+
+_LISTING = (p.SourceUse, p.SourceRefusal)
+"""Items that list examples."""
+
 
 class EventSignature(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """``signer`` is a member id or a job key's id; ``signature`` of the latter as in ``job_key.py``."""
@@ -193,14 +212,18 @@ def event_id(entry: Entry) -> Digest:
 
 def signature_message(entry: Entry, identifier: Digest, signer_role: str) -> bytes:
     """What a signer signs: chain, kind, version, its role (``job`` for a job key), and the event's id."""
-    return tagged_message(
-        Tag.EVENT_SIGNATURE,
-        entry.chain_id,
-        entry.kind.value.encode(),
-        entry.version.to_bytes(4, "big"),
-        signer_role.encode(),
-        identifier,
-    )
+    start = _signature_start(entry.chain_id, entry.kind, entry.version, signer_role)
+    return _MESSAGE_START + sha256(start + identifier).digest()
+
+
+_MESSAGE_START = tagged_message(Tag.EVENT_SIGNATURE)[:-DIGEST_BYTES]
+
+
+@lru_cache(maxsize=256)
+def _signature_start(chain_id: bytes, kind: Kind, version: int, signer_role: str) -> bytes:
+    """What is hashed before the id: the same for nearly all that a log has of a kind."""
+    parts = (chain_id, kind.encode(), version.to_bytes(4, "big"), signer_role.encode())
+    return tagged_prefix(Tag.EVENT_SIGNATURE, *parts) + DIGEST_BYTES.to_bytes(8, "big")
 
 
 def make_entry(
@@ -214,7 +237,7 @@ def make_entry(
     attempt: int = 0,
 ) -> Entry:
     """An unsigned entry committing to ``portions``."""
-    data, governance, operation = p.commitments(kind.value, portions)
+    data, governance, operation = p.commitments(kind, portions)
     return Entry(VERSION, chain_id, kind, author, campaign, sequence, attempt, data, governance, operation, ())
 
 
@@ -308,7 +331,7 @@ def check_unsigned(entry_bytes: bytes, portions_bytes: bytes, committee: Committ
     if not shape.in_campaign and (entry.sequence or entry.attempt):
         raise Rejected(Reason.BAD_FIELD, f"{entry.kind.phrase} has sequence and attempt 0")
     check_author(entry, committee)
-    expected = p.commitments(entry.kind.value, portions)
+    expected = p.commitments(entry.kind, portions)
     if expected != (entry.data, entry.governance, entry.operation):
         raise Rejected(Reason.PORTION_MISMATCH, "the entry's commitments are not those of its portions")
     items = _decode_items(entry.kind, portions.data, shape.data)
@@ -320,8 +343,8 @@ def check_unsigned(entry_bytes: bytes, portions_bytes: bytes, committee: Committ
         entry=entry,
         portions=portions,
         id=event_id(entry),
-        leaf_hash=Digest(leaf_hash(entry_bytes)),
-        signers=frozenset(held.signer for held in entry.signatures),
+        leaf_hash=leaf_hash(entry_bytes),
+        signers=frozenset([held.signer for held in entry.signatures]),
         items=items,
         governance=governance,
         operation=operation,
@@ -351,8 +374,8 @@ def check_signature(entry: Entry, identifier: Digest, held: EventSignature, comm
         Rejected: ``UNKNOWN_MEMBER`` or ``BAD_SIGNATURE``.
     """
     member = committee.member(MemberId(held.signer))
-    message = signature_message(entry, identifier, member.role.value)
-    verify(SignatureScheme(member.scheme), member.identity_key, message, held.signature)
+    message = signature_message(entry, identifier, member.role)
+    verify(member.scheme, member.identity_key, message, held.signature)
 
 
 def _decode_items(kind: Kind, portion: p.DataPortion | None, item_type: type[p.Wire] | None) -> tuple[p.Wire, ...]:
@@ -362,12 +385,12 @@ def _decode_items(kind: Kind, portion: p.DataPortion | None, item_type: type[p.W
         return ()
     if not portion.items or (kind in SINGLE_ITEM_KINDS and len(portion.items) != 1):
         raise Rejected(Reason.PORTION_MISMATCH, f"{len(portion.items)} items in {kind.phrase}")
-    listed = sum(len(item.examples) for item in portion.items)
+    listed = sum([len(item.examples) for item in portion.items])
     if listed > p.MAX_EVENT_EXAMPLES:
         raise Rejected(Reason.OVERSIZED, f"{listed} examples in one event, at most {p.MAX_EVENT_EXAMPLES} allowed")
     items = tuple(decode(item.content, item_type, p.MAX_PORTIONS_BYTES) for item in portion.items)
     for number, item in enumerate(items):
-        if isinstance(item, p.SourceUse | p.SourceRefusal):
+        if isinstance(item, _LISTING):
             p.check_examples(portion, number, item.examples_root)
             expected = item.admitted if isinstance(item, p.SourceUse) else item.count
             if len(portion.items[number].examples) != expected:
@@ -407,6 +430,15 @@ def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> 
         return
     if entry.author not in signers:
         raise Rejected(Reason.MISSING_SIGNATURE, "the author has not signed")
+    if entry.kind in _SIGNED_BY_SEVERAL:
+        _check_signers(entry, signers, committee)
+    elif len(signers) != 1:
+        raise Rejected(Reason.SURPLUS_SIGNATURE, f"{entry.kind.phrase} is signed by its author alone")
+    for held in entry.signatures:
+        check_signature(entry, identifier, held, committee)
+
+
+def _check_signers(entry: Entry, signers: list[bytes], committee: Committee) -> None:
     governed = entry.kind is Kind.DECISION and committee.member(MemberId(entry.author)).role == Role.GOVERNANCE
     if entry.kind is Kind.POLICY or governed:
         _check_signer_roles(signers, committee, {Role.GOVERNANCE})
@@ -423,8 +455,6 @@ def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> 
         threshold = committee.threshold(Role.GOVERNANCE)
         if governance < threshold:
             raise Rejected(Reason.MISSING_SIGNATURE, f"{governance} governance signatures, {threshold} are needed")
-    for held in entry.signatures:
-        check_signature(entry, identifier, held, committee)
 
 
 def _check_signer_roles(signers: list[bytes], committee: Committee, roles: set[Role]) -> None:

@@ -95,8 +95,7 @@ def tagged_hash(tag: Tag, *parts: bytes) -> Digest:
     """SHA-256 over the tag and each part, each prefixed by its length as 8 bytes big-endian."""
     framed = [_TAG_PREFIXES[tag]]
     for part in parts:
-        framed.append(len(part).to_bytes(8, "big"))
-        framed.append(part)
+        framed += (len(part).to_bytes(8, "big"), part)
     return Digest(hashlib.sha256(b"".join(framed)).digest())
 
 

@@ -58,6 +58,10 @@ class SignatureScheme(IntEnum):
         raise Rejected(Reason.BAD_KEY, f"signature scheme '{label}' is unknown")
 
 
+_ED25519 = SignatureScheme.ED25519
+"""Bound once: Python 3.11 looks a member of an enumeration up through a property, and most signatures ask for it."""
+
+
 class Signer(Protocol):
     """A signing key that can name itself."""
 
@@ -165,7 +169,7 @@ def verify(scheme: int, key: bytes, message: bytes, signature: bytes) -> None:
     Raises:
         Rejected: ``BAD_KEY`` for an unknown scheme or a key of the wrong length; ``BAD_SIGNATURE``.
     """
-    if scheme == SignatureScheme.ED25519:
+    if scheme == _ED25519:
         _check_key_length(key, ED25519_KEY_BYTES)
         _check_signature_length(signature, ED25519_SIGNATURE_BYTES)
         try:

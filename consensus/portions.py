@@ -17,6 +17,8 @@ and signals are permille (0 to 1000).
 import hashlib
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
+from hashlib import sha256
 from operator import itemgetter, lt
 from typing import Annotated
 
@@ -492,13 +494,19 @@ class Portions(Wire, frozen=True):
     operation: SaltedPortion | None
 
 
+# Hashes that every event needs: the bytes of tagged_hash, with the constant parts joined beforehand.
+
 _EIGHT, _SALT_BYTES = (length.to_bytes(8, "big") for length in (8, 32))
 """Lengths of a number and of a salt, as ``tagged_hash`` writes them before each."""
 
+_ITEM_SALT_START = tagged_prefix(Tag.SALT) + _SALT_BYTES
+_ITEM_SALT_END = len(b"item").to_bytes(8, "big") + b"item" + _EIGHT
+_ITEM_LEAF_START = tagged_prefix(Tag.SOURCE_ENTRY) + _SALT_BYTES
+
 
 def item_salt(salt: bytes, item: int) -> Digest:
-    """The salt of a data portion's item; reveals no other item's."""
-    return tagged_hash(Tag.SALT, salt, b"item", item.to_bytes(8, "big"))
+    """The salt of a data portion's item, ``SALT(salt, "item", item)``; reveals no other item's. 32 bytes make 32."""
+    return Digest(sha256(_ITEM_SALT_START + salt + _ITEM_SALT_END + item.to_bytes(8, "big")).digest())
 
 
 def examples_key(salt: bytes, item: int) -> Digest:
@@ -516,8 +524,8 @@ _ONLY = itemgetter(0)
 
 
 def item_leaf(salt: bytes, content: bytes) -> Digest:
-    """Leaf of a data portion's tree: ``salt`` is the item's own."""
-    return tagged_hash(Tag.SOURCE_ENTRY, salt, content)
+    """Leaf of a data portion's tree, ``SOURCE_ENTRY(salt, content)``: ``salt`` is the item's own, 32 bytes."""
+    return Digest(sha256(_ITEM_LEAF_START + salt + len(content).to_bytes(8, "big") + content).digest())
 
 
 def example_commitment(salt: bytes, example: int) -> Digest:
@@ -541,7 +549,7 @@ def examples_root(key: bytes, examples: tuple[int, ...]) -> Digest:
     An entry of it is ``PAGE_EXAMPLES`` commitments, end to end; of the last page those that are left. Each is
     ``example_commitment``, with what all have in common put together once: a step may list thousands.
     """
-    sha256, salts = hashlib.sha256, example_salts(key, len(examples))
+    salts = example_salts(key, len(examples))
     before = tagged_prefix(Tag.EXAMPLE) + _SALT_BYTES
     framed = struct.Struct(f">{len(before)}s32s8sQ").pack
     committed = [
@@ -553,19 +561,26 @@ def examples_root(key: bytes, examples: tuple[int, ...]) -> Digest:
 
 def data_items_root(portion: DataPortion) -> Digest:
     """Root of the tree over a data portion's salted items."""
-    return Digest(
-        root_of([item_leaf(item_salt(portion.salt, number), item.content) for number, item in enumerate(portion.items)])
+    return root_of(
+        [item_leaf(item_salt(portion.salt, number), item.content) for number, item in enumerate(portion.items)]
     )
 
 
 def data_commitment(kind: str, items_root: bytes, item_count: int) -> Digest:
     """Commitment to a data portion, from the root and size of its item tree."""
-    return tagged_hash(Tag.PORTION, kind.encode(), Role.DATA_SOURCE.encode(), items_root, item_count.to_bytes(8, "big"))
+    start = _portion_start(kind, Role.DATA_SOURCE)
+    return Digest(sha256(start + items_root + _EIGHT + item_count.to_bytes(8, "big")).digest())
 
 
 def portion_commitment(kind: str, role: Role, salt: bytes, content: bytes) -> Digest:
     """Commitment to a governance or operation portion."""
-    return tagged_hash(Tag.PORTION, kind.encode(), role.encode(), salt, content)
+    return Digest(sha256(_portion_start(kind, role) + salt + len(content).to_bytes(8, "big") + content).digest())
+
+
+@lru_cache(maxsize=256)
+def _portion_start(kind: str, role: Role) -> bytes:
+    """What is hashed before the salt, or the root, of a portion: the same for all that a log has of a kind."""
+    return tagged_prefix(Tag.PORTION, kind.encode(), role.encode()) + _SALT_BYTES
 
 
 def commitments(kind: str, portions: Portions) -> tuple[bytes, bytes, bytes]:

@@ -420,7 +420,7 @@ class StateView:
             Rejected: ``OVERSIZED`` for a record the state map cannot hold; nothing is then kept.
         """
         encoded = {key: encode(record) for key, record in self._put.items()}
-        for key, value in sorted(encoded.items()):
+        for key, value in encoded.items():
             if len(value) > MAX_VALUE_BYTES:
                 name = type(self._put[key]).__name__
                 raise Rejected(Reason.OVERSIZED, f"a {name} of {len(value)} bytes, at most {MAX_VALUE_BYTES} allowed")

@@ -102,16 +102,23 @@ class _Leaf:
 
 @final
 class _Branch:
-    __slots__ = ("bit", "digest", "left", "right")
+    """``place`` is its bit's, of ``_PLACES``, so that a search does not take the bit apart at every branch."""
 
-    def __init__(self, bit: int, left: "_Node", right: "_Node") -> None:
-        self.bit = bit
+    __slots__ = ("digest", "left", "place", "right")
+
+    def __init__(self, place: "_Place", left: "_Node", right: "_Node") -> None:
+        self.place = place
         self.left = left
         self.right = right
         self.digest = _MISSING
 
 
 _Node = _Leaf | _Branch
+
+_Place = tuple[int, int, int]
+"""A bit of a key: the byte it is in, the mask of it in that byte, and its number."""
+
+_PLACES: tuple[_Place, ...] = tuple((bit >> 3, 128 >> (bit & 7), bit) for bit in range(KEY_BITS))
 
 
 @final
@@ -274,11 +281,9 @@ def verify_prefix_proof(root: bytes, prefix: bytes, proof: PrefixProof) -> tuple
 # The tree
 
 
-_MASKS = tuple(128 >> offset for offset in range(8))
-
-
 def _bit(key: bytes, bit: int) -> int:
-    return 1 if key[bit >> 3] & _MASKS[bit & 7] else 0
+    byte, mask, _ = _PLACES[bit]
+    return 1 if key[byte] & mask else 0
 
 
 def _first_difference(one: bytes, other: bytes) -> int:
@@ -290,8 +295,8 @@ def _search(top: _Node, key: bytes) -> _Leaf:
     """The leaf at which a search for ``key`` ends."""
     node = top
     while isinstance(node, _Branch):
-        bit = node.bit
-        node = node.right if key[bit >> 3] & _MASKS[bit & 7] else node.left
+        byte, mask, _ = node.place
+        node = node.right if key[byte] & mask else node.left
     return node
 
 
@@ -299,9 +304,9 @@ def _descend(top: _Node, key: bytes, end_bit: int) -> tuple[tuple[tuple[int, Dig
     """Follow ``key`` through the branches deciding before ``end_bit``: their steps, and the node reached."""
     steps: list[tuple[int, Digest]] = []
     node = top
-    while isinstance(node, _Branch) and node.bit < end_bit:
-        taken, other = (node.right, node.left) if _bit(key, node.bit) else (node.left, node.right)
-        steps.append((node.bit, _digest_of(other)))
+    while isinstance(node, _Branch) and (bit := node.place[2]) < end_bit:
+        taken, other = (node.right, node.left) if _bit(key, bit) else (node.left, node.right)
+        steps.append((bit, _digest_of(other)))
         node = taken
     return tuple(steps), node
 
@@ -320,18 +325,19 @@ def _with(top: _Node | None, key: bytes, value: bytes) -> tuple[_Node, int]:
     node = top
     while isinstance(node, _Branch):
         above.append(node)
-        bit = node.bit
-        node = node.right if key[bit >> 3] & _MASKS[bit & 7] else node.left
+        byte, mask, _ = node.place
+        node = node.right if key[byte] & mask else node.left
     if node.key == key:
         if node.value == value:
             return top, 0
         return _rebuilt(above, key, _Leaf(key, value)), 0
     critical = _first_difference(node.key, key)
     displaced: _Node = node
-    while above and above[-1].bit > critical:
+    while above and above[-1].place[2] > critical:
         displaced = above.pop()
     leaf = _Leaf(key, value)
-    branch = _Branch(critical, displaced, leaf) if _bit(key, critical) else _Branch(critical, leaf, displaced)
+    place = _PLACES[critical]
+    branch = _Branch(place, displaced, leaf) if _bit(key, critical) else _Branch(place, leaf, displaced)
     return _rebuilt(above, key, branch), 1
 
 
@@ -341,21 +347,21 @@ def _without(top: _Node | None, key: bytes) -> tuple[_Node | None, int]:
     node = top
     while isinstance(node, _Branch):
         above.append(node)
-        node = node.right if _bit(key, node.bit) else node.left
+        node = node.right if _bit(key, node.place[2]) else node.left
     if top is None or node is None or node.key != key:
         return top, 0
     if not above:
         return None, -1
     parent = above.pop()
-    sibling = parent.left if _bit(key, parent.bit) else parent.right
+    sibling = parent.left if _bit(key, parent.place[2]) else parent.right
     return _rebuilt(above, key, sibling), -1
 
 
 def _rebuilt(above: list[_Branch], key: bytes, node: _Node) -> _Node:
     """The branches ``above``, root first, with ``node`` where ``key`` leads: copies, but for those without a hash."""
     for branch in reversed(above):
-        bit = branch.bit
-        goes_right = key[bit >> 3] & _MASKS[bit & 7]
+        place = branch.place
+        goes_right = key[place[0]] & place[1]
         if not branch.digest:
             # All above it were made by this batch, too.
             if goes_right:
@@ -363,7 +369,7 @@ def _rebuilt(above: list[_Branch], key: bytes, node: _Node) -> _Node:
             else:
                 branch.left = node
             return above[0]
-        node = _Branch(bit, branch.left, node) if goes_right else _Branch(bit, node, branch.right)
+        node = _Branch(place, branch.left, node) if goes_right else _Branch(place, node, branch.right)
     return node
 
 
@@ -397,10 +403,13 @@ def _digest_of(node: _Node) -> Digest:
     missing = [node]
     for current in missing:  # it grows on the way: parents stand before children
         if isinstance(current, _Branch):
-            missing += [child for child in (current.left, current.right) if not child.digest]
+            if not current.left.digest:
+                missing.append(current.left)
+            if not current.right.digest:
+                missing.append(current.right)
     for current in reversed(missing):
         if isinstance(current, _Branch):
-            current.digest = _branch_hash(current.bit, current.left.digest, current.right.digest)
+            current.digest = _branch_hash(current.place[2], current.left.digest, current.right.digest)
         else:
             current.digest = _leaf_hash(current.key, current.value)
     return node.digest

@@ -98,13 +98,13 @@ def build(
     admitted: list[CheckedEvent] = []
     refused: list[tuple[CheckedEvent, Rejected]] = []
     changes = StateView(parent.state)
-    size_bytes = 0
+    size_bytes, most_events = 0, min(max_events, MAX_BLOCK_EVENTS)
     parent_view = _parent_view(parent, committee)
     for event in candidates if takes_events(parent, committee) else ():
         event_bytes = len(event.entry_bytes) + len(event.portions_bytes)
         if event_bytes > max_bytes:
             continue  # none has room for it, and what waits behind it has
-        if len(admitted) >= min(max_events, MAX_BLOCK_EVENTS) or size_bytes + event_bytes > max_bytes:
+        if len(admitted) >= most_events or size_bytes + event_bytes > max_bytes:
             break
         try:
             admit(changes, event, timestamp_ms, committee)
@@ -156,7 +156,7 @@ def apply(
         raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
     if events and not takes_events(parent, committee):
         raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} has events after its epoch's last")
-    if any(event.entry.kind is Kind.MEMBERSHIP for event in events[:-1]):
+    if Kind.MEMBERSHIP in [event.entry.kind for event in events[:-1]]:
         raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} has events after a membership event")
     changes = StateView(parent.state)
     for event in events:

@@ -439,12 +439,12 @@ def framed(payload: bytes) -> bytes:
 def index_terms(event: CheckedEvent) -> tuple[bytes, ...]:
     """What ``Store.scan`` lists an event under: kind, author, campaign, each source it names."""
     entry = event.entry
-    terms = {KIND_TERM + entry.kind.encode(), AUTHOR_TERM + entry.author}
+    terms = [KIND_TERM + entry.kind.encode(), AUTHOR_TERM + entry.author]
     if entry.campaign != bytes(32):
-        terms.add(CAMPAIGN_TERM + entry.campaign)
+        terms.append(CAMPAIGN_TERM + entry.campaign)
     for item in event.items:
         if isinstance(item, _SOURCE_ITEMS):
-            terms.add(SOURCE_TERM + item.source)
+            terms.append(SOURCE_TERM + item.source)
         elif isinstance(item, SourceClaim):
-            terms.add(SOURCE_TERM + event.id)
-    return tuple(sorted(terms))
+            terms.append(SOURCE_TERM + event.id)
+    return tuple(dict.fromkeys(terms))

@@ -15,6 +15,7 @@ known to be delegated.
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from consensus.event import CheckedEvent, Kind
 from consensus.identifiers import Digest, MemberId
@@ -37,8 +38,7 @@ URGENT_KINDS = frozenset(
 nothing may follow it in its epoch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(NamedTuple):
     """An event, when it came (monotonic milliseconds), the peer that brought it, None for a client of this node, and
     its size on the wire."""
 

@@ -477,7 +477,7 @@ def _check_order(head: Head | None, block: BlockWrite) -> None:
     size = 0 if head is None else head.log_size
     if block.height != height:
         raise InvariantBroken(f"commit of ledger block {block.height}, expected {height}")
-    indexes = [entry.index for entry in block.entries]
+    indexes = [entry.log_index for entry in block.entries]
     if indexes != list(range(size, size + len(indexes))) or block.log_size != size + len(indexes):
         raise InvariantBroken(
             f"ledger block {height} appends {len(indexes)} events to reach log size {block.log_size}, "

@@ -10,6 +10,7 @@ epochs, by number, and while a log that began at a snapshot is not whole yet, ho
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from rocksdict import (
     AccessType,
@@ -57,11 +58,10 @@ HEAD_BYTES = 48
 BY_EVENT, BY_LEAF, BY_BLOCK, BY_LOG_SIZE = b"e", b"l", b"b", b"s"
 
 
-@dataclass(frozen=True, slots=True)
-class EntryWrite:
+class EntryWrite(NamedTuple):
     """One event of a ledger block. ``terms`` are what it is listed under (``Store.scan``)."""
 
-    index: int
+    log_index: int
     entry: bytes
     portions: bytes
     event_id: Digest
@@ -217,7 +217,7 @@ def fill_batch(batch: WriteBatch, block: BlockWrite, handles: Mapping[str, objec
     if block.entries:
         batch.put(BY_LOG_SIZE + u64(block.log_size), height, lookup)
     for event in block.entries:
-        at = u64(event.index)
+        at = u64(event.log_index)
         batch.put(at, event.entry, entries)
         batch.put(at, event.portions, portions)
         batch.put(BY_EVENT + event.event_id, at, lookup)

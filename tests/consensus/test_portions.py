@@ -8,7 +8,7 @@ from ledger_fixtures import digest
 
 from consensus import portions as p
 from consensus.codec import encode
-from consensus.identifiers import Role
+from consensus.identifiers import Role, Tag, tagged_hash
 from consensus.keys import SignatureScheme
 from consensus.merkle import inclusion_proof_of, leaf_hash, root_of, verify_inclusion
 from consensus.rejection import Reason, Rejected
@@ -145,3 +145,14 @@ def test_optional_digests_are_whole_or_absent() -> None:
         p.Delegation(SALT, SALT, SignatureScheme.ED25519, 0, 1, bytes(length), bytes(length))
     with pytest.raises(ValueError, match="expected 32 or none"):
         p.Delegation(SALT, SALT, SignatureScheme.ED25519, 0, 1, bytes(5), b"")
+
+
+def test_hashes_of_parts_joined_beforehand_are_tagged_hashes() -> None:
+    number = (3).to_bytes(8, "big")
+    assert p.item_salt(SALT, 3) == tagged_hash(Tag.SALT, SALT, b"item", number)
+    for content in (b"", b"x" * 300):
+        assert p.item_leaf(SALT, content) == tagged_hash(Tag.SOURCE_ENTRY, SALT, content)
+        assert p.portion_commitment("grant", Role.OPERATOR, SALT, content) == tagged_hash(
+            Tag.PORTION, b"grant", b"operator", SALT, content
+        )
+    assert p.data_commitment("step", SALT, 3) == tagged_hash(Tag.PORTION, b"step", b"data-source", SALT, number)

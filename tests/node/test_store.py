@@ -45,7 +45,7 @@ def block(
     """Ledger block ``height`` appending ``count`` events from log index ``start``; all of it follows from both."""
     entries = tuple(
         EntryWrite(
-            index=index,
+            log_index=index,
             entry=b"entry %d " % index + bytes(padding),
             portions=b"portions %d" % index,
             event_id=sha(f"event {index}"),
@@ -62,7 +62,7 @@ def block(
         certificate=b"certificate %d" % height if certified else None,
         votes=b"votes %d" % height,
         entries=entries,
-        nodes=tuple((0, entry.index, entry.leaf_hash) for entry in entries),
+        nodes=tuple((0, entry.log_index, entry.leaf_hash) for entry in entries),
         state_changes={b"height": b"%d" % height} if changes is None else changes,
         log_size=start + count,
         frontier=sha(f"frontier {start + count}"),
@@ -89,9 +89,9 @@ def check_whole(store: Store, events: int) -> int:
         assert store.certificate(height) == expected.certificate
         assert store.votes(height) == expected.votes
         for event in expected.entries:
-            assert store.index_of_event(event.event_id) == store.index_of_leaf(event.leaf_hash) == event.index
-            assert store.portions(event.index) == event.portions
-            assert store.node(0, event.index) == event.leaf_hash
+            assert store.index_of_event(event.event_id) == store.index_of_leaf(event.leaf_hash) == event.log_index
+            assert store.portions(event.log_index) == event.portions
+            assert store.node(0, event.log_index) == event.leaf_hash
     assert store.scan(b"kind", 0, size + 1) == list(range(size))
     assert len(store.entries_range(0, size)) == size
     assert dict(store.state_items()) == ({} if head is None else {b"height": b"%d" % head.height})
@@ -245,7 +245,7 @@ class StoreAgainstPlainDicts(RuleBasedStateMachine):
     @rule(start=st.integers(0, 20), limit=st.integers(0, 6), third=st.integers(0, 2))
     def scan(self, start: int, limit: int, third: int) -> None:
         term = b"c:%d" % third
-        found = [entry.index for entry in self.entries if entry.index >= start and term in entry.terms]
+        found = [entry.log_index for entry in self.entries if entry.log_index >= start and term in entry.terms]
         assert self.store.scan(term, start, limit) == found[:limit]
         assert self.store.entries_range(start, start + limit) == [
             entry.entry for entry in self.entries[start : start + limit]
@@ -261,7 +261,7 @@ class StoreAgainstPlainDicts(RuleBasedStateMachine):
             assert self.store.certificate(written.height) == written.certificate
             assert self.store.height_of_block(written.digest) == written.height
             for entry in written.entries:
-                assert self.store.height_of_index(entry.index) == written.height
+                assert self.store.height_of_index(entry.log_index) == written.height
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
