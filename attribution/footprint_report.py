@@ -43,7 +43,7 @@ def footprint_text(log: CampaignLog, found: Footprint, search: Search) -> str:
         "on the log",
         f"  claimed   by {provenance.operator}: that these are the gradients",
         *_sketched(found),
-        "  part      of the gradient of all sources together, along it; embeddings and norms are not in it",
+        "  part      of the gradient of all sources together, along it; not in it: embeddings, norms, convolutions",
     ]
     lines += gaps(log, search)
     return "\n".join(lines)

@@ -314,8 +314,8 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
         lines.append("  not asked single examples: this campaign keeps no sketches of their gradients")
     if untraced:
         lines.append(
-            f"  not asked {len(untraced)} tensors ({shown(untraced[0])} first): no answer speaks of embeddings, norms "
-            "and biases"
+            f"  not asked {len(untraced)} tensors ({shown(untraced[0])} first): no answer speaks of embeddings, norms, "
+            "convolutions and biases"
         )
     lines.append("  a parameter block that a policy closes gets no direct update; that is not the same as no influence")
     return lines

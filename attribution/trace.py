@@ -280,6 +280,6 @@ def control_outputs(sequences: Sequence[Sequence[int]], like: Output) -> tuple[O
 
 
 def untraced_tensors(campaign: p.Campaign, factors: Mapping[str, WeightFactors]) -> tuple[str, ...]:
-    """Tensors of the campaign that no answer speaks of: embeddings, norms, biases."""
+    """Tensors of the campaign that no answer speaks of: embeddings, norms, convolutions, biases."""
     tensors = [tensor_named(tensor.name) for block in campaign.parameter_blocks for tensor in block.tensors]
     return tuple(name for name in dict.fromkeys(tensors) if name not in factors)

@@ -12,7 +12,7 @@ what had come out without it, is another question (``replay.py``, without the so
 own float32 leaves the *rest*.
 
 Formed in a replay, in the routed backward pass; by head for each piece of a tensor, which the optimizer has as a
-parameter of its own (``pieces.py``). Not split: embeddings, norms, tensors shared with an embedding.
+parameter of its own (``pieces.py``). Not split: embeddings, norms, convolutions, tensors shared with an embedding.
 """
 
 import math

@@ -354,7 +354,7 @@ def _balance_lines(logged: LoggedCampaign, sheet: BalanceSheet) -> list[str]:
         cells = [(max(8, len(name)), entries[block]) for name, entries in columns]
         parts = "".join(f"  {f'{100 * entry.share:.1f}' if entry.norm else '–':>{width}}" for width, entry in cells)
         lines.append(f"{block:{first}}{parts}  {norm:>18.4g}")
-    lines.append(f"not split: {len(sheet.unsplit)} tensors (embeddings, norms); –: nothing was added")
+    lines.append(f"not split: {len(sheet.unsplit)} tensors (embeddings, norms, convolutions); –: nothing was added")
     return lines
 
 

@@ -4,9 +4,9 @@ For each module type a custom backward: the forward value and the gradient of th
 the parameters' gradients sum only the rows that the call's ``route`` admits.
 
 ``census`` is the default-deny list: a trainable parameter outside these modules is refused by name. It holds torch's
-linear, embedding and layer norm, the linear of GPT-2's makers (``Conv1D`` of transformers), and modules known by
-what they do instead of by name (``rowwise.py``): the norms that every model family brings of its own. LoRA's two
-matrices are linears; the frozen weight beside them needs no route.
+linear, embedding, layer norm and convolutions (``convolution.py``), the linear of GPT-2's makers (``Conv1D`` of
+transformers), and modules known by what they do instead of by name (``rowwise.py``): the norms that every model family
+brings of its own. LoRA's two matrices are linears; the frozen weight beside them needs no route.
 
 Left to others: which weights, for which micro-batch, and when forwards are replaced (``routing.py``).
 
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
+from trainer_client.convolution import convolution, is_convolution
 from trainer_client.route import Route, RoutingUnsupported
 from trainer_client.rowwise import is_rowwise
 
@@ -235,6 +236,11 @@ def _layer_norm(module: nn.LayerNorm, x: Tensor, route: Route) -> Tensor:
     return output
 
 
+def _convolution(module: nn.Module, x: Tensor, route: Route) -> Tensor:
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return convolution(module, in_autocast_dtype(module, x), route)
+
+
 def _by_rowwise_rule(module: nn.Module, x: Tensor, route: Route) -> Tensor:
     compute = partial(type(module).forward, module)
     output: Tensor = _RoutedByRowwiseRule.apply((compute, route), x, *module.parameters(recurse=False))  # type: ignore[no-untyped-call]
@@ -264,6 +270,8 @@ def routed_forward(module: nn.Module) -> RoutedForward | None:
         return ROUTED_FORWARDS[forward]
     if is_conv1d(module):
         return _conv1d
+    if is_convolution(module):
+        return _convolution
     return _by_rowwise_rule if is_rowwise(module) else None
 
 

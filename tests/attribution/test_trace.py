@@ -235,7 +235,7 @@ def test_text_names_source_owner_grant_and_what_is_only_claimed() -> None:
     assert "shaped here: the sources below" in printed
     assert "claimed   by data-source-1, event" in printed
     assert "replayed  0 of 36 steps by anybody else" in printed
-    assert "no answer speaks of embeddings, norms and biases" in printed
+    assert "no answer speaks of embeddings, norms, convolutions and biases" in printed
     assert "no direct update" in printed
 
 
