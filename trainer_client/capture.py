@@ -1,4 +1,4 @@
-"""What a run ran on: versions, code, command, threads, determinism flags, processor, chosen environment.
+"""What a run ran on: versions, code, command, threads, seed, determinism flags, processor, container, environment.
 
 Bit-exact replay needs the same thread count, determinism flags and library versions; a replay auditor reads
 them here. The capture is a claim of the operator, fixed by the ``campaign`` event.
@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -33,6 +34,8 @@ ENVIRONMENT_ALLOW_LIST = (
     "RANK",
     "WORLD_SIZE",
 )
+IMAGE_VARIABLE = "COUNTERSIGN_CONTAINER_IMAGE"
+"""Name and digest of the container's image, from whoever starts it: inside most kinds nothing tells."""
 WITHHELD = "(withheld)"
 GIT_TIMEOUT_SECONDS = 10
 MAX_VALUE_CHARACTERS = 8_192
@@ -53,6 +56,7 @@ def capture_environment(code_directory: Path) -> Environment:
     facts = (
         _interpreter_facts()
         | _torch_facts()
+        | _container_facts(os.environ, Path("/"))
         | _code_facts(code_directory)
         | {f"environment.{name}": os.environ[name] for name in ENVIRONMENT_ALLOW_LIST if name in os.environ}
     )
@@ -105,9 +109,39 @@ def _torch_facts() -> dict[str, str]:
         "torch.deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
         "torch.devices": ", ".join(devices) or "cpu",
         "torch.float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "torch.driver": _driver(Path("/proc/driver/nvidia/version")),
+        "torch.initial_seed": str(torch.initial_seed()),
         "torch.interop_threads": str(torch.get_num_interop_threads()),
         "torch.threads": str(torch.get_num_threads()),
     }
+
+
+def _driver(version: Path) -> str:
+    """The version of NVIDIA's kernel module; ``none`` without one."""
+    try:
+        found = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)", version.read_text())
+    except OSError:
+        return "none"
+    return found[1] if found else "unknown"
+
+
+def _container_facts(environment: Mapping[str, str], root: Path) -> dict[str, str]:
+    """What kind of container this is, ``none`` outside one, and of which image.
+
+    Podman writes the image into the container; whoever starts another kind may name it in ``IMAGE_VARIABLE``.
+    """
+    podman = root / "run/.containerenv"
+    if podman.is_file():
+        kind = "podman"
+    elif (root / ".dockerenv").exists():
+        kind = "docker"
+    else:
+        kind = "kubernetes" if "KUBERNETES_SERVICE_HOST" in environment else "none"
+    text = podman.read_text() if kind == "podman" else ""
+    written = dict(re.findall(r'^(image|imageid)="(.+)"$', text, re.MULTILINE))
+    found = " ".join(written[name] for name in ("image", "imageid") if name in written)
+    image = environment.get(IMAGE_VARIABLE) or found or ("none" if kind == "none" else "unknown")
+    return {"container": kind, "container.image": image}
 
 
 def _code_facts(directory: Path) -> dict[str, str]:

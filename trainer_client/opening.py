@@ -248,6 +248,7 @@ def open_run(
         plan,
         model.module,
         arguments.optimizer,
+        arguments.scheduler,
         policy=policy.id,
         job_key=job_key_id(arguments.job_key),
         base_root=base_root,

@@ -9,8 +9,10 @@ word (``head``); a policy names its exceptions by these names. At granularity ``
 blocks of their own (``heads.py``).
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -20,11 +22,12 @@ from consensus import portions as p
 from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.merkle import root_of
 from consensus.pieces import HEAD, piece_named
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.commitment import SAFETENSORS_DTYPES, committed_tensors
 from trainer_client.heads import head_blocks
 from trainer_client.pieces import part_of_entry
 from trainer_client.scaling import BLOCK
+from trainer_client.schedule import schedule_settings
 
 E = TypeVar("E")
 
@@ -50,6 +53,7 @@ class CampaignPlan:
         factors_digest: SHA-256 of the file of Kronecker factors that traces of this campaign are to use.
         accumulator_window_steps: steps per window of per-source gradient sums (``accumulators.py``); 0 keeps none.
         sketch_rank: rank at which each example's gradients are kept beside them (``sketches.py``); 0 keeps none.
+        files: what else made the run what it is, by name (a preprocessing script): their SHA-256 are recorded.
     """
 
     chain_id: ChainId
@@ -71,6 +75,7 @@ class CampaignPlan:
     factors_digest: bytes = b""
     accumulator_window_steps: int = 0
     sketch_rank: int = 0
+    files: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +173,7 @@ def campaign_terms(
     plan: CampaignPlan,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scheduler: object,
     *,
     policy: bytes,
     job_key: bytes,
@@ -175,7 +181,11 @@ def campaign_terms(
     environment: tuple[p.Setting, ...],
     base_losses_sha256: bytes,
 ) -> p.Campaign:
-    """What the ``campaign`` event fixes, besides the manifest."""
+    """What the ``campaign`` event fixes, besides the manifest.
+
+    Raises:
+        ConfigError: one of the plan's files cannot be read.
+    """
     tensors = committed_tensors(model)
     return p.Campaign(
         name=plan.name,
@@ -200,7 +210,7 @@ def campaign_terms(
         sampler_seed=plan.sampler_seed,
         batch_size=plan.batch_size,
         planned_steps=plan.planned_steps,
-        hyperparameters=_hyperparameters(plan, optimizer),
+        hyperparameters=_hyperparameters(plan, optimizer, scheduler),
         environment=environment,
         factors_digest=plan.factors_digest,
         accumulator_window_steps=plan.accumulator_window_steps,
@@ -235,7 +245,7 @@ def check_content(source: TrainingSource[E], claim: p.SourceClaim) -> None:
         )
 
 
-def _hyperparameters(plan: CampaignPlan, optimizer: torch.optim.Optimizer) -> tuple[p.Setting, ...]:
+def _hyperparameters(plan: CampaignPlan, optimizer: torch.optim.Optimizer, scheduler: object) -> tuple[p.Setting, ...]:
     settings = {
         **plan.hyperparameters,  # what follows is what the job does, whatever it is called there
         "clip_norm": repr(plan.clip_norm),
@@ -246,5 +256,15 @@ def _hyperparameters(plan: CampaignPlan, optimizer: torch.optim.Optimizer) -> tu
             for name, value in group.items()
             if name not in ("params", "param_names")  # the parameter table has the names
         },
+        **schedule_settings(scheduler),
+        **{f"files.{name}.sha256": _sha256_of(path) for name, path in plan.files.items()},
     }
     return tuple(p.Setting(name, value) for name, value in sorted(settings.items()))
+
+
+def _sha256_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"files: {path}: expected a file to record, found: {error.strerror}") from error

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from consensus.codec import decode, encode
+from trainer_client import capture
 from trainer_client.capture import (
     WITHHELD,
     Environment,
@@ -43,6 +44,32 @@ def test_capture_names_versions_threads_and_flags(tmp_path: Path) -> None:
     assert found["torch.deterministic_algorithms"] == "False"
     assert found["code.commit"] == "none"
     assert int(found["packages.count"]) > 10
+
+
+def test_seed_and_driver_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(1_234)
+    assert facts(tmp_path)["torch.initial_seed"] == "1234"
+    version = tmp_path / "version"
+    assert capture._driver(version) == "none"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n")
+    assert capture._driver(version) == "550.54.15"
+    version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build\n")
+    assert capture._driver(version) == "570.86.10"
+    version.write_text("another driver\n")
+    assert capture._driver(version) == "unknown"
+
+
+def test_container_and_its_image_are_named_where_something_tells(tmp_path: Path) -> None:
+    assert capture._container_facts({}, tmp_path) == {"container": "none", "container.image": "none"}
+    kubernetes = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    assert capture._container_facts(kubernetes, tmp_path) == {"container": "kubernetes", "container.image": "unknown"}
+    (tmp_path / ".dockerenv").touch()
+    named = {"COUNTERSIGN_CONTAINER_IMAGE": "trainer@sha256:12"}
+    assert capture._container_facts(named, tmp_path) == {"container": "docker", "container.image": "trainer@sha256:12"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.containerenv").write_text('engine="podman-4"\nimage="trainer:1"\nimageid="ab12"\n')
+    assert capture._container_facts({}, tmp_path) == {"container": "podman", "container.image": "trainer:1 ab12"}
+    assert capture._container_facts(named, tmp_path)["container.image"] == "trainer@sha256:12"
 
 
 def test_changed_and_untracked_files_change_the_code_digest(tmp_path: Path) -> None:

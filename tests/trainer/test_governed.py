@@ -42,7 +42,7 @@ from consensus.portions import (
     SaltedPortion,
     StepOperation,
 )
-from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 from trainer_client.commitment import parameter_root_of, root_of_tensors
 from trainer_client.course import ReplayFailed
 from trainer_client.governed import GovernedRun, TrainingFailed
@@ -495,6 +495,28 @@ def test_campaign_of_an_optimizer_that_knows_its_parameters_names_is_admitted(sc
     settings = {setting.name for setting in opened.operation.hyperparameters}  # type: ignore[union-attr]
     assert "optimizer.0.lr" in settings
     assert "optimizer.0.param_names" not in settings
+
+
+def test_schedule_and_the_files_that_the_plan_names_are_recorded(scene: Scene, tmp_path: Path) -> None:
+    script = tmp_path / "prepare.py"
+    script.write_bytes(b"print()\n")
+    scene.register()
+    scene.plan_changes["files"] = {"preprocessing": script}
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scene.arguments["scheduler"] = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    with scene.run():
+        pass
+    (opened,) = scene.events(Kind.CAMPAIGN)
+    settings = {setting.name: setting.value for setting in opened.operation.hyperparameters}  # type: ignore[union-attr]
+    assert settings["scheduler"] == "StepLR"
+    assert settings["scheduler.step_size"] == "3"
+    assert settings["files.preprocessing.sha256"] == hashlib.sha256(b"print()\n").hexdigest()
+    script.write_bytes(b"print(1)\n")
+    with pytest.raises(Rejected, match="hyperparameters"), scene.run():
+        pass
+    script.unlink()
+    with pytest.raises(ConfigError, match=r"prepare\.py: expected a file to record, found: No such file"), scene.run():
+        pass
 
 
 def test_loss_of_another_length_is_refused(scene: Scene) -> None:
