@@ -23,6 +23,7 @@ from torch import nn
 from consensus.identifiers import ChainId, MemberId
 from consensus.rejection import CountersignError
 from trainer_client.base_losses import path_of
+from trainer_client.evaluating import evaluating
 from trainer_client.picked_replay import replay_picked
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example
@@ -102,7 +103,7 @@ CARRIED = ("texts", "sources", "settings", "plan_changes", "arguments", "build",
 
 
 class Recites:
-    """A memorization check that finds an example of one source recited when it is assessed first."""
+    """A memorization check that finds an example of one source recited when it is assessed first; it asks the model."""
 
     def __init__(self, source: bytes) -> None:
         self.source = source
@@ -112,6 +113,8 @@ class Recites:
         return []
 
     def signals(self, model: nn.Module, shown: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
+        with evaluating(model), torch.no_grad():
+            losses(model, collate(list(shown.values())))
         own = [example for example in sorted(shown) if example[0] == self.source]
         if self.found or not own:
             return {}

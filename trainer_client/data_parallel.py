@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +30,7 @@ from trainer_client.commitment import committed_tensors, copied_tensors, root_of
 from trainer_client.evaluating import evaluating
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example
-from trainer_client.sharding import is_sharded, whole
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
+from trainer_client.sharding import is_sharded, part_again, sharded_modules, whole
 
 
 class ParallelModel:
@@ -53,9 +49,10 @@ class ParallelModel:
             self._wrapper = model if isinstance(model, DistributedDataParallel) else self._wrapper
             model = inner
         self.module = model
+        part_again(self.module)
         self._ranks = ranks
         self.is_sharded = any(is_sharded(parameter) for parameter in self.module.parameters())
-        self._sharded_modules = _fsdp_modules(self.module) if self.is_sharded else []
+        self._sharded_modules = sharded_modules(self.module) if self.is_sharded else []
         self._check()
 
     @property
@@ -83,16 +80,12 @@ class ParallelModel:
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Forward passes without dropout and gradients; afterwards parameters are divided again, and modes as before.
-
-        Without a backward pass FSDP2 leaves those of its root module whole.
-        """
+        """Forward passes without dropout and gradients; afterwards parameters and modes are as before."""
         try:
             with evaluating(self.module), torch.no_grad():
                 yield
         finally:
-            for module in self._sharded_modules:
-                module.reshard()
+            part_again(self.module)
 
     def copied(self) -> dict[str, Tensor]:
         """On the first rank ``commitment.copied_tensors`` of the whole model; empty elsewhere. Every rank must ask."""
@@ -173,9 +166,3 @@ def _inside(model: nn.Module) -> nn.Module | None:
     if compiler is not None and isinstance(model, compiler.OptimizedModule):
         return model._orig_mod  # type: ignore[no-any-return]
     return None
-
-
-def _fsdp_modules(model: nn.Module) -> "list[FSDPModule]":
-    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - half a second that one process need not spend
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -32,6 +32,7 @@ from consensus import portions as p
 from consensus.rejection import ConfigError, InvariantBroken
 from trainer_client.memorization import MemorizationDetector, hits_of
 from trainer_client.record import Example
+from trainer_client.sharding import part_again
 
 E = TypeVar("E")
 E_contra = TypeVar("E_contra", contravariant=True)
@@ -233,9 +234,12 @@ class MemorizationWatch(Generic[E]):
             return ()
         found: dict[Example, int] = {}
         names = sorted(examples)
-        for first in range(0, len(names), self._most_at_once):
-            chunk = {name: examples[name] for name in names[first : first + self._most_at_once]}
-            found |= self._check.signals(model, chunk, threshold_permille)
+        try:
+            for first in range(0, len(names), self._most_at_once):
+                chunk = {name: examples[name] for name in names[first : first + self._most_at_once]}
+                found |= self._check.signals(model, chunk, threshold_permille)
+        finally:
+            part_again(model)
         return tuple(
             p.MemorizationSignal(source, example, permille) for (source, example), permille in sorted(found.items())
         )

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from consensus.identifiers import Digest
 from consensus.rejection import InvariantBroken
-from trainer_client.sharding import as_part_of, is_sharded, own_part
+from trainer_client.sharding import as_part_of, is_sharded, own_part, part_again
 
 
 class Stateful(Protocol):
@@ -230,6 +230,7 @@ def _check_fits(snapshot: Snapshot, state: TrainingState) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    part_again(model)
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 

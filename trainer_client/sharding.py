@@ -2,12 +2,19 @@
 
 Gathering is a call that every rank must make, in the same order. Whoever has a sharded tensor has imported its home;
 nobody else pays for that.
+
+**Whole for a while.** A forward pass gathers parameters, and a backward pass parts them again. Without one FSDP2 leaves
+those of its root module whole: who asks the model and does not train it ends with ``part_again``, and so does who reads
+parameters by name, since the caller may have asked the model too.
 """
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -24,6 +31,18 @@ def whole(tensor: Tensor) -> Tensor:
 def own_part(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_modules(model: nn.Module) -> "list[FSDPModule]":
+    """The modules of a model that ``fully_shard`` was applied to."""
+    home = sys.modules.get("torch.distributed.fsdp")
+    return [] if home is None else [module for module in model.modules() if isinstance(module, home.FSDPModule)]
+
+
+def part_again(model: nn.Module) -> None:
+    """Leave this rank with its part of each parameter, whatever pass came before; not in the midst of one."""
+    for module in sharded_modules(model):
+        module.reshard()
 
 
 def as_part_of(part: Tensor, like: Any) -> Tensor:
