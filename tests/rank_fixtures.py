@@ -17,20 +17,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from governed_fixtures import Scene, collate, losses
+from governed_fixtures import CAMPAIGN, Scene, collate, losses
 from torch import nn
 
 from consensus.identifiers import ChainId, MemberId
 from consensus.rejection import CountersignError
+from trainer_client.audit_snapshots import SnapshotFolder
 from trainer_client.base_losses import path_of
 from trainer_client.evaluating import evaluating
 from trainer_client.picked_replay import replay_picked
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example
 from trainer_client.replay import ReplayJob, read_logged_campaign, replay
+from trainer_client.tolerant_replay import replay_within
 
 TIMEOUT_SECONDS = 300
 KINDS = ("DDP", "FSDP2")
+SNAPSHOTS = f"snapshots/{CAMPAIGN.hex()}"
+"""Where in a scene's directory a run keeps snapshots for audits."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +54,28 @@ class NodeAt:
 class Attempt:
     """A run of the scene. ``changes`` are of one rank's scene, by rank; ``kill`` is a rank and the step it dies at.
 
-    With ``replay`` not a run but a replay of the campaign on the log.
+    In a run that is ``tested`` the loop asks the model between two steps. With ``replay`` not a run but a replay of the
+    campaign on the log.
     """
 
     kind: str
     kill: tuple[int, int] | None = None
+    tested: bool = False
     changes: dict[int, dict[str, Any]] = field(default_factory=dict)
     replay: "Replay | None" = None
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What is asked of a replay; ``picked`` steps only, where there are any."""
+    """What is asked of a replay; ``picked`` steps only, where there are any.
+
+    ``snapshots`` is a folder in the scene's directory to begin at; with a ``tolerance`` numbers are compared.
+    """
 
     weight_decay: float = 0.1
     picked: tuple[int, ...] = ()
+    snapshots: str = ""
+    tolerance: float = 0.0
     without: tuple[bytes, ...] = ()
     balanced: bool = False
 
@@ -84,12 +95,15 @@ class Specification:
 class Outcome:
     """How a rank's run ended: what it was shown by step, its stand-ins, its weights, or its error.
 
-    Of a replay ``replayed`` are the steps that came out as recorded, ``differing`` what of the first did not.
+    Of a replay ``replayed`` are the steps that came out as recorded, of ``executed`` that were taken again where some
+    were picked, ``differing`` what of the first did not; ``windows`` were compared.
     """
 
     seen: list[tuple[int, Example]] = field(default_factory=list)
     stand_ins: int = 0
     replayed: int = 0
+    executed: int = 0
+    windows: int = 0
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     recoveries: int = 0
     rollbacks: int = 0
@@ -157,6 +171,7 @@ def run_on_ranks(scene: Scene, *attempts: Attempt, ranks: int = 2) -> list[list[
 
 
 def _wrap(kind: str, model: nn.Module) -> nn.Module:
+    torch.manual_seed(100 + dist.get_rank())  # other dropout on each rank
     if kind == "DDP":
         return nn.parallel.DistributedDataParallel(model)
     if kind == "FSDP2":
@@ -193,6 +208,9 @@ def _run(specification: Specification, attempt: Attempt, rank: int) -> Outcome:
                 outcome.replayed += batch.replayed
                 outcome.seen += [(batch.step, example) for example in batch.examples]
                 run.learn(losses(scene.wrapped, batch.inputs))
+                if attempt.tested:
+                    with evaluating(scene.wrapped), torch.no_grad():
+                        losses(scene.wrapped, batch.inputs)
             run.release(scene.directory / "tuned.safetensors")
         summary = run.summary()
         outcome.recoveries, outcome.rollbacks = summary.recoveries, summary.rollbacks
@@ -244,8 +262,16 @@ def _replay(scene: Scene, asked: Replay, outcome: Outcome) -> None:
     ranks = Ranks.of_job()
     logged = read_logged_campaign(scene.client(), scene.campaign)
     if asked.picked:
-        picked = replay_picked(logged, job, asked.picked, ranks=ranks)
-        outcome.replayed, difference = picked.matched, picked.difference
+        folder = SnapshotFolder(scene.directory / asked.snapshots, CAMPAIGN, ranks) if asked.snapshots else None
+        if folder is not None and asked.tolerance:
+            windows = scene.directory / "accumulators"
+            picked = replay_within(
+                logged, job, asked.picked, folder, asked.tolerance, recorded_windows=windows, ranks=ranks
+            )
+        else:
+            picked = replay_picked(logged, job, asked.picked, folder, ranks=ranks)
+        outcome.replayed, outcome.executed, difference = picked.matched, picked.executed, picked.difference
+        outcome.windows = picked.windows
     else:
         found = replay(logged, job, asked.without, balanced=asked.balanced, ranks=ranks)
         outcome.replayed, outcome.root, difference = found.matched, found.root, found.difference

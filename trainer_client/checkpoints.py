@@ -39,10 +39,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A snapshot and the examples that stay refused after it."""
+    """A snapshot and the examples that stay refused after it.
+
+    ``others`` are the random states of the ranks but the first, in order, where the snapshot is of all of them.
+    """
 
     snapshot: Snapshot
     recited: frozenset[Example]
+    others: tuple[RandomState, ...] = ()
 
 
 class CheckpointStore:
@@ -207,8 +211,7 @@ def _digest_of(path: Path) -> str:
 
 
 def _plain(checkpoint: Checkpoint, campaign: bytes) -> dict[str, Any]:
-    snapshot, random = checkpoint.snapshot, checkpoint.snapshot.random
-    numpy = {**random.numpy, "state": {**random.numpy["state"], "key": torch.from_numpy(random.numpy["state"]["key"])}}
+    snapshot = checkpoint.snapshot
     return {
         "version": VERSION,
         "campaign": campaign,
@@ -219,11 +222,19 @@ def _plain(checkpoint: Checkpoint, campaign: bytes) -> dict[str, Any]:
         "optimizer_settings": [dict(held) for held in snapshot.optimizer_settings],
         "stateful": {name: dict(held) for name, held in snapshot.stateful.items()},
         "generators": dict(snapshot.generators),
+        **_plain_random(snapshot.random),
+        "others": [_plain_random(random) for random in checkpoint.others],
+        "recited": sorted(checkpoint.recited),
+    }
+
+
+def _plain_random(random: RandomState) -> dict[str, Any]:
+    state = random.numpy["state"]
+    return {
         "torch_cpu": random.torch_cpu,
         "torch_cuda": list(random.torch_cuda),
         "python": random.python,
-        "numpy": numpy,
-        "recited": sorted(checkpoint.recited),
+        "numpy": {**random.numpy, "state": {**state, "key": torch.from_numpy(state["key"])}},
     }
 
 
@@ -254,8 +265,6 @@ def _checkpoint(plain: dict[str, Any], path: Path, campaign: bytes) -> Checkpoin
         raise ConfigError(f"{path}: expected a checkpoint of version {VERSION}, found {plain['version']}")
     if plain["campaign"] != campaign:
         raise ConfigError(f"{path}: expected a checkpoint of campaign {campaign.hex()}, not {plain['campaign'].hex()}")
-    numpy = plain["numpy"]
-    numpy["state"]["key"] = numpy["state"]["key"].numpy()
     snapshot = Snapshot(
         step=plain["step"],
         root=Digest(plain["root"]),
@@ -264,6 +273,13 @@ def _checkpoint(plain: dict[str, Any], path: Path, campaign: bytes) -> Checkpoin
         optimizer_settings=tuple(plain["optimizer_settings"]),
         stateful=plain["stateful"],
         generators=plain["generators"],
-        random=RandomState(plain["torch_cpu"], tuple(plain["torch_cuda"]), plain["python"], numpy),
+        random=_random(plain),
     )
-    return Checkpoint(snapshot, frozenset((source, index) for source, index in plain["recited"]))
+    recited = frozenset((source, index) for source, index in plain["recited"])
+    return Checkpoint(snapshot, recited, tuple(map(_random, plain.get("others", ()))))
+
+
+def _random(plain: dict[str, Any]) -> RandomState:
+    numpy = plain["numpy"]
+    numpy["state"]["key"] = numpy["state"]["key"].numpy()
+    return RandomState(plain["torch_cpu"], tuple(plain["torch_cuda"]), plain["python"], numpy)

@@ -101,10 +101,9 @@ class Course:
         return snapshot
 
     def keep_for_audits(self, *, last: bool = False) -> None:
-        """A snapshot of the job as the step that begins finds it, where one is due."""
+        """A snapshot of the job as the step that begins finds it, where one is due; every rank must ask."""
         if self._audits.due(self.done, last=last):
-            state = TrainingState(self._state.model, self._state.optimizer)
-            self._audits.keep(take_snapshot(state, self.done, self._model.root()), self.recited)
+            self._audits.keep(self.done, self._state.model, self._state.optimizer, self.recited)
 
     def took(self, step: Step, parameters: Mapping[str, Tensor]) -> None:
         """A step was taken and left these parameters."""

@@ -201,6 +201,7 @@ class GovernedRun(Generic[E]):
             snapshot_directory(self._arguments.run_directory, self._plan.campaign),
             self._plan.campaign,
             self._settings.audit_snapshot_every_steps,
+            self._ranks,
         )
         self._stack.callback(audits.close)
         self._course = Course(
@@ -445,27 +446,21 @@ class GovernedRun(Generic[E]):
         """
         self._settle()
         tensors = self._parallel.copied()
-        digest = self._ranks.by_first(lambda: self._save(tensors, path))
+        self._ranks.by_first(lambda: self._check_recorded(tensors))
+        self._course.keep_for_audits(last=True)
+        digest = self._ranks.by_first(lambda: _save(tensors, path))
         with self._record.costs.paused():
             event = self._ledger.record_release(path.name, digest)
         self._book.note("release", self._course.done, id=event.id.hex())
         return event
 
-    def _save(self, tensors: dict[str, Tensor], path: Path) -> bytes:
-        """SHA-256 of the file written."""
+    def _check_recorded(self, tensors: Mapping[str, Tensor]) -> None:
         root = root_of_tensors(tensors)
         if root != self._ledger.place.root:
             raise InvariantBroken(
                 f"the weights have root {root.hex()}, recorded is {self._ledger.place.root.hex()}: they were"
                 " changed outside run.learn"
             )
-        self._course.keep_for_audits(last=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-        save_file(tensors, unfinished)
-        digest = hashlib.sha256(unfinished.read_bytes()).digest()
-        unfinished.replace(path)
-        return digest
 
     def abandon(self, reason: str) -> RecordedEvent:
         """End the campaign on the log without a release."""
@@ -719,6 +714,16 @@ def governed(
             on_progress=on_progress,
         )
     )
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> bytes:
+    """SHA-256 of the file written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    save_file(tensors, unfinished)
+    digest = hashlib.sha256(unfinished.read_bytes()).digest()
+    unfinished.replace(path)
+    return digest
 
 
 def _accumulators_of(arguments: RunArguments[E], ranks: Ranks) -> SourceAccumulators | None:

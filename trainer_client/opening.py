@@ -186,7 +186,6 @@ def open_run(
         model.module,
         sharded=model.is_sharded,
         pieces=bool(routing.division.pieces),
-        audit_snapshots=bool(arguments.settings.audit_snapshot_every_steps),
     )
     entries = stack.enter_context(
         optimizer_by_pieces(arguments.optimizer, model.module, routing.division, routing.moved)
@@ -340,21 +339,17 @@ def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks,
     """The plan, with how gradients are scaled and how the ranks divide a step among its hyperparameters.
 
     Raises:
-        ConfigError: a rank was started with another plan, or other sources; snapshots for audits are asked for.
+        ConfigError: a rank was started with another plan, other sources or other settings.
     """
     plan, micro_batch_size = arguments.plan, arguments.micro_batch_size
     plan = replace(plan, hyperparameters={**plan.hyperparameters, **scaling.hyperparameters()})
     if ranks.size == 1:
         return plan
-    asked = (plan, manifest_of(arguments.sources), micro_batch_size)
+    asked = (plan, manifest_of(arguments.sources), micro_batch_size, arguments.settings)
     for rank, others in enumerate(ranks.gathered(asked)):
-        for what, own, other in zip(("plan", "sources", "micro_batch_size"), asked, others, strict=True):
+        for what, own, other in zip(("plan", "sources", "micro_batch_size", "settings"), asked, others, strict=True):
             if own != other:
                 raise ConfigError(f"rank {rank} was started with another {what}: {other!r:.400}, not {own!r:.400}")
-    if arguments.settings.audit_snapshot_every_steps:
-        raise ConfigError(
-            f"audit_snapshot_every_steps with {ranks.size} processes: an audit's one adds up in another order"
-        )
     layout = {RANKS: str(ranks.size), DATA_PARALLEL: model.kind}
     if micro_batch_size is not None:
         layout["micro_batch_size"] = str(micro_batch_size)

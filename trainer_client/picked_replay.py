@@ -77,16 +77,19 @@ def replay_picked(
 ) -> PickedReplay:
     """Take the picked steps of a campaign again, from snapshots where there are any. All of the job's ranks call it.
 
+    ``snapshots`` are of the same ranks.
+
     Raises:
         Rejected: ``STEP_CHAIN_BROKEN`` for steps that are not on the log, or not rising; ``DIGEST_MISMATCH`` for a
             snapshot that is not the log's; as ``replay``.
-        ConfigError: a snapshot cannot be read.
+        ConfigError: a snapshot cannot be read. RankFailed: another process could not.
     """
     check_picked(logged, picked)
     check_job(logged, job, ranks=ranks)
     starts = (0, *(snapshots.steps if snapshots is not None else ()))
     with bench(logged, job, ranks, accumulated=True) as run:
-        walk = _Walk(logged, run, snapshots, Restoration(run.parallel.module, job.optimizer, job.scheduler))
+        restoration = Restoration(run.parallel, job.optimizer, job.scheduler, run.scaling.scaler, ranks)
+        walk = _Walk(logged, run, snapshots, restoration)
         found = []
         for number, step in enumerate(picked, 1):
             found.append(PickedStep(step, walk.reach(step, max(start for start in starts if start < step))))
@@ -175,13 +178,12 @@ class _Walk:
     def _take(self, index: int) -> None:
         run, step = self._run, self._logged.steps[index - 1]
         accumulator_root = run.take(step, run.admitted(step))
-        self._restoration.stepped(index)
         self.executed += 1
         after = run.copied()
         compared = accumulator_root if self.windows.ends_whole(index) else None
         what = run.differences(step, self._before, after, compared)
         if what:
-            what += self._tensors(index, after)
+            what += run.ranks.by_first(lambda: self._tensors(index, after))
         self._at.step, self._before = index, after
         if what:
             self._at.broken = Difference(index, what)

@@ -431,18 +431,21 @@ def _base_losses(
     """The campaign's base losses, which the job's model gives again; none where no step went by entropy bands."""
     if not any(logged.entropy_edges_milli.values()):
         return NOTHING_MEASURED
-    path = job.base_losses
-    if path is None:
-        raise ConfigError(
-            "the campaign's depth profiles go by entropy bands, which follow from the run's file of base losses: give"
-            " it (base_losses of the ReplayJob, --base-losses of countersign replay)"
-        )
-    recorded = ranks.by_first(lambda: read_base_losses(path, logged.manifest, logged.terms.base_losses_sha256))
+    recorded = ranks.by_first(lambda: _recorded_losses(logged, job.base_losses))
     contents = {source.id: source.examples for source in job.sources}
     batch_size = job.micro_batch_size or logged.terms.batch_size
     measure = Measure(model, job.loss, contents, job.collate, batch_size, ranks)
     confirmed_losses(measure, logged.manifest, recorded, tolerance)
     return recorded
+
+
+def _recorded_losses(logged: LoggedCampaign, path: Path | None) -> BaseLosses:
+    if path is None:
+        raise ConfigError(
+            "the campaign's depth profiles go by entropy bands, which follow from the run's file of base losses: give"
+            " it (base_losses of the ReplayJob, --base-losses of countersign replay)"
+        )
+    return read_base_losses(path, logged.manifest, logged.terms.base_losses_sha256)
 
 
 def differences(

@@ -158,8 +158,6 @@ def replay_command(
     if base_losses is not None:
         job = replace(job, base_losses=base_losses)
     ranks = Ranks.of_job()
-    if ranks.size > 1 and snapshot_folder is not None:
-        raise click.UsageError("--snapshots in several processes: runs of several keep none")
 
     def read() -> LoggedCampaign:
         with Client(node_url, token) as client:
@@ -172,9 +170,9 @@ def replay_command(
     begun = time.perf_counter()
     picked: PickedReplay | None = None
     if some_steps:
-        folder = None if snapshot_folder is None else SnapshotFolder(snapshot_folder, identifier)
+        folder = None if snapshot_folder is None else SnapshotFolder(snapshot_folder, identifier, ranks)
         if folder is not None and tolerance is not None:
-            picked = replay_within(logged, job, asked, folder, tolerance, told, recorded_windows)
+            picked = replay_within(logged, job, asked, folder, tolerance, told, recorded_windows, ranks)
         else:
             picked = replay_picked(logged, job, asked, folder, told, ranks)
         found = Replayed(picked.executed, picked.matched, picked.difference, parallel.root())

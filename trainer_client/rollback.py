@@ -20,8 +20,8 @@ Left to others: which root is final and what is submitted about it (``governed.p
 
 import copy
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from consensus.identifiers import Digest
 from consensus.rejection import InvariantBroken
-from trainer_client.sharding import as_part_of, is_sharded, own_part, part_again
+from trainer_client.sharding import as_part_of, is_sharded, own_part, part_again, part_of_whole
 
 
 class Stateful(Protocol):
@@ -88,20 +88,32 @@ def step_beginning(state: TrainingState) -> StepBeginning:
     return StepBeginning({name: buffer.clone() for name, buffer in state.model.named_buffers()}, random_state())
 
 
-def take_snapshot(state: TrainingState, step: int, root: Digest, beginning: StepBeginning | None = None) -> Snapshot:
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy of this rank's part of a tensor, where the tensor is."""
+    return own_part(tensor).detach().clone()
+
+
+def take_snapshot(
+    state: TrainingState,
+    step: int,
+    root: Digest,
+    beginning: StepBeginning | None = None,
+    copied: Callable[[Tensor], Tensor] = own_copy,
+) -> Snapshot:
     """A copy of everything; nothing in it is shared with the job. ``root`` is the caller's to know.
 
     With ``beginning`` it is the snapshot of that moment, taken later: after the backward pass, before the optimizer,
-    with everything stateful and every generator as they were.
+    with everything stateful and every generator as they were. ``copied`` makes the copies of tensors of model and
+    optimizer, in an order that is the same on every rank.
     """
     parameters = _optimized(state.optimizer)
     tensors = _tensors(state.model) | dict(beginning.buffers if beginning is not None else {})
     return Snapshot(
         step=step,
         root=root,
-        tensors={name: own_part(tensor).detach().clone() for name, tensor in tensors.items()},
+        tensors={name: copied(tensor) for name, tensor in tensors.items()},
         optimizer_state={
-            index: _copied(state.optimizer.state[parameter])
+            index: _copied(state.optimizer.state[parameter], copied)
             for index, parameter in enumerate(parameters)
             if parameter in state.optimizer.state
         },
@@ -128,6 +140,25 @@ def restore_snapshot(snapshot: Snapshot, state: TrainingState) -> None:
     except BaseException:
         _write(found, state)
         raise
+
+
+def own_part_of(snapshot: Snapshot, state: TrainingState) -> Snapshot:
+    """Of a snapshot with whole tensors, what this rank holds of them in a sharded job."""
+    tensors, parameters = _tensors(state.model), _optimized(state.optimizer)
+    return replace(
+        snapshot,
+        tensors={
+            name: part_of_whole(tensor, tensors[name]) if name in tensors else tensor
+            for name, tensor in snapshot.tensors.items()
+        },
+        optimizer_state={
+            index: {
+                key: part_of_whole(value, parameters[index]) if isinstance(value, Tensor) else value
+                for key, value in held.items()
+            }
+            for index, held in snapshot.optimizer_state.items()
+        },
+    )
 
 
 def random_state() -> RandomState:
@@ -238,11 +269,8 @@ def _optimized(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: own_part(value).detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in values.items()
-    }
+def _copied(values: Mapping[str, Any], copied: Callable[[Tensor], Tensor] = own_copy) -> dict[str, Any]:
+    return {key: copied(value) if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in values.items()}
 
 
 def _sharded_like(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:

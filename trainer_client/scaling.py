@@ -15,6 +15,7 @@ One object serves a run and its replay, so that both scale alike.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from trainer_client.clipping import GradientOverflow, clip_block_gradients, clip
 BLOCK, GLOBAL = "block", "global"
 CLIP_SCOPE, LOSS_SCALING = "clip_scope", "loss_scaling"
 """The hyperparameters that say so, of campaigns in which it is not per block, or in which losses are scaled."""
+ScalerState = Mapping[str, Any]
+"""A scaler's ``state_dict``: scale, factors, interval, and the steps since the last overflow."""
 LEAST_SCALE = 2.0**-10
 """Where gradients still overflow at so small a scale, it is not for the scale: an admitted example's is not finite."""
 
@@ -89,7 +92,7 @@ class Scaling:
                 f"the plan clips all parameter blocks together, policy '{policy.name}' has each clipped on its own",
             )
 
-    def check_supported(self, model: nn.Module, *, sharded: bool, pieces: bool, audit_snapshots: bool) -> None:
+    def check_supported(self, model: nn.Module, *, sharded: bool, pieces: bool) -> None:
         """Losses are not scaled where nobody has shown that it stays exact.
 
         Raises:
@@ -100,7 +103,6 @@ class Scaling:
         for found, why in (
             (sharded, "fully_shard: each rank would skip by the part that it holds; use bfloat16"),
             (pieces, "routing granularity 'head': the scaler does not see gradients of pieces; use bfloat16"),
-            (audit_snapshots, "audit_snapshot_every_steps: a snapshot for audits holds no scale"),
         ):
             if found:
                 raise ConfigError(f"a gradient scaler with {why}")
@@ -173,6 +175,24 @@ class Scaling:
 
     def _all_finite(self) -> bool:
         return all(bool(torch.isfinite(gradient).all()) for gradient in self._gradients())
+
+
+def scale_after(scale: ScalerState, *, skipped: bool) -> ScalerState:
+    """The state of a scaler after a step that it skipped or took, from that before: as its ``update`` has it, exactly.
+
+    So where a scaler stood follows from where it began and which steps the log says were skipped.
+    """
+    if skipped:
+        return {**scale, "scale": _float32(scale["scale"] * scale["backoff_factor"]), "_growth_tracker": 0}
+    taken = scale["_growth_tracker"] + 1
+    if taken < scale["growth_interval"]:
+        return {**scale, "_growth_tracker": taken}
+    grown = _float32(scale["scale"] * scale["growth_factor"])
+    return {**scale, "scale": grown if math.isfinite(grown) else scale["scale"], "_growth_tracker": 0}
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def scaling_text(scaler: torch.amp.GradScaler) -> str:

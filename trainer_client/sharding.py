@@ -45,6 +45,15 @@ def part_again(model: nn.Module) -> None:
         module.reshard()
 
 
+def part_of_whole(tensor: Tensor, like: Any) -> Tensor:
+    """This rank's part of a whole tensor, where ``like`` is a sharded one of that shape; any other as it is."""
+    if not is_sharded(like) or tensor.shape != like.shape:
+        return tensor
+    home = sys.modules["torch.distributed.tensor"]
+    parted = home.distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # without messages
+    return own_part(parted)
+
+
 def as_part_of(part: Tensor, like: Any) -> Tensor:
     """``part`` as this rank's part of a tensor sharded as ``like`` is; as it is where ``like`` is not sharded."""
     if not is_sharded(like):

@@ -17,6 +17,7 @@ hand (``window_comparison.py``), of windows that were taken again from their fir
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,9 +27,10 @@ from torch import Tensor
 from consensus.identifiers import ZERO_DIGEST, Digest
 from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.audit_snapshots import Restoration, SnapshotFolder
-from trainer_client.commitment import copied_tensors
 from trainer_client.picked_replay import PickedReplay, PickedStep, WindowTally, check_picked
-from trainer_client.replay import PROFILES, Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job
+from trainer_client.ranks import ALONE, Ranks
+from trainer_client.replay import PROFILES, Bench, Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job
+from trainer_client.sharding import whole
 from trainer_client.window_comparison import differing_sums
 
 E = TypeVar("E")
@@ -45,10 +47,12 @@ def replay_within(
     tolerance: float,
     on_step: OnStep = lambda done, of: None,
     recorded_windows: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> PickedReplay:
     """Take the stretches with the picked steps again and compare their ends within ``tolerance``, above 0 and below 1.
 
     Args:
+        snapshots: of the same ranks, all of which call this; the first compares.
         recorded_windows: the run's folder of accumulators, or what a custodian gave out of it; None compares none.
 
     Raises:
@@ -57,35 +61,35 @@ def replay_within(
         ConfigError: a snapshot cannot be read, or a window's file is not there.
     """
     check_picked(logged, picked)
-    check_job(logged, job)
+    check_job(logged, job, ranks=ranks)
     if recorded_windows is not None and not logged.terms.accumulator_window_steps:
         raise ConfigError(f"{recorded_windows}: the campaign keeps no accumulators, there is nothing to compare")
     stretches = sorted({_stretch(step, snapshots.steps) for step in picked})
-    restoration = Restoration(job.model, job.optimizer, job.scheduler)
     differing: dict[tuple[int, int], tuple[str, ...]] = {}
     executed = at = 0
-    with bench(logged, job, accumulated=recorded_windows is not None, tolerance=tolerance) as run:
+    with bench(logged, job, ranks, accumulated=recorded_windows is not None, tolerance=tolerance) as run:
+        restoration = Restoration(run.parallel, job.optimizer, job.scheduler, run.scaling.scaler, ranks)
         windows = WindowTally(logged, run)
         for number, (start, end) in enumerate(stretches, 1):
             if start > at:
                 restoration.restore(snapshots.read(start), logged.steps)
                 windows.begin_at(start)
-            before = _numbers(job)
+            before = _numbers(run)
             apart: tuple[str, ...] = ()
             for recorded in logged.steps[start:end]:
                 if not run.states_profiles(recorded):
                     apart += (f"{PROFILES} of step {recorded.index}",)
                 root = run.take(recorded, run.admitted(recorded))
                 apart += tuple(f"{what} in step {recorded.index}" for what in run.scaled_otherwise(recorded, tolerance))
-                restoration.stepped(recorded.index)
                 executed += 1
                 if recorded_windows is None or run.accumulators is None or not windows.ends_whole(recorded.index):
                     continue
-                mine, committed = run.accumulators.directory, recorded.operation.accumulator_root
-                apart += differing_sums(mine, root, recorded_windows, committed, tolerance)
-            reached = _numbers(job)
+                windows_at = run.accumulators.directory, root, recorded_windows, recorded.operation.accumulator_root
+                apart += ranks.by_first(partial(differing_sums, *windows_at, tolerance))
+            reached = _numbers(run)
             restoration.restore(snapshots.read(end), logged.steps)
-            differing[start, end] = _apart(before, reached, _numbers(job), tolerance) + apart
+            numbers = before, reached, _numbers(run)
+            differing[start, end] = ranks.by_first(partial(_apart, *numbers, tolerance)) + apart
             at = end
             on_step(number, len(stretches))
     found = []
@@ -116,13 +120,17 @@ def _stretch(step: int, snapshots: Sequence[int]) -> tuple[int, int]:
     return max((held for held in snapshots if held < step), default=0), ends[0]
 
 
-def _numbers(job: ReplayJob[E]) -> dict[str, Tensor]:
-    numbers = {f"tensor {name}": tensor for name, tensor in copied_tensors(job.model).items()}
-    parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
+def _numbers(run: Bench[E]) -> dict[str, Tensor]:
+    """Whole, on the first of the ranks; nothing elsewhere. All must ask."""
+    numbers = {f"tensor {name}": tensor for name, tensor in run.copied().items()}
+    optimizer = run.job.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
-        for name, value in job.optimizer.state.get(parameter, {}).items():
+        for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                numbers[f"optimizer state {index} {name}"] = value.detach().to("cpu", copy=True)
+                held = whole(value)
+                if run.ranks.is_first:
+                    numbers[f"optimizer state {index} {name}"] = held.detach().to("cpu", copy=True)
     return numbers
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from governed_fixtures import (
     same_bits,
     weights,
 )
-from rank_fixtures import KINDS, Attempt, Outcome, Recites, Replay, replay_configuration, run_on_ranks
+from rank_fixtures import KINDS, SNAPSHOTS, Attempt, Outcome, Recites, Replay, replay_configuration, run_on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,10 +37,12 @@ from consensus.event import Kind
 from consensus.portions import BandRule, BlockWeight, ClassRule, Rollback, StepOperation
 from consensus.rejection import Reason, Rejected
 from trainer_client.base_losses import path_of
+from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkpoint, step_of, write_checkpoint
 from trainer_client.commitment import root_of_tensors
 from trainer_client.replay import ReplayJob, read_logged_campaign, replay
 
 UPPER = BandRule(1, 1_000, (BlockWeight("layers.1", 0), BlockWeight("layers.0", 250)))
+WINDOW_STEPS = 5
 CLASSES = (
     ClassRule("documentation", 1_000, (BlockWeight("layers.1", 0),), (UPPER,)),
     ClassRule("news", 500, (BlockWeight("embedding", 0), BlockWeight("layers.1", 0))),
@@ -63,7 +66,7 @@ def new_scene(node: FakeNode, directory: Path) -> Scene:
     scene = Scene(node, directory, texts)
     scene.register(classes=CLASSES, entropy_edges_milli=(edge_between(texts["manual"]),))
     scene.arguments["probe_loss"] = losses
-    scene.plan_changes.update(accumulator_window_steps=5, sketch_rank=2)
+    scene.plan_changes.update(accumulator_window_steps=WINDOW_STEPS, sketch_rank=2)
     scene.arguments["micro_batch_size"] = 2
     return scene
 
@@ -72,11 +75,20 @@ def new_scene(node: FakeNode, directory: Path) -> Scene:
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     with running_node() as node, running_node() as other:
         scene = new_scene(node, tmp_path_factory.mktemp("ranks"))
+        scene.settings = replace(scene.settings, audit_snapshot_every_steps=WINDOW_STEPS)
+        by_threes = {"arguments": {**scene.arguments, "micro_batch_size": 3}}
         other_kind = next(kind for kind in KINDS if kind != request.param)
         replays = {
             "whole": Attempt(request.param, replay=Replay()),
             "other decay": Attempt(request.param, replay=Replay(weight_decay=0.2)),
             "picked": Attempt(request.param, replay=Replay(picked=(2, STEPS))),
+            "from snapshots": Attempt(request.param, replay=Replay(picked=(3, 7, STEPS), snapshots=SNAPSHOTS)),
+            "named": Attempt(request.param, replay=Replay(weight_decay=0.2, picked=(1, 6), snapshots=SNAPSHOTS)),
+            "within": Attempt(
+                request.param,
+                replay=Replay(picked=(3, STEPS), snapshots=SNAPSHOTS, tolerance=1e-2),
+                changes={0: by_threes, 1: by_threes},
+            ),
             "without": Attempt(request.param, replay=Replay(without=(scene.sources["paper"],))),
             "balanced": Attempt(request.param, replay=Replay(balanced=True)),
             "other wrapper": Attempt(other_kind, replay=Replay()),
@@ -199,9 +211,17 @@ def test_all_ranks_go_back_with_the_log_and_with_a_recital(trained: Trained, tmp
     with running_node() as node:
         scene = new_scene(node, tmp_path / "run")
         node.refuse_step = refuse_step_eight_once
-        scene.settings = replace(scene.settings, snapshot_every_steps=2, check_memorization_every_steps=3)
+        scene.build = partial(TinyModel, dropout=0.5)
+        scene.settings = replace(
+            scene.settings, snapshot_every_steps=2, check_memorization_every_steps=3, audit_snapshot_every_steps=2
+        )
         scene.arguments["memorization"] = Recites(scene.sources["manual"])
-        (outcomes,) = run_on_ranks(scene, Attempt(trained.kind))
+        outcomes, every, some = run_on_ranks(
+            scene,
+            Attempt(trained.kind, tested=True),
+            Attempt(trained.kind, replay=Replay(picked=tuple(range(1, STEPS + 1)), snapshots=SNAPSHOTS)),
+            Attempt(trained.kind, replay=Replay(picked=(3, 9, 11), snapshots=SNAPSHOTS)),
+        )
         assert [(outcome.error, outcome.recoveries) for outcome in outcomes] == [("", 1), ("", 1)]
         head = node.head(CAMPAIGN)
         assert (head.closed, head.rollbacks, head.steps) == ("released", 2, STEPS)
@@ -217,6 +237,9 @@ def test_all_ranks_go_back_with_the_log_and_with_a_recital(trained: Trained, tmp
         assert max(shown_again) == 3
         for name, found in outcomes[0].weights.items():
             assert torch.equal(found, outcomes[1].weights[name])
+        for again, executed in ((every, (STEPS, STEPS)), (some, (3, 3))):
+            assert [(outcome.error, outcome.differing) for outcome in again] == [("", ())] * 2
+            assert [(outcome.replayed, outcome.executed) for outcome in again] == [executed] * 2
 
 
 def test_run_of_which_a_rank_was_killed_ends_with_the_weights_of_one_that_was_not(
@@ -224,10 +247,14 @@ def test_run_of_which_a_rank_was_killed_ends_with_the_weights_of_one_that_was_no
 ) -> None:
     with running_node() as node:
         scene = new_scene(node, tmp_path / "run")
-        scene.settings = replace(scene.settings, snapshot_every_steps=1, checkpoint_every_steps=2)
+        scene.settings = replace(
+            scene.settings, snapshot_every_steps=1, checkpoint_every_steps=2, audit_snapshot_every_steps=2
+        )
         (outcomes,) = run_on_ranks(scene, Attempt(trained.kind, kill=(1, 8)))
         assert [outcome.error for outcome in outcomes] == ["died", "died"]
-        (outcomes,) = run_on_ranks(scene, Attempt(trained.kind))
+        picked = Replay(picked=(3, STEPS - 1, STEPS), snapshots=SNAPSHOTS)
+        outcomes, again = run_on_ranks(scene, Attempt(trained.kind), Attempt(trained.kind, replay=picked))
+        assert [(outcome.error, outcome.replayed, outcome.executed) for outcome in again] == [("", 3, 3)] * 2
         assert [outcome.error for outcome in outcomes] == ["", ""]
         assert [step.index for step in steps_of(scene)] == list(range(1, STEPS + 1))
         assert (node.head(CAMPAIGN).closed, node.head(CAMPAIGN).rollbacks) == ("released", 0)
@@ -251,6 +278,99 @@ def test_replay_by_as_many_processes_tells_all_of_them_the_first_difference(trai
     assert first.replayed == 0
     assert first.differing[0] == "step 1"
     assert "optimizer state" in first.differing
+
+
+def test_picked_steps_of_several_processes_come_out_from_the_snapshots_before_them(trained: Trained) -> None:
+    assert [step_of(path) for path in checkpoint_files(trained.scene.directory / SNAPSHOTS)] == [5, 10, STEPS]
+    for outcome in trained.replays["from snapshots"]:
+        assert (outcome.error, outcome.differing, outcome.replayed) == ("", (), 3)
+        assert (outcome.executed, outcome.windows) == (3 + 2 + 2, 1)
+
+
+def test_snapshot_of_several_processes_is_of_the_whole_job_and_the_first_one_keeps_it(trained: Trained) -> None:
+    (path,) = checkpoint_files(trained.scene.directory / SNAPSHOTS, STEPS)
+    kept = read_checkpoint(path, CAMPAIGN)
+    assert kept.snapshot.root == trained.scene.node.head(CAMPAIGN).root
+    assert same_bits(kept.snapshot.tensors, trained.outcomes[0].weights)
+    for number, tensor in enumerate(kept.snapshot.tensors.values()):
+        assert {held.shape for held in kept.snapshot.optimizer_state.get(number, {}).values()} <= {
+            tensor.shape,
+            torch.Size(()),
+        }
+    assert len(kept.others) == 1
+    assert not (trained.scene.directory / "rank-1" / "snapshots").exists()
+
+
+def test_tensors_that_differ_are_named_on_all_processes_and_the_next_snapshot_stands(trained: Trained) -> None:
+    first, second = trained.replays["named"]
+    assert first == second
+    assert first.differing[0] == "step 1"
+    assert "tensor head.weight" in first.differing
+    assert (first.replayed, first.executed) == (1, 2)
+
+
+def test_steps_of_several_processes_in_another_order_come_out_within_the_tolerance(trained: Trained) -> None:
+    first, second = trained.replays["within"]
+    assert first == second
+    assert (first.error, first.differing, first.replayed) == ("", (), 2)
+    assert (first.executed, first.windows) == (5 + 2, 2)
+
+
+def with_moments_of_the_last_row(kept: Checkpoint) -> Checkpoint:
+    state = {index: dict(held) for index, held in kept.snapshot.optimizer_state.items()}
+    state[0]["exp_avg"] = state[0]["exp_avg"].clone()
+    state[0]["exp_avg"][-1] += 1e-3
+    return replace(kept, snapshot=replace(kept.snapshot, optimizer_state=state))
+
+
+def with_parameters(kept: Checkpoint) -> Checkpoint:
+    tensors = {**kept.snapshot.tensors, "head.bias": kept.snapshot.tensors["head.bias"] + 1e-6}
+    return replace(kept, snapshot=replace(kept.snapshot, tensors=tensors))
+
+
+def with_random_states_of_the_first_for_all(kept: Checkpoint) -> Checkpoint:
+    return replace(kept, others=(kept.snapshot.random,))
+
+
+def of_one_process(kept: Checkpoint) -> Checkpoint:
+    return replace(kept, others=())
+
+
+def test_snapshot_that_is_not_the_logs_on_any_process_is_refused_by_name_on_all(trained: Trained) -> None:
+    scene = trained.scene
+    tampered = {
+        with_moments_of_the_last_row: "its optimizer digest is",
+        with_parameters: "its parameter root is",
+        with_random_states_of_the_first_for_all: "its random states' digest is",
+        of_one_process: "is of 1 processes, the job of 2",
+    }
+    for tamper in tampered:
+        for path in checkpoint_files(scene.directory / SNAPSHOTS):
+            write_checkpoint(scene.directory / tamper.__name__, tamper(read_checkpoint(path, CAMPAIGN)), CAMPAIGN)
+    attempts = [
+        Attempt(trained.kind, replay=Replay(picked=(7,), snapshots=folder))
+        for folder in (*(tamper.__name__ for tamper in tampered), SNAPSHOTS)
+    ]
+    elsewhere = replace(attempts[-1], changes={1: {"directory": scene.directory / "rank-1"}})
+    *refused, honest, lacking = run_on_ranks(scene, *attempts, elsewhere)
+    for outcomes, text in zip(refused, tampered.values(), strict=True):
+        assert [outcome.error_type for outcome in outcomes] == ["Rejected", "Rejected"]
+        assert all(text in outcome.error and "the snapshot of step 5" in outcome.error for outcome in outcomes)
+    assert [(outcome.error, outcome.replayed) for outcome in honest] == [("", 1)] * 2
+    assert [outcome.error_type for outcome in lacking] == ["RankFailed", "ConfigError"]
+    assert all("expected a checkpoint, found" in outcome.error for outcome in lacking)
+
+
+def test_disk_that_takes_no_snapshot_costs_several_processes_the_snapshots_and_not_the_run(tmp_path: Path) -> None:
+    with running_node() as node:
+        scene = new_scene(node, tmp_path / "run")
+        scene.plan_changes["planned_steps"] = 3
+        scene.settings = replace(scene.settings, audit_snapshot_every_steps=1)
+        scene.directory.mkdir()
+        (scene.directory / "snapshots").write_text("a file, where a folder is wanted")
+        (outcomes,) = run_on_ranks(scene, Attempt("FSDP2"))
+        assert [outcome.error for outcome in outcomes] == ["", ""]
+        assert node.head(CAMPAIGN).closed == "released"
 
 
 def test_replay_without_a_source_by_several_processes_compares_nothing_and_ends_elsewhere(trained: Trained) -> None:
@@ -314,8 +434,9 @@ def test_what_would_not_be_one_job_is_refused_by_name_on_every_rank(tmp_path: Pa
             Attempt("DDP", changes={1: {"plan_changes": {**scene.plan_changes, "planned_steps": 5}}}),
             Attempt("DDP", changes={1: {"texts": other_texts}}),
             Attempt("FSDP2", changes={0: by_head, 1: by_head}),
+            Attempt("DDP", changes={1: {"settings": replace(scene.settings, audit_snapshot_every_steps=5)}}),
         )
-        neither, hooked, planned, content, sharded = run_on_ranks(scene, *attempts)
+        neither, hooked, planned, content, sharded, settled = run_on_ranks(scene, *attempts)
         for outcomes, text in (
             (neither, "neither in DistributedDataParallel"),
             (hooked, "communication hook"),
@@ -325,6 +446,7 @@ def test_what_would_not_be_one_job_is_refused_by_name_on_every_rank(tmp_path: Pa
             assert all(text in outcome.error for outcome in outcomes)
         assert "rank 1 was started with another plan" in planned[0].error
         assert "rank 0 was started with another plan" in planned[1].error
+        assert ["was started with another settings" in outcome.error for outcome in settled] == [True, True]
         assert (content[0].error_type, content[1].error_type) == ("RankFailed", "Rejected")
         assert "rank 1: Rejected: digest-mismatch" in content[0].error
         assert not scene.events(Kind.CAMPAIGN)

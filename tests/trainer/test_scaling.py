@@ -1,5 +1,6 @@
 """One clip factor over all parameter blocks, and loss scaling: recorded, undone and taken again to the bit."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,21 +22,23 @@ from governed_fixtures import (
     same_bits,
     weights,
 )
-from rank_fixtures import Attempt, Replay, run_on_ranks
+from rank_fixtures import SNAPSHOTS, Attempt, Replay, run_on_ranks
 from torch import Tensor
 
 from consensus import portions as p
 from consensus.event import CheckedEvent, Kind
 from consensus.portions import BlockWeight, ClassRule
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
+from trainer_client.audit_snapshots import SnapshotFolder, snapshot_directory
 from trainer_client.balance import Balance
 from trainer_client.clipping import GradientOverflow, clip_factor
 from trainer_client.governed import GovernedRun
 from trainer_client.momentum import Momentum
+from trainer_client.picked_replay import PickedReplay, replay_picked
 from trainer_client.pieces import whole_entries
 from trainer_client.plan import default_blocks
 from trainer_client.replay import Replayed, ReplayJob, read_logged_campaign, replay
-from trainer_client.scaling import GLOBAL, LEAST_SCALE, Scaled, Scaling
+from trainer_client.scaling import GLOBAL, LEAST_SCALE, Scaled, Scaling, scale_after
 
 CLIP_NORM = 0.25
 FIRST_SCALE = 2.0**18
@@ -295,11 +298,16 @@ def test_two_ranks_skip_and_clip_alike_and_are_replayed(scene: Scene) -> None:
     clipped_together(halved(scene))
     scene.arguments["micro_batch_size"] = None
     scene.plan_changes["accumulator_window_steps"] = 4
-    taken, again = run_on_ranks(scene, Attempt("DDP"), Attempt("DDP", replay=Replay()))
-    assert [outcome.error for outcome in (*taken, *again)] == [""] * 4
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
+    picked = Replay(picked=(6, STEPS), snapshots=SNAPSHOTS)
+    taken, again, some = run_on_ranks(
+        scene, Attempt("DDP"), Attempt("DDP", replay=Replay()), Attempt("DDP", replay=picked)
+    )
+    assert [outcome.error for outcome in (*taken, *again, *some)] == [""] * 6
     assert skipped(scene)
     assert 0 < min(step.global_clip_nano for step in governance_of(scene) if not step.skipped) < p.NANO
     assert [(outcome.replayed, outcome.differing) for outcome in again] == [(STEPS, ())] * 2
+    assert [(outcome.replayed, outcome.executed, outcome.differing) for outcome in some] == [(2, 2 + 4, ())] * 2
 
 
 def test_rank_with_another_scaler_is_refused_by_name(scene: Scene) -> None:
@@ -350,11 +358,11 @@ def test_parameters_that_a_scaler_cannot_scale_are_refused_by_name() -> None:
     model = torch.nn.Linear(4, 4)
     scaling = Scaling(torch.optim.SGD([model.weight], lr=1.0), 1.0, scaler=scaler())
     with pytest.raises(ConfigError, match="parameter 'bias', which requires a gradient and is not the optimizer's"):
-        scaling.check_supported(model, sharded=False, pieces=False, audit_snapshots=False)
+        scaling.check_supported(model, sharded=False, pieces=False)
     half = torch.nn.Linear(4, 4).half()
     scaling = Scaling(torch.optim.SGD(half.parameters(), lr=1.0), 1.0, scaler=scaler())
     with pytest.raises(ConfigError, match="parameter 'weight' in float16"):
-        scaling.check_supported(half, sharded=False, pieces=False, audit_snapshots=False)
+        scaling.check_supported(half, sharded=False, pieces=False)
 
 
 def test_campaign_records_what_the_job_does_whatever_the_plan_calls_it(scene: Scene) -> None:
@@ -375,14 +383,90 @@ def test_what_does_not_go_with_a_scaler_is_refused_by_name(scene: Scene) -> None
         scene.train()
     scaling = Scaling(torch.optim.SGD([torch.zeros(1)]), 1.0, scaler=scaler())
     with pytest.raises(ConfigError, match="a gradient scaler with fully_shard"):
-        scaling.check_supported(TinyModel(), sharded=True, pieces=False, audit_snapshots=False)
+        scaling.check_supported(TinyModel(), sharded=True, pieces=False)
 
 
-def test_snapshots_for_audits_hold_no_scale_and_are_refused_by_name(scene: Scene) -> None:
-    scene.register()
-    halved(scene).settings = replace(scene.settings, audit_snapshot_every_steps=4)
-    with pytest.raises(ConfigError, match="a gradient scaler with audit_snapshot_every_steps"):
-        scene.train()
+def scheduled(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def from_snapshots(
+    scene: Scene, own: torch.amp.GradScaler, *steps: int, loss: Callable[[torch.nn.Module, Tensor], Tensor] = losses
+) -> PickedReplay:
+    torch.manual_seed(1)
+    model = scene.build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    sources, schedule = scene.training_sources, scheduled(optimizer)
+    job = ReplayJob(model, optimizer, sources, loss, collate, scheduler=schedule, scaler=own)
+    folder = SnapshotFolder(snapshot_directory(scene.directory, CAMPAIGN), CAMPAIGN)
+    return replay_picked(read_logged_campaign(scene.client(), CAMPAIGN), job, steps, folder)
+
+
+def train_scheduled(scene: Scene) -> None:
+    run = scene.run()
+    run._scheduler = scheduled(run._optimizer)
+    with run:
+        for batch in run.batches():
+            run.learn(losses(scene.model, batch.inputs))
+
+
+def test_scale_and_schedule_at_a_snapshot_follow_from_the_log(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    halved(scene).settings = replace(scene.settings, audit_snapshot_every_steps=1)
+    train_scheduled(scene)
+    late = [step for step in skipped(scene) if step > 2]
+    assert late, "the scale overflowed again"
+    for picked in ((STEPS,), (*late[:-1], STEPS), tuple(range(1, STEPS + 1))):
+        own = scaler()
+        found = from_snapshots(scene, own, *picked)
+        assert (found.difference, found.executed) == (None, len(picked))
+        assert own.state_dict() == scene.arguments["scaler"].state_dict()  # type: ignore[attr-defined]
+
+
+def test_replay_that_skips_another_step_finds_scale_and_schedule_again_at_the_next_snapshot(scene: Scene) -> None:
+    scene.register(classes=EVERYTHING)
+    halved(scene).settings = replace(scene.settings, audit_snapshot_every_steps=STEPS // 2)
+    train_scheduled(scene)
+    calls: list[int] = []
+    first = next(step for step in range(1, STEPS) if step not in skipped(scene))
+
+    def steep(model: torch.nn.Module, inputs: Tensor) -> Tensor:
+        calls.append(1)
+        return losses(model, inputs) * (1e6 if len(calls) == first else 1.0)
+
+    found = from_snapshots(scene, scaler(), first, STEPS, loss=steep)
+    assert found.difference is not None
+    assert (found.difference.step, "whether it is skipped" in found.difference.what) == (first, True)
+    assert [bool(each.differing) for each in found.picked] == [True, False]
+
+
+def test_steps_that_may_move_nothing_leave_the_scale_at_a_snapshot_where_it_was(scene: Scene) -> None:
+    scene.register(classes=(ClassRule("documentation", 1_000, ()), ClassRule("news", 0, ())))
+    halved(scene).plan_changes["batch_size"] = 1
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=1)
+    train_scheduled(scene)
+    assert [step for step in governance_of(scene) if step.admitted and not any(step.profiles[0].weights_permille)]
+    own = scaler()
+    assert from_snapshots(scene, own, STEPS).difference is None
+    assert own.state_dict() == scene.arguments["scaler"].state_dict()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("backoff", "growth", "first"), [(0.5, 2.0, 2.0**16), (0.7, 1.3, 1000.0), (0.5, 2.0, 2.0**126)]
+)
+def test_scale_worked_out_is_the_one_that_torch_keeps(backoff: float, growth: float, first: float) -> None:
+    """Over a course with overflows, growth, and growth past what float32 holds."""
+    own = torch.amp.GradScaler("cpu", init_scale=first, growth_factor=growth, backoff_factor=backoff, growth_interval=2)
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    own.scale(torch.ones(()))
+    worked_out = own.state_dict()
+    for overflows in (False, False, False, False, True, False, True, True, False, False, False, False, False):
+        parameter.grad = torch.full((1,), float("inf") if overflows else 1.0)
+        own.step(optimizer)
+        own.update()
+        worked_out = scale_after(worked_out, skipped=overflows)
+        assert own.state_dict() == worked_out
 
 
 def test_loop_that_steps_the_optimizer_by_itself_cannot_have_a_scaler(scene: Scene) -> None:
