@@ -38,7 +38,7 @@ from consensus.portions import Portions, SaltedPortion, Wire
 from consensus.rejection import ConfigError, Reason, Rejected
 from consensus.review import AuditAnswer, AuditChallenge, AuditResult, PickedStep
 from node.cli import main
-from trainer_client.audit_snapshots import SnapshotFolder
+from trainer_client.audit_snapshots import AuditSnapshots, SnapshotFolder
 from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkpoint, write_checkpoint
 from trainer_client.commitment import root_of_tensors, tensor_descriptors
 from trainer_client.demo.job import main as demo_job
@@ -419,6 +419,18 @@ def test_full_disk_costs_a_snapshot_and_not_the_run(
     assert "no snapshot of step 5 for audits" in caplog.text
     assert checkpoint_files(kept_by(scene)) == []
     assert scene.node.head(CAMPAIGN).closed == "released"
+
+
+def test_memory_that_is_short_costs_a_snapshot_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("vast", torch.zeros(1).expand(1 << 46), persistent=False)
+    audits = AuditSnapshots(tmp_path, CAMPAIGN, 1)
+    audits.keep(1, model, torch.optim.SGD(model.parameters(), lr=0.1), ())
+    audits.close()
+    assert "no snapshot of step 1 for audits" in caplog.text
+    assert checkpoint_files(tmp_path) == []
 
 
 # The command
