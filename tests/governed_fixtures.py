@@ -10,6 +10,7 @@ import torch
 from fake_node import SALT, FakeNode
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from consensus.event import CheckedEvent, Kind
 from consensus.keys import Ed25519SigningKey
@@ -56,6 +57,17 @@ class HalfModel(TinyModel):
     def forward(self, bytes_BT: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.float16):
             return super().forward(bytes_BT)
+
+
+class CheckpointedModel(TinyModel):
+    """Computes what is between embedding and head again in the backward pass."""
+
+    def forward(self, bytes_BT: Tensor) -> Tensor:
+        x = self.embedding(bytes_BT)
+        for layer in self.layers:
+            x = x + checkpoint(lambda x, layer=layer: functional.gelu(layer(x)), x, use_reentrant=False)
+        logits: Tensor = self.head(x)
+        return logits
 
 
 class CausalHeads(nn.Module):
