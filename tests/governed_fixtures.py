@@ -102,6 +102,14 @@ class TinyAttention(nn.Module):
         return logits
 
 
+class HalfAttention(TinyAttention):
+    """Computes in float16."""
+
+    def forward(self, bytes_BT: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.float16):
+            return super().forward(bytes_BT)
+
+
 def collate(examples: object) -> Tensor:
     return torch.tensor([list(example) for example in examples])  # type: ignore[attr-defined]
 
@@ -261,12 +269,12 @@ def replay_job(scene: Scene, **changes: object) -> ReplayJob[bytes]:
     )
 
 
-def job_again(scene: Scene) -> ReplayJob[bytes]:
+def job_again(scene: Scene, scaler: torch.amp.GradScaler | None = None) -> ReplayJob[bytes]:
     """What takes a campaign ``by_heads`` again."""
     torch.manual_seed(1)
-    model = TinyAttention(0.5)
+    model = scene.build(0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    return ReplayJob(model, optimizer, scene.training_sources, losses, collate)
+    return ReplayJob(model, optimizer, scene.training_sources, losses, collate, scaler=scaler)
 
 
 class RecitesAt:

@@ -82,7 +82,7 @@ class Course:
         """The next step as it was taken before, where it is to be replayed."""
         if not self.is_replaying:
             return None
-        return replace(self._history[self.done + 1], replayed=True, before=None, loss_sum=0.0, learned=0)
+        return replace(self._history[self.done + 1], replayed=True, before=None, loss_sum=0.0, learned=0, stepped=False)
 
     def resolve(self) -> RecordedEvent | None:
         """The event of the step last taken, on disk; None where it is already, and on other ranks than the first."""

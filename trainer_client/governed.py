@@ -46,7 +46,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -94,7 +94,7 @@ from trainer_client.rollback import (
     step_beginning,
     take_snapshot,
 )
-from trainer_client.scaling import Scaling
+from trainer_client.scaling import Scaling, prepared
 from trainer_client.step_book import Step, random_digest, random_digest_of_all
 from trainer_client.submit import Client
 
@@ -128,7 +128,8 @@ class GovernedRun(Generic[E]):
     """A fine-tune under a campaign; made by ``governed`` and used inside its ``with``."""
 
     def __init__(self, arguments: RunArguments[E]) -> None:
-        self._arguments = arguments
+        optimizer, scaler = prepared(arguments.optimizer, arguments.scaler)
+        self._arguments = arguments = replace(arguments, optimizer=optimizer)
         self._ranks = Ranks.of_job()
         self._parallel = ParallelModel(arguments.model, self._ranks)
         self._model = self._parallel.module
@@ -152,7 +153,7 @@ class GovernedRun(Generic[E]):
         self._micro_batch = ExitStack()
         self._accumulators = _accumulators_of(arguments, self._ranks)
         self._momentum = Momentum(self._optimizer)
-        self._scaling = Scaling(self._optimizer, self._plan.clip_norm, self._plan.clip_scope, arguments.scaler)
+        self._scaling = Scaling(self._optimizer, self._plan.clip_norm, self._plan.clip_scope, scaler)
         parts = {
             "scheduler": self._scheduler,
             "accumulators": self._accumulators,
@@ -242,14 +243,10 @@ class GovernedRun(Generic[E]):
         Raises:
             TrainingFailed: no batch waits, or a loss is not finite. RoutingError: as ``routing.py``.
         """
-        step = self._step
-        if not self._backward(loss_B, predicted):
+        if not self.backward(loss_B, predicted):
             return
-        assert step is not None
-        assert step.scaled is not None
-        with self._record.costs.training():
-            self._scaling.step(step.scaled)
-            if self._scheduler is not None and not step.scaled.skipped:
+        if self.step_optimizer() and self._scheduler is not None:
+            with self._record.costs.training():
                 self._scheduler.step()  # type: ignore[attr-defined]
         self.optimizer_stepped()
 
@@ -258,16 +255,9 @@ class GovernedRun(Generic[E]):
 
         Returns:
             Whether this was the step's last batch: its gradients are final and clipped, the optimizer is to step,
-            then the scheduler, then ``optimizer_stepped`` is to be called.
-
-        Raises:
-            ConfigError: losses are scaled: only ``learn`` knows which steps to skip.
+            by ``step_optimizer`` where losses are scaled, then the scheduler, then ``optimizer_stepped`` is to be
+            called.
         """
-        if self._scaling.scaler is not None:
-            raise ConfigError("a loop that steps the optimizer by itself cannot have a gradient scaler: use run.learn")
-        return self._backward(loss_B, predicted)
-
-    def _backward(self, loss_B: Tensor, predicted: tuple[Tensor, Tensor] | None) -> bool:
         step = self._step
         if step is None or self._yielded is None:
             raise TrainingFailed("a loss is due once for each batch that the run presents")
@@ -317,15 +307,31 @@ class GovernedRun(Generic[E]):
         step.loss_sum = sum(loss_sum for loss_sum, _ in seen)
         self._watch.suspect(self._content(tuple(sorted(set().union(*(suspects for _, suspects in seen))))))
 
-    def optimizer_stepped(self) -> None:
-        """Optimizer and scheduler took the step whose last ``backward`` said so: record it.
+    def step_optimizer(self) -> bool:
+        """The optimizer's step whose last ``backward`` said so; whether it was taken, not skipped for an overflow.
 
         Raises:
             TrainingFailed: no step waits for that.
         """
         step = self._step
+        if step is None or step.scaled is None or step.stepped:
+            raise TrainingFailed("the optimizer is to step without all losses of a step")
+        with self._record.costs.training():
+            self._scaling.step(step.scaled)
+        step.stepped = True
+        return not step.scaled.skipped
+
+    def optimizer_stepped(self) -> None:
+        """Optimizer and scheduler took the step whose last ``backward`` said so: record it.
+
+        Raises:
+            TrainingFailed: no step waits for that, or losses are scaled and the loop stepped its optimizer itself.
+        """
+        step = self._step
         if step is None or self._learning_rate is None:
             raise TrainingFailed("the optimizer stepped without all losses of a step")
+        if self._scaling.scaler is not None and not step.stepped:
+            raise TrainingFailed("losses are scaled: step the optimizer by run.step_optimizer, which may have to skip")
         learning_rate, self._learning_rate = self._learning_rate, None
         with self._record.costs.governance():
             self._finish_step(step, learning_rate)

@@ -19,10 +19,11 @@ What is replaced:
   schedule.
 * **The loss.** One per example: the mean over its own labels, or what ``compute_loss_func(outputs, labels)`` gives.
 * **Clipping** per parameter block, by the plan's ``clip_norm``.
+* **The optimizer's step under fp16.** The scaler is accelerate's; the run knows which steps to skip.
 * **global_step** is the campaign's, also after a rollback.
 
 Before anything is on the log, a real batch is probed (``probe.py``). Options under which the record would not be
-true are refused by name when the Trainer is made (``unsupported_options``). Forwards are put back when ``train``
+true are refused by name when the Trainer is made (``hf_options.py``). Forwards are put back when ``train``
 ends, whatever happens.
 """
 
@@ -34,24 +35,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from consensus.keys import Signer
-from consensus.rejection import CountersignError
 from trainer_client.governed import DEFAULT_SETTINGS, GovernedRun, governed
+from trainer_client.hf_options import TrainerUnsupported, not_given, unsupported_options
 from trainer_client.memorization_watch import MemorizationCheck
 from trainer_client.packing import Packed, Packing, losses_by_example, pack, taken_apart
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource
 from trainer_client.progress import OnProgress
 from trainer_client.record import Example
+from trainer_client.sharding import whole
 from trainer_client.step_book import Step
 from trainer_client.submit import Client
 
 IGNORED_LABEL = -100
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad", "adafactor")
-SCHEDULES_STEPPED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 PACKED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "shift_labels")
 RECORDED = (
     "gradient_accumulation_steps",
@@ -60,15 +61,13 @@ RECORDED = (
     "warmup_steps",
     "activation_checkpointing",
     "bf16",
+    "fp16",
+    "torch_compile",
     "seed",
 )
 
 LossOfOutputs = Callable[..., Tensor]
 """Model outputs and labels to one loss per example, each normalised by itself or by constants."""
-
-
-class TrainerUnsupported(CountersignError):
-    """Options of the Trainer under which the policy could not be enforced or the record would not be true."""
 
 
 def causal_losses(outputs: Any, labels_BT: Tensor) -> Tensor:
@@ -224,6 +223,7 @@ class GovernanceCallback(TrainerCallback):
                 probe_loss=trainer.losses_of_inputs,
                 memorization=self._memorization,
                 scheduler=trainer.lr_scheduler,
+                scaler=trainer.accelerator.scaler,
                 micro_batch_size=trainer.args.per_device_train_batch_size,
                 settings=self._settings,
                 on_progress=self._on_progress,
@@ -263,6 +263,9 @@ class GovernedTrainer(Trainer):
         self._open = ExitStack()
         collator = cast(Callable[[Sequence[Any]], dict[str, Tensor]], data_collator)
         super().__init__(model, args, data_collator=collator, callbacks=callbacks, **options)
+        problems = not_given(args, self.accelerator)
+        if problems:
+            raise TrainerUnsupported("; ".join(problems))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **named: Any) -> Any:
         """As the Trainer's; the campaign opens once optimizer and schedule are made, and closes whatever happens.
@@ -283,6 +286,18 @@ class GovernedTrainer(Trainer):
     def get_train_dataloader(self) -> "_Presented":  # type: ignore[override]
         """The campaign's micro-batches, each made when it is asked for."""
         return _Presented(self)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's; where losses are scaled it steps through the run."""
+        optimizer = super().create_optimizer(model)
+        if self.accelerator.scaler is not None and not isinstance(optimizer, _ScaledOptimizer):
+            optimizer = self.optimizer = _ScaledOptimizer(optimizer, self.governance)
+        return optimizer
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: object = None) -> Tensor:
+        """For the log, of gradients as the optimizer gets them; the Trainer's divides by the loss scale once more."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return whole(torch.nn.utils.get_total_norm(gradients))
 
     def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
         prepared = super()._prepare_for_training(*arguments, **named)  # type: ignore[no-untyped-call]
@@ -348,40 +363,24 @@ class GovernedTrainer(Trainer):
             return outputs, self._losses_of_outputs(outputs, inputs["labels"])
 
 
-def unsupported_options(args: TrainingArguments, plan: CampaignPlan, options: Mapping[str, Any]) -> list[str]:
-    """What a governed Trainer cannot be asked for, each with the reason."""
-    presented = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    refused = {
-        f"max_grad_norm={args.max_grad_norm}: a global norm lets blocked examples scale everybody's update; set it to 0"
-        f" (the plan clips: clip_norm={plan.clip_norm}, clip_scope={plan.clip_scope})": args.max_grad_norm != 0,
-        f"max_steps={args.max_steps}: the plan has planned_steps={plan.planned_steps}": args.max_steps
-        != plan.planned_steps,
-        f"per_device_train_batch_size × gradient_accumulation_steps × processes = {presented}: the plan has"
-        f" batch_size={plan.batch_size}": presented != plan.batch_size,
-        "train_dataset: the examples are the campaign's sources": options.get("train_dataset") is not None,
-        "model_init: the model must be there before the campaign opens": options.get("model_init") is not None,
-        "fp16: a gradient scaler skips steps; use bf16": args.fp16,
-        "FSDP, DeepSpeed or a parallelism_config: several processes train by DDP here, or by fully_shard in a loop of"
-        " your own": bool(args.fsdp) or args.deepspeed is not None or args.parallelism_config is not None,
-        f"{args.n_gpu} devices (DataParallel): make one visible": args.n_gpu > 1,
-        "torch_compile: not tried with this Trainer; a loop of your own may compile its model": args.torch_compile,
-        "use_liger_kernel: it replaces forwards": args.use_liger_kernel,
-        "neftune_noise_alpha: noise by the batch's shape": args.neftune_noise_alpha is not None,
-        "label_smoothing_factor: give compute_loss_func": args.label_smoothing_factor != 0,
-        f"train_sampling_strategy={args.train_sampling_strategy}: the campaign fixes the order": str(
-            args.train_sampling_strategy
-        )
-        != "random",
-        "dataloader_num_workers: batches are made when their grant is known": args.dataloader_num_workers > 0,
-        "auto_find_batch_size: the campaign fixes the size": args.auto_find_batch_size,
-        "load_best_model_at_end: what is released is the last recorded step": args.load_best_model_at_end,
-        f"optim={_word(args.optim)}: expected one of {', '.join(OPTIMIZERS)}": _word(args.optim) not in OPTIMIZERS,
-        f"lr_scheduler_type={_word(args.lr_scheduler_type)}: it is stepped by evaluations": _word(
-            args.lr_scheduler_type
-        )
-        in SCHEDULES_STEPPED_BY_EVALUATION,
-    }
-    return [problem for problem, found in refused.items() if found]
+class _ScaledOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
+    """The Trainer's optimizer where losses are scaled: the run takes its step or skips it."""
+
+    _is_accelerate_prepared = True
+
+    def __init__(self, optimizer: torch.optim.Optimizer, governance: GovernanceCallback) -> None:
+        super().__init__(optimizer)
+        self._governance = governance
+        self._took_step = True
+
+    def step(self, closure: object = None) -> None:
+        run = self._governance.run
+        assert run is not None
+        self._took_step = run.step_optimizer()
+
+    @property
+    def step_was_skipped(self) -> bool:
+        return not self._took_step
 
 
 class _MicroBatch(dict[str, Tensor]):
@@ -419,7 +418,3 @@ class _Presented:
                 yield _MicroBatch(step, None)
             for examples in step.batches:
                 yield _MicroBatch(step, examples)
-
-
-def _word(option: Any) -> str:
-    return str(getattr(option, "value", option))

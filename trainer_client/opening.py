@@ -182,11 +182,7 @@ def open_run(
             raise ConfigError("routing granularity 'head' with fully_shard: ranks hold rows, not heads; use DDP")
         if arguments.probe_loss is None:
             raise ConfigError("routing granularity 'head' without probe_loss: only a probe shows whose rows are whose")
-    scaling.check_supported(
-        model.module,
-        sharded=model.is_sharded,
-        pieces=bool(routing.division.pieces),
-    )
+    scaling.check_supported(model.module)
     entries = stack.enter_context(
         optimizer_by_pieces(arguments.optimizer, model.module, routing.division, routing.moved)
     )

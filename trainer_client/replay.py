@@ -16,7 +16,7 @@ campaign, in one run, and what a trace estimates.
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -43,7 +43,7 @@ from trainer_client.record import Example
 from trainer_client.resumption import RecordedStep, past_since, read_opening
 from trainer_client.rollback import Stateful
 from trainer_client.routing import GradientObserver, Routing
-from trainer_client.scaling import Scaled, Scaling, scaling_of
+from trainer_client.scaling import Scaled, Scaling, prepared, scaling_of
 from trainer_client.step_book import optimizer_digest_of_all
 from trainer_client.submit import Client
 
@@ -198,6 +198,8 @@ def bench(
     Raises:
         Rejected, ConfigError: of base losses, as ``replay``.
     """
+    optimizer, scaler = prepared(job.optimizer, job.scaler)
+    job = replace(job, optimizer=optimizer, scaler=scaler)
     blocks = {block.name: tuple(tensor.name for tensor in block.tensors) for block in logged.terms.parameter_blocks}
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
     parallel = ParallelModel(job.model, ranks)
@@ -211,13 +213,13 @@ def bench(
         grouped = bool(logged.terms.accumulator_window_steps)
         observer = accumulators or balance or (_Unheard() if grouped else None)
         routing = Routing(model, block_of, observer, None if accumulators is None else accumulators.sketches)
+        scaling = scaling_of(logged.terms, job.optimizer, job.scaler)
         entries = stack.enter_context(optimizer_by_pieces(job.optimizer, model, routing.division, routing.moved))
         if accumulators is not None:
             accumulators.attach(model, block_of, entries)
         if balance is not None:
             balance.attach(model, entries)
         stack.enter_context(routing)
-        scaling = scaling_of(logged.terms, job.optimizer, job.scaler)
         without = frozenset(without)
         yield Bench(
             logged=logged,

@@ -7,15 +7,17 @@
   step in which one of them is not finite is *skipped*: optimizer and schedule stay where they are, nothing of it is
   summed, and it is recorded as such. Examples that are kept out of a block cannot make its gradient overflow, since
   they are masked, not multiplied; but what they do elsewhere can skip the step. Where it still overflows at the least
-  scale the run ends: it would skip for ever.
+  scale the run ends: it would skip for ever. Of a sharded model a rank sees its part of the gradients: torch's scaler
+  asks the others whether theirs overflowed. Of tensors in pieces (``pieces.py``) it is shown the whole ones.
 
 One object serves a run and its replay, so that both scale alike.
 """
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from consensus import portions as p
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
 from trainer_client.clipping import GradientOverflow, clip_block_gradients, clip_factor
+from trainer_client.sharding import whole
 
 BLOCK, GLOBAL = "block", "global"
 CLIP_SCOPE, LOSS_SCALING = "clip_scope", "loss_scaling"
@@ -50,6 +53,8 @@ class Scaled:
 class Scaling:
     """The scaling of one job. ``clip_norm`` is the largest L2 norm of a block's gradient, or of all of them together.
 
+    ``optimizer`` has the model's tensors, not yet in pieces.
+
     Raises:
         ConfigError: ``clip_scope`` is neither of the two.
     """
@@ -65,6 +70,7 @@ class Scaling:
             raise ConfigError(f"clip_scope is {clip_scope!a:.40}, expected {BLOCK} or {GLOBAL}")
         self._clip_norm = clip_norm
         self._optimizer = optimizer
+        self._shown = _Shown(optimizer)
         self._together = clip_scope == GLOBAL
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
@@ -92,21 +98,15 @@ class Scaling:
                 f"the plan clips all parameter blocks together, policy '{policy.name}' has each clipped on its own",
             )
 
-    def check_supported(self, model: nn.Module, *, sharded: bool, pieces: bool) -> None:
-        """Losses are not scaled where nobody has shown that it stays exact.
+    def check_supported(self, model: nn.Module) -> None:
+        """Losses are not scaled where that would not be exact.
 
         Raises:
             ConfigError: naming what does not go with it.
         """
         if self._scaler is None:
             return
-        for found, why in (
-            (sharded, "fully_shard: each rank would skip by the part that it holds; use bfloat16"),
-            (pieces, "routing granularity 'head': the scaler does not see gradients of pieces; use bfloat16"),
-        ):
-            if found:
-                raise ConfigError(f"a gradient scaler with {why}")
-        own = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        own = {id(parameter) for parameter in self._shown.parameters}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and id(parameter) not in own:
                 raise ConfigError(
@@ -132,7 +132,7 @@ class Scaling:
         if self._scaler is not None:
             scale = self._scaler.get_scale()
             if self._has_gradients():
-                self._scaler.unscale_(self._optimizer)
+                self._scaler.unscale_(self._shown.optimizer)
         try:
             norms = clip_block_gradients(model, block_of, self._clip_norm, together=self._together)
         except GradientOverflow:
@@ -156,7 +156,7 @@ class Scaling:
         if self._scaler is None or not self._has_gradients():
             self._optimizer.step()
             return
-        self._scaler.step(self._optimizer)
+        self._scaler.step(self._shown.optimizer)
         self._scaler.update()
         if (self._scaler.get_scale() < scaled.loss_scale) != scaled.skipped:
             raise InvariantBroken(
@@ -164,17 +164,52 @@ class Scaling:
             )
 
     def _gradients(self) -> Iterator[Tensor]:
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    yield parameter.grad
+        return (parameter.grad for parameter in self._shown.parameters if parameter.grad is not None)
 
     def _has_gradients(self) -> bool:
         """Whether the step moves anything: a scaler refuses to step where nothing has a gradient."""
         return next(self._gradients(), None) is not None
 
     def _all_finite(self) -> bool:
-        return all(bool(torch.isfinite(gradient).all()) for gradient in self._gradients())
+        return all(bool(whole(torch.isfinite(gradient).all())) for gradient in self._gradients())
+
+
+class _Shown:
+    """An optimizer as a scaler is to see it: with whole tensors, while it has pieces of them (``pieces.py``).
+
+    Also one that could skip by itself (``fused``) is then not called in a skipped step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.parameters: tuple[Tensor, ...] = tuple(
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        )
+        self.param_groups = [{"params": self.parameters}]
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What a scaler takes for one: it asks for ``param_groups`` and ``step`` alone."""
+        return cast(torch.optim.Optimizer, self)
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+
+def prepared(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
+    """The optimizer and the scaler that are in what Accelerate's ``prepare`` made of them; others as they are.
+
+    Raises:
+        ConfigError: ``scaler`` is another one than Accelerate's.
+    """
+    accelerated = sys.modules.get("accelerate.optimizer")  # whoever prepared an optimizer has imported it
+    if accelerated is None or not isinstance(optimizer, accelerated.AcceleratedOptimizer) or optimizer.scaler is None:
+        return optimizer, scaler
+    if scaler is not None and scaler is not optimizer.scaler:
+        raise ConfigError("scaler is another gradient scaler than the one that Accelerate prepared the optimizer with")
+    return optimizer.optimizer, optimizer.scaler
 
 
 def scale_after(scale: ScalerState, *, skipped: bool) -> ScalerState:

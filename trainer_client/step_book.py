@@ -43,7 +43,8 @@ class Step:
     ``profiles`` are the depth profiles of its admitted examples.
     ``started`` is in seconds of ``time.perf_counter``. ``batches`` are this rank's micro-batches, as many as every rank
     has: where there are several ranks, one of them may be empty. ``learned`` of them are done. ``flushed`` and
-    ``carried`` are ``portions.StepOperation``'s; ``scaled`` is what became of its gradients, once they are whole.
+    ``carried`` are ``portions.StepOperation``'s; ``scaled`` is what became of its gradients, once they are whole, and
+    ``stepped`` whether the run took the optimizer's step, or skipped it.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Step:
     flushed: tuple[bytes, ...] = ()
     carried: tuple[p.CarriedMomentum, ...] = ()
     scaled: Scaled | None = None
+    stepped: bool = False
 
     @property
     def applied(self) -> tuple[p.ClassProfile, ...]:

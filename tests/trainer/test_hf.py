@@ -1,7 +1,6 @@
 """``transformers.Trainer`` under a campaign: a small GPT-2 of random weights, the real rules behind real HTTP."""
 
 import dataclasses
-import hashlib
 import os
 import pickle
 import subprocess
@@ -11,18 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_node import SALT, FakeNode, running_node
+from fake_node import running_node
 from governed_fixtures import assert_moved_alike
+from hf_fixtures import (
+    BATCH_SIZE,
+    COLLATOR,
+    STEPS,
+    DiesAt,
+    Scene,
+    in_a_plain_loop,
+    recorded,
+    replayed,
+    texts,
+)
 from hf_rank_fixtures import LENGTH, gpt2, train
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.optimization import get_scheduler
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, set_seed
 
 from consensus.bands import UNMEASURED, decode_losses
 from consensus.event import CheckedEvent, Kind
-from consensus.keys import Ed25519SigningKey
 from consensus.portions import BandRule, BlockWeight, ClassRule, SourceRefusal, StepOperation
 from consensus.rejection import Reason, Rejected
 from consensus.review import Evaluation
@@ -30,10 +38,8 @@ from consensus.sampler import presented_examples
 from trainer_client.base_losses import path_of
 from trainer_client.commitment import parameter_root_of
 from trainer_client.evaluation import mean_metric, slice_of
-from trainer_client.governed import governed
 from trainer_client.heads import head_blocks
 from trainer_client.hf import (
-    FixedLengthCollator,
     GovernanceCallback,
     GovernedTrainer,
     PackingCollator,
@@ -41,19 +47,15 @@ from trainer_client.hf import (
     causal_losses,
 )
 from trainer_client.pieces import part_of_entry
-from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, default_blocks, manifest_of
-from trainer_client.replay import Replayed, ReplayJob, read_logged_campaign, replay
+from trainer_client.plan import RunSettings, default_blocks, manifest_of
+from trainer_client.replay import Replayed
 from trainer_client.route import RoutingLeak
-from trainer_client.submit import Client
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
-STEPS, BATCH_SIZE = 6, 6
-COLLATOR = FixedLengthCollator(LENGTH)
-EVERYTHING = (ClassRule("documentation", 1_000, ()), ClassRule("news", 1_000, ()))
 NO_FIRST_LAYER = (ClassRule("documentation", 1_000, ()), ClassRule("news", 500, (BlockWeight("transformer.h.0", 0),)))
 
 
@@ -65,12 +67,6 @@ def lora() -> nn.Module:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     return model
-
-
-def texts(name: str) -> list[bytes]:
-    """Of 8 to 12 symbols each."""
-    digests = [hashlib.sha256(f"{name} {number}".encode()).digest() for number in range(8)]
-    return [bytes(byte % 63 + 1 for byte in digest[: 8 + number % 5]) for number, digest in enumerate(digests)]
 
 
 class Table(Sequence[bytes]):
@@ -86,118 +82,10 @@ class Table(Sequence[bytes]):
         return {"text": self.rows[place]} if isinstance(place, slice) else self.rows[place]
 
 
-class Scene:
-    """A campaign of three sources, of which the policy refuses one; its node, and the ways to train in it."""
-
-    def __init__(self, node: FakeNode, directory: Path, classes: tuple[ClassRule, ...] = EVERYTHING) -> None:
-        self.node, self.directory = node, directory
-        node.policy(classes=classes)
-        self.texts = {name: texts(name) for name in ("manual", "paper", "secret")}
-        self.sources = {
-            "manual": node.source("manual", self.texts["manual"]),
-            "paper": node.source("paper", self.texts["paper"], owner="data-source-2", content_class="news"),
-            "secret": node.source("secret", self.texts["secret"], licence="LicenseRef-Proprietary"),
-        }
-        self.salt: bytes | None = SALT
-        self.delegated: set[bytes] = set()
-        self.plan_changes: dict[str, object] = {}
-
-    def campaign(self, number: int = 7, seed: int = 0) -> dict[str, object]:
-        """Arguments that ``governed`` and ``GovernanceCallback`` share."""
-        campaign = bytes([number]) * 32
-        key = Ed25519SigningKey(bytes([number]) * 32)
-        if campaign not in self.delegated:
-            self.node.delegate(campaign, key)
-            self.delegated.add(campaign)
-        plan = CampaignPlan(
-            chain_id=self.node.chain_id,
-            operator=self.node.member_id("operator-1"),
-            campaign=campaign,
-            name="a campaign",
-            purpose="fine-tuning",
-            base_model="tiny",
-            sampler_seed=bytes([seed]) * 32,
-            batch_size=BATCH_SIZE,
-            planned_steps=STEPS,
-            **self.plan_changes,  # type: ignore[arg-type]
-        )
-        return {
-            "plan": plan,
-            "sources": [TrainingSource(self.sources[name], self.texts[name], self.salt) for name in self.sources],
-            "node": self.node.url,
-            "job_key": key,
-            "run_directory": self.directory / str(number),
-        }
-
-    def options(self, **changes: object) -> dict[str, object]:
-        return {
-            "output_dir": str(self.directory / "output"),
-            "max_steps": STEPS,
-            "per_device_train_batch_size": BATCH_SIZE,
-            "max_grad_norm": 0.0,
-            "learning_rate": 0.01,
-            "weight_decay": 0.1,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            **changes,
-        }
-
-    def arguments(self, **changes: object) -> TrainingArguments:
-        return TrainingArguments(**self.options(**changes))
-
-    def trainer(self, model: nn.Module, number: int = 7, **options: object) -> GovernedTrainer:
-        arguments = options.pop("args", None) or self.arguments()
-        callback = GovernanceCallback(
-            **self.campaign(number),
-            release=self.directory / "tuned.safetensors",
-            settings=options.pop("settings", RunSettings()),
-            memorization=options.pop("memorization", None),
-        )
-        callbacks = [callback]
-        return GovernedTrainer(
-            model, arguments, data_collator=COLLATOR, callbacks=[*callbacks, *options.pop("callbacks", [])], **options
-        )
-
-    def steps(self, number: int = 7) -> list[StepOperation]:
-        return [
-            event.operation
-            for event in self.node.order
-            if event.entry.campaign == bytes([number]) * 32 and isinstance(event.operation, StepOperation)
-        ]
-
-    def events(self, kind: Kind) -> list[CheckedEvent]:
-        return [event for event in self.node.order if event.entry.kind is kind]
-
-
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
     with running_node() as node:
         yield Scene(node, tmp_path)
-
-
-def recorded(step: StepOperation) -> tuple[object, ...]:
-    return (
-        step.index, step.root_before, step.root_after, step.optimizer_digest, step.loss_micro, step.rng_digest,
-        step.learning_rate_nano, step.deltas,
-    )  # fmt: skip
-
-
-def in_a_plain_loop(scene: Scene, model: nn.Module, number: int, micro_batch_size: int) -> None:
-    """The same campaign without the Trainer: with the optimizer it makes; schedule, order and seed by hand."""
-    optimizer = Trainer(model, scene.arguments()).create_optimizer()
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
-    set_seed(42)
-    model.train()
-    with governed(
-        model, optimizer, **scene.campaign(number), collate=COLLATOR, scheduler=scheduler,
-        micro_batch_size=micro_batch_size,
-    ) as run:  # fmt: skip
-        for batch in run.batches():
-            labels = batch.inputs.pop("labels")
-            run.learn(causal_losses(model(**batch.inputs), labels))
 
 
 @pytest.mark.parametrize("build", [gpt2, lora])
@@ -381,7 +269,6 @@ def test_model_that_bypasses_the_routing_is_refused_by_name_before_anything_is_o
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "stepped by evaluations"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"neftune_noise_alpha": 1.0}, "neftune"),
-        ({"fp16": True}, "fp16: a gradient scaler"),
         ({"fsdp": ["full_shard"]}, "several processes"),
         ({"deepspeed": "configuration.json"}, "several processes"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
@@ -435,15 +322,6 @@ def test_callback_in_an_ordinary_trainer_refuses_to_train_ungoverned(scene: Scen
         trainer.train()
 
 
-class DiesAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: object, state: object, control: object, **of_trainer: object) -> None:
-        if state.global_step == self.step - 1:  # type: ignore[attr-defined]
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("build", [gpt2, lora])
 @pytest.mark.parametrize("died_at", [2, 4, STEPS])
 def test_training_that_died_is_taken_up_and_ends_with_the_same_chain(
@@ -486,20 +364,8 @@ def test_accumulators_are_those_of_a_plain_loop_and_replay_bit_for_bit(
     assert [recorded(step) for step in scene.steps(7)] == [recorded(step) for step in scene.steps(8)]
 
     model = build()
-    optimizer = Trainer(model, scene.arguments()).create_optimizer()
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
-    set_seed(42)
-    model.train()
-
-    def loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
-        return causal_losses(outputs, inputs["labels"])
-
-    with Client(scene.node.url) as client:
-        logged = read_logged_campaign(client, bytes([7]) * 32)
-    sources = [TrainingSource(scene.sources[name], scene.texts[name], scene.salt) for name in scene.sources]
-    job = ReplayJob(model, optimizer, sources, loss, COLLATOR, scheduler, size)
-    assert replay(logged, job) == Replayed(STEPS, STEPS, None, parameter_root_of(model))
+    found = replayed(scene, model, size)
+    assert found == Replayed(STEPS, STEPS, None, parameter_root_of(model))
 
 
 def test_recital_under_the_trainer_is_undone_and_the_trainer_goes_on(scene: Scene) -> None:

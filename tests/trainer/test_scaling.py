@@ -12,17 +12,19 @@ from governed_fixtures import (
     CAMPAIGN,
     EVERYTHING,
     STEPS,
+    HalfAttention,
     HalfModel,
     RecitesAt,
     Scene,
     TinyModel,
     by_heads,
     collate,
+    job_again,
     losses,
     same_bits,
     weights,
 )
-from rank_fixtures import SNAPSHOTS, Attempt, Replay, run_on_ranks
+from rank_fixtures import KINDS, SNAPSHOTS, Attempt, Replay, run_on_ranks
 from torch import Tensor
 
 from consensus import portions as p
@@ -32,7 +34,7 @@ from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
 from trainer_client.audit_snapshots import SnapshotFolder, snapshot_directory
 from trainer_client.balance import Balance
 from trainer_client.clipping import GradientOverflow, clip_factor
-from trainer_client.governed import GovernedRun
+from trainer_client.governed import GovernedRun, TrainingFailed
 from trainer_client.momentum import Momentum
 from trainer_client.picked_replay import PickedReplay, replay_picked
 from trainer_client.pieces import whole_entries
@@ -83,7 +85,9 @@ def replayed(scene: Scene, own: torch.amp.GradScaler | None = None, *, balanced:
     return replay(read_logged_campaign(scene.client(), CAMPAIGN), job, balanced=balanced)
 
 
-def plain_training(scene: Scene, own: torch.amp.GradScaler | None) -> tuple[dict[str, Tensor], list[int], list[float]]:
+def plain_training(
+    scene: Scene, own: torch.amp.GradScaler | None, clip_norm: float = 1.0
+) -> tuple[dict[str, Tensor], list[int], list[float]]:
     """The same fine-tune in ordinary torch: weights, steps that the scaler skipped, norms of all gradients."""
     torch.manual_seed(1)
     model = scene.build()
@@ -103,7 +107,7 @@ def plain_training(scene: Scene, own: torch.amp.GradScaler | None) -> tuple[dict
         own.scale(loss).backward()  # type: ignore[no-untyped-call]
         own.unscale_(optimizer)
         for names in default_blocks(model).values():
-            torch.nn.utils.clip_grad_norm_([model.get_parameter(name) for name in names], 1.0)
+            torch.nn.utils.clip_grad_norm_([model.get_parameter(name) for name in names], clip_norm)
         own.step(optimizer)
         own.update()
         without += [step] if own.get_scale() < scale else []
@@ -294,20 +298,23 @@ def test_what_is_kept_out_of_a_block_leaves_no_bit_there_under_loss_scaling(scen
     assert not torch.equal(found[0]["head.weight"], found[1]["head.weight"])
 
 
-def test_two_ranks_skip_and_clip_alike_and_are_replayed(scene: Scene) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_skip_and_clip_alike_and_are_replayed(scene: Scene, kind: str) -> None:
     clipped_together(halved(scene))
-    scene.arguments["micro_batch_size"] = None
+    scene.arguments["micro_batch_size"] = 2
     scene.plan_changes["accumulator_window_steps"] = 4
     scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
     picked = Replay(picked=(6, STEPS), snapshots=SNAPSHOTS)
     taken, again, some = run_on_ranks(
-        scene, Attempt("DDP"), Attempt("DDP", replay=Replay()), Attempt("DDP", replay=picked)
+        scene, Attempt(kind), Attempt(kind, replay=Replay()), Attempt(kind, replay=picked)
     )
     assert [outcome.error for outcome in (*taken, *again, *some)] == [""] * 6
     assert skipped(scene)
     assert 0 < min(step.global_clip_nano for step in governance_of(scene) if not step.skipped) < p.NANO
     assert [(outcome.replayed, outcome.differing) for outcome in again] == [(STEPS, ())] * 2
     assert [(outcome.replayed, outcome.executed, outcome.differing) for outcome in some] == [(2, 2 + 4, ())] * 2
+    for step, operation in zip(governance_of(scene), operations_of(scene), strict=True):
+        assert (operation.root_after == operation.root_before) == step.skipped
 
 
 def test_rank_with_another_scaler_is_refused_by_name(scene: Scene) -> None:
@@ -358,11 +365,11 @@ def test_parameters_that_a_scaler_cannot_scale_are_refused_by_name() -> None:
     model = torch.nn.Linear(4, 4)
     scaling = Scaling(torch.optim.SGD([model.weight], lr=1.0), 1.0, scaler=scaler())
     with pytest.raises(ConfigError, match="parameter 'bias', which requires a gradient and is not the optimizer's"):
-        scaling.check_supported(model, sharded=False, pieces=False)
+        scaling.check_supported(model)
     half = torch.nn.Linear(4, 4).half()
     scaling = Scaling(torch.optim.SGD(half.parameters(), lr=1.0), 1.0, scaler=scaler())
     with pytest.raises(ConfigError, match="parameter 'weight' in float16"):
-        scaling.check_supported(half, sharded=False, pieces=False)
+        scaling.check_supported(half)
 
 
 def test_campaign_records_what_the_job_does_whatever_the_plan_calls_it(scene: Scene) -> None:
@@ -376,14 +383,32 @@ def test_campaign_records_what_the_job_does_whatever_the_plan_calls_it(scene: Sc
     assert recorded["schedule"] == "constant"
 
 
-def test_what_does_not_go_with_a_scaler_is_refused_by_name(scene: Scene) -> None:
+def test_scaled_run_by_heads_is_bit_identical_to_plain_training(scene: Scene) -> None:
     by_heads(scene)
-    scene.arguments["scaler"] = scaler()
-    with pytest.raises(ConfigError, match="a gradient scaler with routing granularity 'head'"):
-        scene.train()
-    scaling = Scaling(torch.optim.SGD([torch.zeros(1)]), 1.0, scaler=scaler())
-    with pytest.raises(ConfigError, match="a gradient scaler with fully_shard"):
-        scaling.check_supported(TinyModel(), sharded=True, pieces=False)
+    scene.node.policy(classes=EVERYTHING, routing_granularities=("head",))
+    halved(scene).build = HalfAttention
+    scene.plan_changes.update(model={}, clip_norm=1e9)
+    scene.train()
+    expected, without, _ = plain_training(scene, scaler(), clip_norm=1e9)
+    assert skipped(scene) == without
+    assert 1 in without
+    assert same_bits(weights(scene.model), expected)
+
+
+def test_scaled_run_by_heads_leaves_a_closed_head_as_it_is_and_is_replayed_to_the_bit(scene: Scene) -> None:
+    by_heads(scene)
+    halved(scene).build = HalfAttention
+    scene.plan_changes["accumulator_window_steps"] = 4
+    scene.train()
+    assert 0 < len(skipped(scene)) < STEPS
+    torch.manual_seed(1)
+    base, moved = weights(HalfAttention()), weights(scene.model)
+    for name, rows in (("attention.c_attn.weight", 8), ("attention.c_attn.bias", 8)):
+        closed = torch.arange(24) % rows < 4
+        assert torch.equal(moved[name][closed], base[name][closed])
+        assert not torch.equal(moved[name][~closed], base[name][~closed])
+    found = replay(read_logged_campaign(scene.client(), CAMPAIGN), job_again(scene, scaler()))
+    assert (found.matched, found.difference) == (STEPS, None)
 
 
 def scheduled(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -469,12 +494,18 @@ def test_scale_worked_out_is_the_one_that_torch_keeps(backoff: float, growth: fl
         assert own.state_dict() == worked_out
 
 
-def test_loop_that_steps_the_optimizer_by_itself_cannot_have_a_scaler(scene: Scene) -> None:
+def test_loop_with_a_scaler_that_steps_the_optimizer_past_the_run_ends_before_it_is_recorded(scene: Scene) -> None:
     scene.register(classes=EVERYTHING)
     with halved(scene).run() as run:
         batch = next(run.batches())
-        with pytest.raises(ConfigError, match=r"use run\.learn"):
-            run.backward(losses(scene.model, batch.inputs))
+        assert run.backward(losses(scene.model, batch.inputs))
+        with pytest.raises(TrainingFailed, match=r"by run\.step_optimizer"):
+            run.optimizer_stepped()
+        assert not run.step_optimizer(), "the first step is skipped"
+        with pytest.raises(TrainingFailed, match="without all losses"):
+            run.step_optimizer()
+        run.optimizer_stepped()
+    assert skipped(scene) == [1]
 
 
 def test_overflow_without_a_scaler_ends_the_run_by_name(scene: Scene) -> None:
