@@ -14,9 +14,9 @@ What is replaced:
 
 * **Which examples.** ``train_dataset`` is the sources of the campaign, in the order of its sampler. Refused examples
   are not collated. One global step is one event whatever ``gradient_accumulation_steps`` is and however many
-  processes train (DDP, as ``torchrun`` starts them); where refusals leave fewer micro-batches, the first ones are empty
-  and run nothing. A step without any admitted example is recorded, and is no step of the Trainer's optimizer or
-  schedule.
+  processes train (DDP or FSDP2, as ``torchrun`` starts them); where refusals leave fewer micro-batches, the first
+  ones are empty and run nothing. A step without any admitted example is recorded, and is no step of the Trainer's
+  optimizer or schedule.
 * **The loss.** One per example: the mean over its own labels, or what ``compute_loss_func(outputs, labels)`` gives.
 * **Clipping** per parameter block, by the plan's ``clip_norm``.
 * **The optimizer's step under fp16.** The scaler is accelerate's; the run knows which steps to skip.
@@ -73,7 +73,7 @@ LossOfOutputs = Callable[..., Tensor]
 def causal_losses(outputs: Any, labels_BT: Tensor) -> Tensor:
     """Each example's mean loss over its own next-token labels, ``[B]``; an example without labels has loss 0."""
     target_BT = labels_BT[:, 1:]
-    logits_BVT = outputs.logits[:, :-1].transpose(1, 2)
+    logits_BVT = _widened(outputs.logits)[:, :-1].transpose(1, 2)
     loss_BT = functional.cross_entropy(logits_BVT, target_BT, reduction="none", ignore_index=IGNORED_LABEL)
     count_B = (target_BT != IGNORED_LABEL).sum(dim=1).clamp(min=1)
     return loss_BT.sum(dim=1) / count_B
@@ -82,9 +82,14 @@ def causal_losses(outputs: Any, labels_BT: Tensor) -> Tensor:
 def packed_causal_losses(outputs: Any, labels_RT: Tensor, packing: Packing) -> Tensor:
     """As ``causal_losses``, of examples packed into rows."""
     target_RT = labels_RT[:, 1:]
-    logits_RVT = outputs.logits[:, :-1].transpose(1, 2)
+    logits_RVT = _widened(outputs.logits)[:, :-1].transpose(1, 2)
     loss_RT = functional.cross_entropy(logits_RVT, target_RT, reduction="none", ignore_index=IGNORED_LABEL)
     return losses_by_example(functional.pad(loss_RT, (1, 0)), packing, labels_RT != IGNORED_LABEL)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """In float32 where a sharded model gives out half precision, as accelerate has others give it out."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

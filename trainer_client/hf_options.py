@@ -34,10 +34,10 @@ def unsupported_options(args: "TrainingArguments", plan: CampaignPlan, options: 
         f" batch_size={plan.batch_size}": presented != plan.batch_size,
         "train_dataset: the examples are the campaign's sources": options.get("train_dataset") is not None,
         "model_init: the model must be there before the campaign opens": options.get("model_init") is not None,
-        "FSDP, DeepSpeed or a parallelism_config: several processes train by DDP here, or by fully_shard in a loop of"
-        " your own": bool(args.fsdp) or args.deepspeed is not None or args.parallelism_config is not None,
+        "DeepSpeed or a parallelism_config: several processes train by DDP or FSDP2 here": args.deepspeed is not None
+        or args.parallelism_config is not None,
+        **_unsupported_sharding(args),
         f"{args.n_gpu} devices (DataParallel): make one visible": args.n_gpu > 1,
-        "torch_compile: not tried with this Trainer; a loop of your own may compile its model": args.torch_compile,
         "use_liger_kernel: it replaces forwards": args.use_liger_kernel,
         "neftune_noise_alpha: noise by the batch's shape": args.neftune_noise_alpha is not None,
         "label_smoothing_factor: give compute_loss_func": args.label_smoothing_factor != 0,
@@ -57,12 +57,32 @@ def unsupported_options(args: "TrainingArguments", plan: CampaignPlan, options: 
     return [problem for problem, found in refused.items() if found]
 
 
+def _unsupported_sharding(args: "TrainingArguments") -> dict[str, bool]:
+    if not args.fsdp:
+        return {}
+    asked = args.fsdp_plugin_args or {}
+    config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    return {
+        "fsdp_config version 1: it flattens parameters into others; use 2": asked.get("fsdp_version") != 2,
+        "fsdp_config xla: several processes train by DDP or FSDP2 here": bool(config.get("xla")),
+        "fsdp_config activation_checkpointing: it renames the parameters of what it wraps; use the argument of that"
+        " name outside fsdp_config": bool(asked.get("activation_checkpointing")),
+        "torch_compile with fsdp: accelerate shards the compiled wrapper, and what is called inside it would be left"
+        " without its parameters; use either": args.torch_compile,
+        "fsdp_config cpu_offload: not tried under a campaign": bool(asked.get("cpu_offload")),
+    }
+
+
 def not_given(args: "TrainingArguments", accelerator: "Accelerator") -> list[str]:
     """What the Trainer was asked for and accelerate does not do on this device, each with the reason."""
     device = accelerator.device.type
     refused = {
         f"fp16: accelerate scales no losses on {device!r} and would train in float32; use bf16": args.fp16
         and accelerator.scaler is None,
+        f"fsdp: accelerate shards no model on {device!r}; use DDP, or fully_shard in a loop of your own": bool(
+            args.fsdp
+        )
+        and not accelerator.is_fsdp2,
     }
     return [problem for problem, found in refused.items() if found]
 

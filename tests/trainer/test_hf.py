@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from fake_node import running_node
 from governed_fixtures import assert_moved_alike
 from hf_fixtures import (
@@ -46,6 +47,7 @@ from trainer_client.hf import (
     TrainerUnsupported,
     causal_losses,
 )
+from trainer_client.hf_options import not_given
 from trainer_client.pieces import part_of_entry
 from trainer_client.plan import RunSettings, default_blocks, manifest_of
 from trainer_client.replay import Replayed
@@ -57,6 +59,9 @@ pytestmark = [
 ]
 
 NO_FIRST_LAYER = (ClassRule("documentation", 1_000, ()), ClassRule("news", 500, (BlockWeight("transformer.h.0", 0),)))
+
+
+CHECKPOINTED = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def lora() -> nn.Module:
@@ -261,7 +266,6 @@ def test_model_that_bypasses_the_routing_is_refused_by_name_before_anything_is_o
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0: a global norm"),
         ({"max_steps": 3}, "planned_steps=6"),
         ({"gradient_accumulation_steps": 2}, "batch_size=6"),
-        ({"torch_compile": True}, "torch_compile"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"train_sampling_strategy": "group_by_length"}, "the campaign fixes the order"),
         ({"dataloader_num_workers": 1}, "dataloader_num_workers"),
@@ -269,7 +273,11 @@ def test_model_that_bypasses_the_routing_is_refused_by_name_before_anything_is_o
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "stepped by evaluations"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"neftune_noise_alpha": 1.0}, "neftune"),
-        ({"fsdp": ["full_shard"]}, "several processes"),
+        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp_config version 1"),
+        ({"fsdp": True, "fsdp_plugin_args": {"activation_checkpointing": True}}, "renames the parameters"),
+        ({"fsdp": True, "fsdp_plugin_args": {"cpu_offload": True}}, "cpu_offload"),
+        ({"fsdp": True, "fsdp_config": {"xla": True}}, "fsdp_config xla"),
+        ({"fsdp": True, "torch_compile": True}, "torch_compile with fsdp"),
         ({"deepspeed": "configuration.json"}, "several processes"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),
@@ -285,6 +293,11 @@ def test_option_that_cannot_be_governed_is_refused_by_name(
     with pytest.raises(TrainerUnsupported, match=named):
         scene.trainer(gpt2(), args=arguments)
     assert scene.events(Kind.CAMPAIGN) == []
+
+
+def test_sharding_where_accelerate_does_none_is_refused_by_name(scene: Scene) -> None:
+    (problem,) = not_given(scene.arguments(fsdp=True), Accelerator(cpu=True))
+    assert problem.startswith("fsdp: accelerate shards no model on 'cpu'")
 
 
 @pytest.mark.parametrize("option", [{"model_init": gpt2}, {"train_dataset": [{"input_ids": [1]}]}], ids=", ".join)
@@ -400,14 +413,12 @@ def test_recital_under_the_trainer_is_undone_and_the_trainer_goes_on(scene: Scen
     assert set(refused) == set(caught)
 
 
-def test_two_processes_under_ddp_train_what_one_trains_with_accumulation_and_checkpointing(
-    scene: Scene, tmp_path: Path
-) -> None:
-    shared = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
-    alone = train(scene.campaign(7), scene.options(**shared), tmp_path / "alone.safetensors")
-    options = scene.options(**shared, per_device_train_batch_size=1, gradient_accumulation_steps=3, ddp_backend="gloo")
-    released, specification = tmp_path / "ranks.safetensors", tmp_path / "specification"
-    specification.write_bytes(pickle.dumps((scene.campaign(8), options, released)))
+def on_two_processes(scene: Scene, directory: Path, **changes: object) -> tuple[dict[str, Tensor], Replayed]:
+    """Campaign 8 trained by two processes; the second one's weights, and what the replay by both found."""
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "ddp_backend": "gloo"}
+    specification = directory / "specification"
+    told = (scene.campaign(8), scene.options(**CHECKPOINTED, **split, **changes), directory / "ranks.safetensors")
+    specification.write_bytes(pickle.dumps(told))
     tests = Path(__file__).parents[1]
     environment = {
         **os.environ,
@@ -417,13 +428,45 @@ def test_two_processes_under_ddp_train_what_one_trains_with_accumulation_and_che
     }
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hf_rank_fixtures"]
     subprocess.run([sys.executable, *launch, str(specification)], env=environment, check=True, timeout=180)
-    steps = scene.steps(8)
-    assert [step.index for step in steps] == list(range(1, STEPS + 1))
-    for found, expected in zip(steps, scene.steps(7), strict=True):
+    assert [step.index for step in scene.steps(8)] == list(range(1, STEPS + 1))
+    return pickle.loads((directory / "of-rank-1").read_bytes())  # type: ignore[no-any-return]
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+"""By the compiler's own tracing and backward pass, without the minutes of generating C++."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("DDP", {}), ("FSDP2", {"fsdp": True}), ("DDP", COMPILED)],
+    ids=["DDP", "FSDP2", "compiled, DDP"],
+)
+def test_two_processes_train_what_one_trains_with_accumulation_and_checkpointing_and_are_replayed(
+    scene: Scene, tmp_path: Path, kind: str, changes: dict[str, object]
+) -> None:
+    alone = train(scene.campaign(7), scene.options(**CHECKPOINTED), tmp_path / "alone.safetensors")
+    of_second, replayed_by_both = on_two_processes(scene, tmp_path, **changes)
+    for found, expected in zip(scene.steps(8), scene.steps(7), strict=True):
         assert found.loss_micro == pytest.approx(expected.loss_micro, rel=1e-3)
     wanted, base = alone.state_dict(), gpt2(dropout=0.0).state_dict()
-    for found in (load_file(released), torch.load(tmp_path / "weights-of-rank-1", weights_only=True)):
+    for found in (load_file(tmp_path / "ranks.safetensors"), of_second):
         assert_moved_alike(found, {name: wanted[name] for name in found}, base)
+    opened = scene.events(Kind.CAMPAIGN)[1].operation
+    told = {setting.name: setting.value for setting in opened.hyperparameters}  # type: ignore[union-attr]
+    assert told["data_parallel"] == kind
+    assert replayed_by_both == Replayed(STEPS, STEPS, None, scene.node.head(bytes([8]) * 32).root)
+
+
+def test_two_processes_with_sharded_weights_in_float16_skip_alike_and_are_replayed(
+    scene: Scene, tmp_path: Path
+) -> None:
+    of_second, replayed_by_both = on_two_processes(scene, tmp_path, fsdp=True, fp16=True)
+    skipped = [event.governance.skipped for event in scene.events(Kind.STEP)]  # type: ignore[union-attr]
+    assert skipped[0]
+    assert not all(skipped)
+    released = load_file(tmp_path / "ranks.safetensors")
+    assert all(torch.equal(of_second[name], tensor) for name, tensor in released.items())
+    assert replayed_by_both == Replayed(STEPS, STEPS, None, scene.node.head(bytes([8]) * 32).root)
 
 
 def test_packed_rows_train_what_padded_ones_train(scene: Scene) -> None:

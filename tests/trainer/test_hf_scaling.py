@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from fake_node import running_node
 from hf_fixtures import BATCH_SIZE, STEPS, DiesAt, Scene, in_a_plain_loop, recorded, replayed
-from hf_rank_fixtures import gpt2
+from hf_rank_fixtures import AcceleratedTrainer, gpt2, scaler
 from torch import nn
 from transformers import set_seed
 
@@ -22,20 +21,6 @@ from trainer_client.replay import Replayed
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
 
-def scaler() -> torch.amp.GradScaler:
-    """Overflows in float16 until it is halved some times, and again when it has grown."""
-    return torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=2)
-
-
-class ScaledTrainer(GovernedTrainer):
-    """Accelerate scales losses on accelerators alone; what it does there torch's scaler can do in main memory."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.accelerator.native_amp = True
-        self.accelerator.scaler = scaler()
-
-
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
     with running_node() as node:
@@ -46,7 +31,7 @@ def trainer(scene: Scene, model: nn.Module, accumulated: int = 1, **options: obj
     arguments = scene.arguments(
         fp16=True, per_device_train_batch_size=BATCH_SIZE // accumulated, gradient_accumulation_steps=accumulated
     )
-    return scene.trainer(model, kind=ScaledTrainer, args=arguments, **options)
+    return scene.trainer(model, kind=AcceleratedTrainer, args=arguments, **options)
 
 
 def governance(scene: Scene, number: int = 7) -> list[StepGovernance]:
@@ -114,7 +99,7 @@ def test_step_in_float16_that_may_move_nothing_passes_the_scaler_by(scene: Scene
     scene.node.policy(classes=(ClassRule("documentation", 1_000, ()), ClassRule("news", 0, ())))
     scene.plan_changes = {"batch_size": 1}
     arguments = scene.arguments(fp16=True, per_device_train_batch_size=1)
-    scene.trainer(gpt2(), kind=ScaledTrainer, args=arguments).train()
+    scene.trainer(gpt2(), kind=AcceleratedTrainer, args=arguments).train()
     still = [
         step.index
         for step in governance(scene)

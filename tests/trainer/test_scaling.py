@@ -399,6 +399,7 @@ def test_scaled_run_by_heads_leaves_a_closed_head_as_it_is_and_is_replayed_to_th
     by_heads(scene)
     halved(scene).build = HalfAttention
     scene.plan_changes["accumulator_window_steps"] = 4
+    scene.arguments["micro_batch_size"] = 2
     scene.train()
     assert 0 < len(skipped(scene)) < STEPS
     torch.manual_seed(1)
@@ -407,7 +408,8 @@ def test_scaled_run_by_heads_leaves_a_closed_head_as_it_is_and_is_replayed_to_th
         closed = torch.arange(24) % rows < 4
         assert torch.equal(moved[name][closed], base[name][closed])
         assert not torch.equal(moved[name][~closed], base[name][~closed])
-    found = replay(read_logged_campaign(scene.client(), CAMPAIGN), job_again(scene, scaler()))
+    job = replace(job_again(scene, scaler()), micro_batch_size=2)
+    found = replay(read_logged_campaign(scene.client(), CAMPAIGN), job)
     assert (found.matched, found.difference) == (STEPS, None)
 
 
