@@ -6,12 +6,14 @@ Torch's and accelerate's own environment variables say which one it is, as ``tor
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed import destroy_process_group, is_initialized
 from torch.nn.parallel import DistributedDataParallel
@@ -57,9 +59,22 @@ def gpt2(dropout: float = 0.1) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=0, eos_token_id=0))
 
 
-def train(campaign: dict[str, Any], arguments: dict[str, Any], release: Path) -> GPT2LMHeadModel:
+def lora(dropout: float = 0.1) -> nn.Module:
+    model = get_peft_model(gpt2(dropout), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+BUILDS: dict[str, Callable[..., nn.Module]] = {"gpt2": gpt2, "lora": lora}
+
+
+def train(campaign: dict[str, Any], arguments: dict[str, Any], release: Path, build: str = "gpt2") -> nn.Module:
     """The model after a governed ``train``; dropout would draw otherwise in several processes, so there is none."""
-    model = gpt2(dropout=0.0)
+    model = BUILDS[build](dropout=0.0)
     callback = GovernanceCallback(**campaign, release=release)
     trainer = AcceleratedTrainer(
         model, TrainingArguments(**arguments), data_collator=FixedLengthCollator(LENGTH), callbacks=[callback]
@@ -69,10 +84,10 @@ def train(campaign: dict[str, Any], arguments: dict[str, Any], release: Path) ->
     return model
 
 
-def replayed(campaign: dict[str, Any], arguments: dict[str, Any]) -> Replayed:
+def replayed(campaign: dict[str, Any], arguments: dict[str, Any], build: str) -> Replayed:
     """The campaign again, by as many processes and without the Trainer."""
     plan = campaign["plan"]
-    model = gpt2(dropout=0.0)
+    model = BUILDS[build](dropout=0.0)
     plain = {name: value for name, value in arguments.items() if not name.startswith(("fsdp", "fp16", "torch_compile"))}
     made = Trainer(model, TrainingArguments(**plain)).create_optimizer()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -83,7 +98,8 @@ def replayed(campaign: dict[str, Any], arguments: dict[str, Any]) -> Replayed:
 
         half = torch.float16 if arguments.get("fp16") else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
-        for layer in model.transformer.h:
+        inner = model if isinstance(model, GPT2LMHeadModel) else model.get_base_model()
+        for layer in inner.transformer.h:
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
     else:
@@ -116,10 +132,10 @@ def replayed(campaign: dict[str, Any], arguments: dict[str, Any]) -> Replayed:
 
 def _main() -> None:
     path = Path(sys.argv[1])
-    campaign, arguments, release = pickle.loads(path.read_bytes())
-    model = train(campaign, arguments, release)
+    campaign, arguments, release, build = pickle.loads(path.read_bytes())
+    model = train(campaign, arguments, release, build)
     weights = {name: whole(tensor).detach() for name, tensor in model.state_dict().items()}
-    found = replayed(campaign, arguments)
+    found = replayed(campaign, arguments, build)
     if os.environ["RANK"] == "1":
         path.with_name("of-rank-1").write_bytes(pickle.dumps((weights, found)))
     if is_initialized():

@@ -24,8 +24,7 @@ from hf_fixtures import (
     replayed,
     texts,
 )
-from hf_rank_fixtures import LENGTH, gpt2, train
-from peft import LoraConfig, get_peft_model
+from hf_rank_fixtures import LENGTH, gpt2, lora, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, set_seed
@@ -62,16 +61,6 @@ NO_FIRST_LAYER = (ClassRule("documentation", 1_000, ()), ClassRule("news", 500, 
 
 
 CHECKPOINTED = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
-
-
-def lora() -> nn.Module:
-    model = get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
 
 
 class Table(Sequence[bytes]):
@@ -413,12 +402,16 @@ def test_recital_under_the_trainer_is_undone_and_the_trainer_goes_on(scene: Scen
     assert set(refused) == set(caught)
 
 
-def on_two_processes(scene: Scene, directory: Path, **changes: object) -> tuple[dict[str, Tensor], Replayed]:
+def on_two_processes(
+    scene: Scene, directory: Path, build: Callable[..., nn.Module] = gpt2, **changes: object
+) -> tuple[dict[str, Tensor], Replayed]:
     """Campaign 8 trained by two processes; the second one's weights, and what the replay by both found."""
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "ddp_backend": "gloo"}
     specification = directory / "specification"
-    told = (scene.campaign(8), scene.options(**CHECKPOINTED, **split, **changes), directory / "ranks.safetensors")
-    specification.write_bytes(pickle.dumps(told))
+    options = scene.options(**CHECKPOINTED, **split, **changes)
+    specification.write_bytes(
+        pickle.dumps((scene.campaign(8), options, directory / "ranks.safetensors", build.__name__))
+    )
     tests = Path(__file__).parents[1]
     environment = {
         **os.environ,
@@ -457,15 +450,19 @@ def test_two_processes_train_what_one_trains_with_accumulation_and_checkpointing
     assert replayed_by_both == Replayed(STEPS, STEPS, None, scene.node.head(bytes([8]) * 32).root)
 
 
-def test_two_processes_with_sharded_weights_in_float16_skip_alike_and_are_replayed(
+def test_two_processes_with_lora_on_sharded_weights_in_float16_skip_alike_and_are_replayed(
     scene: Scene, tmp_path: Path
 ) -> None:
-    of_second, replayed_by_both = on_two_processes(scene, tmp_path, fsdp=True, fp16=True)
+    of_second, replayed_by_both = on_two_processes(scene, tmp_path, lora, fsdp=True, fp16=True)
     skipped = [event.governance.skipped for event in scene.events(Kind.STEP)]  # type: ignore[union-attr]
     assert skipped[0]
     assert not all(skipped)
     released = load_file(tmp_path / "ranks.safetensors")
     assert all(torch.equal(of_second[name], tensor) for name, tensor in released.items())
+    base = lora(dropout=0.0).state_dict()
+    moved = {name for name, tensor in released.items() if not torch.equal(tensor, base[name])}
+    assert moved
+    assert all("lora" in name for name in moved)
     assert replayed_by_both == Replayed(STEPS, STEPS, None, scene.node.head(bytes([8]) * 32).root)
 
 
