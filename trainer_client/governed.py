@@ -698,7 +698,7 @@ def governed(
         memorization: see ``memorization_watch.DetectorCheck``; None checks nothing, and records no signal.
         scheduler: stepped after each optimizer step and restored with it; do not step it yourself.
         scaler: of losses, for autocast to float16: leave scaling, stepping and updating to the run. A step it skips
-            is recorded as skipped.
+            is recorded as skipped. An optimizer that Accelerate prepared brings its own.
         micro_batch_size: examples per forward pass of one process; None takes a step's examples at once.
     """
     return GovernedRun(
