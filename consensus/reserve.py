@@ -35,11 +35,12 @@ def lot(content_root: bytes, example: int) -> int:
 
 def reserved_among(claim: SourceClaim, examples: Iterable[int]) -> list[int]:
     """Those of ``examples`` that are in the claim's reserve, in their order."""
-    if not claim.reserve_below:
-        return []
-    sha256, before = hashlib.sha256, _before(claim.content_root)
-    bound = (claim.reserve_below << _UNUSED_BITS).to_bytes(8, "big")
-    return [example for example in examples if sha256(before + example.to_bytes(8, "big")).digest() < bound]
+    return _drawn(claim.content_root, claim.reserve_below, examples)
+
+
+def reserve_count(content_root: bytes, example_count: int, reserve_below: int) -> int:
+    """How many of a source's examples are reserved under this bound; draws every lot once."""
+    return len(_drawn(content_root, reserve_below, range(example_count)))
 
 
 def bound_of(content_root: bytes, example_count: int, reserve: int) -> int:
@@ -47,6 +48,14 @@ def bound_of(content_root: bytes, example_count: int, reserve: int) -> int:
     if not reserve:
         return 0
     return nsmallest(reserve, (lot(content_root, example) for example in range(example_count)))[-1] + 1
+
+
+def _drawn(content_root: bytes, reserve_below: int, examples: Iterable[int]) -> list[int]:
+    if not reserve_below:
+        return []
+    sha256, before = hashlib.sha256, _before(content_root)
+    bound = (reserve_below << _UNUSED_BITS).to_bytes(8, "big")
+    return [example for example in examples if sha256(before + example.to_bytes(8, "big")).digest() < bound]
 
 
 def _before(content_root: bytes) -> bytes:

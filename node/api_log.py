@@ -227,6 +227,7 @@ class LogApi:
                     "class": claim.content_class,
                     "example_count": claim.example_count,
                     "size_bytes": claim.size_bytes,
+                    "reserve_below": claim.reserve_below,
                     "content_root": claim.content_root.hex(),
                     "valid_from_ms": claim.valid_from_ms,
                     "valid_until_ms": claim.valid_until_ms,

@@ -77,6 +77,8 @@ class SourceRow(Struct, frozen=True):
     purposes: tuple[str, ...]
     content_class: str = msgspec.field(name="class")
     example_count: int = 0
+    content_root: str = ""
+    reserve_below: int = 0
     revoked_at_ms: int = 0
 
 

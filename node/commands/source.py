@@ -15,7 +15,8 @@ from consensus.identifiers import Role
 from consensus.overlap import OverlapBuilder, overlap_key
 from consensus.portions import DataItem, DataPortion, Portions, SourceClaim, SourceRevocation, Wire
 from consensus.rejection import ConfigError
-from consensus.reserve import bound_of
+from consensus.reserve import LOT_BITS, bound_of, reserve_count
+from node.client import SourceRow
 from node.clock import SystemClock
 from node.commands.connection import connect, node_options
 from node.commands.content import (
@@ -45,6 +46,9 @@ NOTED_BYTES = 16 << 20
 LEAST_RESERVE = 32
 RESERVE_PERCENT = 2
 """What ``--reserve auto`` keeps back: so many examples, or this share of them if that is more."""
+
+COUNTED_EXAMPLES = 1_000_000
+"""Of a larger source the list says what its bound comes to on average; drawing so many lots takes 0.4 s."""
 
 REQUIRED = ("name", "licence", "rights_basis", "purposes", "content_class")
 
@@ -240,6 +244,8 @@ def source_revoke(config_path: Path, source_id: bytes, reason: str, out: Path | 
 def source_list(config_path: Path | None, url: str | None, token_file: Path | None, as_json: bool) -> None:
     """List the registered sources.
 
+    The reserve is counted, lot by lot; of a source of more than a million examples it is reckoned from its bound.
+
     \b
     Example:
       countersign source list --config library/node.toml
@@ -247,10 +253,15 @@ def source_list(config_path: Path | None, url: str | None, token_file: Path | No
     with connect(config_path, url, token_file) as client:
         sources = client.sources().sources
     if as_json:
-        print_json([msgspec.to_builtins(row) for row in sources])
+        print_json(
+            [
+                {**msgspec.to_builtins(row), "reserve": reserve, "reserve_counted": counted}
+                for row, (reserve, counted) in ((row, _listed_reserve(row)) for row in sources)
+            ]
+        )
         return
     print_table(
-        ("source", "name", "by", "licence", "purposes", "class", "examples", "revoked"),
+        ("source", "name", "by", "licence", "purposes", "class", "examples", "reserve", "revoked"),
         [
             (
                 row.id,
@@ -260,11 +271,25 @@ def source_list(config_path: Path | None, url: str | None, token_file: Path | No
                 ",".join(row.purposes),
                 row.content_class,
                 str(row.example_count),
+                _reserve_text(*_listed_reserve(row)),
                 utc(row.revoked_at_ms) if row.revoked_at_ms else "no",
             )
             for row in sources
         ],
     )
+
+
+def _listed_reserve(row: SourceRow) -> tuple[int, bool]:
+    """How many examples of a source are in reserve, and whether that was counted."""
+    if not row.reserve_below or row.example_count <= COUNTED_EXAMPLES:
+        return reserve_count(bytes.fromhex(row.content_root), row.example_count, row.reserve_below), True
+    return row.example_count * row.reserve_below >> LOT_BITS, False
+
+
+def _reserve_text(reserve: int, counted: bool) -> str:
+    if not reserve:
+        return "none"
+    return str(reserve) if counted else f"about {reserve}"
 
 
 def _sign_single_item(

@@ -12,7 +12,7 @@ from consensus.epochs import anchor
 from consensus.event import CheckedEvent
 from consensus.predicates import Answer, Predicate, Status, Verdict, verify
 from consensus.rejection import Reason
-from consensus.reserve import LOT_BITS, RESERVED, bound_of, lot, reserved_among
+from consensus.reserve import LOT_BITS, RESERVED, bound_of, lot, reserve_count, reserved_among
 from consensus.sampler import presented_examples
 from consensus.state import SOURCE_TABLE, SourceRecord, read_record
 from node.bundles import export_bundle
@@ -86,6 +86,7 @@ def test_reserve_is_of_the_lowest_lots_and_as_many_as_asked_for() -> None:
         bound = bound_of(ROOT, 100, reserve)
         lowest = sorted(range(100), key=lambda example: lot(ROOT, example))[:reserve]
         assert reserved_among(claim(bound), range(100)) == sorted(lowest)
+        assert reserve_count(ROOT, 100, bound) == reserve
 
 
 def test_no_bound_reserves_nothing() -> None:

@@ -137,6 +137,7 @@ async def test_campaign_sources_and_policy_say_what_the_state_holds(tmp_path: Pa
         assert sources["books"]["revoked_at_ms"] == 0
         assert sources["records"]["revoked_at_ms"] > 0
         assert (sources["records"]["author_name"], sources["records"]["class"]) == (HOSPITAL, "medical")
+        assert sources["books"]["reserve_below"] == 0
         policy = (await running.client.get("/v1/policy")).json()
         assert policy["id"] == story.run.policy_id.hex()
         assert set(policy["policy"]) == set(Policy.__struct_fields__)

@@ -27,7 +27,7 @@ from consensus.identifiers import Role
 from consensus.merkle import inclusion_proof_of, verify_inclusion
 from consensus.overlap import OverlapIndex, overlaps
 from consensus.portions import BandRule, BlockWeight, ClassRule, Policy, SourceClaim, content_leaf, content_salt
-from consensus.reserve import reserved_among
+from consensus.reserve import LOT_BITS, bound_of, reserved_among
 from node.cli import COMMANDS, every_command, main
 from node.commands.content import measure, pieces_of, read_examples
 from node.commands.member import load_member
@@ -474,6 +474,26 @@ def test_grants_and_sources_print_as_tables_and_as_json(answering: tuple[str, di
         "missing": ["library"], "refusals": [{"member": "library", "error": "source-revoked", "detail": "it was"}],
     }  # fmt: skip
     table["/v1/grants"] = (200, json.dumps({"grants": [grant]}).encode())
+    root = hashlib.sha256(b"content").digest()
+    counts, bounds = (100, 100, 10_000_000), (0, bound_of(root, 100, 32), 1 << (LOT_BITS - 1))
+    rows = [
+        {
+            "id": "ef" * 32, "name": f"source-{count}", "author": "01" * 32, "author_name": "library",
+            "licence": "CC-BY-4.0", "purposes": ["research"], "class": "open", "example_count": count,
+            "content_root": root.hex(), "reserve_below": bound, "revoked_at_ms": 0,
+        }
+        for count, bound in zip(counts, bounds, strict=True)
+    ]  # fmt: skip
+    table["/v1/sources"] = (200, json.dumps({"sources": rows}).encode())
+    listed = run("source", "list", "--url", url).output.splitlines()
+    assert listed[0].split()[-3:] == ["examples", "reserve", "revoked"]
+    assert [line.split(" open ")[1].split() for line in listed[1:]] == [
+        ["100", "none", "no"], ["100", "32", "no"], ["10000000", "about", "5000000", "no"],
+    ]  # fmt: skip
+    listed_json = json.loads(run("source", "list", "--url", url, "--json").stdout)
+    assert [(row["reserve"], row["reserve_counted"]) for row in listed_json] == [
+        (0, True), (32, True), (5_000_000, False),
+    ]  # fmt: skip
     table[f"/v1/grants/{'ab' * 32}"] = (200, json.dumps(grant).encode())
     assert "laboratory  library" in run("grant", "list", "--url", url).output
     shown = run("grant", "show", "--url", url, "ab" * 32).output
