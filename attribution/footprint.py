@@ -5,7 +5,8 @@ the gradients (times learning rate), and their *part* of all that was added, ``<
 Parts of all sources add up to one; a negative one pulled against the sum. A parameter block that others moved and these
 sources have no sum in was *closed* to them: they gave it no direct update. An account of gradients, not of the weights
 they became: AdamW scales both alike. One example is asked about by its sketches: then the norm is that of their rank's
-part of what it added.
+part of what it added, and closed is a block of which they hold nothing but zeros (what was let through to it at any
+depth leaves its largest direction in a sketch).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,7 +45,8 @@ class ExampleUse:
 class Footprint:
     """``blocks`` by name in the campaign's order, ``windows`` by first and last step; ``whole`` over both.
 
-    ``closed`` are blocks that others moved in these windows, and none of the sources directly; not told of an example.
+    ``closed`` are blocks that others moved in these windows, and none of the sources, or the example, directly; not
+    told of an example whose sketches are in part left out.
     ``of_example``: it is one example's, not the sources'.
     """
 
@@ -204,8 +206,10 @@ class _Account:
             blocks[self._block_of[name]].add(self._chosen.get(name), part)
             whole.add(self._chosen.get(name), part)
         motions = {name: held.motion for name, held in blocks.items()}
-        moved, own = ({self._block_of[name] for name in sums} for sums in (self._everything, self._chosen))
-        closed = tuple(name for name in blocks if name in moved - own) if of_example is None else ()
+        moved = {self._block_of[name] for name in self._everything}
+        own = {self._block_of[name] for name, part in self._chosen.items() if of_example is None or bool(part.any())}
+        is_told = of_example is None or not of_example.left_out
+        closed = tuple(name for name in blocks if name in moved - own) if is_told else ()
         return Footprint(sources, motions, self._windows, whole.motion, closed, of_example)
 
 

@@ -93,6 +93,9 @@ def test_refused_source_moved_nothing() -> None:
     document = json.loads(result.stdout)
     assert document["whole"] == {"norm": 0.0, "part": 0.0}
     assert document["sources"][0]["admitted"] == 0
+    assert document["no_direct_update"] == ["block.0", "block.1", "head"]
+    of_one = json.loads(ask(traced().folder, "--example", f"{REFUSED}:0", "--json").stdout)
+    assert of_one["no_direct_update"] == document["no_direct_update"]
 
 
 def test_owner_and_class_choose_all_their_sources() -> None:

@@ -402,11 +402,28 @@ def test_footprint_of_one_example_goes_by_head_by_the_files_and_by_an_index(kind
         document = json.loads(found.stdout)
         assert document["example"]["rank"] == SKETCH_RANK
         blocks = document["blocks"]
-        assert {head for head in heads_of(held) if not blocks[head]["norm"]} == (
-            {HEAD[kind]} if name == CLOSED_TO else set()
-        )
+        closed = [HEAD[kind]] if name == CLOSED_TO else []
+        assert [head for head in heads_of(held) if not blocks[head]["norm"]] == closed
+        assert document["no_direct_update"] == closed
         by_index = ask(kind, "footprint", "--example", f"{name}:3", "--json", "--index", index.folder)
         assert json.loads(by_index.stdout) == document
+    said = ask(kind, "footprint", "--example", f"{CLOSED_TO}:3").stdout
+    (line,) = (line for line in said.splitlines() if line.startswith(HEAD[kind]))
+    assert line.split(maxsplit=1)[1] == "no direct update"
+
+
+def test_no_block_is_told_closed_to_an_example_whose_sketches_are_missing(tmp_path: Path) -> None:
+    held = campaign(FULL)
+    folder = tmp_path / "traced"
+    shutil.copytree(held.folder, folder)
+    for entry in held.search().found[0].listed.of_sources:
+        if entry.source == held.sources[CLOSED_TO]:
+            (folder / "run" / "accumulators" / "blobs" / f"{entry.sketches_sha256.hex()}.safetensors").unlink()
+    result = ask(FULL, "footprint", "--example", f"{CLOSED_TO}:3", "--json", folder=folder)
+    assert result.exit_code == 2
+    document = json.loads(result.stdout)
+    assert document["example"]["left_out"]
+    assert (document["no_direct_update"], document["blocks"][HEAD[FULL]]["norm"]) == ([], 0.0)
 
 
 def test_examples_parts_in_each_head_add_up_to_nearly_their_sources() -> None:
