@@ -4,9 +4,11 @@ The second half of admission (``admission.py`` dispatches here). A campaign's he
 stands; every event here is by the campaign's job key, next in sequence, and moves that head by one:
 
 * *step*: ``step_rules.py``.
-* *refusal*: the true reason, before its step. *rollback*: restores a root on the log, and must follow a step
-  whose memorization signal is above the policy's threshold. *release*: the root on the log, with no finding open,
-  and what the campaign committed to in custody (``custody_rules.py``).
+* *refusal*: the true reason, before its step. One that leaves no room in the head for undoing the last step gives that
+  up: of 256 sources and 4,096 examples refused step after step, the head cannot hold both (ADR 040).
+* *rollback*: restores a root on the log, and must follow a step whose memorization signal is above the policy's
+  threshold. *release*: the root on the log, with no finding open, and what the campaign committed to in custody
+  (``custody_rules.py``).
 """
 
 from collections import Counter
@@ -15,6 +17,7 @@ from collections.abc import Collection
 import msgspec
 
 from consensus import portions as p
+from consensus.codec import encode
 from consensus.custody_rules import check_in_custody
 from consensus.event import CheckedEvent
 from consensus.job_key import scheme_of
@@ -45,6 +48,7 @@ from consensus.state import (
     merge_counts,
     usage_key,
 )
+from consensus.state_map import MAX_VALUE_BYTES
 
 ROLLBACK_REASONS = frozenset(
     {
@@ -55,9 +59,15 @@ ROLLBACK_REASONS = frozenset(
     }
 )
 
+ROOM_BYTES = 4_096
+"""A head with refusals for the next step keeps so many bytes free, for all else that comes before that step: 64 open
+findings, numbers that grow, a new job key."""
+
 
 def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
     """Check refusals of examples presented to the next step; they wait in the head for that step.
+
+    Where they leave no room for it the last step can be undone no more.
 
     Raises:
         Rejected: with the rule it breaks.
@@ -96,15 +106,15 @@ def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
         pending[(refusal.source, refusal.reason)] = PendingRefusal(refusal.source, refusal.reason, examples)
     if governance.refused != tuple(p.Count(reason, count) for reason, count in sorted(totals.items())):
         raise Rejected(Reason.COUNTS_NOT_CONSERVED, "the refusal's totals are not the sums over its sources")
-    view.put(
-        CAMPAIGN_HEAD_TABLE + event.entry.campaign,
-        changed(
-            head,
-            next_sequence=head.next_sequence + 1,
-            pending=tuple(held for _, held in sorted(pending.items())),
-            refusal_events=head.refusal_events + 1,
-        ),
+    moved = changed(
+        head,
+        next_sequence=head.next_sequence + 1,
+        pending=tuple(held for _, held in sorted(pending.items())),
+        refusal_events=head.refusal_events + 1,
     )
+    if len(encode(moved)) > MAX_VALUE_BYTES - ROOM_BYTES:
+        moved = changed(moved, undo_root=b"", undo_counts=())
+    view.put(CAMPAIGN_HEAD_TABLE + event.entry.campaign, moved)
 
 
 def check_refusal_reason(
@@ -156,7 +166,10 @@ def admit_rollback(view: StateView, event: CheckedEvent, timestamp_ms: int, comm
     if rollback.reason == Reason.MEMORIZATION_ABOVE_THRESHOLD and not head.rollback_required:
         raise Rejected(Reason.NOTHING_TO_ROLL_BACK, "no step on the log is above the memorization threshold")
     if undoes_last and not head.undo_root:
-        raise Rejected(Reason.NOTHING_TO_ROLL_BACK, "the campaign's last event is not a step")
+        raise Rejected(
+            Reason.NOTHING_TO_ROLL_BACK,
+            "the campaign's last event is not a step, or the refusals recorded since left no room for undoing it",
+        )
     restored = head.undo_root if undoes_last else head.root
     if rollback.restored_root != restored:
         raise Rejected(

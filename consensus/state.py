@@ -151,8 +151,8 @@ class CampaignHead(Wire, frozen=True):
     """Where a campaign stands. ``closed`` is empty, ``released`` or ``abandoned``.
 
     ``last_event`` is the last step, rollback or opening event; ``undo_root`` the parameter root before
-    the last step, empty where there is none to undo. ``open_findings`` are the evaluations and audit challenges that
-    bar a release.
+    the last step, empty where there is none to undo, or the refusals of the next step left no room for that.
+    ``open_findings`` are the evaluations and audit challenges that bar a release.
     """
 
     job_key: Bytes32
