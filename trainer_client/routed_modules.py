@@ -47,8 +47,8 @@ class _RoutedLinear(torch.autograd.Function):
         route.check_token()
         x, weight_OI = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        delta = delta.contiguous()  # once, not in each of the two products: a loss that transposes logits leaves it so
-        grad_x = delta.matmul(weight_OI) if need_x else None
+        delta, delta_NO = _folded(delta)
+        grad_x = (delta_NO @ weight_OI).view(*delta.shape[:-1], weight_OI.shape[1]) if need_x else None
         grad_weight = grad_bias = None
         if route.open:
             product = (delta, x) if need_weight else None
@@ -77,8 +77,8 @@ class _RoutedConv1D(torch.autograd.Function):
         route.check_token()
         x, weight_IO = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        delta = delta.contiguous()
-        grad_x = delta.matmul(weight_IO.t()) if need_x else None
+        delta, delta_NO = _folded(delta)
+        grad_x = (delta_NO @ weight_IO.t()).view(*delta.shape[:-1], weight_IO.shape[0]) if need_x else None
         grad_weight = grad_bias = None
         if route.open:
             product = (x, delta) if need_weight else None
@@ -200,6 +200,16 @@ class _RoutedByRowwiseRule(torch.autograd.Function):
             elif route.open_elsewhere:
                 found = {id(parameter): torch.zeros_like(parameter) for parameter in wanted}
         return None, grad_x, *(found.get(id(parameter)) for parameter in ctx.parameters)
+
+
+def _folded(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """``delta`` as torch's own linear takes it, and its rows ``[N, O]``: copied into order at most once.
+
+    A loss that transposes logits leaves it in another order. Of several examples rows can then not be told without a
+    copy; of one they can, and are summed in the order in which they lie. A copy would round the bias's sum otherwise.
+    """
+    delta_NO = delta.reshape(-1, delta.shape[-1])
+    return delta_NO.view(delta.shape), delta_NO
 
 
 def _linear(module: nn.Module, x: Tensor, route: Route) -> Tensor:

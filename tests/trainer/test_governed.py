@@ -124,8 +124,7 @@ def test_recited_example_undoes_its_step_bit_for_bit_and_stays_out(scene: Scene)
         def signals(self, model: nn.Module, shown: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
             assert threshold == 600
             manual = [example for example in sorted(shown) if example[0] == scene.sources["manual"]]
-            # More than two: of a step of one example alone, routing sums in another order.
-            if at[-1] >= 4 and not caught and manual and len(shown) > 2:
+            if at[-1] >= 4 and not caught and manual:
                 caught.append(manual[0])
                 return {manual[0]: 601}
             return {sorted(shown)[0]: 600}  # Not above the threshold.

@@ -132,6 +132,22 @@ def test_full_weights_leave_every_bit_of_plain_gradients() -> None:
         assert torch.equal(found[name], parameter.grad), name
 
 
+@pytest.mark.parametrize("count", [1, 2, EXAMPLES])
+def test_however_few_examples_a_head_with_a_bias_has_every_bit_of_plain_gradients(count: int) -> None:
+    """A loss that transposes logits leaves their gradient in another order, in which one example's rows are summed."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCABULARY))
+    blocks = dict.fromkeys(dict(model.named_parameters()), 0)
+    tokens_BT = torch.randint(0, VOCABULARY, (count, 9), generator=torch.Generator().manual_seed(4))
+    with Routing(model, blocks) as routing, routing.micro_batch([(1000,)] * count):
+        routing.routed_loss(loss_of_examples(model, tokens_BT), EXAMPLES).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    (loss_of_examples(model, tokens_BT).sum() / EXAMPLES).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name], parameter.grad), name
+
+
 def test_forward_and_activation_gradients_are_untouched_by_weights() -> None:
     model, examples = new_model(), new_examples()
     x_BTI = torch.randn(EXAMPLES, LENGTH, WIDTH, requires_grad=True)
