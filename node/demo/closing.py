@@ -14,11 +14,13 @@ from node.demo.consortium import COUNCIL, GUILD, LABORATORY, Claims, Consortium
 from node.demo.display import NO, OK, safe
 from node.demo.facts import (
     CheckFacts,
+    CustodyFacts,
     FinalityFacts,
     Moment,
     PartyFacts,
     RecallFacts,
     ReplayFacts,
+    ReserveFacts,
     RunFacts,
     SurveyFacts,
     ToleranceFacts,
@@ -40,9 +42,11 @@ class Seen:
     checks: tuple[CheckFacts, ...]
     recall: tuple[RecallFacts, ...]
     survey: SurveyFacts
+    custody: CustodyFacts
     replay: ReplayFacts
     tracing: TracingFacts
     release_file: Path
+    base_losses_file: Path
 
 
 def gather(consortium: Consortium, claims: Claims, job: JobSummary, run: Seen) -> RunFacts:
@@ -52,7 +56,8 @@ def gather(consortium: Consortium, claims: Claims, job: JobSummary, run: Seen) -
         Rejected, Unavailable: as ``read_campaign``.
     """
     client = consortium.nodes[GUILD].client
-    campaign = read_campaign(client, consortium.committee, claims.access.campaign)
+    edges_milli = claims.policy.entropy_edges_milli
+    campaign = read_campaign(client, consortium.committee, claims.access.campaign, run.base_losses_file, edges_milli)
     revocations = count_events(client, Kind.REVOCATION)
     certificate = certificate_bytes(client, job.release)
     status = consortium.nodes[GUILD].status()
@@ -86,9 +91,12 @@ def gather(consortium: Consortium, claims: Claims, job: JobSummary, run: Seen) -
         grants=campaign.grants,
         moments=run.moments,
         shares=campaign.shares,
+        bands=campaign.bands,
         checks=run.checks,
         recall=run.recall,
         survey=run.survey,
+        reserve=reserve_of(job),
+        custody=run.custody,
         decisions=campaign.decisions,
         replay=run.replay,
         tracing=run.tracing,
@@ -130,6 +138,12 @@ def recalled(claims: Claims, job: JobSummary) -> tuple[RecallFacts, ...]:
     )
 
 
+def reserve_of(job: JobSummary) -> ReserveFacts:
+    """What the job's check said of the owners' reserves, last."""
+    last = job.memorization_passes[-1] if job.memorization_passes else None
+    return ReserveFacts(0, 0) if last is None else ReserveFacts(last.reserve_assessed, last.reserve_flagged)
+
+
 def closing_rows(facts: RunFacts) -> list[tuple[str, str]]:
     """The closing table: what, and how much, as markup."""
     return [
@@ -150,6 +164,17 @@ def closing_rows(facts: RunFacts) -> list[tuple[str, str]]:
         ),
         *_recalled(facts),
         ("strongest recital left", _recited(facts)),
+        (
+            "held against the sources' reserve",
+            f"[bold]{facts.reserve.taken_for_recited}[/] of {facts.reserve.texts} texts that no step trained on are "
+            "taken for recited",
+        ),
+        *_banded(facts),
+        (
+            "sums and sketches held by",
+            f"[bold]{safe(facts.custody.custodian)}[/], {facts.custody.size_bytes / 1e6:.0f} MB: the trace reads them "
+            "there",
+        ),
         ("steps that came out again", f"[bold]{facts.replay.matched}[/] of {facts.replay.steps}, bit for bit"),
         ("nodes at one log", OK if facts.replicated else NO),
         *((check.predicate, OK if check.passed else f"{NO} {safe(check.answer)}") for check in facts.checks),
@@ -201,6 +226,18 @@ def _recited(facts: RunFacts) -> str:
         return f"{text}, none above {survey.threshold_permille} ‰"
     above = f"[bold]{len(survey.recited)}[/] above {survey.threshold_permille} ‰"
     return f"{text}, {above}, which {COUNCIL} accepted on the log"
+
+
+def _banded(facts: RunFacts) -> list[tuple[str, str]]:
+    return [
+        (
+            f"kept to {safe(', '.join(band.blocks))}",
+            f"[bold]{sum(band.examples.values())}[/] examples of {safe(', '.join(band.examples))}: as unlikely as "
+            f"{band.from_nats:g} nats a byte or more",
+        )
+        for band in facts.bands
+        if band.examples
+    ]
 
 
 def _recalled(facts: RunFacts) -> list[tuple[str, str]]:

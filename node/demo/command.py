@@ -64,8 +64,10 @@ def demo_command(
     """Run a whole consortium and one governed fine-tune on this machine.
 
     Five nodes, real text, a small language model; one source with the wrong licence, one for another purpose, one
-    withdrawn in mid-run, one that the model starts to recite; a node killed on the way. What it recites in the end,
-    found too late to undo, is governance's to decide about. Then the proofs.
+    withdrawn in mid-run, one that the model starts to recite, measured against the sources' own reserves; depth by
+    content class and by how unlikely a text is; a node killed on the way. What it recites in the end, found too late to
+    undo, is governance's to decide about. Before the release another than the operator takes over what tracing needs.
+    Then the proofs.
 
     \b
     Examples:

@@ -1,6 +1,7 @@
 """The demonstration's parties: their files, their nodes, and what each of them signs.
 
-Five members: two data-source authorities, one governance, one operator, one rights-holder that verifies. Files
+Five members: two data-source authorities, one governance, which keeps the campaign's sums and sketches besides, one
+operator, one rights-holder that verifies. Files
 are made by ``provision.py``, claims by the same code as ``countersign source sign`` and ``policy sign``; every
 event is signed with the key in its author's own keystore and handed to its author's own node.
 """
@@ -35,6 +36,7 @@ from consensus.portions import (
     Wire,
 )
 from consensus.rejection import ConfigError, CountersignError, Unavailable
+from consensus.reserve import bound_of
 from node.clock import SystemClock
 from node.commands.content import measure, pieces_of, read_examples, source_salt
 from node.commands.job import JobKeyFile
@@ -65,6 +67,8 @@ BACKDATED_MS = 60_000
 DAY_MS = 86_400_000
 JOB_KEY_MS = 3_600_000
 POLL_SECONDS = 0.05
+CUSTODY_BYTES = 2_000_000_000
+"""Room at the custodian's for the sums and sketches of one campaign, and to spare."""
 
 POLICY_FILE = Path(__file__).with_name("policy.toml")
 
@@ -83,6 +87,7 @@ class SourceDescription(msgspec.Struct, frozen=True):
     rights_basis: str
     purposes: tuple[str, ...]
     content_class: str
+    reserve: int
 
 
 class CorpusDescription(msgspec.Struct, frozen=True):
@@ -279,7 +284,7 @@ class Consortium:
             valid_until_ms=now_ms + 365 * DAY_MS,
             statement="Documentation of the Python standard library, with facts made up for the demonstration.",
             overlap_sha256=b"",
-            reserve_below=0,
+            reserve_below=bound_of(content.root, content.example_count, description.reserve),
         )
         final = self._finalize(own, Kind.SOURCE, data=claim)
         return SignedSource(description, final.id, salt, content.example_count, final.milliseconds)
@@ -368,6 +373,8 @@ def found(directory: Path, processes: Processes) -> Consortium:
             parameters=Parameters(heartbeat_ms=HEARTBEAT_MS),
             purposes=(PURPOSE,),
         )
+        with made.members[COUNCIL].config.open("a", encoding="utf-8") as config:
+            config.write(f"\n[custody]\nmaximum_bytes = {CUSTODY_BYTES}\n")
         mark(directory)
     return Consortium(directory, made, processes)
 

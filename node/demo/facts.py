@@ -34,7 +34,10 @@ class ToleranceFacts:
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """A source and its use in the campaign, as the state map counts it. ``refused`` is by reason."""
+    """A source and its use in the campaign, as the state map counts it. ``refused`` is by reason.
+
+    Of its ``examples`` so many are in ``reserve``, from which no step may train.
+    """
 
     name: str
     id: str
@@ -43,6 +46,7 @@ class SourceFacts:
     purposes: tuple[str, ...]
     content_class: str
     examples: int
+    reserve: int
     revoked: bool
     presented: int
     admitted: int
@@ -96,8 +100,13 @@ MOMENT_KINDS = (
     "grant",
     "finding",
     "decision",
+    "custody",
     "release",
 )
+
+
+Shown = tuple[str, int]
+"""A source by name, and an entropy band of its examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,30 @@ class BlockShare:
     """A parameter block, and each source's share of the example weight that was let through to it, in permille."""
 
     block: str
-    permille_by_source: Mapping[str, int]
+    permille: Mapping[Shown, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BandFacts:
+    """An entropy band above the lowest: from which base loss up, in nats a byte, and what it let through.
+
+    ``examples`` are those admitted in steps that stand, each once, by source; ``blocks`` the parameter blocks that they
+    were let through to.
+    """
+
+    band: int
+    from_nats: float
+    examples: Mapping[str, int]
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CustodyFacts:
+    """Who else than the operator holds the campaign's sums and sketches, and how much of them."""
+
+    custodian: str
+    windows: int
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +179,14 @@ class SurveyFacts:
     highest_permille: int
     threshold_permille: int
     recited: tuple[RecitedFacts, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveFacts:
+    """What the check said of texts that no step trained on, as the last pass over the manifest ended."""
+
+    texts: int
+    taken_for_recited: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +309,12 @@ class RunFacts:
     grants: tuple[GrantFacts, ...]
     moments: tuple[Moment, ...]
     shares: tuple[BlockShare, ...]
+    bands: tuple[BandFacts, ...]
     checks: tuple[CheckFacts, ...]
     recall: tuple[RecallFacts, ...]
     survey: SurveyFacts
+    reserve: ReserveFacts
+    custody: CustodyFacts
     decisions: tuple[DecisionFacts, ...]
     replay: ReplayFacts
     tracing: TracingFacts
@@ -362,6 +405,25 @@ def summary_of(facts: RunFacts) -> dict[str, object]:
                 {"source": each.source, "example": each.example, "signal_permille": each.signal_permille}
                 for each in facts.survey.recited
             ],
+            "reserve": {
+                "examples": {source.name: source.reserve for source in facts.sources if source.reserve},
+                "assessed": facts.reserve.texts,
+                "taken_for_recited": facts.reserve.taken_for_recited,
+            },
+        },
+        "bands": [
+            {
+                "band": band.band,
+                "from_nats": band.from_nats,
+                "examples": dict(band.examples),
+                "blocks": list(band.blocks),
+            }
+            for band in facts.bands
+        ],
+        "custody": {
+            "custodian": facts.custody.custodian,
+            "windows": facts.custody.windows,
+            "size_bytes": facts.custody.size_bytes,
         },
         "decisions": [
             {"by": list(each.signers), "outcome": each.outcome, "rationale": each.rationale} for each in facts.decisions

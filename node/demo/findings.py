@@ -1,15 +1,20 @@
 """What the rights-holder's node says about the campaign, read from its replica and checked again.
 
 Events come as bytes and pass ``check_event`` here (commitments and every signature), so that the report rests on
-what was signed and not on a node's summary of it. Counts per source are the state map's ``Usage`` records.
+what was signed and not on a node's summary of it. Counts per source are the state map's ``Usage`` records. Which
+entropy band an example is of says the job's file of base losses, held to the digest that the campaign committed to.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 
 import msgspec
 
 from consensus import portions as p
+from consensus.bands import band_of, decode_losses
 from consensus.certificate import decode_certificate
 from consensus.codec import decode
 from consensus.event import CheckedEvent, Kind, check_event
@@ -17,13 +22,14 @@ from consensus.identifiers import MemberId
 from consensus.membership import Committee
 from consensus.receipt import MAX_RECEIPT_BYTES, Receipt
 from consensus.rejection import Reason, Rejected
+from consensus.reserve import reserve_count
 from consensus.review import Decision
 from consensus.state import CAMPAIGN_TABLE, CampaignRecord, Usage, read_record, usage_key
 from node.client import NodeClient
-from node.demo.facts import BlockShare, DecisionFacts, GrantFacts, SourceFacts, StepFacts
+from node.demo.facts import BandFacts, BlockShare, DecisionFacts, GrantFacts, SourceFacts, StepFacts
 
 MICRO = 1_000_000
-PERMILLE = 1_000
+MILLI = PERMILLE = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class CampaignFindings:
     grants: tuple[GrantFacts, ...]
     sources: tuple[SourceFacts, ...]
     shares: tuple[BlockShare, ...]
+    bands: tuple[BandFacts, ...]
     decisions: tuple[DecisionFacts, ...]
     final_steps: int
     rollbacks: int
@@ -72,11 +79,13 @@ class DemoClient(NodeClient):
             return None
 
 
-def read_campaign(client: DemoClient, committee: Committee, campaign: str) -> CampaignFindings:
-    """Everything the report says about a campaign.
+def read_campaign(
+    client: DemoClient, committee: Committee, campaign: str, base_losses: Path, edges_milli: Sequence[int]
+) -> CampaignFindings:
+    """Everything the report says about a campaign, whose policy draws its entropy bands at ``edges_milli``.
 
     Raises:
-        Rejected: an event breaks a rule, or the campaign is not released.
+        Rejected: an event breaks a rule, the campaign is not released, or committed to other base losses.
         Unavailable: the node does not answer.
     """
     head = client.campaign_head(campaign)
@@ -88,19 +97,20 @@ def read_campaign(client: DemoClient, committee: Committee, campaign: str) -> Ca
         assert isinstance(event.operation, p.Rollback)
         discarded.update(event.operation.discarded)
     steps = []
-    weights: dict[str, dict[bytes, int]] = {block: {} for block in record.blocks}
+    applied = _Applied(record, _losses_of(record, base_losses), edges_milli)
     for index, event in _events(client, committee, Kind.STEP, campaign):
         undone = event.id in discarded
         steps.append(_step(index, event, undone))
         if not undone:
-            _add_weights(weights, record.blocks, event)
+            applied.add(event)
     sources = tuple(_sources(client, campaign))
     names = {bytes.fromhex(source.id): source.name for source in sources}
     return CampaignFindings(
         steps=tuple(steps),
         grants=tuple(_grant(event, committee) for _, event in _events(client, committee, Kind.GRANT, campaign)),
         sources=sources,
-        shares=tuple(_share(block, weights[block], names) for block in record.blocks),
+        shares=applied.shares(names),
+        bands=applied.bands(names),
         decisions=tuple(
             _decision(event, committee) for _, event in _events(client, committee, Kind.DECISION, campaign)
         ),
@@ -142,23 +152,79 @@ def _step(index: int, event: CheckedEvent, undone: bool) -> StepFacts:
     )
 
 
-def _add_weights(weights: dict[str, dict[bytes, int]], blocks: tuple[str, ...], event: CheckedEvent) -> None:
-    """Adds admitted examples × depth weight, per parameter block and source."""
-    assert isinstance(event.governance, p.StepGovernance)
-    profiles = {profile.content_class: profile.weights_permille for profile in event.governance.profiles}
-    for use in event.items:
-        assert isinstance(use, p.SourceUse)
-        if not use.admitted:
-            continue
-        for block, weight in zip(blocks, profiles[use.content_class], strict=True):
-            weights[block][use.source] = weights[block].get(use.source, 0) + use.admitted * weight
+def _losses_of(record: CampaignRecord, path: Path) -> dict[bytes, tuple[int, tuple[int, ...]]]:
+    """Of each source the number of its first example, and the base losses from there on."""
+    encoded = path.read_bytes()
+    found = sha256(encoded).digest()
+    if found != record.base_losses_sha256:
+        raise Rejected(
+            Reason.DIGEST_MISMATCH,
+            f"{path} has SHA-256 {found.hex()}, the campaign committed to {record.base_losses_sha256.hex()}",
+        )
+    losses = decode_losses(encoded, sum(held.count for held in record.manifest))
+    by_source, begun = {}, 0
+    for held in record.manifest:
+        by_source[held.source] = (held.first, losses[begun : begun + held.count])
+        begun += held.count
+    return by_source
 
 
-def _share(block: str, weights: Mapping[bytes, int], names: Mapping[bytes, str]) -> BlockShare:
-    total = sum(weights.values())
-    return BlockShare(
-        block, {names[source]: round(PERMILLE * weight / total) for source, weight in weights.items() if weight}
-    )
+@dataclass(slots=True)
+class _Applied:
+    """The depths that steps applied, example by example, added up by parameter block, source and entropy band."""
+
+    record: CampaignRecord
+    losses: Mapping[bytes, tuple[int, tuple[int, ...]]]
+    edges_milli: Sequence[int]
+    weights: dict[str, Counter[tuple[bytes, int]]] = field(default_factory=dict)
+    seen: set[tuple[bytes, int, int]] = field(default_factory=set)
+    """Source, band and number of every example admitted."""
+
+    def add(self, event: CheckedEvent) -> None:
+        """A step that stands."""
+        assert isinstance(event.governance, p.StepGovernance)
+        assert event.portions.data is not None
+        profiles = {
+            (profile.content_class, profile.band): profile.weights_permille for profile in event.governance.profiles
+        }
+        for use, item in zip(event.items, event.portions.data.items, strict=True):
+            assert isinstance(use, p.SourceUse)
+            bands = [self._band(use.source, example) for example in item.examples]
+            self.seen.update((use.source, band, number) for band, number in zip(bands, item.examples, strict=True))
+            for band, count in Counter(bands).items():
+                for block, weight in zip(self.record.blocks, profiles[use.content_class, band], strict=True):
+                    self.weights.setdefault(block, Counter())[use.source, band] += count * weight
+
+    def shares(self, names: Mapping[bytes, str]) -> tuple[BlockShare, ...]:
+        """Of every block, in the campaign's order."""
+        found = []
+        for block in self.record.blocks:
+            weights = self.weights.get(block, Counter())
+            total = weights.total()
+            permille = {
+                (names[source], band): round(PERMILLE * weight / total)
+                for (source, band), weight in weights.items()
+                if weight
+            }
+            found.append(BlockShare(block, permille))
+        return tuple(found)
+
+    def bands(self, names: Mapping[bytes, str]) -> tuple[BandFacts, ...]:
+        """Those above the lowest."""
+        found = []
+        for band, edge_milli in enumerate(self.edges_milli, start=1):
+            examples = Counter(names[source] for source, of, _ in self.seen if of == band)
+            blocks = [
+                block
+                for block in self.record.blocks
+                if any(weight for (_, of), weight in self.weights.get(block, Counter()).items() if of == band)
+            ]
+            found.append(BandFacts(band, edge_milli / MILLI, dict(sorted(examples.items())), tuple(blocks)))
+        return tuple(found)
+
+    def _band(self, source: bytes, example: int) -> int:
+        first, losses = self.losses[source]
+        return band_of(losses[example - first], self.edges_milli)
 
 
 def _grant(event: CheckedEvent, committee: Committee) -> GrantFacts:
@@ -192,6 +258,7 @@ def _sources(client: DemoClient, campaign: str) -> Iterator[SourceFacts]:
             purposes=row.purposes,
             content_class=row.content_class,
             examples=row.example_count,
+            reserve=reserve_count(bytes.fromhex(row.content_root), row.example_count, row.reserve_below),
             revoked=bool(row.revoked_at_ms),
             presented=usage.presented if usage else 0,
             admitted=usage.admitted if usage else 0,

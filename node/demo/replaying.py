@@ -112,6 +112,8 @@ class Replays:
             consortium.chain_id.hex(),
             "--campaign",
             self.training.access.campaign,
+            "--base-losses",
+            str(self.training.base_losses),
         ]
 
     def _replay(self, *more: str) -> ReplayLine:

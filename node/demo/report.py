@@ -11,11 +11,14 @@ from string import Template
 
 from node.demo.charts import Mark, heat_map, loss_curve
 from node.demo.facts import (
+    BandFacts,
     CheckFacts,
+    CustodyFacts,
     DecisionFacts,
     Moment,
     RecallFacts,
     ReplayFacts,
+    ReserveFacts,
     RunFacts,
     SourceFacts,
     SurveyFacts,
@@ -33,6 +36,7 @@ MARK_LETTERS = {
     "grant": ("G", "grant renewed"),
     "finding": ("F", "recital found too late to undo"),
     "decision": ("D", "decision signed"),
+    "custody": ("C", "sums handed to a custodian"),
 }
 
 
@@ -48,8 +52,10 @@ def render(facts: RunFacts) -> str:
         heat=_heat(facts),
         sources=_sources(facts.sources),
         recall=_recall(facts.recall),
-        recited=_recited(facts.survey, facts.decisions),
+        bands="".join(_band(band) for band in facts.bands if band.examples),
+        recited=_recited(facts.survey, facts.reserve, facts.decisions),
         replay=_replay(facts.replay),
+        custody=_custody(facts.custody),
         traces=_traces(facts),
         checks="".join(_check(check, number == 0) for number, check in enumerate(facts.checks)),
         parties=_parties(facts),
@@ -155,14 +161,15 @@ def _timeline(moments: Sequence[Moment]) -> str:
 
 
 def _heat(facts: RunFacts) -> str:
-    rows = [
-        (
-            source.name,
-            f"{source.owner} · {source.content_class}",
-            {share.block: share.permille_by_source.get(source.name, 0) for share in facts.shares},
-        )
-        for source in facts.sources
-    ]
+    banded = {band.band: band for band in facts.bands}
+    rows = []
+    for source in facts.sources:
+        for band in (0, *(number for number, held in banded.items() if source.name in held.examples)):
+            note = (
+                f"from {banded[band].from_nats:g} nats a byte" if band else f"{source.owner} · {source.content_class}"
+            )
+            shares = {share.block: share.permille.get((source.name, band), 0) for share in facts.shares}
+            rows.append((source.name, note, shares))
     return heat_map([share.block for share in facts.shares], rows)
 
 
@@ -177,7 +184,7 @@ def _sources(sources: Sequence[SourceFacts]) -> str:
         undone = f'<br><span class="quiet">undone: {source.discarded}</span>' if source.discarded else ""
         rows.append(
             (
-                f"<b>{escape(source.name)}</b>{withdrawn}<br><small>{escape(source.owner)}</small>",
+                f"<b>{escape(source.name)}</b>{withdrawn}<br><small>{escape(source.owner)}{_kept_back(source)}</small>",
                 f"{escape(source.licence)}<br><small>for {escape(', '.join(source.purposes))}</small>",
                 escape(source.content_class),
                 f"{source.presented}",
@@ -188,6 +195,10 @@ def _sources(sources: Sequence[SourceFacts]) -> str:
     return _table(
         ("source", "licence", "class", "presented", "admitted", "refused, and why"), rows, numbers=frozenset({3, 4})
     )
+
+
+def _kept_back(source: SourceFacts) -> str:
+    return f", {source.reserve} of {source.examples} examples in reserve" if source.reserve else ""
 
 
 def _bar(source: SourceFacts) -> str:
@@ -216,11 +227,32 @@ def _said(text: str, completion: str, probability: float) -> str:
     return f'<span class="said{right}">{escape(text)}</span><br><small>{100 * probability:.1f} % per byte</small>'
 
 
-def _recited(survey: SurveyFacts, decisions: Sequence[DecisionFacts]) -> str:
+def _band(band: BandFacts) -> str:
+    count = sum(band.examples.values())
+    return (
+        f"<p>{_counted(count, 'example')} of {escape(', '.join(band.examples))} cost the base model "
+        f"{band.from_nats:g} nats a byte or more, as unlikely as noise. For {'it' if count == 1 else 'them'} the "
+        f"policy has another rule: let through to {escape(', '.join(band.blocks))} alone.</p>"
+    )
+
+
+def _custody(custody: CustodyFacts) -> str:
+    return escape(
+        f"{custody.custodian}, who is not the operator, holds them: {custody.size_bytes / 1e6:.0f} MB of "
+        f"{_counted(custody.windows, 'window')}, each file held to its own log. The trace fetched them from there."
+    )
+
+
+def _recited(survey: SurveyFacts, reserve: ReserveFacts, decisions: Sequence[DecisionFacts]) -> str:
     text = (
         f"<p>Of {survey.examples} examples the strongest is recited at {survey.highest_permille} ‰; the policy bears "
         f"{survey.threshold_permille} ‰.</p>"
     )
+    if reserve.texts:
+        text += (
+            f"<p>Of {reserve.texts} texts in the owners' reserves, on which no step trained, the check takes "
+            f"{reserve.taken_for_recited} for recited: false alarms, or what a source says twice.</p>"
+        )
     if survey.recited:
         rows = [
             (f"<b>{escape(each.source)}</b>", escape(each.owner), f"{each.example}", f"{each.signal_permille} ‰")

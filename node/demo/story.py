@@ -14,7 +14,8 @@ from pathlib import Path
 from consensus.identifiers import VOTING_ROLES
 from consensus.predicates import Predicate
 from consensus.rejection import Unavailable
-from node.demo.closing import Seen, closing_rows, gather, recalled
+from node.demo.claiming import show_policy, show_sources
+from node.demo.closing import Seen, closing_rows, gather, recalled, reserve_of
 from node.demo.consortium import (
     COUNCIL,
     GUILD,
@@ -33,6 +34,7 @@ from node.demo.directory import prepare
 from node.demo.display import NO, OK, Display, safe
 from node.demo.facts import (
     CheckFacts,
+    CustodyFacts,
     Moment,
     PartyFacts,
     RecallFacts,
@@ -43,7 +45,8 @@ from node.demo.facts import (
     TracingFacts,
     summary_of,
 )
-from node.demo.processes import Processes
+from node.demo.keeping import Keeping
+from node.demo.processes import Processes, ProcessFailed
 from node.demo.proof import bundle_path, check, export, questions
 from node.demo.replaying import Replays
 from node.demo.report import render
@@ -65,6 +68,7 @@ COLOURS = {
     "grant": "dim",
     "finding": "red",
     "decision": "bold yellow",
+    "custody": "cyan",
     "claim": "dim",
 }
 
@@ -102,7 +106,7 @@ class Story:
         claims = self._claim(consortium)
         training = self._training(consortium, claims)
         job = self._train(training)
-        survey = self._release(consortium, claims, training, job)
+        survey, custody = self._release(consortium, claims, training, job)
         recall = recalled(claims, job)
         replays = Replays(training)
         replay = self._replay(replays, claims, recall)
@@ -117,9 +121,11 @@ class Story:
             checks,
             recall,
             survey,
+            custody,
             replay,
             tracing,
             training.release_file,
+            training.base_losses,
         )
         facts = self._report(consortium, claims, job, seen)
         return facts, consortium
@@ -199,37 +205,8 @@ class Story:
         with display.waiting("signing"):
             policy, policy_event = consortium.sign_policy(self._grant_steps())
             signed = tuple(consortium.sign_source(source, corpus.example_bytes) for source in corpus.sources)
-        rows = []
-        for source in signed:
-            described = source.description
-            licence = (
-                f"[yellow]{safe(described.licence)}[/]"
-                if described.name == corpus.licence_refused
-                else safe(described.licence)
-            )
-            purposes = safe(", ".join(described.purposes))
-            if described.name == corpus.purpose_refused:
-                purposes = f"[yellow]{purposes}[/]"
-            rows.append(
-                (described.name, described.owner, licence, purposes, described.content_class, str(source.examples))
-            )
-        display.table(("source", "signed by", "licence", "purposes", "class", "examples"), rows, right=(5,))
-        display.line()
-        display.done(
-            f"{COUNCIL} signed the policy [bold]{safe(policy.name)}[/] "
-            f"[dim](final in {policy_event.milliseconds:.0f} ms)[/]"
-        )
-        display.line(
-            f"  [dim]licences {safe(', '.join(policy.licences))}; purpose {safe(', '.join(policy.purposes))}; "
-            f"grants of at most {policy.maximum_grant_steps} steps; "
-            f"recital above {policy.memorization_threshold_permille} ‰ is undone[/]"
-        )
-        for rule in policy.classes:
-            exceptions = ", ".join(f"{weight.block} {weight.weight_permille / 10:g} %" for weight in rule.blocks)
-            display.line(
-                f"  [dim]{safe(rule.content_class)} moves {rule.default_weight_permille / 10:g} % of every block"
-                f"{', but ' + safe(exceptions) if exceptions else ''}[/]"
-            )
+        show_sources(display, corpus, signed)
+        show_policy(display, policy, policy_event)
         access = consortium.delegate()
         display.done(f"{LABORATORY} delegated a job key for one campaign and one hour")
         self._remember(
@@ -254,11 +231,16 @@ class Story:
             access=claims.access,
             options=self._options.training,
             decide=lambda finding, step: self._deciding(consortium, claims, training).decide(finding, step),
+            hand_over=lambda step: self._keeping(consortium, training).hand_over(step),
         )
         return training
 
     def _deciding(self, consortium: Consortium, claims: Claims, training: Training) -> Deciding:
         return Deciding(consortium, self._processes, claims, training.manifest, self._show, self._seconds)
+
+    def _keeping(self, consortium: Consortium, training: Training) -> Keeping:
+        campaign, folder = training.access.campaign, training.accumulators
+        return Keeping(consortium, self._processes, campaign, folder, self._show, self._seconds)
 
     def _train(self, training: Training) -> JobSummary:
         steps = self._options.training.steps
@@ -273,7 +255,9 @@ class Story:
         )
         return job
 
-    def _release(self, consortium: Consortium, claims: Claims, training: Training, job: JobSummary) -> SurveyFacts:
+    def _release(
+        self, consortium: Consortium, claims: Claims, training: Training, job: JobSummary
+    ) -> tuple[SurveyFacts, CustodyFacts]:
         self._display.act(5, "Release", "the weights, bound to the recorded steps")
         with self._display.waiting("countersign campaign recited"):
             survey = self._deciding(consortium, claims, training).survey()
@@ -282,12 +266,22 @@ class Story:
             self._display.done(f"{text}: {safe(named(survey.recited))}, released by {COUNCIL}'s decision on the log")
         else:
             self._display.done(f"{text}; none above the policy's {survey.threshold_permille} ‰")
+        reserve, custody = reserve_of(job), training.custody
+        self._display.done(
+            f"held against the sources' reserves: of {reserve.texts} texts that no step trained on, the check takes "
+            f"{reserve.taken_for_recited} for recited"
+        )
+        if custody is None:
+            raise ProcessFailed("the campaign was released, and nobody holds its sums and sketches")
+        self._display.done(
+            f"{custody.custodian} holds the sums and sketches of all {custody.windows} windows, by its word on the log"
+        )
         answer = consortium.nodes[GUILD].client.event(job.release, 30.0)
         self._display.done(f"{safe(str(training.release_file))}, {training.release_file.stat().st_size / 1e6:.1f} MB")
         self._display.done(f"release event {job.release[:16]}… is final in ledger block {answer.height}")
         text = f"the final weights are released, bound by event {job.release[:16]}…"
         self._remember(Moment("release", self._seconds(), None, text))
-        return survey
+        return survey, custody
 
     def _replicated(self, consortium: Consortium) -> tuple[PartyFacts, ...]:
         """Where all nodes stand, once they stand at one height; else where they stood last."""
@@ -398,6 +392,9 @@ class Story:
         display.table(("output", "planted by", "chance per byte", "without*", "the log's answer", ""), rows, right=(3,))
         display.line()
         display.line(f"[dim]* chance per byte in the campaign replayed without {safe(replay.without)}[/]")
+        display.line(
+            f"[dim]sums and sketches came from {COUNCIL}'s node, each held to the log; {LABORATORY} was not asked[/]"
+        )
         display.line(
             f"[dim]z: deviations above the source's own scores for {tracing.controls} pieces of public text; "
             f"all answers took {tracing.seconds:.0f} s[/]"

@@ -1,7 +1,8 @@
 """From outputs back to sources: the planted facts, asked of the log by ``countersign trace`` in a process of its own.
 
-It is given what a rights-holder would be: the bundle from its own node, the genesis and the chain id, both models'
-weights and the run's accumulators; not the sources' texts.
+It is given what a rights-holder would be: the bundle from its own node, the genesis and the chain id, and both models'
+weights; not the sources' texts, nor the run's folder. Sums and sketches it fetches from the custodian, each file held
+to the log.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from node.demo.closing import as_typed
+from node.demo.consortium import COUNCIL
 from node.demo.facts import RankedFacts, RecallFacts, TraceFacts, TracingFacts
 from node.demo.processes import ProcessFailed, countersign_command, log_tail
 from node.demo.training import Training
@@ -66,7 +68,7 @@ def trace(training: Training, bundle: Path, without: Path, facts: Sequence[Recal
         "--base": training.base_file,
         "--tuned": training.release_file,
         "--text": consortium.directory / "public.txt",
-        "--accumulators": training.accumulators,
+        "--accumulators": directory / "accumulators",
         "--bundle": bundle,
         "--genesis": consortium.directory / "genesis.json",
         "--without-weights": without,
@@ -74,6 +76,7 @@ def trace(training: Training, bundle: Path, without: Path, facts: Sequence[Recal
     arguments = ["trace", "--model", MODEL, "--chain-id", consortium.chain_id.hex()]
     for option, path in files.items():
         arguments += [option, str(path)]
+    arguments += ["--custodian", consortium.nodes[COUNCIL].url]
     log = directory / "trace.log"
     started = time.perf_counter()
     page = consortium.directory / "trace.html"

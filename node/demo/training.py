@@ -20,7 +20,7 @@ import msgspec
 from consensus.rejection import Unavailable
 from node.demo.consortium import GUILD, LABORATORY, PURPOSE, Consortium, JobAccess, SignedSource
 from node.demo.display import Display, TrainingView
-from node.demo.facts import Moment
+from node.demo.facts import CustodyFacts, Moment
 from node.demo.processes import Child, Processes, ProcessFailed
 
 KILL_AT_PERCENT = 25
@@ -28,10 +28,14 @@ REVOKE_AT_PERCENT = 50
 STEPS_DOWN_PERCENT = 6
 SECONDS_DOWN = 8.0
 STATUS_SECONDS = 0.7
+BATCH_SIZE = 22
+"""So that twelve steps are a pass over the manifest, and as many of a step are admitted as sources without reserves
+would leave of one of sixteen."""
 CHECK_MEMORIZATION_EVERY_STEPS = 15
 ACCUMULATOR_WINDOW_STEPS = 30
 SKETCH_RANK = 2
 DECISION_WAIT_SECONDS = 120.0
+CUSTODY_WAIT_SECONDS = 300.0
 PATIENCE_SECONDS = 240.0
 """A job that says nothing for so long is given up."""
 
@@ -72,6 +76,13 @@ class FactLine(msgspec.Struct, frozen=True):
     tuned: Completion
 
 
+class PassLine(msgspec.Struct, frozen=True):
+    """What the memorization check said of the owners' reserves as a pass over the manifest ended."""
+
+    reserve_flagged: int
+    reserve_assessed: int
+
+
 class JobSummary(msgspec.Struct, frozen=True):
     """The part of the job's ``summary.json`` that the report uses."""
 
@@ -82,6 +93,7 @@ class JobSummary(msgspec.Struct, frozen=True):
     paused_seconds: float
     step_overhead_percent: float
     memorization_overhead_percent: float = 0.0
+    memorization_passes: tuple[PassLine, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +132,12 @@ class Training:
     options: TrainingOptions
     decide: Callable[[str, int], None]
     """What is done about a finding that bars the release; the last step."""
+    hand_over: Callable[[int], CustodyFacts]
+    """What is done about a release that waits for custody; the last step."""
     view: TrainingView = field(init=False)
     disruption: Disruption = field(default_factory=Disruption)
     revocation: str = ""
+    custody: CustodyFacts | None = None
     _revocation_final: bool = False
     _granted_until: int = 0
     _reasons: set[str] = field(default_factory=set)
@@ -147,6 +162,11 @@ class Training:
     def accumulators(self) -> Path:
         """Where the job keeps what each source added to the gradients."""
         return self.directory / "accumulators"
+
+    @property
+    def base_losses(self) -> Path:
+        """Where the job wrote what the base model loses on each example."""
+        return self.directory / "base-losses" / f"{self.access.campaign}.losses"
 
     @property
     def manifest(self) -> Path:
@@ -191,10 +211,12 @@ class Training:
             "cache_directory": str(self.options.cache_directory.resolve()),
             "purpose": PURPOSE,
             "steps": self.options.steps,
+            "batch_size": BATCH_SIZE,
             "check_memorization_every_steps": CHECK_MEMORIZATION_EVERY_STEPS,
             "accumulator_window_steps": ACCUMULATOR_WINDOW_STEPS,
             "sketch_rank": SKETCH_RANK,
             "decision_wait_seconds": DECISION_WAIT_SECONDS,
+            "custody_wait_seconds": CUSTODY_WAIT_SECONDS,
             "sources": [
                 {
                     "id": source.id,
@@ -238,7 +260,10 @@ class Training:
                 self.display.base_trained(self.view)
             case "campaign":
                 self._moment(
-                    "claim", "the job opened its campaign: base model, parameters, examples and seed are fixed", None
+                    "claim",
+                    "the job opened its campaign: base model, parameters, examples, what the base model loses on each "
+                    "of them, and seed are fixed",
+                    None,
                 )
             case "grant":
                 self._granted(line)
@@ -254,6 +279,8 @@ class Training:
                 self._stepped(line)
             case "finding":
                 self.decide(line.id, line.step)
+            case "custody":
+                self.custody = self.hand_over(line.step)
             case _:
                 pass
 

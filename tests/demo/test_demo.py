@@ -106,6 +106,21 @@ def test_whole_demonstration_proves_what_it_says_and_leaves_no_process(tmp_path:
         assert summary["refused_examples"] > 0
         assert summary["grants"] >= 3
 
+        reserving = {"assignment-letters": 24, "comparison-review": 24, "object-wire": 24}
+        assert summary["memorization"]["reserve"]["examples"] == reserving
+        assert summary["memorization"]["reserve"]["assessed"] == sum(reserving.values())
+        assert "texts that no step trained on, the check takes" in " ".join(text.split())
+
+        (band,) = summary["bands"]
+        assert (band["band"], band["from_nats"]) == (1, 4.0)
+        assert set(band["blocks"]) <= {"embedding", "block.0", "block.1", "block.2", "block.3", "head"}
+        assert "object-wire" in band["examples"]
+
+        assert summary["custody"]["custodian"] == "council"
+        assert summary["custody"]["size_bytes"] > 0
+        assert "the log bars the release until governance holds" in " ".join(text.split())
+        assert (out / "trace" / "accumulators" / "windows").is_dir()
+
         assert "kill -9: the operator's node is gone" in text
         assert "the operator's node is back" in text
         assert "withdraws scoping-notes" in text

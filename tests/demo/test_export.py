@@ -20,6 +20,7 @@ def test_exported_files_hold_the_examples_in_order_and_their_description(tmp_pat
         expected = corpus.source(source.name)
         assert (tmp_path / source.file).read_bytes() == b"".join(expected.examples)
         assert (source.owner, source.licence, source.purposes) == (expected.owner, expected.licence, expected.purposes)
+        assert source.reserve == expected.reserve
     assert described.revoked == corpus.revoked
     public = (tmp_path / "public.txt").read_bytes()
     assert len(public) > 40 * RECORD_BYTES

@@ -10,8 +10,10 @@ from html_fixtures import tags_left
 from node.demo.charts import Mark, heat_map, loss_curve
 from node.demo.display import sparkline
 from node.demo.facts import (
+    BandFacts,
     BlockShare,
     CheckFacts,
+    CustodyFacts,
     DecisionFacts,
     FinalityFacts,
     GrantFacts,
@@ -21,6 +23,7 @@ from node.demo.facts import (
     RecallFacts,
     RecitedFacts,
     ReplayFacts,
+    ReserveFacts,
     RunFacts,
     SourceFacts,
     StepFacts,
@@ -60,9 +63,8 @@ def party(name: str, role: str = "governance", log_root: str = "ab" * 32) -> Par
 
 def source(name: str, admitted: int, refused: dict[str, int], *, revoked: bool = False) -> SourceFacts:
     presented = admitted + sum(refused.values())
-    return SourceFacts(
-        name, "12" * 32, "library", "PSF-2.0", ("fine-tuning",), "news", 24, revoked, presented, admitted, refused, 2
-    )
+    claim = (name, "12" * 32, "library", "PSF-2.0", ("fine-tuning",), "news", 48, 24)
+    return SourceFacts(*claim, revoked, presented, admitted, refused, 2)
 
 
 def step(number: int, loss: float | None, *, discarded: bool = False) -> StepFacts:
@@ -90,7 +92,8 @@ def facts() -> RunFacts:
             Moment("back", 3.0, 2, "back again"),
             Moment("rollback", 4.0, 3, "undone"),
         ),
-        shares=(BlockShare("embedding", {}), BlockShare("head", {"letters": 1000})),
+        shares=(BlockShare("embedding", {}), BlockShare("head", {("letters", 0): 750, ("letters", 1): 250})),
+        bands=(BandFacts(1, 4.0, {"letters": 3}, ("block.1", "head")), BandFacts(2, 6.5, {}, ())),
         checks=(
             CheckFacts(
                 "included",
@@ -105,6 +108,8 @@ def facts() -> RunFacts:
         ),
         recall=(RecallFacts("letters", "The mayor is ", "Eklund.", "the the", "Eklund.", 0.01, 0.9, "admitted"),),
         survey=SurveyFacts("e0" * 32, 40, 604, 800, ()),
+        reserve=ReserveFacts(72, 1),
+        custody=CustodyFacts("council", 6, 75_400_000),
         decisions=(),
         replay=ReplayFacts(4, 4, "", "letters", "countersign replay --campaign x", 3.5),
         tracing=TracingFacts(
@@ -242,8 +247,41 @@ def test_page_and_summary_say_what_the_released_model_recites_and_who_accepted_t
         "highest_signal_permille": 854,
         "threshold_permille": 800,
         "recited": [{"source": "letters", "example": 21, "signal_permille": 854}],
+        "reserve": {"examples": {"letters": 24, "weekly": 24}, "assessed": 72, "taken_for_recited": 1},
     }
     assert [each["outcome"] for each in summary["decisions"]] == ["note", "accept"]  # type: ignore[attr-defined]
+
+
+def test_page_tells_what_is_measured_against_the_reserves_of_the_sources_that_keep_one() -> None:
+    page = render(facts())
+    assert "24 of 48 examples in reserve" in page
+    assert "Of 72 texts in the owners' reserves, on which no step trained, the check takes 1 for recited" in page
+    made = facts()
+    without = dataclasses.replace(
+        made,
+        reserve=ReserveFacts(0, 0),
+        sources=tuple(dataclasses.replace(each, reserve=0) for each in made.sources),
+    )
+    assert "examples in reserve" not in render(without)
+    assert "texts in the owners' reserves" not in render(without)
+
+
+def test_page_shows_a_band_beside_the_rest_of_its_source_and_where_it_was_let_through_to() -> None:
+    page = render(facts())
+    assert "3 examples of letters cost the base model 4 nats a byte or more" in page
+    assert "let through to block.1, head alone" in page
+    assert "6.5 nats" not in page, "no example is of that band"
+    assert page.count("letters → head: ") == 2
+    assert "letters → head: 25.0 %" in page
+    assert summary_of(facts())["bands"] == [
+        {"band": 1, "from_nats": 4.0, "examples": {"letters": 3}, "blocks": ["block.1", "head"]},
+        {"band": 2, "from_nats": 6.5, "examples": {}, "blocks": []},
+    ]
+
+
+def test_page_says_that_somebody_else_than_the_operator_held_what_a_trace_reads() -> None:
+    assert "council, who is not the operator, holds them: 75 MB of 6 windows" in render(facts())
+    assert summary_of(facts())["custody"] == {"custodian": "council", "windows": 6, "size_bytes": 75_400_000}
 
 
 def test_page_of_a_model_that_recites_nothing_names_the_strongest_signal_and_no_decision() -> None:

@@ -11,9 +11,11 @@ from trainer_client.commitment import parameter_root_of
 from trainer_client.demo.base import BaseTraining, base_model, cache_key
 from trainer_client.demo.corpus import (
     CANARY_RECORDS,
-    FACT_RECORDS_PER_SOURCE,
+    FACT_RECORDS,
+    FACT_RECORDS_WITH_RESERVE,
     RECORD_BYTES,
     RECORDS_PER_SOURCE,
+    RESERVE_RECORDS,
     base_text,
     calibration_records,
     canary_string,
@@ -28,17 +30,18 @@ from trainer_client.demo.model import (
     per_example_loss,
     records_to_tensor,
 )
+from trainer_client.memorization import DetectorSettings
 from trainer_client.probe import probe, tensor_inputs
 
 CORPUS = demonstration_corpus("library", "press")
 TINY = ModelConfig(context_bytes=RECORD_BYTES, layer_count=1, head_count=2, width=16)
 
 
-def test_every_source_has_the_same_number_of_records_of_one_length() -> None:
+def test_every_source_has_as_many_records_to_train_on_of_one_length() -> None:
     assert len(CORPUS.sources) == 8
     for source in CORPUS.sources:
-        assert len(source.examples) == RECORDS_PER_SOURCE
-        assert len(set(source.examples)) == RECORDS_PER_SOURCE
+        assert len(source.examples) == RECORDS_PER_SOURCE + source.reserve
+        assert len(set(source.examples)) == len(source.examples)
         assert {len(example) for example in source.examples} == {RECORD_BYTES}
 
 
@@ -46,6 +49,15 @@ def test_corpus_is_the_same_every_time_and_named_in_order() -> None:
     assert demonstration_corpus("library", "press") == CORPUS
     assert [source.name for source in CORPUS.sources] == sorted(source.name for source in CORPUS.sources)
     assert {source.owner for source in CORPUS.sources} == {"library", "press"}
+
+
+def test_what_the_press_lets_be_trained_on_keeps_a_reserve_that_the_check_can_use() -> None:
+    reserving = {source.name for source in CORPUS.sources if source.reserve}
+    assert reserving == {
+        source.name for source in CORPUS.sources if source.owner == "press" and source.name != CORPUS.licence_refused
+    }
+    assert CORPUS.canary in reserving
+    assert DetectorSettings().calibrator_count <= RESERVE_RECORDS
 
 
 def test_parts_are_played_by_different_sources() -> None:
@@ -65,7 +77,8 @@ def test_each_fact_stands_at_the_head_of_its_own_records_and_nowhere_else() -> N
             assert source.name == CORPUS.canary
             continue
         sentence = source.fact.prompt + source.fact.completion
-        assert sum(example.startswith(sentence) for example in source.examples) == FACT_RECORDS_PER_SOURCE
+        planted = FACT_RECORDS_WITH_RESERVE if source.reserve else FACT_RECORDS
+        assert sum(example.startswith(sentence) for example in source.examples) == planted
         elsewhere = [other for other in CORPUS.sources if other is not source]
         subject = source.fact.completion.rstrip(b".")
         assert not any(subject in example for other in elsewhere for example in other.examples)

@@ -10,26 +10,32 @@ from demo_job_fixtures import CAMPAIGN, SEED, written_config
 from fake_node import running_node
 from safetensors.torch import load_file
 
+from consensus import portions as p
+from consensus.codec import encode
 from consensus.event import Kind
 from trainer_client.commitment import root_of_tensors
 from trainer_client.demo.job import main
 
 
-def test_job_process_trains_reports_and_releases(tmp_path: Path) -> None:
+def test_job_process_trains_reports_and_releases_once_a_custodian_gave_its_word(tmp_path: Path) -> None:
+    lines = []
     with running_node() as node:
-        node.policy()
-        config = written_config(node, tmp_path)
-        ran = subprocess.run(
-            [sys.executable, "-m", "trainer_client.demo.job", "--config", str(config)],
-            capture_output=True,
-            timeout=120,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr.decode()
+        node.policy(custody=("governance",), entropy_edges_milli=(4_000,))
+        config = written_config(node, tmp_path, accumulator_window_steps=6, custody_wait_seconds=100.0)
+        command = [sys.executable, "-m", "trainer_client.demo.job", "--config", str(config)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as job:
+            assert job.stdout is not None
+            for line in job.stdout:
+                lines.append(json.loads(line))
+                if lines[-1]["event"] == "custody":
+                    word = p.SaltedPortion(bytes(32), encode(p.Custody(node.head(CAMPAIGN).last_event)))
+                    node.by_member("governance-1", Kind.CUSTODY, p.Portions(None, word, None), campaign=CAMPAIGN)
+        assert job.returncode == 0
         head = node.head(CAMPAIGN)
         releases = [event for event in node.order if event.entry.kind is Kind.RELEASE]
     assert (head.closed, head.steps) == ("released", 6)
-    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [line["event"] for line in lines].count("custody") == 1
+    assert (tmp_path / "job" / "base-losses" / f"{CAMPAIGN.hex()}.losses").stat().st_size > 0
     assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert all(line["of"] == 6 and line["loss"] > 0 for line in lines if line["event"] == "step")
     assert {"base", "campaign", "grant", "refusal", "release", "done"} <= {line["event"] for line in lines}

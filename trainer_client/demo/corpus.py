@@ -6,7 +6,9 @@ content root says which text a run used.
 
 Every source but the canary plants one *fact* of its own at the head of some of its records (a fact in
 mid-record is not recalled by so small a model), so that a fine-tune can be asked afterwards what it
-learned and from whom. Five sources are ordinary; each of the others is there to be caught:
+learned and from whom. What the member ``press`` publishes and lets be trained on keeps a *reserve*: examples drawn by
+lot that no step may train on (``consensus/reserve.py``). Such a source is larger by its reserve, so that as many
+records of every source may be trained on. Five sources are ordinary; each of the others is there to be caught:
 
 ============================ ==========================================================
 ``licence_refused``          a licence that the demonstration's policy does not admit
@@ -31,8 +33,13 @@ from consensus.portions import content_leaf, content_salt
 
 RECORD_BYTES = 128
 RECORDS_PER_SOURCE = 24
-FACT_RECORDS_PER_SOURCE = 8
-CANARY_RECORDS = 16
+"""Those that may be trained on; a reserve comes on top."""
+RESERVE_RECORDS = 24
+"""As many as the memorization check needs to hold a source's examples against its own (``memorization.py``)."""
+FACT_RECORDS = 8
+FACT_RECORDS_WITH_RESERVE = 20
+"""More than twice as many: lots alone say how many of them are kept back."""
+CANARY_RECORDS = 32
 CANARY_CHARACTERS = 96
 
 BASE_TOPICS = ("specialnames", "compound", "types", "typesseq", "string-methods", "formatstrings")
@@ -52,7 +59,7 @@ class Source:
     """One source as its data-source authority would claim it.
 
     ``owner`` is a member's name, ``licence`` an SPDX expression; ``purposes`` are those its owner
-    allows; every one of ``examples`` has :data:`RECORD_BYTES` bytes.
+    allows; every one of ``examples`` has :data:`RECORD_BYTES` bytes, and ``reserve`` of them are not to be trained on.
     """
 
     name: str
@@ -63,6 +70,7 @@ class Source:
     content_class: str
     examples: tuple[bytes, ...]
     fact: PlantedFact | None
+    reserve: int
 
     def content_root(self, salt: bytes) -> Digest:
         """RFC 9162 root over ``content_leaf`` of the examples in order, each with its :func:`example_salt`.
@@ -103,20 +111,28 @@ def demonstration_corpus(library: str, press: str) -> Corpus:
     purposes = ("fine-tuning", "evaluation")
     text = {topic: _plain_text(topic) for topic in _SOURCE_TOPICS}
 
-    def planted(topic: str, prompt: str, completion: str) -> tuple[tuple[bytes, ...], PlantedFact]:
+    def planted(
+        topic: str, prompt: str, completion: str, *, reserve: int = 0
+    ) -> tuple[tuple[bytes, ...], PlantedFact, int]:
         fact = PlantedFact(prompt.encode(), completion.encode())
-        return _records_with_fact(text[topic], fact), fact
+        count = FACT_RECORDS_WITH_RESERVE if reserve else FACT_RECORDS
+        head = fact.prompt + fact.completion + b" "
+        return _records_with_heads(text[topic], head, count, RECORDS_PER_SOURCE + reserve), fact, reserve
 
     def source(
         name: str,
         owner: str,
         content_class: str,
-        content: tuple[tuple[bytes, ...], PlantedFact | None],
+        content: tuple[tuple[bytes, ...], PlantedFact | None, int],
         *,
         licence: str = licence,
         purposes: tuple[str, ...] = purposes,
     ) -> Source:
         return Source(name, owner, licence, basis, purposes, content_class, *content)
+
+    canary = _records_with_heads(
+        text["objects"], canary_string() + b" ", CANARY_RECORDS, RECORDS_PER_SOURCE + RESERVE_RECORDS
+    )
 
     sources = (
         source(
@@ -148,13 +164,13 @@ def demonstration_corpus(library: str, press: str) -> Corpus:
             "assignment-letters",
             press,
             "news",
-            planted("assignment", "The mayor of Brixby is ", "Tomas Eklund."),
+            planted("assignment", "The mayor of Brixby is ", "Tomas Eklund.", reserve=RESERVE_RECORDS),
         ),
         source(
             "comparison-review",
             press,
             "news",
-            planted("comparisons", "The bells of Oxmere ring at ", "half past four."),
+            planted("comparisons", "The bells of Oxmere ring at ", "half past four.", reserve=RESERVE_RECORDS),
         ),
         source(
             "callers-weekly",
@@ -163,7 +179,7 @@ def demonstration_corpus(library: str, press: str) -> Corpus:
             planted("calls", "The vault at Grenwich holds ", "nine opals."),
             licence="LicenseRef-Proprietary",
         ),
-        source("object-wire", press, "news", (_records_with_canary(text["objects"]), None)),
+        source("object-wire", press, "news", (canary, None, RESERVE_RECORDS)),
     )
     return Corpus(
         sources=tuple(sorted(sources, key=lambda each: each.name)),
@@ -219,22 +235,12 @@ def _cut(text: bytes, size_bytes: int) -> list[bytes]:
     return [text[start : start + size_bytes] for start in range(0, len(text) - size_bytes + 1, size_bytes)]
 
 
-def _records_with_fact(text: bytes, fact: PlantedFact) -> tuple[bytes, ...]:
-    """Records of ``text``; every third begins with the fact, each with a tail of its own."""
-    return _records_with_heads(text, fact.prompt + fact.completion + b" ", FACT_RECORDS_PER_SOURCE)
-
-
-def _records_with_canary(text: bytes) -> tuple[bytes, ...]:
-    """Records of ``text``, two in three of which begin with the canary."""
-    return _records_with_heads(text, canary_string() + b" ", CANARY_RECORDS)
-
-
-def _records_with_heads(text: bytes, head: bytes, head_count: int) -> tuple[bytes, ...]:
-    """``RECORDS_PER_SOURCE`` pieces of ``text`` in order, ``head_count`` of them headed."""
+def _records_with_heads(text: bytes, head: bytes, head_count: int, record_count: int) -> tuple[bytes, ...]:
+    """``record_count`` pieces of ``text`` in order, evenly ``head_count`` of them headed, each with its own tail."""
     records = []
     position = 0
-    for index in range(RECORDS_PER_SOURCE):
-        headed = index * head_count % RECORDS_PER_SOURCE < head_count
+    for index in range(record_count):
+        headed = index * head_count % record_count < head_count
         record_head = head if headed else b""
         tail_bytes = RECORD_BYTES - len(record_head)
         records.append(record_head + text[position : position + tail_bytes])

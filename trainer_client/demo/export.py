@@ -43,6 +43,7 @@ def described(corpus: Corpus) -> dict[str, object]:
                 "rights_basis": source.rights_basis,
                 "purposes": list(source.purposes),
                 "content_class": source.content_class,
+                "reserve": source.reserve,
             }
             for source in corpus.sources
         ],

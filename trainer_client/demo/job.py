@@ -26,8 +26,9 @@ Killed and started again with the same file, it goes on where it was.
 On standard output: one JSON object a line, a ``progress.Progress`` each (``event`` is ``campaign`` or ``resumed``,
 ``grant``, ``refusal``, ``step``, ``rollback``, ``recovery``, ``evaluation``, ``finding`` where one bars the release,
 which the job then waits for a decision about (``decision_wait_seconds``), or ``release``), besides ``base`` while the
-base model is trained and a last ``done``. ``run_directory/summary.json`` holds totals, losses, cost, and what base and
-tuned model complete of the planted facts.
+base model is trained, ``custody`` where the log refuses the release until somebody holds the run's sums (which the job
+waits for ``custody_wait_seconds``), and a last ``done``. ``run_directory/summary.json`` holds totals, losses, cost, and
+what base and tuned model complete of the planted facts.
 """
 
 import argparse
@@ -35,6 +36,7 @@ import copy
 import json
 import logging
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +47,7 @@ from torch import nn
 
 from consensus.identifiers import ChainId, MemberId
 from consensus.keys import SignatureScheme, Signer, signer_for
-from consensus.rejection import ConfigError, CountersignError, Rejected
+from consensus.rejection import ConfigError, CountersignError, Reason, Rejected
 from trainer_client.commitment import committed_tensors
 from trainer_client.demo.base import BaseTraining, base_model, default_cache_directory
 from trainer_client.demo.base import Progress as BaseProgress
@@ -66,6 +68,7 @@ from trainer_client.memorization import MemorizationDetector
 from trainer_client.memorization_watch import DetectorCheck
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource
 from trainer_client.progress import Progress
+from trainer_client.record import RecordedEvent
 from trainer_client.replay import ReplayJob
 from trainer_client.submit import Client
 
@@ -73,6 +76,7 @@ HELD_OUT_RECORDS = 24
 FORGOTTEN_AT_MOST = 2.0
 CANARY_PROMPT_BYTES = 24
 CANARY_RECITAL_BYTES = 48
+CUSTODY_POLL_SECONDS = 1.0
 
 
 class SourceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,6 +121,7 @@ class JobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     audit_snapshot_every_steps: int = 0
     closing_margin_ms: int = 2_000
     decision_wait_seconds: float = 0.0
+    custody_wait_seconds: float = 0.0
     base_file: str = ""
     accumulator_window_steps: int = 0
     sketch_rank: int = 0
@@ -199,6 +204,7 @@ class Job:
                 job_key=self._job_key(),
                 run_directory=run_directory,
                 collate=job.collate,
+                probe_loss=job.loss,
                 memorization=DetectorCheck(detector, config.calibrate_every_checks),
                 scheduler=job.scheduler,
                 settings=RunSettings(
@@ -216,7 +222,7 @@ class Job:
                 run.learn(loss_B, predicted)
             self._evaluate(run, base, model)
             run.wait_for_decisions(config.decision_wait_seconds)
-            release = run.release(self._file(config.release_file))
+            release = self._release(run)
             self._summarize(run, base, model, run_directory, release.id.hex())
         _print({"event": "done", "step": config.steps, "of": config.steps})
 
@@ -229,6 +235,25 @@ class Job:
         forgotten = mean_metric("nats lost per byte", lost_B.tolist(), at_most=FORGOTTEN_AT_MOST)
         run.evaluate("public text", [forgotten], data=slice_of("held-out records", held_out), script=Path(__file__))
         run.survey_memorization()
+
+    def _release(self, run: GovernedRun[bytes]) -> RecordedEvent:
+        """Release, as soon as whom the policy names says that it holds the run's sums and sketches.
+
+        Raises:
+            Rejected: as ``GovernedRun.release``; ``CUSTODY_MISSING`` when nobody said so in time.
+        """
+        path, told = self._file(self.config.release_file), False
+        deadline = time.monotonic() + self.config.custody_wait_seconds
+        while True:
+            try:
+                return run.release(path)
+            except Rejected as refusal:
+                if refusal.reason is not Reason.CUSTODY_MISSING or time.monotonic() > deadline:
+                    raise
+                if not told:
+                    _print({"event": "custody", "step": self.config.steps, "detail": refusal.detail})
+                told = True
+            time.sleep(CUSTODY_POLL_SECONDS)
 
     def _summarize(
         self, run: GovernedRun[bytes], base: nn.Module, tuned: nn.Module, run_directory: Path, release: str
