@@ -39,7 +39,8 @@ RESERVE_RECORDS = 24
 FACT_RECORDS = 8
 FACT_RECORDS_WITH_RESERVE = 20
 """More than twice as many: lots alone say how many of them are kept back."""
-CANARY_RECORDS = 32
+CANARY_RECORDS = 36
+"""Three in four: however the lots fall, enough of them are trained on for a model to recite the string in mid-run."""
 CANARY_CHARACTERS = 96
 
 BASE_TOPICS = ("specialnames", "compound", "types", "typesseq", "string-methods", "formatstrings")
