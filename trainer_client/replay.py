@@ -44,6 +44,7 @@ from trainer_client.resumption import RecordedStep, past_since, read_opening
 from trainer_client.rollback import Stateful
 from trainer_client.routing import GradientObserver, Routing
 from trainer_client.scaling import Scaled, Scaling, prepared, scaling_of
+from trainer_client.sketch_witness import SketchWitness
 from trainer_client.step_book import optimizer_digest_of_all
 from trainer_client.submit import Client
 
@@ -188,12 +189,13 @@ def bench(
     balance: Balance | None = None,
     without: Collection[bytes] = (),
     tolerance: float = 0.0,
+    witnessed: bool = False,
 ) -> Iterator["Bench[E]"]:
     """What steps are taken on, with the job's model under the campaign's routing; afterwards it is as it was.
 
     ``accumulated``: form the campaign's accumulators, if it has any, in a folder that goes away. Sources that it goes
     ``without`` moved nothing, and no momentum is dropped for them. Base losses are measured again, and may be away from
-    the recorded ones by ``tolerance`` of theirs.
+    the recorded ones by ``tolerance`` of theirs. ``witnessed``: the accumulators' sketches are a ``SketchWitness``.
 
     Raises:
         Rejected, ConfigError: of base losses, as ``replay``.
@@ -207,6 +209,8 @@ def bench(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         accumulators = _accumulators(logged, folder, ranks) if accumulated else None
+        if accumulators is not None and witnessed and logged.terms.sketch_rank:
+            accumulators.sketches = SketchWitness(logged.terms.sketch_rank)
         if accumulators is not None:
             stack.enter_context(accumulators)
         losses = _base_losses(logged, job, parallel, ranks, tolerance)

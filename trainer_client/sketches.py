@@ -265,6 +265,23 @@ def sketch_file(window: WindowSketches, policy: bytes, source: bytes) -> dict[st
     return tensors
 
 
+def factors_of(file: Mapping[str, Tensor], parameter: str, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """``[N, r, P]`` and ``[N, r, Q]`` of a parameter in a file of ``sketch_file``, the second with the scale in it.
+
+    Args:
+        rows: of the examples wanted; None for all. Of an odd dimension a zero stands at the end.
+    """
+    left, right, scale = (file[f"{parameter}/{part}"] for part in ("left", "right", "scale"))
+    if rows is not None:
+        left, right, scale = (part[list(rows)] for part in (left, right, scale))
+    return _of_nibbles(left), _of_nibbles(right) * scale[:, :, None]
+
+
+def _of_nibbles(packed: Tensor) -> Tensor:
+    halves = torch.stack([packed & 0x0F, packed >> 4], dim=3).flatten(2)
+    return halves.float() - NIBBLE_ZERO
+
+
 def _grown(parts: Factored, count: int) -> Factored:
     left, right, scale = (torch.cat([part, part.new_zeros(count - len(part), *part.shape[1:])]) for part in parts)
     return left, right, scale

@@ -13,7 +13,8 @@ do not pile up.
 
 What is told is the stretch between two snapshots, not a step: within it nothing is compared. Random numbers must be the
 same ones, so dropout on a GPU is compared with dropout on a GPU. Accumulators are compared where their files are at
-hand (``window_comparison.py``), of windows that were taken again from their first step.
+hand (``window_comparison.py``), of windows that were taken again from their first step, and with them the sketches of
+their examples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from consensus.accumulators import window_bounds
 from consensus.identifiers import ZERO_DIGEST, Digest
 from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.audit_snapshots import Restoration, SnapshotFolder
@@ -31,7 +33,9 @@ from trainer_client.picked_replay import PickedReplay, PickedStep, WindowTally, 
 from trainer_client.ranks import ALONE, Ranks
 from trainer_client.replay import PROFILES, Bench, Difference, LoggedCampaign, OnStep, ReplayJob, bench, check_job
 from trainer_client.sharding import whole
-from trainer_client.window_comparison import differing_sums
+from trainer_client.sketch_witness import SketchWitness
+from trainer_client.sketches import Place
+from trainer_client.window_comparison import differing_sketches, differing_sums, recorded_sketches
 
 E = TypeVar("E")
 
@@ -67,9 +71,10 @@ def replay_within(
     stretches = sorted({_stretch(step, snapshots.steps) for step in picked})
     differing: dict[tuple[int, int], tuple[str, ...]] = {}
     executed = at = 0
-    with bench(logged, job, ranks, accumulated=recorded_windows is not None, tolerance=tolerance) as run:
+    summed = recorded_windows is not None
+    with bench(logged, job, ranks, accumulated=summed, tolerance=tolerance, witnessed=summed) as run:
         restoration = Restoration(run.parallel, job.optimizer, job.scheduler, run.scaling.scaler, ranks)
-        windows = WindowTally(logged, run)
+        windows, witness = WindowTally(logged, run), _Witness(logged, run, recorded_windows, stretches)
         for number, (start, end) in enumerate(stretches, 1):
             if start > at:
                 restoration.restore(snapshots.read(start), logged.steps)
@@ -79,6 +84,7 @@ def replay_within(
             for recorded in logged.steps[start:end]:
                 if not run.states_profiles(recorded):
                     apart += (f"{PROFILES} of step {recorded.index}",)
+                witness.begin(recorded.index)
                 root = run.take(recorded, run.admitted(recorded))
                 apart += tuple(f"{what} in step {recorded.index}" for what in run.scaled_otherwise(recorded, tolerance))
                 executed += 1
@@ -86,6 +92,7 @@ def replay_within(
                     continue
                 windows_at = run.accumulators.directory, root, recorded_windows, recorded.operation.accumulator_root
                 apart += ranks.by_first(partial(differing_sums, *windows_at, tolerance))
+                apart += witness.differing(run.accumulators.directory, root, tolerance)
             reached = _numbers(run)
             restoration.restore(snapshots.read(end), logged.steps)
             numbers = before, reached, _numbers(run)
@@ -103,6 +110,48 @@ def replay_within(
     end_root = logged.steps[matching[-1] - 1].operation.root_after if matching else ZERO_DIGEST
     compared = (windows.whole, windows.cut) if recorded_windows is not None else (0, 0)
     return PickedReplay(tuple(found), difference, executed, *compared, Digest(end_root), tolerance_text(tolerance))
+
+
+class _Witness:
+    """Where the files of recorded sketches are at hand: which hold too little of the gradients formed again."""
+
+    def __init__(
+        self, logged: LoggedCampaign, run: Bench[E], recorded: Path | None, stretches: Sequence[tuple[int, int]]
+    ) -> None:
+        self._logged = logged
+        self._ranks = run.ranks
+        sketches = None if run.accumulators is None or recorded is None else run.accumulators.sketches
+        self._book = sketches if isinstance(sketches, SketchWitness) else None
+        self._folder = recorded
+        self._taken = {step for start, end in stretches for step in range(start + 1, end + 1)}
+        self._recorded: dict[tuple[bytes, bytes], dict[str, Tensor]] = {}
+
+    def begin(self, step: int) -> None:
+        """A step is to be taken: where it begins a window that is taken whole, what was recorded is watched."""
+        terms = self._logged.terms
+        if self._book is None:
+            return
+        first, last = window_bounds(terms.accumulator_window_steps, terms.planned_steps, step)
+        if step == first:
+            whole = self._taken.issuperset(range(first, last + 1))
+            self._recorded = self._read(self._logged.steps[last - 1].operation.accumulator_root) if whole else {}
+            self._book.hold(self._recorded)
+
+    def differing(self, own: Path, root: bytes, tolerance: float) -> tuple[str, ...]:
+        """What of the window just ended is not as recorded, told to all of the ranks."""
+        if self._book is None:
+            return ()
+        shared: dict[Place, float] = {}
+        for part in self._ranks.gathered(self._book.shared):
+            for place, product in part.items():
+                shared[place] = shared.get(place, 0.0) + product
+        recorded = self._recorded
+        return self._ranks.by_first(lambda: differing_sketches(own, root, recorded, shared, tolerance))
+
+    def _read(self, root: bytes) -> dict[tuple[bytes, bytes], dict[str, Tensor]]:
+        folder = self._folder
+        assert folder is not None
+        return self._ranks.together(lambda: recorded_sketches(folder, root))
 
 
 def tolerance_text(tolerance: float) -> str:

@@ -23,9 +23,13 @@ from trainer_client.audit_snapshots import SnapshotFolder
 from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkpoint, write_checkpoint
 from trainer_client.governed import GovernedRun
 from trainer_client.picked_replay import PickedReplay, replay_picked
+from trainer_client.record import Example
 from trainer_client.replay import ReplayJob, read_logged_campaign
+from trainer_client.route import Weights
 from trainer_client.scaling import GLOBAL, Scaled, Scaling
+from trainer_client.sketches import SketchBook
 from trainer_client.tolerant_replay import replay_within, tolerance_text
+from trainer_client.window_comparison import check_sketches
 
 TOLERANCE = 1e-3
 
@@ -289,3 +293,97 @@ def test_altered_or_missing_file_of_a_recorded_window_is_refused_by_name(summed:
 def test_accumulators_of_a_campaign_that_keeps_none_are_refused_by_name(kept: Scene) -> None:
     with pytest.raises(ConfigError, match="keeps no accumulators"):
         with_windows(kept, 4)
+
+
+# Sketches
+
+
+def sketched(scene: Scene) -> Scene:
+    scene.register(classes=(ClassRule("documentation", 1_000, ()), ClassRule("news", 500, (BlockWeight("head", 0),))))
+    scene.settings = replace(scene.settings, audit_snapshot_every_steps=4)
+    scene.plan_changes.update(accumulator_window_steps=4, sketch_rank=2)
+    return scene
+
+
+def test_sketches_of_another_build_hold_as_much_of_their_gradients(scene: Scene) -> None:
+    sketched(scene).train()
+    found = with_windows(scene, *range(1, STEPS + 1))
+    assert (found.matched, found.difference, found.windows) == (STEPS, None, STEPS // 4)
+
+
+Forge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def nothing(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return left, torch.zeros_like(right)
+
+
+def twice_as_large(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return left, 2 * right
+
+
+def turned(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return left, right.flip(-1)
+
+
+@pytest.mark.parametrize("forge", [nothing, twice_as_large, turned])
+def test_sketches_that_are_not_of_their_gradients_are_named(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, forge: Forge
+) -> None:
+    """Those of one step of a window; its sums are as they should be."""
+    sketched(scene)
+    honest = SketchBook.observe
+
+    def observe(self: SketchBook, parameter: str, left: Tensor, right: Tensor, weights_B: Weights) -> None:
+        if self._step == 6:
+            left, right = forge(left, right)
+        honest(self, parameter, left, right, weights_B)
+
+    with monkeypatch.context() as lying:
+        lying.setattr(SketchBook, "observe", observe)
+        scene.train()
+    found = with_windows(scene, *range(1, STEPS + 1))
+    assert [bool(each.differing) for each in found.picked] == [4 < step <= 8 for step in range(1, STEPS + 1)]
+    assert all(each.startswith("sketches of source ") for each in found.picked[5].differing[1:])
+
+
+def test_one_forged_sketch_is_named_with_its_example(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    sketched(scene)
+    honest = SketchBook.observe
+    forged: set[Example] = set()
+
+    def observe(self: SketchBook, parameter: str, left: Tensor, right: Tensor, weights_B: Weights) -> None:
+        if self._step == 2:
+            forged.add(self._batches[-1][0])
+            right = right.clone()
+            right[0] = right[0].flip(-1)
+        honest(self, parameter, left, right, weights_B)
+
+    with monkeypatch.context() as lying:
+        lying.setattr(SketchBook, "observe", observe)
+        scene.train()
+    found = with_windows(scene, 2)
+    ((source, example),) = forged
+    assert f"sketches of source {source.hex()[:16]}: example {example}" in found.picked[0].differing
+
+
+def test_file_that_is_none_of_sketches_is_refused_though_committed() -> None:
+    examples, visits = torch.arange(2), torch.zeros(2, 2, dtype=torch.int64)
+    left, scale = torch.zeros(2, 3, 4, dtype=torch.uint8), torch.zeros(2, 3)
+    sound = {"examples": examples, "visits": visits, "w/left": left, "w/right": left, "w/scale": scale}
+    check_sketches(sound, b"")
+    for name, other in (
+        ("examples", examples.float()),
+        ("visits", visits[0]),
+        ("w/left", left[:1]),
+        ("w/left", left.float()),
+        ("w/right", left[:, :2]),
+        ("w/scale", scale.double()),
+        ("w/more", scale),
+        ("more", examples),
+    ):
+        with pytest.raises(Rejected, match="none of sketches") as refusal:
+            check_sketches({**sound, name: other}, b"")
+        assert refusal.value.reason is Reason.MALFORMED
+    with pytest.raises(Rejected, match="none of sketches"):
+        check_sketches({name: tensor for name, tensor in sound.items() if name != "w/scale"}, b"")
