@@ -8,11 +8,14 @@ Eigenbasis*, arXiv 1806.03884; for influence, Grosse et al., arXiv 2308.03296. P
 2. their eigenvectors ``U_A``, ``U_S``;
 3. eigenvalues ``Λ = E[(U_Sᵀ G U_A)²]`` over whole sequences' gradients ``G``.
 
-A gradient ``q`` is preconditioned to ``U_S ((U_Sᵀ q U_A) / (Λ + λ)) U_Aᵀ``, ``λ`` a tenth of the mean of ``Λ`` as in
-Grosse et al. (measured in docs/adr/018). It is the query that is preconditioned: what training accumulated stays as it
-was committed. Deterministic for given weights, text and seed.
+A gradient ``q`` is preconditioned to ``U_S ((U_Sᵀ q U_A) / (Λ + λ)) U_Aᵀ``. **One ``λ`` for all weights**: the damped
+inverse is of the curvature of the whole model, block by block, so what is added to it is a multiple of one identity. A
+``λ`` of each weight's own, as in Grosse et al., weighs steep weights down against flat ones (docs/adr/037).
+It is the query that is preconditioned: what training accumulated stays as it was committed. Deterministic for given
+weights, text and seed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,8 +28,8 @@ from attribution.query import capturing, logits_of
 from attribution.weights import LinearWeight, linear_weights
 from consensus.rejection import Reason, Rejected
 
-DAMPING = 0.1
-"""Part of the mean eigenvalue that is added to each."""
+DAMPING = 0.02
+"""Part of the mean eigenvalue, over all weights, that is added to each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +44,12 @@ class WeightFactors:
     eigenvalues: Tensor
     turned: bool = False
 
-    def precondition(self, gradient: Tensor) -> Tensor:
-        """The gradient in the damped inverse metric."""
+    def precondition(self, gradient: Tensor, damping: float) -> Tensor:
+        """The gradient in the inverse metric, ``damping`` added to each eigenvalue."""
         sides = (self.output_vectors, self.input_vectors)
         left, right = sides[::-1] if self.turned else sides
         rotated = left.T @ gradient @ right
-        damped = self.eigenvalues + DAMPING * self.eigenvalues.mean()
-        return left @ (rotated / damped) @ right.T
+        return left @ (rotated / (self.eigenvalues + damping)) @ right.T
 
 
 PARTS = ("output_vectors", "input_vectors", "eigenvalues")
@@ -110,6 +112,12 @@ def fit_factors(
     return {
         name: WeightFactors(*vectors[name], eigenvalues[name] / count, held.turned) for name, held in weights.items()
     }
+
+
+def damping_of(factors: Mapping[str, WeightFactors]) -> float:
+    """What is added to each eigenvalue of these weights: the same for all of them."""
+    total = math.fsum(float(held.eigenvalues.sum(dtype=torch.float64)) for held in factors.values())
+    return DAMPING * total / sum(held.eigenvalues.numel() for held in factors.values())
 
 
 def factor_tensors(factors: Mapping[str, WeightFactors]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from attribution.controls import Queries, deviations
 from attribution.cores import each_on_a_core
 from attribution.examples import Allowance, Asked, SourceExamples, source_examples
-from attribution.factors import WeightFactors
+from attribution.factors import WeightFactors, damping_of
 from attribution.query import OUTPUTS_AT_ONCE, Output, gradients_together, log_chance
 from attribution.sketches import RunFolder, SketchQuery, SketchStore
 from attribution.weights import Summed, WindowFile, map_entries
@@ -253,6 +253,7 @@ def preconditioned_queries(
         name: held.eigenvalues.new_empty(len(outputs), *held.eigenvalues.shape) for name, held in factors.items()
     }
     squares_K = torch.zeros(len(outputs), dtype=torch.float64)
+    damping = damping_of(factors)
 
     def gradients() -> Iterator[tuple[slice, str, Tensor]]:
         for first in range(0, len(outputs), OUTPUTS_AT_ONCE):
@@ -262,7 +263,7 @@ def preconditioned_queries(
 
     def precondition(piece: tuple[slice, str, Tensor]) -> tuple[slice, Tensor]:
         few, name, gradients_BPQ = piece
-        queries[name][few] = factors[name].precondition(gradients_BPQ)
+        queries[name][few] = factors[name].precondition(gradients_BPQ, damping)
         return few, (queries[name][few] * gradients_BPQ).sum(dim=(1, 2), dtype=torch.float64)
 
     for few, squares_B in each_on_a_core(precondition, gradients()):

@@ -241,7 +241,7 @@ def test_turned_weights_have_factors_and_queries_in_their_own_shape() -> None:
     gradient = log_odds_gradients(model, Output(tuple(range(6)), 2, 5))["transformer.h.1.mlp.c_fc.weight"]
     factors = fit_factors(model, [tokens_BT])["transformer.h.1.mlp.c_fc.weight"]
     assert gradient.shape == factors.eigenvalues.shape == (32, 128)
-    assert factors.precondition(gradient).shape == (32, 128)
+    assert factors.precondition(gradient, 0.1).shape == (32, 128)
 
 
 class Straight(nn.Module):
@@ -270,5 +270,5 @@ def test_linear_and_its_turned_twin_are_preconditioned_alike() -> None:
     found = []
     for model in (straight, turned):
         gradient = log_odds_gradients(model, Output(tuple(range(6)), 2, 5))["middle.weight"]
-        found.append(fit_factors(model, [tokens_BT])["middle.weight"].precondition(gradient))
+        found.append(fit_factors(model, [tokens_BT])["middle.weight"].precondition(gradient, 0.1))
     assert torch.allclose(found[0], found[1].T, rtol=1e-3, atol=1e-4)

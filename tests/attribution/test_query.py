@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from attribution.cores import each_on_a_core
-from attribution.factors import fit_factors
+from attribution.factors import damping_of, fit_factors
 from attribution.query import Output, capturing, gradients_together, log_odds_gradients
 from attribution.trace import preconditioned_queries
 from attribution.weights import linear_weights
@@ -128,7 +128,7 @@ def test_query_of_many_outputs_is_that_of_each_preconditioned_with_its_length() 
     for number in (0, 15, 16, 36):
         square = 0.0
         for name, gradient in log_odds_gradients(model, asked[number]).items():
-            expected = factors[name].precondition(gradient)
+            expected = factors[name].precondition(gradient, damping_of(factors))
             assert torch.allclose(queries[name][number], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
             square += float((expected * gradient).sum())
         assert lengths[number] == pytest.approx(square**0.5, rel=1e-4)

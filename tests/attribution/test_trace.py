@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from attribution.asking import chosen_factors
-from attribution.factors import FactorsOrigin, factor_tensors, factors_from, fit_factors
+from attribution.factors import FactorsOrigin, damping_of, factor_tensors, factors_from, fit_factors
 from attribution.language import Bytes
 from attribution.log import CampaignLog
 from attribution.public_text import pieces_of, public_text, spread
@@ -470,12 +470,14 @@ def test_factors_precondition_as_the_damped_inverse_of_the_fisher_of_one_linear_
 
     model = Tiny()
     tokens = torch.randint(0, 5, (64, 1))
-    (factors,) = fit_factors(model, [tokens]).values()
+    fitted = fit_factors(model, [tokens])
+    factors = fitted["head.weight"]
     assert torch.allclose(factors.input_vectors @ factors.input_vectors.T, torch.eye(3), atol=1e-5)
     gradient = torch.randn(5, 3)
     rotated = factors.output_vectors.T @ gradient @ factors.input_vectors
-    expected = factors.output_vectors @ (rotated / (factors.eigenvalues + 0.1 * factors.eigenvalues.mean()))
-    assert torch.allclose(factors.precondition(gradient), expected @ factors.input_vectors.T, atol=1e-4)
+    assert damping_of(fitted) == pytest.approx(0.02 * float(factors.eigenvalues.mean()))
+    expected = factors.output_vectors @ (rotated / (factors.eigenvalues + 0.25))
+    assert torch.allclose(factors.precondition(gradient, 0.25), expected @ factors.input_vectors.T, atol=1e-4)
     x = model.embedding(tokens[:, 0]).detach()
     moment = (x.T @ x) / len(x)
     assert torch.allclose(factors.input_vectors.T @ moment @ factors.input_vectors, torch.diag(
