@@ -22,7 +22,7 @@ process. ``index_build.py`` makes an index and checks all of one.
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Self
@@ -44,6 +44,7 @@ from attribution.weights import WindowFile, open_window
 from consensus.accumulators import WindowEntry
 from consensus.predicates.accumulators import Window
 from consensus.rejection import Reason, Rejected
+from consensus.sketch_ranks import sketch_ranks
 
 FORMAT = "countersign-sketch-index"
 VERSION = 1
@@ -101,20 +102,21 @@ class IndexHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class SketchedCampaign:
-    """What the log says of a campaign's sketches. ``shapes`` are those of its weights, by name."""
+    """What the log says of a campaign's sketches. By weights' names: ``shapes``, and ``ranks`` other than ``rank``."""
 
     chain_id: bytes
     campaign: bytes
     rank: int
     shapes: Mapping[str, tuple[int, ...]]
     windows: tuple[Window, ...]
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, log: CampaignLog) -> Self:
         """From a checked bundle.
 
         Raises:
-            Rejected: ``NOT_FOUND`` for a campaign that keeps no sketches.
+            Rejected: ``NOT_FOUND`` for a campaign that keeps no sketches; as ``sketch_ranks``.
         """
         campaign = log.provenance.campaign
         if not campaign.sketch_rank or not log.provenance.windows:
@@ -130,11 +132,12 @@ class SketchedCampaign:
             campaign.sketch_rank,
             {tensor.name: tensor.shape for tensor in tensors},
             log.provenance.windows,
+            sketch_ranks(campaign),
         )
 
     def rank_of(self, parameter: str) -> int:
         """Columns kept of a weight."""
-        return min(self.rank, *self.shapes[parameter])
+        return min(self.ranks.get(parameter, self.rank), *self.shapes[parameter])
 
 
 Committed = tuple[WindowFile, WindowEntry]

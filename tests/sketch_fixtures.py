@@ -21,6 +21,8 @@ CHAIN, CAMPAIGN, POLICY = bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 32
 SOURCES = (bytes([4]) * 32, bytes([5]) * 32)
 WINDOW_STEPS = 10
 RANK = 2
+RANKS = {"even": 3}
+"""A parameter block that is sketched at a higher rank."""
 SHAPES = {"odd": (3, 5), "even": (4, 6), "thin": (1, 7), "closed": (6, 4)}
 
 
@@ -42,7 +44,7 @@ def made_sketches(first: int, count: int, names: Sequence[str], random: torch.Ge
     steps = first + torch.arange(2 * count) * WINDOW_STEPS // (2 * count)
     tensors = {"examples": examples, "visits": torch.stack([steps, examples.repeat(2)], dim=1)}
     for name in names:
-        rank = min(RANK, *SHAPES[name])
+        rank = min(RANKS.get(name, RANK), *SHAPES[name])
         for part, size in zip(("left", "right"), SHAPES[name], strict=True):
             numbers = torch.randint(1, 16, (count, rank, 2 * ((size + 1) // 2)), generator=random, dtype=torch.uint8)
             if size % 2:
@@ -70,7 +72,7 @@ def hand_made(folder: Path, changed: Mapping[tuple[int, bytes], dict[str, Tensor
         root = window_root(window)
         (folder / "windows" / f"{root.hex()}.window").write_bytes(encode(window))
         windows.append(Window(first, last, root, cast(OpenEvent, None)))
-    terms = SketchedCampaign(CHAIN, CAMPAIGN, RANK, SHAPES, tuple(windows))
+    terms = SketchedCampaign(CHAIN, CAMPAIGN, RANK, SHAPES, tuple(windows), RANKS)
     return HandMade(folder, terms, held)
 
 

@@ -57,7 +57,7 @@ from trainer_client.ranks import ALONE, Ranks
 from trainer_client.record import Example
 from trainer_client.routed_modules import observed_parameters
 from trainer_client.sharding import as_part_of, whole
-from trainer_client.sketches import SketchBook, WindowSketches, sketch_file
+from trainer_client.sketches import NO_OTHERS, SketchBook, WindowSketches, sketch_file
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """How far parts may be from their total, relative to the sum of their norms, by the gradients' narrowest dtype."""
@@ -77,6 +77,7 @@ class SourceAccumulators:
         directory: ``windows/ROOT.window`` and ``blobs/SHA256.safetensors`` go below it.
         window_steps: at least 1.
         sketch_rank: of the sketches kept example by example (``sketches.py``); 0 keeps none.
+        sketch_ranks: of parameters that are sketched at another.
         dtype: of the blobs; sums are float32 (float64 for float64 gradients).
         ranks: whose losses are each multiplied by their number (``data_parallel.py``).
     """
@@ -88,6 +89,7 @@ class SourceAccumulators:
         window_steps: int,
         planned_steps: int,
         sketch_rank: int = 0,
+        sketch_ranks: Mapping[str, int] = NO_OTHERS,
         dtype: torch.dtype = torch.bfloat16,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -97,7 +99,7 @@ class SourceAccumulators:
         self._window_steps = window_steps
         self._planned_steps = planned_steps
         self._dtype = dtype
-        self.sketches = SketchBook(sketch_rank) if sketch_rank else None
+        self.sketches = SketchBook(sketch_rank, sketch_ranks) if sketch_rank else None
         self._entries: Entries = {}
         self._block_of: Mapping[str, int] = {}
         self._pending: dict[tuple[bytes, str], Tensor] = {}

@@ -83,7 +83,7 @@ from trainer_client.momentum import Momentum
 from trainer_client.opening import RunArguments, open_run, own_directory
 from trainer_client.outbox import Fate
 from trainer_client.packing import Packing, taken_apart
-from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of
+from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource, manifest_of, sketch_ranks_of
 from trainer_client.progress import MemorizationPass, Moment, OnProgress, Summary
 from trainer_client.ranks import Ranks
 from trainer_client.record import Example, RecordedEvent
@@ -151,7 +151,7 @@ class GovernedRun(Generic[E]):
         )
         self._stack = ExitStack()
         self._micro_batch = ExitStack()
-        self._accumulators = _accumulators_of(arguments, self._ranks)
+        self._accumulators = _accumulators_of(arguments, self._model, self._ranks)
         self._momentum = Momentum(self._optimizer)
         self._scaling = Scaling(self._optimizer, self._plan.clip_norm, self._plan.clip_scope, scaler)
         parts = {
@@ -732,13 +732,20 @@ def _save(tensors: dict[str, Tensor], path: Path) -> bytes:
     return digest
 
 
-def _accumulators_of(arguments: RunArguments[E], ranks: Ranks) -> SourceAccumulators | None:
+def _accumulators_of(arguments: RunArguments[E], model: nn.Module, ranks: Ranks) -> SourceAccumulators | None:
     plan = arguments.plan
     if not plan.accumulator_window_steps:
         return None
     directory = own_directory(arguments.run_directory, ranks) / "accumulators"
-    window_steps, planned_steps = plan.accumulator_window_steps, plan.planned_steps
-    return SourceAccumulators(directory, plan.campaign, window_steps, planned_steps, plan.sketch_rank, ranks=ranks)
+    return SourceAccumulators(
+        directory,
+        plan.campaign,
+        plan.accumulator_window_steps,
+        plan.planned_steps,
+        plan.sketch_rank,
+        sketch_ranks_of(plan, model),
+        ranks=ranks,
+    )
 
 
 def _rejected(failure: Fate) -> Rejected:

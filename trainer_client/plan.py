@@ -23,6 +23,7 @@ from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.merkle import root_of
 from consensus.pieces import HEAD, piece_named
 from consensus.rejection import ConfigError, Reason, Rejected
+from consensus.sketch_ranks import MAX_SKETCH_RANK, SKETCH_RANK_OF
 from trainer_client.commitment import SAFETENSORS_DTYPES, committed_tensors
 from trainer_client.heads import head_blocks
 from trainer_client.pieces import part_of_entry
@@ -53,6 +54,7 @@ class CampaignPlan:
         factors_digest: SHA-256 of the file of Kronecker factors that traces of this campaign are to use.
         accumulator_window_steps: steps per window of per-source gradient sums (``accumulators.py``); 0 keeps none.
         sketch_rank: rank at which each example's gradients are kept beside them (``sketches.py``); 0 keeps none.
+        sketch_ranks: a higher one, by parameter block: for what a block that some sources are kept out of saves.
         files: what else made the run what it is, by name (a preprocessing script): their SHA-256 are recorded.
     """
 
@@ -75,6 +77,7 @@ class CampaignPlan:
     factors_digest: bytes = b""
     accumulator_window_steps: int = 0
     sketch_rank: int = 0
+    sketch_ranks: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -162,6 +165,27 @@ def blocks_of(plan: CampaignPlan, model: nn.Module) -> dict[str, tuple[str, ...]
     return table
 
 
+def sketch_ranks_of(plan: CampaignPlan, model: nn.Module) -> dict[str, int]:
+    """The plan's higher ranks of sketches, by name in the parameter table.
+
+    Raises:
+        Rejected: ``BAD_FIELD`` without a ``sketch_rank``, for a block that the table does not have, or a rank below
+            ``sketch_rank`` or above 64; as ``blocks_of``.
+    """
+    if not plan.sketch_ranks:
+        return {}
+    if not plan.sketch_rank:
+        raise Rejected(Reason.BAD_FIELD, "sketch_ranks: with sketch_rank 0 nothing is sketched")
+    table = blocks_of(plan, model)
+    for block, rank in plan.sketch_ranks.items():
+        if block not in table:
+            raise Rejected(Reason.BAD_FIELD, f"sketch_ranks: there is no parameter block {block!a}")
+        if not plan.sketch_rank <= rank <= MAX_SKETCH_RANK:
+            expected = f"{plan.sketch_rank} (sketch_rank) to {MAX_SKETCH_RANK}"
+            raise Rejected(Reason.BAD_FIELD, f"sketch_ranks: expected {expected} for {block!a}, found {rank}")
+    return {name: rank for block, rank in plan.sketch_ranks.items() for name in table[block]}
+
+
 def manifest_of(sources: Sequence[TrainingSource[E]]) -> tuple[p.ManifestRange, ...]:
     """Every example of every source, sources in order of id."""
     return tuple(
@@ -247,7 +271,9 @@ def check_content(source: TrainingSource[E], claim: p.SourceClaim) -> None:
 
 def _hyperparameters(plan: CampaignPlan, optimizer: torch.optim.Optimizer, scheduler: object) -> tuple[p.Setting, ...]:
     settings = {
-        **plan.hyperparameters,  # what follows is what the job does, whatever it is called there
+        # What follows is what the job does, whatever it is called there.
+        **{name: value for name, value in plan.hyperparameters.items() if not name.startswith(SKETCH_RANK_OF)},
+        **{f"{SKETCH_RANK_OF}{block}": str(rank) for block, rank in plan.sketch_ranks.items()},
         "clip_norm": repr(plan.clip_norm),
         "optimizer": type(optimizer).__name__,
         **{

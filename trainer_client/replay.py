@@ -27,6 +27,7 @@ from consensus import portions as p
 from consensus.identifiers import Digest
 from consensus.rejection import ConfigError, Reason, Rejected
 from consensus.sampler import presented_examples
+from consensus.sketch_ranks import sketch_ranks
 from consensus.state import POLICY_TABLE, PolicyRecord
 from trainer_client.accumulators import SourceAccumulators, by_source
 from trainer_client.balance import Balance, BalanceSheet
@@ -481,4 +482,6 @@ def _accumulators(logged: LoggedCampaign, folder: Path, ranks: Ranks) -> SourceA
     if not terms.accumulator_window_steps:
         return None
     window_steps, planned_steps = terms.accumulator_window_steps, terms.planned_steps
-    return SourceAccumulators(folder, logged.id, window_steps, planned_steps, terms.sketch_rank, ranks=ranks)
+    return SourceAccumulators(
+        folder, logged.id, window_steps, planned_steps, terms.sketch_rank, sketch_ranks(terms), ranks=ranks
+    )

@@ -17,9 +17,10 @@ each visit, in fewer bytes (docs/adr/021).
 A window's sketches of one source under one policy are one safetensors file:
 
 * ``examples`` int64 ``[N]``, rising, and ``visits`` int64 ``[M, 2]``: step and example of each visit, rising;
-* for each parameter ``[P, Q]``: ``NAME/left`` uint8 ``[N, r, ⌈P/2⌉]``, ``NAME/right`` uint8 ``[N, r, ⌈Q/2⌉]``: numbers
-  from −7 to 7, each plus 8, two to a byte, the lower half first; ``NAME/scale`` float32 ``[N, r]``. An example's part
-  of the window is ``Σ_r scale_r left_r right_rᵀ``. Four bits lose nothing that shows, and twice the columns fit.
+* for each parameter ``[P, Q]`` that one of these examples moved (for all, where they moved none): ``NAME/left`` uint8
+  ``[N, r, ⌈P/2⌉]``, ``NAME/right`` uint8 ``[N, r, ⌈Q/2⌉]``: numbers from −7 to 7, each plus 8, two to a byte, the lower
+  half first; ``NAME/scale`` float32 ``[N, r]``. An example's part of the window is ``Σ_r scale_r left_r right_rᵀ``.
+  Four bits lose nothing that shows, and twice the columns fit.
 
 Shape suffixes: B examples, T positions, P and Q dimensions of a weight.
 """
@@ -27,6 +28,7 @@ Shape suffixes: B examples, T positions, P and Q dimensions of a weight.
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -47,16 +49,20 @@ Factored = tuple[Tensor, Tensor, Tensor]
 Place = tuple[bytes, bytes, int]
 """Policy, source and example."""
 
+NO_OTHERS: Mapping[str, int] = MappingProxyType({})
+
 
 class SketchBook:
     """The sketches of the window being filled.
 
     Args:
         rank: columns kept of each gradient, at least 1; of a smaller weight its smaller dimension.
+        ranks: of parameters of which another number is kept.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, ranks: Mapping[str, int] = NO_OTHERS) -> None:
         self._rank = rank
+        self._ranks = ranks
         self._parameters: frozenset[str] = frozenset()
         self._step = 0
         self._batches: list[tuple[Example, ...]] = []
@@ -172,7 +178,7 @@ class SketchBook:
 
         Every product has its few columns as rows in front: the other way round batched products are ten times slower.
         """
-        rank = min(self._rank, left_BTP.shape[-1], right_BTQ.shape[-1])
+        rank = min(self._ranks.get(parameter, self._rank), left_BTP.shape[-1], right_BTQ.shape[-1])
         start_BrT = (right_BTQ @ self._draw(parameter, right_BTQ, rank)).transpose(1, 2)
         u_BrP = orthonormal(start_BrT @ left_BTP)
         z_BrQ = orthonormal(_times(u_BrP, left_BTP) @ right_BTQ)
@@ -256,11 +262,11 @@ def sketch_file(window: WindowSketches, policy: bytes, source: bytes) -> dict[st
     visits = sorted((step, place[2]) for place, step in window.visits if place[:2] == (policy, source))
     index = torch.tensor([row for _, row in own])
     tensors = {"examples": torch.tensor([example for example, _ in own]), "visits": torch.tensor(visits)}
-    for parameter in window.factored:
-        left, right, scale = (part[index] for part in window.rows_of(parameter))
-        left, left_scale_Nr = _as_nibbles(left)
-        right, right_scale_Nr = _as_nibbles(right)
-        tensors[f"{parameter}/left"], tensors[f"{parameter}/right"] = left, right
+    kept = {parameter: tuple(part[index] for part in window.rows_of(parameter)) for parameter in window.factored}
+    moved = {parameter: parts for parameter, parts in kept.items() if bool(parts[2].any())}
+    for parameter, (left, right, scale) in (moved or kept).items():
+        tensors[f"{parameter}/left"], left_scale_Nr = _as_nibbles(left)
+        tensors[f"{parameter}/right"], right_scale_Nr = _as_nibbles(right)
         tensors[f"{parameter}/scale"] = scale * left_scale_Nr * right_scale_Nr
     return tensors
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import Bound, Report, at_least, at_most, missed
 from peers import Kronfluence, dot_scores, trak_scores
 from repeats import Repeats, by_source, linear_datamodeling_score, repeat
-from setting import CAMPAIGN, EPOCHS, FULL, QUICK, Setting, Sizes, Tuning, log_odds, make, source_id, train
+from setting import CAMPAIGN, EPOCHS, FULL, LOWER, QUICK, Setting, Sizes, Tuning, log_odds, make, source_id, train
 
 from attribution.asking import FACTOR_SEQUENCES, fit_on_text
 from attribution.sketches import RunFolder, SketchQuery, open_sketches
@@ -38,7 +38,7 @@ from attribution.trace import preconditioned_queries, window_scores
 from attribution.weights import WindowFile, find_windows
 from consensus.predicates.accumulators import Window
 from trainer_client.accumulators import SourceAccumulators
-from trainer_client.demo.model import ByteModel
+from trainer_client.demo.model import ByteModel, parameter_blocks
 
 LEAST_SHARE = 0.97
 """Of the best EK-FAC's LDS."""
@@ -47,6 +47,8 @@ OWN, FULL_RANK = "countersign", "countersign, full rank"
 
 
 SKETCH_RANKS = (3, 6, 10)
+LOWER_RANKS = {6: 16}
+"""Under depth profiles, of the blocks that every other source may not move: what they leave free pays for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +87,21 @@ def observed_run(setting: Setting, directory: Path, *, apart: bool = False, sket
     """Train with everything and keep accumulators, as a governed job does, in one window; ``apart``: by example."""
     kept = setting.rows_of(range(setting.sizes.sources))
     steps = len(setting.order)
-    with SourceAccumulators(directory, CAMPAIGN, steps, steps, sketch_rank) as accumulators:
+    ranks = lower_ranks(setting, sketch_rank)
+    with SourceAccumulators(directory, CAMPAIGN, steps, steps, sketch_rank, ranks) as accumulators:
         tuned, roots = train(setting, kept, accumulators, apart=apart)
     windows = tuple(Window(1, last, root, None) for last, root in roots)  # type: ignore[arg-type]
     found = find_windows(directory, CAMPAIGN, windows)
     assert not found.missing
     return Run(tuned, found.found, stored_bytes(directory))
+
+
+def lower_ranks(setting: Setting, sketch_rank: int) -> dict[str, int]:
+    """Of parameters that are sketched at another rank."""
+    if not setting.profiled or sketch_rank not in LOWER_RANKS:
+        return {}
+    table = parameter_blocks(setting.base)
+    return {name: LOWER_RANKS[sketch_rank] for block in LOWER for name in table[block]}
 
 
 def stored_bytes(directory: Path) -> int:

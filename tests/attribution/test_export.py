@@ -10,7 +10,7 @@ import pytest
 import torch
 from attribution_fixtures import CAMPAIGN, traced
 from click.testing import CliRunner
-from sketch_fixtures import POLICY, RANK, SHAPES, SOURCES, HandMade, hand_made, rebuilt
+from sketch_fixtures import POLICY, RANK, RANKS, SHAPES, SOURCES, HandMade, hand_made, rebuilt
 
 from attribution.export import export_index
 from attribution.index import Index, open_index
@@ -58,7 +58,9 @@ def test_table_holds_every_row_as_the_files_do(run: HandMade, built: Index, tmp_
             square += float(rebuilt(tensors, name)[number].square().sum())
             assert row[f"{name}/scale"] == tensors[f"{name}/scale"][number].tolist()
             for part, size in zip(("left", "right"), shape, strict=True):
-                packed = np.frombuffer(row[f"{name}/{part}"], np.uint8).reshape(min(RANK, *shape), (size + 1) // 2)
+                packed = np.frombuffer(row[f"{name}/{part}"], np.uint8).reshape(
+                    min(RANKS.get(name, RANK), *shape), (size + 1) // 2
+                )
                 assert np.array_equal(packed, tensors[f"{name}/{part}"][number].numpy())
         assert row["norm"] == pytest.approx(square**0.5, rel=1e-4)
 

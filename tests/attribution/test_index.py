@@ -225,7 +225,7 @@ def test_file_that_is_not_committed_is_left_out_named_and_never_answered_from(
 
 
 def _other_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return tensors | {f"even/{part}": tensors[f"even/{part}"][:, :1] for part in ("left", "right", "scale")}
+    return tensors | {f"even/{part}": tensors[f"even/{part}"][:, :2] for part in ("left", "right", "scale")}
 
 
 def _stranger(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,7 +233,7 @@ def _stranger(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [(_other_rank, "of rank 1, expected 2"), (_stranger, "no weight of the campaign's")]
+    ("change", "said"), [(_other_rank, "of rank 2, expected 3"), (_stranger, "no weight of the campaign's")]
 )
 def test_committed_sketches_that_fit_no_column_are_left_out_by_name(
     tmp_path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], said: str

@@ -19,7 +19,7 @@ from consensus.rejection import Reason, Rejected
 from trainer_client.record import Example
 from trainer_client.replay import ReplayJob, read_logged_campaign, replay
 from trainer_client.routing import Routing
-from trainer_client.sketches import SketchBook, WindowSketches, orthonormal, sketch_file
+from trainer_client.sketches import NO_OTHERS, SketchBook, WindowSketches, orthonormal, sketch_file
 
 torch.set_num_threads(1)
 POLICY = bytes([8]) * 32
@@ -48,10 +48,15 @@ def losses(model: nn.Module, x_BTI: Tensor) -> Tensor:
 
 
 def sketched(
-    model: nn.Module, x_BTI: Tensor, rank: int, sizes: Sequence[int] = (6,), weights: Sequence[Sequence[int]] = WEIGHTS
+    model: nn.Module,
+    x_BTI: Tensor,
+    rank: int,
+    sizes: Sequence[int] = (6,),
+    weights: Sequence[Sequence[int]] = WEIGHTS,
+    ranks: Mapping[str, int] = NO_OTHERS,
 ) -> SketchBook:
     """A book with one step, taken in micro-batches of these sizes."""
-    book = SketchBook(rank)
+    book = SketchBook(rank, ranks)
     book.attach(["first.weight", "second.weight"])
     first = 0
     with Routing(model, BLOCKS, None, book) as routing:
@@ -169,6 +174,24 @@ def test_file_has_one_sources_rows_in_rising_order() -> None:
     assert sketch_file(book.window, POLICY, bytes([9]) * 32) == {}
 
 
+def test_file_leaves_out_what_its_source_was_kept_out_of_and_is_whole_where_that_was_all() -> None:
+    torch.manual_seed(1)
+    weights = [[0, 1000], [1000, 1000], [0, 0]] * 2
+    book = sketched(Twice(), inputs(), 2, weights=weights)
+    names = [
+        {label.rpartition("/")[0] for label in sketch_file(book.window, POLICY, source) if "/" in label}
+        for source in SOURCES
+    ]
+    assert names == [{"second.weight"}, {"first.weight", "second.weight"}, {"first.weight", "second.weight"}]
+
+
+def test_parameter_with_a_rank_of_its_own_is_sketched_at_it() -> None:
+    torch.manual_seed(1)
+    found = everything(sketched(Twice(), inputs(), 1, ranks={"second.weight": 4}))
+    assert found["first.weight/left"].shape == (6, 1, 5)
+    assert found["second.weight/left"].shape == (6, 4, 5)
+
+
 def take_again(book: SketchBook, model: nn.Module, x_BTI: Tensor, step: int, rows: Sequence[int]) -> None:
     """Another step, of the examples at ``rows``."""
     model.zero_grad()
@@ -205,10 +228,11 @@ def test_parameter_first_opened_later_in_a_window_has_nothing_of_before() -> Non
     book = sketched(Twice(), inputs(), 2, weights=closed)
     assert set(book.window.factored) == {"first.weight"}
     take_again(book, Twice(), inputs(), 4, [0, 1])
-    tensors = sketch_file(book.window, POLICY, SOURCES[2])
-    assert tensors["second.weight/scale"].shape == (2, 2)
-    assert not tensors["second.weight/scale"].any()
-    assert sketch_file(book.window, POLICY, SOURCES[0])["second.weight/scale"][1].all()
+    assert "second.weight/scale" not in sketch_file(book.window, POLICY, SOURCES[2])
+    scale = sketch_file(book.window, POLICY, SOURCES[0])["second.weight/scale"]
+    assert scale.shape == (2, 2)
+    assert not scale[0].any()
+    assert scale[1].all()
 
 
 def test_sketches_survive_as_plain_data_and_going_back_drops_what_came_since() -> None:
@@ -264,6 +288,7 @@ def test_every_admitted_visit_of_a_run_is_in_a_file_the_log_commits_to_and_comes
     frozen = (BlockWeight("layers.1", 0),)
     scene.register(classes=(ClassRule("documentation", 1_000, ()), ClassRule("news", 500, frozen)))
     scene.plan_changes.update(accumulator_window_steps=5, sketch_rank=2, model={"dropout": 0.5})
+    scene.plan_changes.update(sketch_ranks={"layers.0": 3}, hyperparameters={"sketch_rank.layers.1": "9"})
     scene.arguments["micro_batch_size"] = 4
     scene.train()
     visits = {
@@ -279,7 +304,9 @@ def test_every_admitted_visit_of_a_run_is_in_a_file_the_log_commits_to_and_comes
     }
     assert visits == admitted
     for (_, source), tensors in sketch_files(scene).items():
-        assert bool(tensors["layers.1.weight/scale"].any()) == (source == scene.sources["manual"])
+        assert tensors["layers.0.weight/scale"].shape[1] == 3
+        assert ("layers.1.weight/scale" in tensors) == (source == scene.sources["manual"])
+        assert source != scene.sources["manual"] or tensors["layers.1.weight/scale"].shape[1] == 2
     torch.manual_seed(1)
     model = TinyModel(dropout=0.5)
     job = ReplayJob(
@@ -318,11 +345,15 @@ def test_steps_the_log_refused_leave_no_sketch(scene: Scene) -> None:
     ("changes", "policy", "reason"),
     [
         ({"sketch_rank": 1}, {}, Reason.BAD_FIELD),
+        ({"sketch_ranks": {"layers.0": 2}, "accumulator_window_steps": 5}, {}, Reason.BAD_FIELD),
+        ({"sketch_rank": 2, "sketch_ranks": {"layers.0": 1}, "accumulator_window_steps": 5}, {}, Reason.BAD_FIELD),
+        ({"sketch_rank": 2, "sketch_ranks": {"layers.0": 65}, "accumulator_window_steps": 5}, {}, Reason.BAD_FIELD),
+        ({"sketch_rank": 2, "sketch_ranks": {"layers.7": 3}, "accumulator_window_steps": 5}, {}, Reason.BAD_FIELD),
         ({"sketch_rank": 1, "accumulator_window_steps": 5}, {"least_sketch_rank": 2}, Reason.SKETCHES_TOO_COARSE),
     ],
 )
 def test_campaign_without_the_sketches_it_owes_is_refused(
-    scene: Scene, changes: dict[str, int], policy: dict[str, int], reason: Reason
+    scene: Scene, changes: dict[str, object], policy: dict[str, int], reason: Reason
 ) -> None:
     scene.register(**policy)
     scene.plan_changes.update(changes)
