@@ -211,7 +211,7 @@ def bench(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         accumulators = _accumulators(logged, folder, ranks) if accumulated else None
         if accumulators is not None and witnessed and logged.terms.sketch_rank:
-            accumulators.sketches = SketchWitness(logged.terms.sketch_rank)
+            accumulators.sketches = SketchWitness(logged.terms.sketch_rank, sketch_ranks(logged.terms))
         if accumulators is not None:
             stack.enter_context(accumulators)
         losses = _base_losses(logged, job, parallel, ranks, tolerance)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trainer_client.record import Example
 from trainer_client.route import FULL_PERMILLE, Weights
-from trainer_client.sketches import Place, SketchBook, factors_of
+from trainer_client.sketches import NO_OTHERS, Place, SketchBook, factors_of
 
 LEAST_TOLERANCE = 0.1
 """Honest sketches may differ by so much in what they hold of a source's gradients, as a part of the replay's own."""
@@ -39,11 +39,11 @@ class SketchWitness(SketchBook):
     """The replay's own sketches, and beside them what recorded ones share with the gradients of the same examples.
 
     Args:
-        rank: as of the campaign's.
+        rank, ranks: as of the campaign's.
     """
 
-    def __init__(self, rank: int) -> None:
-        super().__init__(rank)
+    def __init__(self, rank: int, ranks: Mapping[str, int] = NO_OTHERS) -> None:
+        super().__init__(rank, ranks)
         self._recorded: Files = {}
         self._rows: dict[Place, int] = {}
         self._examples: tuple[Example, ...] = ()
