@@ -28,9 +28,9 @@ entries; its hash leaves no room for an omission. That a prefix is unused is sho
 search for any key under it ends: had the prefix entries, that leaf would be one of them.
 
 Maps are immutable; a change shares all untouched nodes with its origin, so each branch of the BFT round
-lays its own over the finalized one. Hashes are filled in when a root or a proof is asked for, and before a
-change: a node without one belongs to the batch of changes that made it, and the rest of that batch changes it
-in place, so that a batch copies and hashes each touched node once. Loops, no recursion: depth is bounded by
+lays its own over the finalized one. Hashes of branches are filled in when a root or a proof is asked for, and before a
+change: a branch without one belongs to the batch of changes that made it, and the rest of that batch changes it
+in place, so that a batch copies and hashes each touched branch once. Loops, no recursion: depth is bounded by
 264, not by the interpreter.
 
 Left to others: what keys and values mean (``state.py``), storage (``node/store.py``), who certified the
@@ -87,17 +87,13 @@ class PrefixProof(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 
 
 _MISSING = Digest(b"")
-"""In place of a node's hash until it is asked for."""
+"""In place of a branch's hash until it is asked for."""
 
+_Leaf = bytes
+"""A key, the hash of its leaf and its value, end to end. Leaves are most of what a state takes in memory; as one object
+each they take a third less."""
 
-@final
-class _Leaf:
-    __slots__ = ("digest", "key", "value")
-
-    def __init__(self, key: bytes, value: bytes) -> None:
-        self.key = key
-        self.value = value
-        self.digest = _MISSING
+_HASHED_BYTES = KEY_BYTES + DIGEST_BYTES
 
 
 @final
@@ -147,7 +143,7 @@ class StateMap:
         if self._top is None:
             return None
         leaf = _search(self._top, key)
-        return leaf.value if leaf.key == key else None
+        return leaf[_HASHED_BYTES:] if leaf.startswith(key) else None
 
     def set(self, key: bytes, value: bytes) -> "StateMap":
         """The map with ``key`` bound to ``value``."""
@@ -185,7 +181,7 @@ class StateMap:
             return
         _, subtree = _descend(self._top, prefix, 8 * len(prefix))
         # A subtree whose branches all decide after the prefix has it in every key or in none.
-        if not _first_leaf(subtree).key.startswith(prefix):
+        if not _first_leaf(subtree).startswith(prefix):
             return
         pending = [subtree]
         while pending:
@@ -193,7 +189,7 @@ class StateMap:
             if isinstance(node, _Branch):
                 pending += (node.right, node.left)
             else:
-                yield node.key, node.value
+                yield node[:KEY_BYTES], node[_HASHED_BYTES:]
 
     def prove(self, key: bytes) -> MapProof:
         """Proof of the value of ``key``, or of its absence."""
@@ -202,7 +198,7 @@ class StateMap:
             return MapProof(leaf_key=b"", leaf_value=b"", path=())
         path, _ = _descend(self._top, key, KEY_BITS)
         leaf = _search(self._top, key)
-        return MapProof(leaf_key=leaf.key, leaf_value=leaf.value, path=path)
+        return MapProof(leaf_key=leaf[:KEY_BYTES], leaf_value=leaf[_HASHED_BYTES:], path=path)
 
     def prove_prefix(self, prefix: bytes) -> PrefixProof:
         """Proof of all entries under ``prefix``, or that there is none.
@@ -320,22 +316,22 @@ def _first_leaf(node: _Node) -> _Leaf:
 def _with(top: _Node | None, key: bytes, value: bytes) -> tuple[_Node, int]:
     """The tree with ``key`` bound to ``value``, and by how many entries it grew."""
     if top is None:
-        return _Leaf(key, value), 1
+        return _leaf(key, value), 1
     above: list[_Branch] = []
     node = top
     while isinstance(node, _Branch):
         above.append(node)
         byte, mask, _ = node.place
         node = node.right if key[byte] & mask else node.left
-    if node.key == key:
-        if node.value == value:
+    if node.startswith(key):
+        if node[_HASHED_BYTES:] == value:
             return top, 0
-        return _rebuilt(above, key, _Leaf(key, value)), 0
-    critical = _first_difference(node.key, key)
+        return _rebuilt(above, key, _leaf(key, value)), 0
+    critical = _first_difference(node[:KEY_BYTES], key)
     displaced: _Node = node
     while above and above[-1].place[2] > critical:
         displaced = above.pop()
-    leaf = _Leaf(key, value)
+    leaf = _leaf(key, value)
     place = _PLACES[critical]
     branch = _Branch(place, displaced, leaf) if _bit(key, critical) else _Branch(place, leaf, displaced)
     return _rebuilt(above, key, branch), 1
@@ -348,7 +344,7 @@ def _without(top: _Node | None, key: bytes) -> tuple[_Node | None, int]:
     while isinstance(node, _Branch):
         above.append(node)
         node = node.right if _bit(key, node.place[2]) else node.left
-    if top is None or node is None or node.key != key:
+    if top is None or node is None or not node.startswith(key):
         return top, 0
     if not above:
         return None, -1
@@ -388,6 +384,10 @@ _BRANCH_STARTS = tuple(
 )
 
 
+def _leaf(key: bytes, value: bytes) -> _Leaf:
+    return key + _leaf_hash(key, value) + value
+
+
 def _leaf_hash(key: bytes, value: bytes) -> Digest:
     return Digest(sha256(_LEAF_START + key + _prefixed(value)).digest())
 
@@ -398,20 +398,24 @@ def _branch_hash(bit: int, left: bytes, right: bytes) -> Digest:
 
 def _digest_of(node: _Node) -> Digest:
     """The node's hash; computes and keeps those still missing below it."""
+    if not isinstance(node, _Branch):
+        return Digest(node[KEY_BYTES:_HASHED_BYTES])
     if node.digest:
         return node.digest
     missing = [node]
-    for current in missing:  # it grows on the way: parents stand before children
-        if isinstance(current, _Branch):
-            if not current.left.digest:
-                missing.append(current.left)
-            if not current.right.digest:
-                missing.append(current.right)
-    for current in reversed(missing):
-        if isinstance(current, _Branch):
-            current.digest = _branch_hash(current.place[2], current.left.digest, current.right.digest)
-        else:
-            current.digest = _leaf_hash(current.key, current.value)
+    for branch in missing:  # it grows on the way: parents stand before children
+        left, right = branch.left, branch.right
+        if isinstance(left, _Branch) and not left.digest:
+            missing.append(left)
+        if isinstance(right, _Branch) and not right.digest:
+            missing.append(right)
+    for branch in reversed(missing):
+        left, right = branch.left, branch.right
+        branch.digest = _branch_hash(
+            branch.place[2],
+            left.digest if isinstance(left, _Branch) else left[KEY_BYTES:_HASHED_BYTES],
+            right.digest if isinstance(right, _Branch) else right[KEY_BYTES:_HASHED_BYTES],
+        )
     return node.digest
 
 
