@@ -61,7 +61,7 @@ ROLLBACK_REASONS = frozenset(
 
 ROOM_BYTES = 4_096
 """A head with refusals for the next step keeps so many bytes free, for all else that comes before that step: 64 open
-findings, numbers that grow, a new job key."""
+findings, numbers that grow, a new job key. Refusals that would leave less are themselves refused."""
 
 
 def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
@@ -114,6 +114,14 @@ def admit_refusal(view: StateView, event: CheckedEvent, timestamp_ms: int, commi
     )
     if len(encode(moved)) > MAX_VALUE_BYTES - ROOM_BYTES:
         moved = changed(moved, undo_root=b"", undo_counts=())
+        size_bytes = len(encode(moved))
+        if size_bytes > MAX_VALUE_BYTES - ROOM_BYTES:
+            # A source refused for several reasons, by several grants. While such filled the head no audit could bar
+            # the release, for want of room.
+            raise Rejected(
+                Reason.OVERSIZED,
+                f"a CampaignHead of {size_bytes} bytes with refusals, at most {MAX_VALUE_BYTES - ROOM_BYTES} allowed",
+            )
     view.put(CAMPAIGN_HEAD_TABLE + event.entry.campaign, moved)
 
 

@@ -1,6 +1,7 @@
 """The bound of a campaign's head: what refusals and the last step put into it, of the largest campaign there may be."""
 
 import copy
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from consensus.membership import ED25519_LIST
 from consensus.rejection import Reason
 from consensus.reserve import LOT_BITS
 from consensus.review_rules import MAX_OPEN_FINDINGS
+from consensus.sampler import presented_by_source
 from consensus.state import CampaignHead, PendingRefusal, SourceCounts
 from consensus.state_map import MAX_VALUE_BYTES
 
@@ -70,6 +72,34 @@ def test_refusals_that_leave_no_room_for_undoing_the_last_step_are_admitted_and_
     assert (after.steps, after.pending, bool(after.undo_root)) == (2, (), True)
     ledger.seal(run.rollback(UNDO))
     assert head_of(run).steps == 1
+
+
+def test_refusals_for_two_reasons_of_each_source_cannot_keep_an_audit_from_barring_the_release() -> None:
+    """Half of every source's examples are refused under a grant of all sources, the rest under a grant of one."""
+    ledger = MemoryLedger()
+    sources = [ledger.source(LIBRARIAN, f"books-{n}", example_count=WIDEST) for n in range(MAX_MANIFEST_SOURCES)]
+    ledger.seal(ledger.policy(auditors=(ledger.ids[LIBRARIAN],)), *sources)
+    run = CampaignRun(ledger, tuple(p.ManifestRange(each.id, 2**52, 16) for each in sources), batch_size=MAX_BATCH_SIZE)
+    ledger.seal(*run.open())
+    of_all, of_one = (run.grant([each.id for each in granted], 1, 100) for granted in (sources, sources[:1]))
+    ledger.seal(of_all, of_one)
+    run.grant_id = of_all.id
+    ledger.seal(*run.step())
+    presented = presented_by_source(run.manifest, digest("sampler", run.name), run.batch_size, 2)
+
+    def refusal(grant: CheckedEvent, reason: Reason, of: Sequence[CheckedEvent], half: int) -> CheckedEvent:
+        run.grant_id = grant.id
+        refused = {(each.id, reason.value): list(presented[each.id])[half::2] for each in of}
+        (event,) = run._refusal(2, refused, run._grant())
+        return event
+
+    ledger.seal(refusal(of_all, Reason.MEMORIZATION_ABOVE_THRESHOLD, sources, 0))
+    ledger.seal(refusal(of_one, Reason.SOURCE_NOT_GRANTED, sources[1:200], 1))
+    one_more = refusal(of_one, Reason.SOURCE_NOT_GRANTED, sources[200:230], 1)
+    assert f"at most {MAX_VALUE_BYTES - ROOM_BYTES} allowed" in assert_refused(ledger, one_more, Reason.OVERSIZED)
+    challenge = ledger.audit_challenge(LIBRARIAN, run.id, last_step=1, picks=1)
+    ledger.seal(challenge)
+    assert head_of(run).open_findings == (challenge.id,)
 
 
 def test_refusals_that_leave_room_keep_the_last_step_undoable() -> None:
