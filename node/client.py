@@ -17,6 +17,7 @@ from msgspec import Meta, Raw, Struct
 
 from consensus.accumulators import MAX_WINDOW_BYTES
 from consensus.bundle import MAX_BUNDLE_BYTES
+from consensus.portions import Natural
 from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
@@ -76,9 +77,9 @@ class SourceRow(Struct, frozen=True):
     licence: str
     purposes: tuple[str, ...]
     content_class: str = msgspec.field(name="class")
-    example_count: int = 0
-    content_root: str = ""
-    reserve_below: int = 0
+    example_count: Natural = 0
+    content_root: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] = "0" * 64
+    reserve_below: Natural = 0
     revoked_at_ms: int = 0
 
 

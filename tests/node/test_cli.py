@@ -467,6 +467,27 @@ def test_a_refusal_keeps_the_nodes_reason_and_an_overloaded_node_is_not_a_no(
     refused(1, "unauthorized", "policy", "show", "--url", url)
 
 
+def test_many_large_sources_with_reserves_do_not_hold_up_the_list(
+    answering: tuple[str, dict[str, tuple[int, bytes]]],
+) -> None:
+    url, table = answering
+    counts = (400_000, 300_000, 200_000, 999_999, 2_000_000, 600_000)
+    rows = [
+        {
+            "id": "ef" * 32, "name": f"source-{count}", "author": "01" * 32, "author_name": "library",
+            "licence": "CC-BY-4.0", "purposes": ["research"], "class": "open", "example_count": count,
+            "content_root": "ab" * 32, "reserve_below": 1,
+        }
+        for count in counts
+    ]  # fmt: skip
+    table["/v1/sources"] = (200, json.dumps({"sources": rows}).encode())
+    listed = json.loads(run("source", "list", "--url", url, "--json").stdout)
+    counted = [row["example_count"] for row in listed if row["reserve_counted"]]
+    assert counted == [400_000, 300_000, 200_000], "the smallest, of a million examples together"
+    lines = run("source", "list", "--url", url).output.splitlines()[1:]
+    assert [line.split(" open ")[1].split()[1] for line in lines] == ["none"] * 3 + ["about"] * 3
+
+
 def test_grants_and_sources_print_as_tables_and_as_json(answering: tuple[str, dict[str, tuple[int, bytes]]]) -> None:
     url, table = answering
     grant = {
@@ -494,6 +515,11 @@ def test_grants_and_sources_print_as_tables_and_as_json(answering: tuple[str, di
     assert [(row["reserve"], row["reserve_counted"]) for row in listed_json] == [
         (0, True), (32, True), (5_000_000, False),
     ]  # fmt: skip
+    for lie in ({"content_root": "f"}, {"reserve_below": 1 << 60}, {"example_count": -1}):
+        table["/v1/sources"] = (200, json.dumps({"sources": [{**rows[0], **lie}]}).encode())
+        result = run("source", "list", "--url", url)
+        assert result.exit_code == 2
+        assert next(iter(lie)) in result.output
     table[f"/v1/grants/{'ab' * 32}"] = (200, json.dumps(grant).encode())
     assert "laboratory  library" in run("grant", "list", "--url", url).output
     shown = run("grant", "show", "--url", url, "ab" * 32).output
