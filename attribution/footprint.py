@@ -46,7 +46,8 @@ class Footprint:
     """``blocks`` by name in the campaign's order, ``windows`` by first and last step; ``whole`` over both.
 
     ``closed`` are blocks that others moved in these windows, and none of the sources, or the example, directly; not
-    told of an example whose sketches are in part left out.
+    told of an example whose sketches are in part left out, nor of a block in which nothing but biases moved: they
+    have no sketches.
     ``of_example``: it is one example's, not the sources'.
     """
 
@@ -206,7 +207,10 @@ class _Account:
             blocks[self._block_of[name]].add(self._chosen.get(name), part)
             whole.add(self._chosen.get(name), part)
         motions = {name: held.motion for name, held in blocks.items()}
-        moved = {self._block_of[name] for name in self._everything}
+        # Of a bias, which has no sketch, an example's silence says nothing.
+        moved = {
+            self._block_of[name] for name, part in self._everything.items() if of_example is None or part.dim() > 1
+        }
         own = {self._block_of[name] for name, part in self._chosen.items() if of_example is None or bool(part.any())}
         is_told = of_example is None or not of_example.left_out
         closed = tuple(name for name in blocks if name in moved - own) if is_told else ()

@@ -1,9 +1,11 @@
 """What sources moved, from the log and committed accumulators: parts that add up, and nothing of what was refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from attribution_fixtures import FACTS, REFUSED, SKETCH_RANK, STEPS, WINDOW_STEPS, traced
@@ -17,6 +19,7 @@ from attribution.log import CampaignLog, open_log
 from attribution.sketches import RunFolder
 from attribution.weights import Search, accumulators_of, find_windows
 from consensus.identifiers import ChainId
+from consensus.portions import ParameterBlock
 from consensus.rejection import Reason, Rejected
 from node.cli import main
 
@@ -206,3 +209,21 @@ def test_example_whose_sketches_are_altered_is_told_without_them(tmp_path: Path)
     result = ask(tmp_path / "traced", "--example", "harbour:3")
     assert result.exit_code == 2
     assert f"left out  steps {WINDOW_STEPS + 1} to {2 * WINDOW_STEPS}: digest-mismatch" in result.stdout
+
+
+def test_no_block_of_biases_alone_is_told_closed_to_an_example_that_has_no_sketch_of_them() -> None:
+    log, search = opened()
+    blocks = []
+    for block in log.provenance.campaign.parameter_blocks:
+        biases = tuple(tensor for tensor in block.tensors if tensor.name.endswith(".bias"))
+        others = tuple(tensor for tensor in block.tensors if tensor not in biases)
+        blocks += [ParameterBlock(block.name, others), ParameterBlock(f"{block.name} biases", biases)]
+    campaign = msgspec.structs.replace(log.provenance.campaign, parameter_blocks=tuple(blocks))
+    provenance = dataclasses.replace(log.provenance, campaign=campaign)
+    (source,) = chosen_sources(provenance, ["harbour"], (), (), False)
+    of_source = footprint(provenance, search.found, (source,))
+    assert of_source.blocks["block.1 biases"].norm > 0
+    of_one = example_footprint(provenance, search.found, source, 0, RunFolder())
+    assert of_one.of_example is not None
+    assert of_one.of_example.steps
+    assert (of_one.blocks["block.1"].norm > 0, of_one.closed) == (True, ())
