@@ -244,8 +244,8 @@ class Training:
                     job.wait(10.0)
                     job.check()
                     return
-                heard = time.monotonic()
                 self._heard(msgspec.json.decode(line, type=JobLine))
+                heard = time.monotonic()  # a decision or a hand-over, for which the job waits, is over by now
             self.consortium.check()
             self._disrupt()
             self._ask_status()
