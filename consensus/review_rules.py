@@ -45,6 +45,9 @@ from consensus.state import (
 )
 
 MAX_OPEN_FINDINGS = 64
+MAX_OPEN_EVALUATIONS = 32
+"""Of evaluations, which are the operator's, no more are open: with all places taken no audit could bar the release, and
+the same tests, met, would free them in the ledger block of the release."""
 
 
 def admit_evaluation(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
@@ -68,7 +71,7 @@ def admit_evaluation(view: StateView, event: CheckedEvent, timestamp_ms: int, co
     check_evaluation(evaluation)
     test = examination_digest(evaluation)
     missed = bool(unmet(evaluation))
-    findings = []
+    findings, evaluations = [], 0
     for finding in head.open_findings:
         key = review_key(EVALUATION_TABLE, campaign, finding)
         held = view.find(key, EvaluationRecord)
@@ -76,19 +79,21 @@ def admit_evaluation(view: StateView, event: CheckedEvent, timestamp_ms: int, co
             view.put(key, _standing(held, Standing.SUPERSEDED))
         else:
             findings.append(finding)
+            evaluations += held is not None
+    moved = changed(head, next_sequence=head.next_sequence + 1, open_findings=tuple(findings))
     if missed:
-        findings.append(event.id)
-    if len(findings) > MAX_OPEN_FINDINGS:
-        raise Rejected(Reason.OVERSIZED, f"more than {MAX_OPEN_FINDINGS} open findings: governance must decide first")
+        if evaluations >= MAX_OPEN_EVALUATIONS:
+            raise Rejected(
+                Reason.OVERSIZED,
+                f"more than {MAX_OPEN_EVALUATIONS} evaluations as open findings: governance must decide first",
+            )
+        moved = with_finding(moved, event.id, stands_open=True)
     standing = Standing.UNMET if missed else Standing.MET
     record = EvaluationRecord(
         campaign, event.id, test, evaluation.steps, evaluation.parameter_root, standing.value, timestamp_ms
     )
     view.put(review_key(EVALUATION_TABLE, campaign, event.id), record)
-    view.put(
-        CAMPAIGN_HEAD_TABLE + campaign,
-        changed(head, next_sequence=head.next_sequence + 1, open_findings=tuple(findings)),
-    )
+    view.put(CAMPAIGN_HEAD_TABLE + campaign, moved)
 
 
 def admit_decision(view: StateView, event: CheckedEvent, timestamp_ms: int, committee: Committee) -> None:
@@ -165,7 +170,7 @@ def with_finding(head: CampaignHead, subject: bytes, *, stands_open: bool) -> Ca
     if stands_open:
         findings.append(subject)
     if len(findings) > MAX_OPEN_FINDINGS:
-        raise Rejected(Reason.OVERSIZED, f"more than {MAX_OPEN_FINDINGS} open findings: accept some first")
+        raise Rejected(Reason.OVERSIZED, f"more than {MAX_OPEN_FINDINGS} open findings: governance must decide first")
     return changed(head, open_findings=tuple(findings))
 
 

@@ -23,6 +23,7 @@ from consensus.predicates import Answer, Predicate, Status, Verdict, verify
 from consensus.predicates.reviews import Audit, replayed_steps
 from consensus.rejection import Reason, Rejected
 from consensus.review import ACCEPT, NOTE, REJECT, AuditAnswer, AuditChallenge, AuditResult, PickedStep
+from consensus.review_rules import MAX_OPEN_EVALUATIONS
 from consensus.state import (
     AUDIT_TABLE,
     CAMPAIGN_HEAD_TABLE,
@@ -395,6 +396,19 @@ def test_what_a_named_auditor_asks_for_bars_the_release_until_it_passed() -> Non
     assert head_of(told.run).open_findings == (challenge.id,), "an evaluation closes no audit"
     told.ledger.seal(told.ledger.audit_answer(challenge))
     told.ledger.seal(told.run.release())
+
+
+def test_missed_thresholds_of_the_operators_own_making_leave_room_for_what_an_auditor_asks() -> None:
+    told = taken(auditors=(HOSPITAL,))
+    names = [f"test {number}" for number in range(MAX_OPEN_EVALUATIONS)]
+    for name in names:
+        told.ledger.seal(told.run.evaluation(high_micro=1_600_000, name=name))
+    assert_refused(told.ledger, told.run.evaluation(high_micro=1_600_000, name="another"), Reason.OVERSIZED)
+    told.run.sequence -= 1
+    challenge = challenged(told)
+    told.ledger.seal(*(told.run.evaluation(name=name) for name in names))
+    assert head_of(told.run).open_findings == (challenge.id,)
+    assert_refused(told.ledger, told.run.release(), Reason.FINDING_OPEN)
 
 
 def test_audit_that_nobody_answers_bars_the_release_until_governance_accepts() -> None:

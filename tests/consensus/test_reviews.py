@@ -26,6 +26,7 @@ from consensus.review import (
     examination_digest,
     is_met,
 )
+from consensus.review_rules import MAX_OPEN_EVALUATIONS, MAX_OPEN_FINDINGS
 from consensus.state import (
     AUDIT_TABLE,
     CAMPAIGN_HEAD_TABLE,
@@ -134,9 +135,17 @@ def test_second_miss_of_a_test_takes_the_place_of_the_first() -> None:
 
 def test_open_findings_are_bounded() -> None:
     told = begun()
-    for number in range(64):
+    for number in range(MAX_OPEN_EVALUATIONS):
         told.ledger.seal(told.run.evaluation(high_micro=1_600_000, name=f"test {number}"))
     assert_refused(told.ledger, told.run.evaluation(high_micro=1_600_000, name="one more"), Reason.OVERSIZED)
+    told.run.sequence -= 1
+    for number in range(MAX_OPEN_FINDINGS - MAX_OPEN_EVALUATIONS):
+        met = sealed(told, told.run.evaluation(name=f"met {number}"))
+        told.ledger.seal(told.ledger.decision(told.run.id, met.id, REJECT))
+    met = sealed(told, told.run.evaluation(name="met at last"))
+    assert_refused(told.ledger, told.ledger.decision(told.run.id, met.id, REJECT), Reason.OVERSIZED)
+    told.ledger.seal(told.run.evaluation(name="test 0"))
+    told.ledger.seal(told.ledger.decision(told.run.id, met.id, REJECT))
 
 
 @pytest.mark.parametrize(
