@@ -218,6 +218,14 @@ def test_others_may_note_and_not_decide(author: str) -> None:
     assert_admitted(told.ledger, told.ledger.decision(told.run.id, missed.id, NOTE, [author]))
 
 
+def test_note_of_a_member_lends_itself_no_others_name() -> None:
+    told = begun()
+    for other in (GOVERNANCE, LIBRARIAN, OPERATOR):
+        with pytest.raises(Rejected) as caught:
+            told.ledger.decision(told.run.id, told.run.id, NOTE, [HOSPITAL, other])
+        assert caught.value.reason is Reason.SURPLUS_SIGNATURE
+
+
 def test_decision_that_breaks_a_rule_is_refused() -> None:
     told = begun()
     ledger, run = told.ledger, told.run
