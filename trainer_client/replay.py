@@ -160,7 +160,7 @@ def replay(
     check_job(logged, job, without, ranks)
     if balanced and ranks.size > 1:
         raise Rejected(Reason.BAD_FIELD, f"a balance sheet of {ranks.size} processes: each sees its own examples alone")
-    balance = Balance(job.optimizer) if balanced else None
+    balance = Balance(prepared(job.optimizer, job.scaler)[0]) if balanced else None
     with bench(logged, job, ranks, accumulated=not (without or balanced), balance=balance, without=without) as run:
         grouped = bool(logged.terms.accumulator_window_steps)
         matched = 0

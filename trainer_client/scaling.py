@@ -205,11 +205,12 @@ def prepared(
         ConfigError: ``scaler`` is another one than Accelerate's.
     """
     accelerated = sys.modules.get("accelerate.optimizer")  # whoever prepared an optimizer has imported it
-    if accelerated is None or not isinstance(optimizer, accelerated.AcceleratedOptimizer) or optimizer.scaler is None:
+    if accelerated is None or not isinstance(optimizer, accelerated.AcceleratedOptimizer):
         return optimizer, scaler
-    if scaler is not None and scaler is not optimizer.scaler:
+    own = optimizer.scaler
+    if scaler is not None and own is not None and scaler is not own:
         raise ConfigError("scaler is another gradient scaler than the one that Accelerate prepared the optimizer with")
-    return optimizer.optimizer, optimizer.scaler
+    return optimizer.optimizer, scaler if own is None else own
 
 
 def scale_after(scale: ScalerState, *, skipped: bool) -> ScalerState:

@@ -1,5 +1,6 @@
 """A plain loop whose model and optimizer went through Accelerate's ``prepare``; the batches are the run's own."""
 
+import copy
 from collections.abc import Iterator
 
 import governed_fixtures
@@ -8,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from governed_fixtures import CAMPAIGN, STEPS, Scene, TinyModel, collate, losses, same_bits, weights
+from governed_fixtures import CAMPAIGN, STEPS, Scene, TinyAttention, TinyModel, collate, losses, same_bits, weights
 from torch import nn
 
 from consensus.event import Kind
@@ -63,11 +64,42 @@ def test_prepared_model_and_optimizer_train_under_a_campaign_that_replays_to_the
     assert same_bits({name: moved[name] for name in closed}, {name: held[name] for name in closed})
     assert not torch.equal(moved["head.weight"], held["head.weight"])
 
+    for balanced in (False, True):
+        scaling_anew(accelerator)
+        model = copy.deepcopy(base)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        job = ReplayJob(*accelerator.prepare(model, optimizer), scene.training_sources, losses, collate)
+        found = replay(read_logged_campaign(scene.client(), CAMPAIGN), job, balanced=balanced)
+        assert (found.matched, found.difference) == (STEPS, None)
+        assert (found.balance is not None) == balanced
+
+
+def test_prepared_optimizer_is_divided_among_heads_and_leaves_a_closed_one_as_it_is(
+    scene: Scene, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepared(model: nn.Module, optimizer: object, **arguments: object) -> GovernedRun[bytes]:
+        return governed(model, accelerator.prepare(optimizer), **arguments)  # type: ignore[arg-type]
+
     scaling_anew(accelerator)
-    model, optimizer = accelerator.prepare(base, torch.optim.AdamW(base.parameters(), lr=0.01, weight_decay=0.1))
-    job = ReplayJob(model, optimizer, scene.training_sources, losses, collate)
-    found = replay(read_logged_campaign(scene.client(), CAMPAIGN), job)
-    assert (found.matched, found.difference) == (STEPS, None)
+    closed = (BlockWeight("attention.head.0", 0),)
+    classes = (ClassRule("documentation", 1_000, closed), ClassRule("news", 1_000, closed))
+    scene.register(classes=classes, routing_granularities=("head",))
+    scene.plan_changes.update(routing_granularity="head", model={})
+    scene.arguments["probe_loss"] = losses
+    scene.build, scene.wrap = TinyAttention, accelerator.prepare
+    monkeypatch.setattr(governed_fixtures, "governed", prepared)
+    scene.train()
+    assert scene.node.head(CAMPAIGN).closed == "released"
+    (opening,) = scene.events(Kind.CAMPAIGN)
+    recorded = {setting.name: setting.value for setting in opening.operation.hyperparameters}  # type: ignore[union-attr]
+    assert recorded["optimizer"] == "AdamW"
+
+    torch.manual_seed(1)
+    base = TinyAttention()
+    moved, held = weights(scene.model)["attention.c_attn.weight"], weights(base)["attention.c_attn.weight"]
+    of_head = torch.arange(24) % 8 < 4
+    assert torch.equal(moved[of_head], held[of_head])
+    assert not torch.equal(moved[~of_head], held[~of_head])
 
 
 def test_another_scaler_than_the_prepared_optimizers_is_refused_by_name() -> None:
@@ -77,6 +109,8 @@ def test_another_scaler_than_the_prepared_optimizers_is_refused_by_name() -> Non
     Accelerator(cpu=True)
     optimizer = AcceleratedOptimizer(inner, scaler=own)
     assert prepared(optimizer, None) == prepared(optimizer, own) == (inner, own)
+    assert prepared(AcceleratedOptimizer(inner), other) == (inner, other)
+    assert prepared(AcceleratedOptimizer(inner), None) == (inner, None)
     with pytest.raises(ConfigError, match="another gradient scaler"):
         prepared(optimizer, other)
     AcceleratorState._reset_state(reset_partial_state=True)
