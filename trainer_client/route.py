@@ -105,8 +105,10 @@ class Route:
             operands = tuple(operand.index_select(0, index) for operand in operands)
         if any(weight != FULL_PERMILLE for _, _, weight in runs):
             factors = [weight / FULL_PERMILLE for first, end, weight in runs for _ in range(first, end)]
-            factor = torch.tensor(factors, dtype=operands[0].dtype, device=operands[0].device)
-            operands = (operands[0] * factor.view(-1, *(1,) * (operands[0].dim() - 1)), *operands[1:])
+            first = operands[0]
+            wide = torch.promote_types(first.dtype, torch.float32)  # bfloat16 has no 0.333, it would weigh all by 0.332
+            factor = torch.tensor(factors, dtype=wide, device=first.device).view(-1, *(1,) * (first.dim() - 1))
+            operands = ((first * factor).to(first.dtype), *operands[1:])
         return operands
 
     def by_example(self, operand: Tensor) -> Tensor:

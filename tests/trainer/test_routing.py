@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer_client.clipping import clip_block_gradients
 from trainer_client.probe import probe, tensor_inputs
+from trainer_client.route import Route
 from trainer_client.routing import (
     Routing,
     RoutingError,
@@ -146,6 +147,14 @@ def test_however_few_examples_a_head_with_a_bias_has_every_bit_of_plain_gradient
     (loss_of_examples(model, tokens_BT).sum() / EXAMPLES).backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(found[name], parameter.grad), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weight_that_a_narrow_dtype_does_not_have_is_the_weight_of_the_sum(dtype: torch.dtype) -> None:
+    delta_BT = torch.linspace(1, 2, 1_000, dtype=torch.float64).to(dtype)[None]
+    (admitted,) = Route((333,), lambda: None).admitted(delta_BT)
+    assert admitted.dtype == dtype
+    assert (admitted.double().sum() / delta_BT.double().sum()).item() == pytest.approx(0.333, rel=3e-4)
 
 
 def test_forward_and_activation_gradients_are_untouched_by_weights() -> None:
