@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from governed_fixtures import CAMPAIGN, Scene, collate, losses
+from governed_fixtures import CAMPAIGN, Scene, TinyModel, collate, losses
 from torch import nn
 
 from consensus.identifiers import ChainId, MemberId
@@ -134,6 +134,19 @@ class Recites:
             return {}
         self.found = True
         return {own[0]: 601}
+
+
+class Elsewhere(TinyModel):
+    """Of a rank that works in another folder than the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        os.chdir("/")
+
+
+def faster(model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters of a rank that was given another learning rate."""
+    return [{"params": list(model.parameters()), "lr": 0.02}]
 
 
 def run_on_ranks(scene: Scene, *attempts: Attempt, ranks: int = 2) -> list[list[Outcome]]:

@@ -63,6 +63,7 @@ from trainer_client.plan import (
     campaign_terms,
     check_content,
     manifest_of,
+    stepping_settings,
 )
 from trainer_client.probe import ProbeInputs, probe
 from trainer_client.progress import OnProgress, Progress, RunRecord
@@ -239,16 +240,18 @@ def open_run(
         losses = ranks.by_first(lambda: read_base_losses(losses_path, manifest, committed))
     else:
         losses = NOTHING_MEASURED
-    terms = campaign_terms(
-        plan,
-        model.module,
-        arguments.optimizer,
-        arguments.scheduler,
-        policy=policy.id,
-        job_key=job_key_id(arguments.job_key),
-        base_root=base_root,
-        environment=capture_environment(Path.cwd()).settings,
-        base_losses_sha256=losses.sha256,
+    terms = ranks.by_first(
+        lambda: campaign_terms(
+            plan,
+            model.module,
+            arguments.optimizer,
+            arguments.scheduler,
+            policy=policy.id,
+            job_key=job_key_id(arguments.job_key),
+            base_root=base_root,
+            environment=capture_environment(Path.cwd()).settings,
+            base_losses_sha256=losses.sha256,
+        )
     )
     closed = closed_blocks(policy.policy, {source: classes[source] for source in asked.admitted}, losses, tuple(blocks))
     if closed and ranks.is_first:
@@ -335,15 +338,23 @@ def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks,
     """The plan, with how gradients are scaled and how the ranks divide a step among its hyperparameters.
 
     Raises:
-        ConfigError: a rank was started with another plan, other sources or other settings.
+        ConfigError: a rank was started with another plan, other sources or other settings, of its optimizer and
+            schedule too.
     """
     plan, micro_batch_size = arguments.plan, arguments.micro_batch_size
     plan = replace(plan, hyperparameters={**plan.hyperparameters, **scaling.hyperparameters()})
     if ranks.size == 1:
         return plan
-    asked = (plan, manifest_of(arguments.sources), micro_batch_size, arguments.settings)
+    asked: dict[str, object] = {
+        "plan": plan,
+        "sources": manifest_of(arguments.sources),
+        "micro_batch_size": micro_batch_size,
+        "settings": arguments.settings,
+        **stepping_settings(arguments.optimizer, arguments.scheduler),
+    }
     for rank, others in enumerate(ranks.gathered(asked)):
-        for what, own, other in zip(("plan", "sources", "micro_batch_size", "settings"), asked, others, strict=True):
+        for what in dict.fromkeys((*asked, *others)):
+            own, other = asked.get(what), others.get(what)
             if own != other:
                 raise ConfigError(f"rank {rank} was started with another {what}: {other!r:.400}, not {own!r:.400}")
     layout = {RANKS: str(ranks.size), DATA_PARALLEL: model.kind}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from consensus import portions as p
 from consensus.identifiers import ChainId, Digest, MemberId
@@ -55,7 +55,8 @@ class CampaignPlan:
         accumulator_window_steps: steps per window of per-source gradient sums (``accumulators.py``); 0 keeps none.
         sketch_rank: rank at which each example's gradients are kept beside them (``sketches.py``); 0 keeps none.
         sketch_ranks: a higher one, by parameter block: for what a block that some sources are kept out of saves.
-        files: what else made the run what it is, by name (a preprocessing script): their SHA-256 are recorded.
+        files: what else made the run what it is, by name (a preprocessing script): their SHA-256 are recorded, as the
+            first of several processes finds them.
     """
 
     chain_id: ChainId
@@ -269,20 +270,24 @@ def check_content(source: TrainingSource[E], claim: p.SourceClaim) -> None:
         )
 
 
+def stepping_settings(optimizer: torch.optim.Optimizer, scheduler: object) -> dict[str, str]:
+    """What steps the parameters, by name: the optimizer's class and options, and the schedule's (``schedule.py``)."""
+    options = {
+        f"optimizer.{number}.{name}": repr(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+        for number, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if name not in ("params", "param_names")  # the parameter table has the names
+    }
+    return {"optimizer": type(optimizer).__name__, **options, **schedule_settings(scheduler)}
+
+
 def _hyperparameters(plan: CampaignPlan, optimizer: torch.optim.Optimizer, scheduler: object) -> tuple[p.Setting, ...]:
     settings = {
         # What follows is what the job does, whatever it is called there.
         **{name: value for name, value in plan.hyperparameters.items() if not name.startswith(SKETCH_RANK_OF)},
         **{f"{SKETCH_RANK_OF}{block}": str(rank) for block, rank in plan.sketch_ranks.items()},
         "clip_norm": repr(plan.clip_norm),
-        "optimizer": type(optimizer).__name__,
-        **{
-            f"optimizer.{number}.{name}": repr(value)
-            for number, group in enumerate(optimizer.param_groups)
-            for name, value in group.items()
-            if name not in ("params", "param_names")  # the parameter table has the names
-        },
-        **schedule_settings(scheduler),
+        **stepping_settings(optimizer, scheduler),
         **{f"files.{name}.sha256": _sha256_of(path) for name, path in plan.files.items()},
     }
     return tuple(p.Setting(name, value) for name, value in sorted(settings.items()))

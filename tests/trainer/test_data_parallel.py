@@ -1,5 +1,6 @@
 """Runs of several processes over gloo: one event a step, the weights of one process, and everybody goes one way."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -27,7 +28,18 @@ from governed_fixtures import (
     same_bits,
     weights,
 )
-from rank_fixtures import KINDS, SNAPSHOTS, Attempt, Outcome, Recites, Replay, replay_configuration, run_on_ranks
+from rank_fixtures import (
+    KINDS,
+    SNAPSHOTS,
+    Attempt,
+    Elsewhere,
+    Outcome,
+    Recites,
+    Replay,
+    faster,
+    replay_configuration,
+    run_on_ranks,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -439,8 +451,9 @@ def test_what_would_not_be_one_job_is_refused_by_name_on_every_rank(tmp_path: Pa
             Attempt("DDP", changes={1: {"texts": other_texts}}),
             Attempt("FSDP2", changes={0: by_head, 1: by_head}),
             Attempt("DDP", changes={1: {"settings": replace(scene.settings, audit_snapshot_every_steps=5)}}),
+            Attempt("DDP", changes={1: {"trained": faster}}),
         )
-        neither, hooked, planned, content, sharded, settled = run_on_ranks(scene, *attempts)
+        neither, hooked, planned, content, sharded, settled, stepping = run_on_ranks(scene, *attempts)
         for outcomes, text in (
             (neither, "neither in DistributedDataParallel"),
             (hooked, "communication hook"),
@@ -451,9 +464,33 @@ def test_what_would_not_be_one_job_is_refused_by_name_on_every_rank(tmp_path: Pa
         assert "rank 1 was started with another plan" in planned[0].error
         assert "rank 0 was started with another plan" in planned[1].error
         assert ["was started with another settings" in outcome.error for outcome in settled] == [True, True]
+        assert "rank 1 was started with another optimizer.0.lr: '0.02', not '0.01'" in stepping[0].error
+        assert "rank 0 was started with another optimizer.0.lr: '0.01', not '0.02'" in stepping[1].error
         assert (content[0].error_type, content[1].error_type) == ("RankFailed", "Rejected")
         assert "rank 1: Rejected: digest-mismatch" in content[0].error
         assert not scene.events(Kind.CAMPAIGN)
+
+
+def test_files_that_the_first_rank_alone_has_are_recorded_and_hold_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prepare.py").write_text("cleaned = True\n")
+    monkeypatch.chdir(tmp_path)
+    with running_node() as node:
+        scene = new_scene(node, tmp_path / "run")
+        files = {"preprocessing": Path("prepare.py"), "missing": Path("filter.py")}
+        scene.plan_changes.update(planned_steps=2, files=files)
+        one = {"plan_changes": {**scene.plan_changes, "files": {"preprocessing": files["preprocessing"]}}}
+        missing, taken = run_on_ranks(
+            scene, Attempt("DDP"), Attempt("DDP", changes={0: one, 1: {**one, "build": Elsewhere}})
+        )
+        assert [(each.error_type, "filter.py: expected a file to record" in each.error) for each in missing] == [
+            ("ConfigError", True)
+        ] * 2
+        assert [outcome.error for outcome in taken] == ["", ""]
+        (opening,) = scene.events(Kind.CAMPAIGN)
+        recorded = {setting.name: setting.value for setting in opening.operation.hyperparameters}  # type: ignore[union-attr]
+        assert recorded["files.preprocessing.sha256"] == hashlib.sha256(b"cleaned = True\n").hexdigest()
 
 
 def test_examples_the_log_never_admitted_change_no_bit_on_any_rank(trained: Trained, tmp_path: Path) -> None:
