@@ -136,6 +136,21 @@ class Recites:
         return {own[0]: 601}
 
 
+class RecitesOnTheFirst(Recites):
+    """Finds an example and its neighbours recited, on the first rank alone: elsewhere kernels differ."""
+
+    around: int | None = None
+
+    def signals(self, model: nn.Module, shown: Mapping[Example, bytes], threshold: int) -> dict[Example, int]:
+        with evaluating(model), torch.no_grad():
+            losses(model, collate(list(shown.values())))
+        own = [number for source, number in sorted(shown) if source == self.source]
+        if dist.get_rank() > 0 or not own:
+            return {}
+        self.around = own[0] if self.around is None else self.around
+        return {(self.source, number): 601 for number in own if abs(number - self.around) <= 1}
+
+
 class Elsewhere(TinyModel):
     """Of a rank that works in another folder than the first."""
 

@@ -384,7 +384,8 @@ class GovernedRun(Generic[E]):
             )
         )
         with self._record.costs.governance(), self._record.costs.memorization():
-            signals = self._watch.survey(self._model, self._content(assessed), threshold_permille)
+            found = self._watch.survey(self._model, self._content(assessed), threshold_permille)
+            signals = self._ranks.by_first(lambda: found)
             directory = own_directory(self._arguments.run_directory, self._ranks)
             data = write_manifest(directory / "memorization.jsonl", assessed, signals)
         with self._record.costs.governance():
@@ -621,8 +622,8 @@ class GovernedRun(Generic[E]):
         threshold_permille = step.grant.policy.memorization_threshold_permille
         with self._record.costs.memorization():
             found = self._watch.signals(self._model, threshold_permille)
-        # All ranks assess the same suspects; the first one's figures count.
-        signals = self._ranks.by_first(lambda: found) if found else found
+        # All ranks assess the same suspects; the first one's figures count, also where it alone finds any.
+        signals = self._ranks.by_first(lambda: found) if self._watch.has_suspects else found
         self._course.resolve()
         self._book.write(step, before, after, self._optimizer, learning_rate, signals, accumulator_root)
         self._course.took(step, after)
@@ -663,7 +664,8 @@ class GovernedRun(Generic[E]):
         out = self._course.recited | reserved
         threshold_permille = step.grant.policy.memorization_threshold_permille
         with self._record.costs.memorization():
-            return self._watch.sweep(self._model, found, contents, out, threshold_permille)
+            swept = self._watch.sweep(self._model, found, contents, out, threshold_permille)
+        return self._ranks.by_first(lambda: swept)
 
 
 def governed(

@@ -35,6 +35,7 @@ from rank_fixtures import (
     Elsewhere,
     Outcome,
     Recites,
+    RecitesOnTheFirst,
     Replay,
     faster,
     replay_configuration,
@@ -252,6 +253,23 @@ def test_all_ranks_go_back_with_the_log_and_with_a_recital(trained: Trained, tmp
         for again, executed in ((every, (STEPS, STEPS)), (some, (3, 3))):
             assert [(outcome.error, outcome.differing) for outcome in again] == [("", ())] * 2
             assert [(outcome.replayed, outcome.executed) for outcome in again] == [executed] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recital_that_only_the_first_rank_finds_is_undone_on_all(kind: str, tmp_path: Path) -> None:
+    with running_node() as node:
+        scene = new_scene(node, tmp_path / "run")
+        scene.plan_changes.update(planned_steps=4)
+        scene.arguments["memorization"] = RecitesOnTheFirst(scene.sources["manual"])
+        (outcomes,) = run_on_ranks(scene, Attempt(kind))
+        assert [(outcome.error, outcome.rollbacks) for outcome in outcomes] == [("", 1)] * 2
+        head = node.head(CAMPAIGN)
+        assert (head.closed, head.rollbacks, head.steps) == ("released", 1, 4)
+        (rollback,) = [event.operation for event in scene.events(Kind.ROLLBACK)]
+        assert isinstance(rollback, Rollback)
+        assert len(rollback.memorization) > 1
+        for name, found in outcomes[0].weights.items():
+            assert torch.equal(found, outcomes[1].weights[name])
 
 
 def test_run_of_which_a_rank_was_killed_ends_with_the_weights_of_one_that_was_not(
