@@ -143,7 +143,10 @@ def restore_snapshot(snapshot: Snapshot, state: TrainingState) -> None:
 
 
 def own_part_of(snapshot: Snapshot, state: TrainingState) -> Snapshot:
-    """Of a snapshot with whole tensors, what this rank holds of them in a sharded job."""
+    """Of a snapshot with whole tensors, what this rank holds of them, on its own device.
+
+    What an optimizer keeps in main memory (its counts of steps, mostly) stays there.
+    """
     tensors, parameters = _tensors(state.model), _optimized(state.optimizer)
     return replace(
         snapshot,
@@ -153,12 +156,17 @@ def own_part_of(snapshot: Snapshot, state: TrainingState) -> Snapshot:
         },
         optimizer_state={
             index: {
-                key: part_of_whole(value, parameters[index]) if isinstance(value, Tensor) else value
+                key: _part_at(value, parameters[index]) if isinstance(value, Tensor) else value
                 for key, value in held.items()
             }
             for index, held in snapshot.optimizer_state.items()
         },
     )
+
+
+def _part_at(value: Tensor, parameter: Tensor) -> Tensor:
+    part = part_of_whole(value, parameter)
+    return part if part.device.type == "cpu" else part.to(parameter.device)
 
 
 def random_state() -> RandomState:

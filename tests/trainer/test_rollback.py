@@ -7,10 +7,18 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from consensus.identifiers import Digest
 from consensus.rejection import InvariantBroken
-from trainer_client.rollback import SnapshotRing, TrainingState, restore_snapshot, step_beginning, take_snapshot
+from trainer_client.rollback import (
+    SnapshotRing,
+    TrainingState,
+    own_part_of,
+    restore_snapshot,
+    step_beginning,
+    take_snapshot,
+)
 
 ROOT = Digest(bytes(32))
 OTHER_ROOT = Digest(bytes([1]) * 32)
@@ -170,6 +178,27 @@ def test_snapshot_of_another_model_is_refused_and_changes_nothing() -> None:
             restore_snapshot(snapshot, other)
         assert torch.equal(torch.get_rng_state(), random_before)
     assert_same(job.everything(), before)
+
+
+def stepped_at(device: str, fake: FakeTensorMode) -> TrainingState:
+    """A job as it stands after a step; a fake tensor has a device that need not be there."""
+    with fake:
+        parameter = nn.Parameter(torch.empty(2, 2, device=device))
+        model = nn.ParameterList([parameter])
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        moments = {key: torch.empty(2, 2, device=device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.empty(()), **moments}
+    return TrainingState(model, optimizer)
+
+
+def test_optimizer_state_of_the_first_ranks_snapshot_goes_to_this_ranks_device() -> None:
+    fake = FakeTensorMode()
+    first, own = stepped_at("cuda:0", fake), stepped_at("cuda:1", fake)
+    snapshot = take_snapshot(first, 1, Digest(bytes(32)))
+    with fake:
+        part = own_part_of(snapshot, own)
+    found = {key: str(value.device) for key, value in part.optimizer_state[0].items()}
+    assert found == {"step": "cpu", "exp_avg": "cuda:1", "exp_avg_sq": "cuda:1"}
 
 
 def test_candidate_becomes_final_only_with_its_own_root_and_step() -> None:
