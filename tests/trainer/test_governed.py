@@ -567,3 +567,42 @@ def test_release_that_waits_for_custody_goes_through_after_a_custodians_word(sce
         scene.node.by_member("data-source-2", Kind.CUSTODY, Portions(None, word, None), campaign=CAMPAIGN)
         run.release(scene.directory / "tuned.safetensors")
     assert scene.node.head(CAMPAIGN).closed == "released"
+
+
+class AdaptedModel(TinyModel):
+    """A frozen model with a bottleneck adapter (Houlsby et al., arXiv 1902.00751) behind each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.adapters = nn.ModuleList(
+            [nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3), nn.GELU(), nn.Linear(3, 8)) for _ in self.layers]
+        )
+
+    def forward(self, bytes_BT: Tensor) -> Tensor:
+        x = self.embedding(bytes_BT)
+        for layer, adapter in zip(self.layers, self.adapters, strict=True):
+            x = x + functional.gelu(layer(x))
+            x = x + adapter(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_adapters_of_a_frozen_model_go_by_depth_profiles(scene: Scene, granularity: str) -> None:
+    """One parameter block for each adapter: everybody is kept out of the first, nothing of the base moves."""
+    closed = (BlockWeight("adapters.0", 0),)
+    scene.register(
+        routing_granularities=(granularity,),
+        classes=(ClassRule("documentation", 1_000, closed), ClassRule("news", 500, closed)),
+    )
+    scene.build = AdaptedModel
+    scene.plan_changes.update(routing_granularity=granularity, accumulator_window_steps=5)
+    scene.trained = lambda model: [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scene.arguments["probe_loss"] = losses
+    scene.train()
+    torch.manual_seed(1)
+    base, tuned = weights(AdaptedModel()), weights(scene.model)
+    moved = {name for name, tensor in tuned.items() if not torch.equal(tensor, base[name])}
+    assert moved == {name for name in base if name.startswith("adapters.1.")}
+    assert scene.node.head(CAMPAIGN).steps == STEPS
