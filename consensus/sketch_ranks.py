@@ -12,7 +12,6 @@ from consensus import portions as p
 from consensus.rejection import Reason, Rejected
 
 SKETCH_RANK_OF: Final = "sketch_rank."
-MAX_SKETCH_RANK: Final = 64
 
 _RANK: Final = re.compile("[1-9][0-9]?", re.ASCII)
 
@@ -30,10 +29,10 @@ def sketch_ranks(campaign: p.Campaign) -> dict[str, int]:
         block = setting.name.removeprefix(SKETCH_RANK_OF)
         if block == setting.name:
             continue
-        if not _RANK.fullmatch(setting.value) or int(setting.value) > MAX_SKETCH_RANK:
+        if not _RANK.fullmatch(setting.value) or int(setting.value) > p.MAX_SKETCH_RANK:
             raise Rejected(
                 Reason.BAD_FIELD,
-                f"{setting.name!a}: expected a rank from 1 to {MAX_SKETCH_RANK}, found {setting.value!a:.20}",
+                f"{setting.name!a}: expected a rank from 1 to {p.MAX_SKETCH_RANK}, found {setting.value!a:.20}",
             )
         stated[block] = int(setting.value)
     return {

@@ -253,10 +253,10 @@ def by_heads(scene: Scene) -> None:
     scene.arguments["probe_loss"] = losses
 
 
-def replay_job(scene: Scene, **changes: object) -> ReplayJob[bytes]:
-    """What takes a campaign again of a ``TinyModel`` with a dropout of one half."""
+def replay_job(scene: Scene, dropout: float = 0.5, **changes: object) -> ReplayJob[bytes]:
+    """What takes a campaign of a ``TinyModel`` again."""
     torch.manual_seed(1)
-    model = TinyModel(dropout=0.5)
+    model = TinyModel(dropout)
     return ReplayJob(
         **{  # type: ignore[arg-type]
             "model": model,

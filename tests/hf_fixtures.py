@@ -15,6 +15,7 @@ from transformers.optimization import get_scheduler
 from consensus.event import CheckedEvent, Kind
 from consensus.keys import Ed25519SigningKey
 from consensus.portions import ClassRule, StepOperation
+from consensus.rejection import Reason, Rejected
 from trainer_client.governed import governed
 from trainer_client.hf import FixedLengthCollator, GovernanceCallback, GovernedTrainer, causal_losses
 from trainer_client.plan import CampaignPlan, RunSettings, TrainingSource
@@ -47,6 +48,19 @@ class Scene:
         self.salt: bytes | None = SALT
         self.delegated: set[bytes] = set()
         self.plan_changes: dict[str, object] = {}
+
+    def refuse_last_step_once(self) -> list[bytes]:
+        """The log takes the last step of a campaign at its second attempt only; the ids of the events it refused."""
+        refused: list[bytes] = []
+
+        def refuse(event: CheckedEvent) -> Rejected | None:
+            if not refused and isinstance(event.operation, StepOperation) and event.operation.index == STEPS:
+                refused.append(event.id)
+                return Rejected(Reason.GRANT_CLOSED, "too late")
+            return None
+
+        self.node.refuse_step = refuse
+        return refused
 
     def campaign(self, number: int = 7, seed: int = 0) -> dict[str, object]:
         """Arguments that ``governed`` and ``GovernanceCallback`` share."""

@@ -23,7 +23,7 @@ from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.merkle import root_of
 from consensus.pieces import HEAD, piece_named
 from consensus.rejection import ConfigError, Reason, Rejected
-from consensus.sketch_ranks import MAX_SKETCH_RANK, SKETCH_RANK_OF
+from consensus.sketch_ranks import SKETCH_RANK_OF
 from trainer_client.commitment import SAFETENSORS_DTYPES, committed_tensors
 from trainer_client.heads import head_blocks
 from trainer_client.pieces import part_of_entry
@@ -181,8 +181,8 @@ def sketch_ranks_of(plan: CampaignPlan, model: nn.Module) -> dict[str, int]:
     for block, rank in plan.sketch_ranks.items():
         if block not in table:
             raise Rejected(Reason.BAD_FIELD, f"sketch_ranks: there is no parameter block {block!a}")
-        if not plan.sketch_rank <= rank <= MAX_SKETCH_RANK:
-            expected = f"{plan.sketch_rank} (sketch_rank) to {MAX_SKETCH_RANK}"
+        if not plan.sketch_rank <= rank <= p.MAX_SKETCH_RANK:
+            expected = f"{plan.sketch_rank} (sketch_rank) to {p.MAX_SKETCH_RANK}"
             raise Rejected(Reason.BAD_FIELD, f"sketch_ranks: expected {expected} for {block!a}, found {rank}")
     return {name: rank for block, rank in plan.sketch_ranks.items() for name in table[block]}
 

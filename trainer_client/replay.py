@@ -209,9 +209,7 @@ def bench(
     model = parallel.module
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        accumulators = _accumulators(logged, folder, ranks) if accumulated else None
-        if accumulators is not None and witnessed and logged.terms.sketch_rank:
-            accumulators.sketches = SketchWitness(logged.terms.sketch_rank, sketch_ranks(logged.terms))
+        accumulators = _accumulators(logged, folder, ranks, witnessed=witnessed) if accumulated else None
         if accumulators is not None:
             stack.enter_context(accumulators)
         losses = _base_losses(logged, job, parallel, ranks, tolerance)
@@ -477,11 +475,14 @@ def differences(
     return tuple(what)
 
 
-def _accumulators(logged: LoggedCampaign, folder: Path, ranks: Ranks) -> SourceAccumulators | None:
+def _accumulators(logged: LoggedCampaign, folder: Path, ranks: Ranks, *, witnessed: bool) -> SourceAccumulators | None:
     terms = logged.terms
     if not terms.accumulator_window_steps:
         return None
-    window_steps, planned_steps = terms.accumulator_window_steps, terms.planned_steps
-    return SourceAccumulators(
-        folder, logged.id, window_steps, planned_steps, terms.sketch_rank, sketch_ranks(terms), ranks=ranks
+    window_steps, planned_steps, tensor_ranks = terms.accumulator_window_steps, terms.planned_steps, sketch_ranks(terms)
+    accumulators = SourceAccumulators(
+        folder, logged.id, window_steps, planned_steps, terms.sketch_rank, tensor_ranks, ranks=ranks
     )
+    if witnessed and terms.sketch_rank:
+        accumulators.sketches = SketchWitness(terms.sketch_rank, tensor_ranks)
+    return accumulators

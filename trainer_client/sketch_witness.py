@@ -79,7 +79,10 @@ class SketchWitness(SketchBook):
             if not of:
                 continue
             numbers, rows = [number for number, _ in of], [self._rows[place] for _, place in of]
-            shared_n = _products(left[numbers], right[numbers], *factors_of(file, parameter, rows))
+            u_nrP, v_nrQ = factors_of(file, parameter, rows)
+            if u_nrP.shape[2] < left.shape[-1] or v_nrQ.shape[2] < right.shape[-1]:
+                continue  # of another shape than the weight: told by the comparison of the files
+            shared_n = _products(left[numbers], right[numbers], u_nrP, v_nrQ)
             for (number, place), product in zip(of, shared_n.tolist(), strict=True):
                 self._products.append((parameter, place, product * weights_B[number] / FULL_PERMILLE))
 

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, set_seed
 
 from consensus.bands import UNMEASURED, decode_losses
-from consensus.event import CheckedEvent, Kind
-from consensus.portions import BandRule, BlockWeight, ClassRule, SourceRefusal, StepOperation
-from consensus.rejection import Reason, Rejected
+from consensus.event import Kind
+from consensus.portions import BandRule, BlockWeight, ClassRule, SourceRefusal
 from consensus.review import Evaluation
 from consensus.sampler import presented_examples
 from trainer_client.base_losses import path_of
@@ -218,15 +217,7 @@ def test_evaluation_is_the_trainers_own_and_changes_nothing(scene: Scene) -> Non
 
 
 def test_step_refused_by_the_log_is_taken_again_and_the_trainer_goes_on(scene: Scene) -> None:
-    refused: list[bytes] = []
-
-    def refuse(event: CheckedEvent) -> Rejected | None:
-        if not refused and isinstance(event.operation, StepOperation) and event.operation.index == STEPS:
-            refused.append(event.id)
-            return Rejected(Reason.GRANT_CLOSED, "too late")
-        return None
-
-    scene.node.refuse_step = refuse
+    refused = scene.refuse_last_step_once()
     model = gpt2()
     result = scene.trainer(model).train()
     head = scene.node.head(bytes([7]) * 32)

@@ -10,9 +10,8 @@ from hf_rank_fixtures import AcceleratedTrainer, gpt2, scaler
 from torch import nn
 from transformers import set_seed
 
-from consensus.event import CheckedEvent, Kind
-from consensus.portions import ClassRule, StepGovernance, StepOperation
-from consensus.rejection import Reason, Rejected
+from consensus.event import Kind
+from consensus.portions import ClassRule, StepGovernance
 from trainer_client.commitment import parameter_root_of
 from trainer_client.hf import GovernedTrainer, TrainerUnsupported
 from trainer_client.plan import RunSettings
@@ -80,15 +79,7 @@ def test_training_in_float16_that_died_goes_on_at_the_scale_it_had(scene: Scene)
 
 
 def test_step_in_float16_that_the_log_refuses_is_taken_again_at_its_scale(scene: Scene) -> None:
-    refused: list[bytes] = []
-
-    def refuse(event: CheckedEvent) -> Rejected | None:
-        if not refused and isinstance(event.operation, StepOperation) and event.operation.index == STEPS:
-            refused.append(event.id)
-            return Rejected(Reason.GRANT_CLOSED, "too late")
-        return None
-
-    scene.node.refuse_step = refuse
+    scene.refuse_last_step_once()
     result = trainer(scene, gpt2(), settings=RunSettings(snapshot_every_steps=2)).train()
     head = scene.node.head(bytes([7]) * 32)
     assert (head.closed, head.steps, head.rollbacks, result.global_step) == ("released", STEPS, 1, STEPS)

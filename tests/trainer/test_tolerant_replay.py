@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from governed_fixtures import CAMPAIGN, EVERYTHING, STEPS, Scene, TinyModel, collate, losses
+from governed_fixtures import CAMPAIGN, EVERYTHING, STEPS, Scene, losses, replay_job
 from torch import Tensor, nn
 
 from consensus.portions import NANO, BlockWeight, ClassRule
 from consensus.rejection import ConfigError, Reason, Rejected
 from node.cli import main
+from trainer_client import accumulators
 from trainer_client.accumulators import SourceAccumulators
 from trainer_client.audit_snapshots import SnapshotFolder
 from trainer_client.checkpoints import Checkpoint, checkpoint_files, read_checkpoint, write_checkpoint
@@ -40,19 +41,7 @@ def kept_by(scene: Scene) -> Path:
 
 def elsewhere(scene: Scene, **changes: object) -> ReplayJob[bytes]:
     """The job on another build."""
-    torch.manual_seed(1)
-    model = TinyModel()
-    return ReplayJob(
-        **{  # type: ignore[arg-type]
-            "model": model,
-            "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
-            "sources": scene.training_sources,
-            "loss": losses,
-            "collate": collate,
-            "micro_batch_size": 2,
-            **changes,
-        }
-    )
+    return replay_job(scene, dropout=0.0, micro_batch_size=2, **changes)
 
 
 def within(scene: Scene, made: ReplayJob[bytes], *steps: int, tolerance: float = TOLERANCE) -> PickedReplay:
@@ -365,6 +354,25 @@ def test_one_forged_sketch_is_named_with_its_example(scene: Scene, monkeypatch: 
     found = with_windows(scene, 2)
     ((source, example),) = forged
     assert f"sketches of source {source.hex()[:16]}: example {example}" in found.picked[0].differing
+
+
+def test_committed_sketches_of_another_shape_are_named_and_do_not_end_the_replay(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sketched(scene)
+    honest = accumulators.sketch_file
+
+    def narrower(*inputs: Any) -> dict[str, Tensor]:
+        file = honest(*inputs)
+        return {name: part[:, :, :1].contiguous() if name.endswith("/left") else part for name, part in file.items()}
+
+    with monkeypatch.context() as lying:
+        lying.setattr(accumulators, "sketch_file", narrower)
+        scene.train()
+    found = with_windows(scene, 2)
+    named = {f"sketches of source {source.hex()[:16]}" for name, source in scene.sources.items() if name != "secret"}
+    assert named.issuperset(found.picked[0].differing[1:])
+    assert found.picked[0].differing[1:]
 
 
 def test_file_that_is_none_of_sketches_is_refused_though_committed() -> None:
