@@ -284,7 +284,7 @@ def test_policy_that_brings_bands_later_gives_no_grant_to_a_campaign_without_bas
     scene.settings = replace(SETTINGS, renew_at_permille=0, pause_limit_seconds=1.0)
 
     def bring(step: int) -> None:
-        if step == 2:
+        if step == 1:  # at step 2, the last of its grant, the next one is already asked for
             scene.node.policy(classes=BANDED, entropy_edges_milli=(3_000,))
 
     with pytest.raises(Unavailable, match="no grant for step 3"):
@@ -298,7 +298,7 @@ def test_later_edges_sort_the_same_losses_and_an_unmeasured_source_is_not_asked_
     scene.settings = replace(SETTINGS, renew_at_permille=0)
 
     def change(step: int) -> None:
-        if step == 2:
+        if step == 1:  # at step 2, the last of its grant, the next one is already asked for
             licences = ("PSF-2.0", "LicenseRef-Proprietary")
             scene.node.policy(classes=BANDED, entropy_edges_milli=(2**31,), licences=licences)
 
