@@ -44,6 +44,9 @@ _FAMILIES = (
 )
 _BLOCK_CACHE_BYTES = 8 << 20
 _WRITE_BUFFERS_BYTES = 16 << 20
+_ARENA_BLOCK_BYTES = 64 << 10
+"""What a family's buffer grows by. RocksDB's default is a MiB, by which families that hold next to nothing would take most
+of ``_WRITE_BUFFERS_BYTES``: flushes three times as often, and several times the compaction."""
 _MAX_WRITE_AHEAD_BYTES = 256 << 20
 _MAX_OPEN_FILES = 256
 
@@ -198,6 +201,7 @@ def _family_options(cache: Cache) -> Options:
     options = Options(raw_mode=True)
     options.set_block_based_table_factory(table)
     options.set_compression_type(DBCompressionType.lz4())
+    options.set_arena_block_size(_ARENA_BLOCK_BYTES)
     return options
 
 

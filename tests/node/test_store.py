@@ -558,6 +558,15 @@ def test_sync_in_a_worker_thread_leaves_other_threads_running(tmp_path: Path) ->
     assert max(turns_within_sync) >= 5, turns_within_sync
 
 
+def test_write_buffers_are_filled_by_what_is_written_and_not_by_families_that_hold_little(tmp_path: Path) -> None:
+    """RocksDB's arenas, of a MiB for each family, would take most of the buffers, and tables be written too often."""
+    with Store.open(tmp_path, CHAIN, create=True) as store:
+        for height in range(12):
+            store.commit([block(height, height * 100, 100, padding=10_000)])
+        store.sync()
+        assert list((tmp_path / "rocksdb").glob("*.sst")) == []
+
+
 def test_commits_go_on_while_a_worker_syncs(tmp_path: Path) -> None:
     with Store.open(tmp_path, CHAIN, create=True) as store:
         covered: list[int] = []
