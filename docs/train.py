@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from consensus.keys import SignatureScheme, signer_for
+from consensus.rejection import CountersignError
 from trainer_client.governed import governed
 from trainer_client.plan import CampaignPlan, TrainingSource
 from trainer_client.progress import Progress
@@ -96,4 +97,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CountersignError as problem:
+        sys.exit(f"train.py: {problem}")

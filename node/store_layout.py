@@ -45,8 +45,8 @@ _FAMILIES = (
 _BLOCK_CACHE_BYTES = 8 << 20
 _WRITE_BUFFERS_BYTES = 16 << 20
 _ARENA_BLOCK_BYTES = 64 << 10
-"""What a family's buffer grows by. RocksDB's default is a MiB, by which families that hold next to nothing would take most
-of ``_WRITE_BUFFERS_BYTES``: flushes three times as often, and several times the compaction."""
+"""What a family's buffer grows by. RocksDB's default is a MiB, with which families that hold next to nothing take most
+of ``_WRITE_BUFFERS_BYTES``: tables are written three times as often and compacted the more."""
 _MAX_WRITE_AHEAD_BYTES = 256 << 20
 _MAX_OPEN_FILES = 256
 

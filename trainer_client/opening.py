@@ -229,6 +229,8 @@ def open_run(
     manifest = manifest_of(arguments.sources)
     head = ledger.deliver_left()
     checkpoint = None if head is None else checkpoints.newest_of_all()
+    if head is not None and checkpoint is None:
+        raise _already_begun(head, plan.campaign, directory)
     losses_path = path_of(arguments.run_directory, plan.campaign)
     opened = None if head is None else ledger.opening()
     if opened is None:
@@ -258,10 +260,9 @@ def open_run(
         _log.warning("no example that the policy in force admits may move %s", ", ".join(closed))
         done = 0 if head is None else head.steps
         record.note(Progress("closed", done, plan.planned_steps, detail=", ".join(closed)))
-    if head is None or checkpoint is None:
+    if head is None:
         ring = SnapshotRing(take_snapshot(state, 0, base_root))
-        if head is None:
-            checkpoints.begin(ring.final)
+        checkpoints.begin(ring.final)
         event = ledger.open_campaign(terms, manifest)
         book.note("campaign", 0, id=event.id.hex())
         ledger.start_grants(tuple(blocks), losses.measured, book.note_grant)
@@ -269,6 +270,7 @@ def open_run(
             routing, block_of, classes, losses, reserves, record, parameters, ring, ledger, book, checkpoints, None
         )
     assert opened is not None
+    assert checkpoint is not None
     _check_continues(opened, terms, head)
     ring = SnapshotRing(checkpoint.snapshot)
     ring.roll_back(state)
@@ -361,6 +363,15 @@ def _plan_of_all(arguments: RunArguments[E], model: ParallelModel, ranks: Ranks,
     if micro_batch_size is not None:
         layout["micro_batch_size"] = str(micro_batch_size)
     return replace(plan, hyperparameters={**plan.hyperparameters, **layout})
+
+
+def _already_begun(head: CampaignStatus, campaign: bytes, directory: Path) -> Rejected:
+    stands = f"is {head.closed}" if head.closed else f"stands at step {head.steps}"
+    return Rejected(
+        Reason.DUPLICATE,
+        f"campaign {campaign.hex()} is on the log already and {stands}; {directory} has no checkpoint to take it up"
+        " from. Run it in the directory that it began in, or have a job key delegated for another campaign",
+    )
 
 
 def _check_continues(opened: p.Campaign, terms: p.Campaign, head: CampaignStatus) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -251,13 +252,25 @@ def test_refused_opening_leaves_the_model_unpatched(scene: Scene) -> None:
     assert_unpatched(scene.model)
 
 
-def test_campaign_that_is_on_the_log_is_not_opened_again(scene: Scene) -> None:
+@pytest.mark.parametrize("steps", [2, STEPS])
+def test_campaign_that_began_in_another_directory_is_refused_by_name_and_recorded_nowhere(
+    scene: Scene, steps: int
+) -> None:
     scene.register()
-    scene.train()
+    if steps == STEPS:
+        scene.train()
+    else:
+        with scene.run() as run:
+            for batch in islice(run.batches(), steps):
+                run.learn(losses(scene.model, batch.inputs))
+    recorded = len(scene.node.order)
     scene.directory = scene.directory / "again"
-    with pytest.raises(Rejected) as refusal, scene.run():
+    stands = "is released" if steps == STEPS else f"stands at step {steps}"
+    with pytest.raises(Rejected, match=f"already and {stands}.*no checkpoint") as refusal, scene.run():
         pass
     assert refusal.value.reason is Reason.DUPLICATE
+    assert len(scene.node.order) == recorded
+    assert_unpatched(scene.model)
 
 
 def test_examples_other_than_the_claimed_ones_are_refused_before_anything_is_recorded(scene: Scene) -> None:
