@@ -70,7 +70,7 @@ class FakeNode:
         self.hold = False
         self.down = False
         self.clock_ahead_ms = 0
-        self.sign_grants = True
+        self.sign_grants: Callable[[], bool] = lambda: True
         self.refuse_step: Callable[[CheckedEvent], Rejected | None] = lambda event: None
         self.answers: list[tuple[int, dict[str, str], bytes]] = []
         self.requests: list[str] = []
@@ -258,7 +258,7 @@ class FakeNode:
         return self.grants[event.id]
 
     def sign_held_grants(self) -> None:
-        while self.sign_grants and self.held_grants:
+        while self.sign_grants() and self.held_grants:
             entry, event = self.held_grants.pop(0)
             owners = {
                 read_record(self.record(SOURCE_TABLE + item.source), SourceRecord).author

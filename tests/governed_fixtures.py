@@ -138,7 +138,8 @@ def edge_between(texts: list[bytes]) -> int:
 class Scene:
     """A node with a policy, an admitted source, one of class news, and one whose licence is not admitted.
 
-    Of the first and the last so many examples are in ``reserve``.
+    Of the first and the last so many examples are in ``reserve``. A run that goes ``step_by_step`` waits for the log
+    before it learns: each snapshot is final by the next step, and what was recorded is there for a run after it.
     """
 
     node: FakeNode
@@ -158,6 +159,7 @@ class Scene:
     key: Ed25519SigningKey = KEY
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model
     wrapped: nn.Module = field(default_factory=nn.Module)
+    step_by_step: bool = False
 
     def register(self, **policy: object) -> None:
         if policy or not self.node.order:
@@ -211,6 +213,8 @@ class Scene:
     def train(self, at_step: Callable[[int], None] = lambda step: None) -> GovernedRun[bytes]:
         with self.run() as run:
             for batch in run.batches():
+                if self.step_by_step:
+                    run._ledger.wait_all_settled()
                 at_step(batch.step)
                 self.seen.extend(batch.examples)
                 run.learn(losses(self.wrapped, batch.inputs))
@@ -275,6 +279,12 @@ def job_again(scene: Scene, scaler: torch.amp.GradScaler | None = None) -> Repla
     model = scene.build(0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     return ReplayJob(model, optimizer, scene.training_sources, losses, collate, scaler=scaler)
+
+
+def limit_pauses(run: GovernedRun[bytes], seconds: float) -> None:
+    """From here on the run waits for a grant only so long; opening it had the time of its settings."""
+    keeper = run._ledger._own._grants  # type: ignore[union-attr]
+    keeper._settings = replace(keeper._settings, pause_limit_seconds=seconds)  # type: ignore[union-attr]
 
 
 class RecitesAt:

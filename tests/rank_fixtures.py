@@ -54,6 +54,8 @@ class NodeAt:
 class Attempt:
     """A run of the scene. ``changes`` are of one rank's scene, by rank; ``kill`` is a rank and the step it dies at.
 
+    A run that is to die waits at each step for the log, so that by then there is a checkpoint of each that is due.
+
     In a run that is ``tested`` the loop asks the model between two steps. With ``replay`` not a run but a replay of the
     campaign on the log.
     """
@@ -230,6 +232,8 @@ def _run(specification: Specification, attempt: Attempt, rank: int) -> Outcome:
             return outcome
         with scene.run() as run:
             for batch in run.batches():
+                if attempt.kill is not None:
+                    run._ledger.wait_all_settled()
                 if attempt.kill == (rank, batch.step):
                     os.kill(os.getpid(), signal.SIGKILL)
                 outcome.stand_ins += not batch.examples

@@ -25,6 +25,7 @@ from governed_fixtures import (
     collate,
     edge_between,
     examples_of,
+    limit_pauses,
     losses,
     replay_job,
     same_bits,
@@ -281,14 +282,16 @@ def test_random_numbers_and_modes_are_as_before_and_losses_are_without_dropout()
 
 def test_policy_that_brings_bands_later_gives_no_grant_to_a_campaign_without_base_losses(scene: Scene) -> None:
     scene.register(classes=EVERYTHING, maximum_grant_steps=2)
-    scene.settings = replace(SETTINGS, renew_at_permille=0, pause_limit_seconds=1.0)
+    scene.settings = replace(SETTINGS, renew_at_permille=0)
 
-    def bring(step: int) -> None:
+    def body(run: GovernedRun[bytes], inputs: Tensor, step: int) -> None:
         if step == 1:  # at step 2, the last of its grant, the next one is already asked for
             scene.node.policy(classes=BANDED, entropy_edges_milli=(3_000,))
+            limit_pauses(run, 1.0)
+        run.learn(losses(scene.model, inputs))
 
     with pytest.raises(Unavailable, match="no grant for step 3"):
-        scene.train(bring)
+        scene.loop(body)
     assert len(scene.events(Kind.GRANT)) == 1
 
 

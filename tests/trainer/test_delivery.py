@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,21 @@ from trainer_client.calls import Retries
 from trainer_client.delivery import Delivery
 from trainer_client.outbox import Outbox, State
 from trainer_client.submit import Client
+
+
+@dataclass
+class Clock:
+    """Delivery's, turned by hand."""
+
+    seconds: float = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
@@ -37,15 +53,15 @@ def outbox(tmp_path: Path) -> Iterator[Outbox]:
 
 
 @pytest.fixture
-def delivery(node: FakeNode, outbox: Outbox) -> Iterator[Delivery]:
+def delivery(node: FakeNode, outbox: Outbox, clock: Clock) -> Iterator[Delivery]:
     with Client(node.url, retries=Retries(1, 0.01, 0.01)) as client:
-        made = Delivery(outbox, client, retryable_limit_seconds=0.5)
+        made = Delivery(outbox, client, retryable_limit_seconds=60.0, monotonic=clock)
         yield made
         made.stop()
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -56,7 +72,7 @@ def test_events_reach_the_log_in_order(
 ) -> None:
     outbox.put(events)
     delivery.start()
-    assert outbox.wait_settled(events[-1][0], 10).state is State.FINAL
+    assert outbox.wait_settled(events[-1][0], 60).state is State.FINAL
     assert [event.id for event in node.order] == [identifier for identifier, _ in events]
     assert delivery.failure is None
 
@@ -69,7 +85,7 @@ def test_event_already_on_the_log_counts_as_delivered(
     node.answers = [(200, {}, json.dumps({"results": [refused]}).encode())]
     outbox.put(events[:1])
     delivery.start()
-    assert outbox.wait_settled(events[0][0], 10).state is State.FINAL
+    assert outbox.wait_settled(events[0][0], 60).state is State.FINAL
 
 
 def test_refusal_that_may_pass_is_tried_again(
@@ -85,14 +101,18 @@ def test_refusal_that_may_pass_is_tried_again(
     node.refuse_step = twice
     outbox.put(events[:1])
     delivery.start()
-    assert outbox.wait_settled(events[0][0], 10).state is State.FINAL
+    assert outbox.wait_settled(events[0][0], 60).state is State.FINAL
     assert times > 2
 
 
 def test_refusal_that_does_not_pass_in_time_is_a_failure(
-    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+    node: FakeNode, outbox: Outbox, delivery: Delivery, clock: Clock, events: list[tuple[bytes, bytes]]
 ) -> None:
-    node.refuse_step = lambda event: Rejected(Reason.UNKNOWN_GRANT, "never")
+    def half_a_minute_later(event: CheckedEvent) -> Rejected:
+        clock.seconds += 30.0
+        return Rejected(Reason.UNKNOWN_GRANT, "never")
+
+    node.refuse_step = half_a_minute_later
     outbox.put(events)
     delivery.start()
     eventually(lambda: delivery.failure is not None)
@@ -108,10 +128,10 @@ def test_nothing_is_sent_behind_a_refused_event_until_told_to(
     delivery.start()
     eventually(lambda: delivery.failure is not None)
     outbox.put(events[1:])
-    time.sleep(0.3)
+    assert not delivery._round()
     assert node.order == []
     delivery.resume()
-    assert outbox.wait_settled(events[2][0], 10).state is State.FINAL
+    assert outbox.wait_settled(events[2][0], 60).state is State.FINAL
 
 
 def test_event_rejected_after_it_was_accepted_is_a_failure_once_those_before_it_are_settled(

@@ -22,6 +22,7 @@ from governed_fixtures import (
     TinyModel,
     collate,
     examples_of,
+    limit_pauses,
     losses,
     same_bits,
     weights,
@@ -44,9 +45,11 @@ from consensus.portions import (
     StepOperation,
 )
 from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
+from trainer_client import ledger_side
 from trainer_client.commitment import parameter_root_of, root_of_tensors
 from trainer_client.course import ReplayFailed
 from trainer_client.governed import GovernedRun, TrainingFailed
+from trainer_client.grants import POLL_SECONDS
 from trainer_client.ledger_side import StepNotAdmitted
 from trainer_client.plan import default_blocks
 from trainer_client.record import Example
@@ -231,7 +234,8 @@ def test_exception_in_the_loop_leaves_the_model_unpatched_and_ends_the_threads(s
     losses(scene.model, collate(scene.texts["manual"])).sum().backward()  # type: ignore[no-untyped-call]
 
 
-def test_leaving_the_loop_early_keeps_what_was_recorded(scene: Scene) -> None:
+def test_leaving_the_loop_early_keeps_what_was_recorded(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_side, "EXIT_WAIT_SECONDS", 60.0)
     scene.register()
     with scene.run() as run:
         for batch in run.batches():
@@ -333,21 +337,19 @@ def test_source_revoked_in_mid_run_is_refused_from_the_next_grant_on(scene: Scen
 
 def test_job_pauses_without_a_grant_and_goes_on_with_one(scene: Scene) -> None:
     scene.register()
-    scene.node.sign_grants = False
-    timer = threading.Timer(0.4, lambda: setattr(scene.node, "sign_grants", True))
-    scene.arguments["on_progress"] = lambda progress: timer.start() if progress.event == "campaign" else None
+    scene.node.sign_grants = lambda: sum("/v1/grants/" in asked for asked in scene.node.requests) > 3
     run = scene.train()
-    timer.join()
-    assert run._record.costs.paused_seconds > 0.2
+    assert run._record.costs.paused_seconds > 2 * POLL_SECONDS
     assert scene.node.head(CAMPAIGN).closed == "released"
 
 
 def test_job_without_a_grant_gives_up_only_at_its_pause_limit(scene: Scene) -> None:
     scene.register()
-    scene.node.sign_grants = False
-    scene.settings = replace(SETTINGS, pause_limit_seconds=0.3)
-    with pytest.raises(Unavailable, match="no grant for step 1"):
-        scene.train()
+    scene.node.sign_grants = lambda: False
+    with scene.run() as run:
+        limit_pauses(run, 0.3)
+        with pytest.raises(Unavailable, match="no grant for step 1"):
+            next(run.batches())
     assert_unpatched(scene.model)
 
 

@@ -63,7 +63,7 @@ def test_full_outbox_blocks_until_something_is_settled_and_loses_nothing(outbox:
     thread.start()
     assert not done.wait(0.1)
     outbox.finalize([named(0)[0]])
-    assert done.wait(5)
+    assert done.wait(60)
     thread.join()
     assert [out.id for out in outbox.queued(99, 10_000)] == [named(number)[0] for number in range(1, 11)]
 

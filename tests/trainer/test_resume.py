@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,6 +203,7 @@ def test_steps_that_reach_the_log_too_late_are_undone_and_taken_again(resumable:
 def test_damaged_newest_checkpoint_leaves_the_one_before(
     resumable: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    resumable.step_by_step = True
     train_until(resumable, 8)
     kept = sorted(kept_by(resumable).iterdir())
     assert len(kept) == 2
@@ -289,6 +290,7 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(
         fsync(descriptor)
 
     monkeypatch.setattr(durable.os, "fsync", failing)
+    resumable.step_by_step = True
     train(resumable)
     assert "no checkpoint of step" in caplog.text
     assert not list(kept_by(resumable).glob("*.unfinished"))
@@ -319,10 +321,23 @@ def test_part_whose_state_is_no_plain_data_costs_the_checkpoints_and_not_the_run
 # The real thing: a process, and kill -9
 
 
-def lines_of(job: subprocess.Popen[bytes]) -> Iterator[dict[str, object]]:
-    assert job.stdout is not None
-    for line in job.stdout:
-        yield json.loads(line)
+DYING_JOB = """
+import os, signal, sys
+from trainer_client.demo import job
+
+printed = job._print
+
+def die(line):
+    printed(line)
+    if line["event"] == "step" and line["step"] == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+job._print = die
+sys.exit(job.main(sys.argv[2:]))
+"""
+"""The demonstration's job, which kills itself as it reports a step: whoever kills it may come when it is done."""
+
+NEVER = 0
 
 
 def roots(events: list[CheckedEvent]) -> list[bytes]:
@@ -341,15 +356,10 @@ def test_job_process_killed_again_and_again_ends_as_if_it_never_was(tmp_path: Pa
             config = written_config(
                 node, folder, **options, cache_directory=str(tmp_path / "cache"), accumulator_window_steps=4
             )
-            command = [sys.executable, "-m", "trainer_client.demo.job", "--config", str(config)]
-            for death in deaths:
-                with subprocess.Popen(command, stdout=subprocess.PIPE) as job:
-                    for line in lines_of(job):
-                        if line["event"] == "step" and line["step"] == death:
-                            job.send_signal(signal.SIGKILL)
-                    assert job.wait(60) == -signal.SIGKILL
-            ran = subprocess.run(command, capture_output=True, timeout=120, check=False)
-            assert ran.returncode == 0, ran.stderr.decode()
+            for death in (*deaths, NEVER):
+                command = [sys.executable, "-c", DYING_JOB, str(death), "--config", str(config)]
+                ran = subprocess.run(command, capture_output=True, timeout=600, check=False)
+                assert ran.returncode == (0 if death == NEVER else -signal.SIGKILL), ran.stderr.decode()
             head = node.head(DEMO_CAMPAIGN)
             assert (head.closed, head.steps, head.rollbacks) == ("released", 12, 0)
             steps = [event for event in node.order if event.entry.kind is Kind.STEP]
