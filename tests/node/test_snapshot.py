@@ -44,8 +44,8 @@ AT_LEAST = 4
 @pytest.fixture(autouse=True)
 def short_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "LEAST_EVENTS", AT_LEAST)
-    monkeypatch.setattr(snapshot, "REQUEST_SECONDS", 2.0)
-    monkeypatch.setattr(history, "REQUEST_SECONDS", 2.0)
+    monkeypatch.setattr(snapshot, "REQUEST_SECONDS", 30.0)
+    monkeypatch.setattr(history, "REQUEST_SECONDS", 30.0)
     monkeypatch.setattr(history, "ASKED_AGAIN_SECONDS", 0.05)
 
 
@@ -87,8 +87,13 @@ async def join(ledger: Ledger, network: Network) -> None:
 
 
 async def fill(ledger: Ledger, network: Network) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         await HistoryFill(ledger, network, Pace(FAST)).run()
+
+
+async def cancel_after(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
 
 
 def rows(directory: Path) -> dict[str, dict[bytes, bytes]]:
@@ -242,12 +247,13 @@ async def test_filling_goes_on_where_a_stopped_node_left_it(
     monkeypatch.setattr(catchup, "ANSWER_TARGET_BYTES", 2_000)
     truth = honest(full)
 
-    def answering(times: int) -> Answer:
+    def answering(times: int, enough: trio.Event) -> Answer:
         async def answer(request: Request) -> bytes:
             nonlocal times
             if isinstance(request, GetBlocks):
                 times -= 1
                 if times < 0:
+                    enough.set()
                     raise Unavailable("enough")
             return await truth(request)
 
@@ -256,10 +262,14 @@ async def test_filling_goes_on_where_a_stopped_node_left_it(
     missing: list[int] = []
     while not missing or missing[-1]:
         ledger = opened(tmp_path)
-        async with served([answering(0 if not missing else 2)]) as network:
+        enough = trio.Event()
+        async with served([answering(0 if not missing else 2, enough)]) as network:
             await join(ledger, network)
-            with trio.move_on_after(0.3):
-                await HistoryFill(ledger, network, Pace(FAST)).run()
+            with trio.fail_after(60):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cancel_after, enough, nursery.cancel_scope)
+                    await HistoryFill(ledger, network, Pace(FAST)).run()
+                    nursery.cancel_scope.cancel()
         missing.append(ledger.missing_blocks)
         ledger.store.close()
         assert len(missing) < 20

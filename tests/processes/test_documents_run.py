@@ -24,7 +24,7 @@ from document_fixtures import FENCE, PLACEHOLDER, ROOT, console_lines, section, 
 pytestmark = pytest.mark.processes
 
 COMMAND_SECONDS = 90.0
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 DIGITS = re.compile(r"\d+")
 
 PRINTED = (
@@ -133,7 +133,7 @@ def reader(directory: Path) -> Iterator[Shell]:
 def processes_in(directory: Path) -> list[str]:
     """Command lines of processes whose working directory is below ``directory``, zombies aside."""
     found: list[str] = []
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         found = []
         for process in Path("/proc").glob("[0-9]*"):
