@@ -22,7 +22,10 @@ from consensus.rejection import Reason, Rejected
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """What was added to the gradients, by the chosen sources: norm, and part of what all added (None where nothing)."""
+    """What was added to the gradients, by the chosen sources: norm, and part of what all added.
+
+    ``part`` is None, and the norm says nothing, where no sums are kept: of embeddings, norms, convolutions.
+    """
 
     norm: float
     part: float | None
@@ -144,9 +147,15 @@ def example_footprint(
     """What one example of ``source`` moved, by its sketches, over the windows that are here.
 
     Raises:
-        Rejected: ``BAD_FIELD`` for accumulators of a tensor in no parameter block; ``NOT_FOUND`` for a campaign that
-            keeps no sketches; as ``read_blob``.
+        Rejected: ``BAD_FIELD`` for accumulators of a tensor in no parameter block, or an example that the source does
+            not have; ``NOT_FOUND`` for a campaign that keeps no sketches; as ``read_blob``.
     """
+    claim = source.record.claim
+    if example >= claim.example_count:
+        raise Rejected(
+            Reason.BAD_FIELD,
+            f"{claim.name!a:.80} has {claim.example_count} examples, from 0: there is no example {example}",
+        )
     if not provenance.campaign.sketch_rank:
         raise Rejected(Reason.NOT_FOUND, "the campaign keeps no sketches: what single examples moved is not on the log")
     tensors = [tensor for block in provenance.campaign.parameter_blocks for tensor in block.tensors]

@@ -97,9 +97,10 @@ def footprint_json(log: CampaignLog, found: Footprint, search: Search) -> str:
 
 
 def _motion(what: str, motion: Motion, width: int) -> str:
-    part = "–" if motion.part is None else f"{100 * motion.part:.1f} %"
-    return f"{what:{width}}  {motion.norm:>10.4g}  {part:>8}"
+    if motion.part is None:
+        return f"{what:{width}}  {'–':>10}  {'–':>8}"
+    return f"{what:{width}}  {motion.norm:>10.4g}  {f'{100 * motion.part:.1f} %':>8}"
 
 
 def _motion_fields(motion: Motion) -> dict[str, float | None]:
-    return {"norm": motion.norm, "part": motion.part}
+    return {"norm": None if motion.part is None else motion.norm, "part": motion.part}

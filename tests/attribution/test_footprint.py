@@ -101,6 +101,13 @@ def test_refused_source_moved_nothing() -> None:
     assert of_one["no_direct_update"] == document["no_direct_update"]
 
 
+def test_block_of_which_no_sums_are_kept_is_not_said_to_have_been_moved_by_nothing() -> None:
+    document = json.loads(ask(traced().folder, "--source", "harbour", "--json").stdout)
+    assert document["blocks"]["embedding"] == {"norm": None, "part": None}
+    (line,) = (row for row in ask(traced().folder, "--source", "harbour").stdout.splitlines() if row[:9] == "embedding")
+    assert line.split() == ["embedding", "–", "–"]
+
+
 def test_owner_and_class_choose_all_their_sources() -> None:
     document = json.loads(ask(traced().folder, "--owner", "data-source-1", "--json").stdout)
     assert {source["name"] for source in document["sources"]} == set(FACTS)
@@ -187,7 +194,7 @@ def test_examples_of_a_source_move_less_than_the_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "code", "said"),
     [
-        (["--example", "harbour:99"], 1, "admitted to steps none"),
+        (["--example", "harbour:99"], 1, "bad-field: 'harbour' has 12 examples, from 0: there is no example 99"),
         (["--example", "castle:0"], 1, "admitted to steps none"),
         (["--example", "nobody:0"], 1, "unknown-source"),
         (["--example", "harbour"], 2, "expected SOURCE:INDEX"),
