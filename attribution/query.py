@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from attribution.weights import LinearWeight, linear_weights
-from consensus.rejection import Reason, Rejected
+from attribution.weights import FOREIGN_FAULTS, LinearWeight, linear_weights
+from consensus.rejection import ConfigError, Reason, Rejected
 
 LEAST_CHANCE = 1e-6
 """Chances are kept this far from 0 and 1, where log-odds have no gradient in float32."""
@@ -44,9 +44,30 @@ class Output:
 
 
 def logits_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    """Logits ``[B, T, V]`` for the token after each, of a model that returns them or an output that holds them."""
-    found = model(tokens_BT, use_cache=False) if hasattr(model, "generation_config") else model(tokens_BT)
-    logits_BTV: Tensor = found if isinstance(found, Tensor) else found.logits
+    """Logits ``[B, T, V]`` for the token after each, of a model that returns them or an output that holds them.
+
+    Raises:
+        ConfigError: the model does not take these tokens, as where its context is shorter or its vocabulary another, or
+            returns something else.
+    """
+    highest = int(tokens_BT.max())
+    given = f"tokens {list(tokens_BT.shape)}, the highest of them {highest}"
+    try:
+        found = model(tokens_BT, use_cache=False) if hasattr(model, "generation_config") else model(tokens_BT)
+    except FOREIGN_FAULTS as error:
+        raise ConfigError(
+            f"the model does not take {given}: {type(error).__name__}: {error}; is its context shorter (--context), or "
+            "its tokenizer another (--tokenizer)?"
+        ) from error
+    logits_BTV = found if isinstance(found, Tensor) else getattr(found, "logits", None)
+    if not isinstance(logits_BTV, Tensor) or logits_BTV.shape[:-1] != tokens_BT.shape:
+        what = list(logits_BTV.shape) if isinstance(logits_BTV, Tensor) else type(found).__name__
+        raise ConfigError(f"the model: expected logits [B, T, V] of {given}; found {what}")
+    if logits_BTV.shape[-1] <= highest:
+        raise ConfigError(
+            f"the model tells {logits_BTV.shape[-1]} tokens apart, and was given {given}: is its tokenizer another "
+            "(--tokenizer)?"
+        )
     return logits_BTV
 
 

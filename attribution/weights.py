@@ -6,6 +6,7 @@ and bytes; a window's that of ``consensus/accumulators.py``. What does not have 
 
 import hashlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,8 @@ ENTRIES_AT_ONCE, ENTRIES_BYTES = 8, 1 << 26
 """So many sources' sums, of at most so many bytes unless a single one has more, are read and met together."""
 ROUNDING = 2e-2
 """How far sums stored as bfloat16 may be from their total, relative to their norms together."""
+FOREIGN_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What code of the asker's own, such as a model, raises where it does not fit what it is given."""
 
 R = TypeVar("R")
 Summed = tuple[WindowEntry, Mapping[str, Tensor]]
@@ -88,6 +91,8 @@ def read_tensors(path: Path) -> TensorFile:
     """
     tensors: dict[str, Tensor] = {}
     descriptors = []
+    if path.exists() and not path.is_file():
+        raise Rejected(Reason.NOT_FOUND, f"{path} is no regular file")
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (a reader, not a dict)
@@ -132,6 +137,8 @@ def open_window(directory: Path, campaign: bytes, window: Window) -> WindowFile:
         Rejected: ``NOT_FOUND``, ``DIGEST_MISMATCH``, as ``decode_window``.
     """
     path = directory / window_path(window.root)
+    if path.exists() and not path.is_file():
+        raise Rejected(Reason.NOT_FOUND, f"{path}: no regular file")
     try:
         with path.open("rb") as file:
             listed = decode_window(file.read(MAX_WINDOW_BYTES + 1), window.root)
@@ -307,10 +314,20 @@ def build_model(architecture: str, adapter: Path | None = None) -> nn.Module:
 
 def _of_function(architecture: str) -> nn.Module:
     module_name, _, function_name = architecture.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        model = getattr(importlib.import_module(module_name), function_name)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"--model {architecture}: expected module:function or a folder, found: {error}") from error
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--model {architecture}: expected module:function, here or where Python looks, or a folder, found: {error}"
+        ) from error
+    try:
+        model = function()
+    except FOREIGN_FAULTS as error:
+        raise ConfigError(
+            f"--model {architecture}: expected a function that returns a model, found {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"--model {architecture}: expected a function that returns a torch module")
     return model

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import platform
 import sys
 import time
@@ -199,10 +200,14 @@ def load_job(factory: str, config: Path) -> ReplayJob[Any]:
         ConfigError: there is no such function, or it returns no ``ReplayJob``.
     """
     module_name, _, function_name = factory.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--job {factory}: expected module:function, found: {error}") from error
+        raise ConfigError(
+            f"--job {factory}: expected module:function, here or where Python looks, found: {error}"
+        ) from error
     job = function(config)
     if not isinstance(job, ReplayJob):
         raise ConfigError(f"--job {factory}: expected a function that returns a ReplayJob")

@@ -11,10 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from attribution.cores import each_on_a_core
 from attribution.factors import damping_of, fit_factors
-from attribution.query import Output, capturing, gradients_together, log_odds_gradients
+from attribution.query import Output, capturing, gradients_together, log_odds_gradients, logits_of
 from attribution.trace import preconditioned_queries
 from attribution.weights import linear_weights
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected
 from trainer_client.demo.model import ByteModel
 
 VOCABULARY, WIDTH = 32, 8
@@ -169,3 +169,35 @@ def test_pieces_come_back_in_order_and_an_error_where_its_result_would_stand() -
     assert torch.get_num_threads() == threads
     assert list(each_on_a_core(lambda _: torch.is_grad_enabled(), range(3))) == [False] * 3
     assert not list(each_on_a_core(work, []))
+
+
+class Broken(Small):
+    """Returns what is asked of it, or raises it."""
+
+    def __init__(self, made: object) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        if isinstance(self.made, Exception):
+            raise self.made
+        return self.made  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (
+            IndexError("index out of range in self"),
+            "the model does not take tokens [1, 3], the highest of them 9: IndexE",
+        ),
+        (RuntimeError("sizes differ"), "RuntimeError: sizes differ"),
+        (torch.zeros(1, 32), "expected logits [B, T, V] of tokens [1, 3], the highest of them 9; found [1, 32]"),
+        ("words", "found str"),
+        (torch.zeros(1, 3, 9), "the model tells 9 tokens apart"),
+    ],
+)
+def test_model_that_does_not_take_these_tokens_is_told_in_a_line(made: object, said: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        logits_of(Broken(made), torch.tensor([[3, 9, 1]]))
+    assert said in str(refusal.value)
