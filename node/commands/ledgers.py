@@ -9,7 +9,7 @@ from pathlib import Path
 from consensus.event import Kind
 from consensus.membership import Genesis
 from consensus.predicates import Predicate
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected
 from consensus.state import CAMPAIGN_TABLE
 from node.bundles import export_bundle
 from node.client import NodeClient
@@ -38,6 +38,10 @@ def bundle_of(where: str, genesis: Genesis, predicate: Predicate, campaign: byte
             listed = client.every_event({"kind": Kind.CAMPAIGN.value})
             asked = campaign or _only([digest("campaign", row.campaign) for row in listed])
             return client.bundle(predicate.value, {"campaign": asked.hex()})
+    if not Path(where).is_dir():
+        raise ConfigError(
+            f"{where}: expected a Countersign data directory, or a node's address like http://127.0.0.1:7480"
+        )
     from node.api_log import LogReading  # noqa: PLC0415 (a node that is asked needs no database)
     from node.ledger import Ledger  # noqa: PLC0415
     from node.store import Store  # noqa: PLC0415
