@@ -26,7 +26,7 @@ from attribution.trace import control_outputs, trace_output, untraced_tensors
 from attribution.weights import Search, find_windows, freeze_others, read_tensors
 from consensus.pieces import tensor_named
 from consensus.predicates.accumulators import Provenance
-from consensus.rejection import ConfigError, Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 
 FACTOR_SEQUENCES = 256
 BATCH_SEQUENCES = 16
@@ -100,6 +100,7 @@ class AskedCampaign:
             untraced=untraced_tensors(self.log.provenance.campaign, self.factors),
             factors=self.origin,
             index=self.index,
+            read=self.language.how,
         )
 
 
@@ -117,11 +118,17 @@ def asked_campaign(
 
     Raises:
         Rejected: as ``RunFiles.fetch``, ``find_windows``, ``open_index`` and ``chosen_factors``.
-        ConfigError, Unavailable: as ``RunFiles.fetch`` and ``chosen_factors``.
+        ConfigError, Unavailable: as ``RunFiles.fetch`` and ``chosen_factors``; ``Unavailable`` without any window.
     """
     blocks = log.provenance.campaign.parameter_blocks
     freeze_others(tuned, {tensor_named(tensor.name) for block in blocks for tensor in block.tensors})
     search = find_windows(files.fetch(log), log.bundle.campaign, log.provenance.windows)
+    if not search.found:
+        raise Unavailable(
+            f"{files.accumulators} holds none of the {len(search.missing)} windows of campaign "
+            f"{log.provenance.campaign.name!a}: there is nothing to trace by; the first is missing for "
+            f"{search.missing[0].why}"
+        )
     factors, origin = chosen_factors(log, tuned, files.factors, sequences)
     return AskedCampaign(
         log, base, tuned, factors, origin, search, sketch_store(log, files.index), files.index, language, sequences
@@ -192,7 +199,11 @@ def chosen_factors(
         raise Rejected(
             Reason.DIGEST_MISMATCH, f"{path} has root {held.root.hex()}, the campaign commits to {committed.hex()}"
         )
-    return factors_from(held.tensors, tuned), FactorsOrigin.COMMITTED if committed else FactorsOrigin.GIVEN
+    try:
+        factors = factors_from(held.tensors, tuned)
+    except Rejected as error:
+        raise Rejected(error.reason, f"{path} has no factors of this model: {error.detail}") from error
+    return factors, FactorsOrigin.COMMITTED if committed else FactorsOrigin.GIVEN
 
 
 def fit_on_text(model: nn.Module, sequences: Sequence[Sequence[int]], count: int) -> dict[str, WeightFactors]:

@@ -1,10 +1,11 @@
 """``countersign trace``, ``countersign footprint`` and ``countersign factors``."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,7 +22,7 @@ from attribution.examples import OPEN_AT_MOST
 from attribution.factors import factor_tensors
 from attribution.footprint import chosen_sources, example_footprint, footprint
 from attribution.footprint_report import footprint_json, footprint_text
-from attribution.language import language_of
+from attribution.language import Language, language_of
 from attribution.log import check_released_base
 from attribution.options import ACCUMULATORS, CUSTODIAN, INDEX, GivenBase, GivenLog, RunFiles, base_options, log_options
 from attribution.page import page
@@ -37,8 +38,8 @@ _MODEL = click.option(
     "architecture",
     metavar="MODULE:FUNCTION|FOLDER",
     required=True,
-    help="A Python function that returns the model, untrained; it maps tokens [B, T] to logits [B, T, V]. Or a folder "
-    "with the config.json of a causal language model of transformers.",
+    help="A Python function that returns the model, untrained; it maps tokens [B, T] to logits [B, T, V]. Its module "
+    "may lie in this folder. Or a folder with the config.json of a causal language model of transformers.",
 )
 _TOKENIZER = click.option(
     "--tokenizer",
@@ -110,12 +111,16 @@ def factors_command(
     Example:
       countersign factors --model my_model:build --weights tuned.safetensors --out tuned.factors
     """
+    _may_write(out)
     held = read_tensors(weights_path)
     model = load_model(architecture, weights_path, held.root, "model", adapter_path)
     language = language_of(architecture, tokenizer_path)
     sequences = public_sequences(text_path, language, context_tokens)
     tensors = factor_tensors(fit_on_text(model, sequences, sequence_count))
-    save_file(tensors, out)
+    try:
+        save_file(tensors, out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{out}: expected to write the factors, found: {error}") from error
     root = read_tensors(out).root
     if as_json:
         click.echo(json.dumps({"weights": held.root.hex(), "factors": root.hex(), "file": str(out)}, indent=2))
@@ -182,7 +187,13 @@ def _chosen(command: Callable[..., None]) -> Callable[..., None]:
 )
 @_TEXT
 @_CONTEXT
-@click.option("--length", default=16, show_default=True, help="Tokens to complete, without --completion.")
+@click.option(
+    "--length",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Tokens to complete, without --completion.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--html", "page_path", type=click.Path(path_type=Path), help="Also write a self-contained page.")
 def trace_command(
@@ -231,6 +242,8 @@ def trace_command(
     questions = _questions(prompt, completion, span, outputs_path)
     if outputs_path is None and (names or owners or classes or revoked):
         raise click.UsageError("--source, --owner, --class and --revoked ask about --outputs")
+    if page_path is not None:
+        _may_write(page_path)
     log = given.open()
     tuned_root = traceable_root(log.provenance)
     chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
@@ -246,6 +259,7 @@ def trace_command(
 
     base = model(base_path, log.provenance.campaign.base_root, "campaign's base model")
     tuned = model(tuned_path, tuned_root, "campaign's release")
+    all_asked = _asked(questions, tuned, language, length, context_tokens, outputs_path)
     beside = {} if without_path is None else {"without": _unchecked_model(architecture, adapter_path, without_path)}
     sequences = public_sequences(text_path, language, context_tokens)
     before = None
@@ -256,8 +270,7 @@ def trace_command(
     files = RunFiles(directory, index_path, factors_path, custodian)
     here = asked_campaign(log, base, tuned, files, language, sequences)
     answers = []
-    for number, question in enumerate(questions):
-        asked = Asked(question, *question.output(tuned, language, length))
+    for number, asked in enumerate(all_asked):
         if before is None:
             answer = here.answer(asked, open_at_most, beside)
         else:
@@ -281,6 +294,28 @@ def trace_command(
     else:
         answered = outputs_path is not None or all(answer.is_shaped for answer in answers)
     click.get_current_context().exit(0 if answered else 1)
+
+
+def _asked(
+    questions: Sequence[Question], tuned: nn.Module, language: Language, length: int, context: int, path: Path | None
+) -> list[Asked]:
+    """All questions in tokens, before any is answered; one of a file that cannot be asked is named by its line."""
+    asked = []
+    for number, question in enumerate(questions, start=1):
+        where = "" if path is None else f"{path}, line {number}: "
+        try:
+            asked.append(Asked(question, *question.output(tuned, language, length, context)))
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from error
+        except Rejected as error:
+            raise Rejected(error.reason, f"{where}{error.detail}") from error
+    return asked
+
+
+def _may_write(path: Path) -> None:
+    """Before the work: a file that cannot be written is no end for it."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: expected a file to write, in a folder that is there")
 
 
 def _write_page(path: Path, content: str) -> None:

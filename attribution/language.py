@@ -1,11 +1,13 @@
 """How a model reads text: as bytes, or through the tokenizer of its folder."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from consensus.rejection import ConfigError
 
+BYTE_VALUES = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -17,8 +19,17 @@ class Language(Protocol):
         """What a token is called."""
         ...
 
+    @property
+    def how(self) -> str:
+        """How it makes tokens of text."""
+        ...
+
     def encode(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text, nothing put before or behind them."""
+        """The tokens of a text, nothing put before or behind them.
+
+        Raises:
+            UnicodeEncodeError: it has no UTF-8.
+        """
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -30,6 +41,7 @@ class Bytes:
     """Every byte of UTF-8 is a token."""
 
     unit = "byte"
+    how = "as bytes"
 
     def encode(self, text: str) -> tuple[int, ...]:
         """See ``Language``."""
@@ -37,7 +49,11 @@ class Bytes:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """See ``Language``."""
-        return bytes(tokens).decode("utf-8", "backslashreplace")
+        runs = itertools.groupby(tokens, key=lambda token: token < BYTE_VALUES)
+        return "".join(
+            bytes(run).decode("utf-8", "backslashreplace") if are_bytes else "".join(f"<{token}>" for token in run)
+            for are_bytes, run in runs
+        )
 
 
 class Tokenizer:
@@ -50,6 +66,7 @@ class Tokenizer:
     unit = "token"
 
     def __init__(self, folder: Path) -> None:
+        self.how = f"by the tokenizer in {folder}"
         try:
             from transformers import AutoTokenizer  # noqa: PLC0415 (only models of transformers need it)
         except ImportError as error:
@@ -61,6 +78,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """See ``Language``."""
+        text.encode()
         return tuple(self._held.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -30,6 +30,7 @@ class Answer:
 
     Models are ``base``, ``tuned`` and, where a replay left a source out, ``without``; ``log_chances`` are means per
     token. ``untraced`` are tensors that the trace does not speak of; ``index`` is the one that sketches came from.
+    ``read`` is how text was made tokens.
     ``of_base`` is there where the base model's own campaign was asked besides.
     """
 
@@ -42,6 +43,7 @@ class Answer:
     untraced: tuple[str, ...]
     factors: FactorsOrigin
     index: Path | None = None
+    read: str = "as bytes"
     of_base: "BaseAnswer | None" = None
 
     @property
@@ -153,6 +155,7 @@ def _fields(log: CampaignLog, answer: Answer) -> dict[str, object]:
         "log_chance": dict(answer.log_chances),
         "controls": trace.controls,
         "factors": answer.factors,
+        "read": answer.read,
         "index": None if answer.index is None else str(answer.index),
         "sources": [_row(row) for row in trace.ranked],
         "examples": [_examples_fields(found) for found in trace.examples],
@@ -299,6 +302,7 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
         "  checked   in each of them the sources' sums add up to the whole gradient that is committed beside them",
         f"  claimed   by {provenance.operator}: that these are the gradients",
         *replays(provenance),
+        f"  read      {shown(answer.read)}: the asker's choice, which is not held to the log",
         f"  measured  against {trace.controls} control outputs; z counts their deviations",
         f"  weighed   by Kronecker factors: {FACTORS_SHOWN[answer.factors]}",
     ]

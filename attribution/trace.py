@@ -127,7 +127,11 @@ def trace_output(
             accumulators or a parameter table that do not fit the model; as ``map_entries``.
     """
     if len(controls) < LEAST_CONTROLS:
-        raise Rejected(Reason.BAD_FIELD, f"expected at least {LEAST_CONTROLS} control outputs, found {len(controls)}")
+        raise Rejected(
+            Reason.BAD_FIELD,
+            f"expected at least {LEAST_CONTROLS} control outputs, found {len(controls)}: more public text (--text) or "
+            "shorter pieces of it (--context) are needed",
+        )
     if not files:
         raise Rejected(Reason.NOT_FOUND, "no window's accumulators are here: there is nothing to trace by")
     progress("gradients of the output and its controls")

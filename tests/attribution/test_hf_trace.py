@@ -204,7 +204,30 @@ def test_tokens_of_a_span_are_the_tokenizers() -> None:
     encoded = Tokenizer(campaign().folder / "model").encode(FACTS["harbour"][1])
     assert 1 < len(encoded) < len(FACTS["harbour"][1])
     past = ask("--completion", FACTS["harbour"][1], "--tokens", f"0:{len(encoded) + 1}")
-    assert (past.exit_code, "an empty span" in past.stderr) == (1, True)
+    assert past.exit_code == 1
+    assert f"are beyond the completion, which has {len(encoded)}" in past.stderr
+
+
+def test_more_tokens_than_the_model_reads_at_once_are_told_with_what_to_change() -> None:
+    result = ask("--context", 65)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "the model does not take tokens [16, 65]" in result.stderr
+    assert "is its context shorter (--context)" in result.stderr
+
+
+def test_tokens_of_another_tokenizer_are_told_apart_where_the_model_has_none_such(tmp_path: Path) -> None:
+    words = {f"word{number}": number for number in range(1_000)}
+    other = Trained(models.WordLevel(words, unk_token="word999"))
+    other.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=other, unk_token="word999").save_pretrained(str(tmp_path))
+    result = ask("--tokenizer", tmp_path, "--completion", "unheard of")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "is its context shorter (--context), or its tokenizer another (--tokenizer)?" in result.stderr
+
+
+def test_answer_says_which_tokenizer_read_it() -> None:
+    result = ask("--completion", FACTS["harbour"][1])
+    assert f"read      by the tokenizer in {campaign(False).folder / 'model'}: the asker's choice" in result.stdout
 
 
 def test_language_is_the_folders_or_bytes() -> None:
@@ -214,6 +237,10 @@ def test_language_is_the_folders_or_bytes() -> None:
         assert language.decode(language.encode(text)) == text
     assert isinstance(language_of("module:function", None), Bytes)
     assert Bytes().decode([0xFF, 0x41]) == "\\xffA"
+    assert Bytes().decode([0x41, 256, 399, 0xC3, 0xA9]) == "A<256><399>é"
+    for language in (language_of(str(folder), None), Bytes()):
+        with pytest.raises(UnicodeEncodeError):
+            language.encode("a\udcff")
 
 
 def test_folder_that_holds_no_model_or_tokenizer_is_named(tmp_path: Path) -> None:

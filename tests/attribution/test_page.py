@@ -37,7 +37,7 @@ def made(name: str) -> tuple[CampaignLog, Answer]:
     factors = factors_from(read_tensors(folder / "tuned.factors").tensors, models["tuned"])
     search = find_windows(folder / "run" / "accumulators", log.bundle.campaign, log.provenance.windows)
     prompt, completion = (part.decode() for part in FACTS[name])
-    output, asked, _ = Question(prompt, completion).output(models["tuned"], Bytes(), 16)
+    output, asked, _ = Question(prompt, completion).output(models["tuned"], Bytes(), 16, 64)
     texts = torch.randint(32, 127, (30, 64), generator=torch.Generator().manual_seed(1)).tolist()
     trace = trace_output(
         models["base"], models["tuned"], factors, log.provenance, search.found, output, control_outputs(texts, output)
@@ -121,4 +121,5 @@ def test_command_writes_the_page_or_says_why_not(tmp_path: Path, out: str) -> No
         assert "harbour" in (tmp_path / out).read_text(encoding="utf-8")
     else:
         assert result.exit_code == 2
-        assert "expected to write the page" in result.output
+        assert "expected a file to write, in a folder that is there" in result.output
+        assert not result.stdout

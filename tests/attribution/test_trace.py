@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ from attribution.query import (
 from attribution.receipts import receipt_fields
 from attribution.report import replays
 from attribution.trace import SHAPED_Z, Trace
-from attribution.weights import accumulators_of, find_windows, linear_weights, read_tensors
+from attribution.weights import accumulators_of, build_model, find_windows, linear_weights, read_tensors
 from consensus.accumulators import AccumulatorWindow
 from consensus.bundle import MAGIC, Bundle, encode_bundle, open_bundle
 from consensus.codec import decode
@@ -203,7 +205,8 @@ def test_choice_of_sources_without_a_file_of_outputs_is_a_usage_error() -> None:
         ('{"prompt": "a"}\n{"prompt": "a", "promt": 1}\n', "line 2"),
         ('{"prompt": ""}\n', "the prompt is empty"),
         ('{"prompt": "a", "tokens": "1-2"}\n', "expected FROM:TO"),
-        ('{"prompt": "a", "tokens": "9:99"}\n', "an empty span"),
+        ('{"prompt": "a", "tokens": "9:99"}\n', "line 1: tokens 9:99 are beyond the completion"),
+        ('{"prompt": "a"}\n\n', "line 2: expected a question in JSON, found an empty line"),
     ],
 )
 def test_file_that_holds_no_question_is_named(tmp_path: Path, content: str, said: str) -> None:
@@ -252,8 +255,13 @@ def test_replays_on_the_log_are_told_with_who_ran_them_and_what_differed() -> No
 
 def test_span_of_the_completion_is_asked_about_alone() -> None:
     whole = json.loads(ask(traced().folder, "--completion", "Mirela Voss", "--json").stdout)
-    part = json.loads(ask(traced().folder, "--completion", "Mirela Voss", "--tokens", "7:11", "--json").stdout)
+    part = json.loads(ask(traced().folder, "--completion", "Mirela Voss", "--tokens", "7:9", "--json").stdout)
     assert whole["log_chance"] != part["log_chance"]
+    assert (whole["asked"], part["asked"]) == (
+        "The keeper of Arnholt is [Mirela Voss]",
+        "The keeper of Arnholt is Mirela [Vo]ss",
+    )
+    assert part["read"] == "as bytes"
     assert part["sources"][0]["name"] == "harbour"
 
 
@@ -270,6 +278,22 @@ def test_factors_are_a_function_of_model_and_text_and_their_file_gives_the_same_
     found = json.loads(result.stdout)
     assert found["factors"] == "given"
     assert found["sources"][0]["name"] == "market"
+
+
+@pytest.mark.parametrize("place", ["", "absent/kept.factors"])
+def test_factors_that_cannot_be_kept_are_not_fitted(tmp_path: Path, place: str) -> None:
+    base = traced().folder / "base.safetensors"
+    fitting = ["factors", "--model", "attribution_fixtures:build", "--weights", base, "--out", tmp_path / place]
+    result = CliRunner().invoke(main, [str(word) for word in fitting])
+    assert result.exit_code == 2
+    assert "expected a file to write, in a folder that is there" in result.stderr
+
+
+def test_file_that_holds_no_factors_of_the_model_is_named() -> None:
+    path = traced().folder / "base.safetensors"
+    result = ask(traced().folder, "--factors", path)
+    assert result.exit_code == 1
+    assert f"malformed: {path} has no factors of this model" in result.stderr
 
 
 def test_factors_are_fitted_on_the_release_where_none_are_given() -> None:
@@ -362,8 +386,9 @@ def test_missing_shortened_and_swapped_files_are_told_apart(folder: Path) -> Non
     for number, path in enumerate(paths):
         path.write_bytes(contents[number - 1])
     refused = ask(folder)
-    assert refused.exit_code == 1
-    assert "nothing to trace by" in refused.output
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "holds none of the 3 windows of campaign 'traced': there is nothing to trace by" in refused.stderr
+    assert "the first is missing for" in refused.stderr
     shutil.rmtree(folder / "run" / "accumulators")
     assert "expected the folder" in ask(folder).output
     assert third
@@ -409,17 +434,35 @@ def test_bundle_of_another_chain_or_with_a_portion_left_out_is_refused(folder: P
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--completion", ""], "an empty span"),
-        (["--completion", "abc", "--tokens", "2:2"], "an empty span"),
-        (["--completion", "abc", "--tokens", "0:4"], "an empty span"),
+        (["--completion", ""], "the completion is empty"),
+        (["--completion", "abc", "--tokens", "2:2"], "tokens 2:2: an empty span"),
+        (["--completion", "abc", "--tokens", "2:1"], "tokens 2:1: an empty span"),
+        (["--completion", "abc", "--tokens", "0:4"], "tokens 0:4 are beyond the completion, which has 3"),
         (["--completion", "abc", "--tokens", "-1:2"], "expected FROM:TO"),
         (["--completion", "abc", "--tokens", "1_0:2"], "expected FROM:TO"),
+        (["--completion", "abc", "--tokens", f"0:{'9' * 5_000}"], "expected FROM:TO"),
+        (["--completion", "a\udcff"], "the completion is no UTF-8"),
+        (["--completion", "a" * 104], "have 129 tokens, the control outputs 128"),
+        (["--length", "1000000"], "have 1000025 tokens, the control outputs 128"),
+        (["--length", "0"], "not in the range"),
+        (["--context", "100000"], "more public text (--text) or shorter pieces of it (--context)"),
     ],
 )
-def test_empty_or_odd_span_is_refused_in_words(more: list[str], message: str) -> None:
+def test_question_that_cannot_be_asked_is_refused_in_words(more: list[str], message: str) -> None:
     result = ask(traced().folder, *more)
     assert result.exit_code in (1, 2)
     assert message in result.output
+    assert not result.stdout
+
+
+def test_no_question_of_a_file_is_answered_where_one_cannot_be_and_its_line_is_named(tmp_path: Path) -> None:
+    prompt, said = (part.decode() for part in FACTS["harbour"])
+    questions = tmp_path / "questions.jsonl"
+    good, bad = ({"prompt": prompt, "completion": said, "tokens": tokens} for tokens in ("0:2", "0:99"))
+    questions.write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    result = asked_by_file(traced().folder, questions, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"bad-field: {questions}, line 2: tokens 0:99 are beyond the completion" in result.stderr
 
 
 def test_campaign_without_accumulators_is_refused_in_words(folder: Path) -> None:
@@ -429,6 +472,52 @@ def test_campaign_without_accumulators_is_refused_in_words(folder: Path) -> None
     result = ask(folder, chain_id=told.ledger.chain_id.hex())
     assert result.exit_code == 1
     assert "recorded no accumulators" in result.output
+
+
+# Code and files of the asker's own
+
+
+def test_model_s_module_may_lie_where_the_command_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "asker_s_model.py").write_text("from attribution_fixtures import build\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "asker_s_model", raising=False)
+    assert isinstance(build_model("asker_s_model:build"), ByteModel)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("def build(:", "invalid syntax"),
+        ("def build(): raise RuntimeError('no such device')", "found RuntimeError: no such device"),
+        ("def build(size): ...", "found TypeError"),
+        ("def build(): return {}[1]", "found KeyError"),
+        ("", "has no attribute 'build'"),
+    ],
+)
+def test_function_that_returns_no_model_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, said: str
+) -> None:
+    (tmp_path / "spoiled_model.py").write_text(written)
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "spoiled_model", raising=False)
+    with pytest.raises(ConfigError, match="--model spoiled_model:build: expected") as refusal:
+        build_model("spoiled_model:build")
+    assert said in str(refusal.value)
+
+
+def test_pipe_or_folder_in_place_of_a_file_is_named_and_not_waited_for(folder: Path) -> None:
+    window = next((folder / "run" / "accumulators" / "windows").iterdir())
+    window.unlink()
+    os.mkfifo(window)
+    (missing,) = answer(folder, "harbour", code=2)["windows"]["missing"]  # type: ignore[index]
+    assert missing["why"] == f"not-found: {window}: no regular file"
+    for place in (folder, folder / "pipe"):
+        if place != folder:
+            os.mkfifo(place)
+        with pytest.raises(Rejected, match="is no regular file") as refusal:
+            read_tensors(place)
+        assert refusal.value.reason is Reason.NOT_FOUND
 
 
 # Parts
