@@ -23,7 +23,7 @@ from attribution.factors import factor_tensors
 from attribution.footprint import chosen_sources, example_footprint, footprint
 from attribution.footprint_report import footprint_json, footprint_text
 from attribution.language import Language, language_of
-from attribution.log import check_released_base
+from attribution.log import CampaignLog, check_released_base
 from attribution.options import ACCUMULATORS, CUSTODIAN, INDEX, GivenBase, GivenLog, RunFiles, base_options, log_options
 from attribution.page import page
 from attribution.public_text import public_sequences
@@ -31,6 +31,7 @@ from attribution.questions import Question, read_questions
 from attribution.report import trace_json, trace_text
 from attribution.standings import standings, standings_fields, standings_text
 from attribution.weights import find_windows, load_model, read_tensors
+from consensus.predicates.accumulators import UsedSource
 from consensus.rejection import ConfigError, Reason, Rejected
 
 _MODEL = click.option(
@@ -246,7 +247,7 @@ def trace_command(
         _may_write(page_path)
     log = given.open()
     tuned_root = traceable_root(log.provenance)
-    chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
+    chosen = _chosen_by_now(log, names, owners, classes, revoked)
     log_before = None
     if given_base is not None:
         log_before = given_base.log.open()
@@ -312,6 +313,18 @@ def _asked(
     return asked
 
 
+def _chosen_by_now(
+    log: CampaignLog, names: Sequence[str], owners: Sequence[str], classes: Sequence[str], revoked: bool
+) -> tuple[UsedSource, ...]:
+    """The sources that options choose; a log is old where it knows nothing yet of what was asked about."""
+    try:
+        return chosen_sources(log.provenance, names, owners, classes, revoked)
+    except Rejected as error:
+        as_of = log.verdict.as_of
+        when = f"this log is of ledger block {as_of.height} ({as_of.log_size} entries)"
+        raise Rejected(error.reason, f"{error.detail}: {when}") from error
+
+
 def _may_write(path: Path) -> None:
     """Before the work: a file that cannot be written is no end for it."""
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -360,7 +373,7 @@ def footprint_command(
         raise click.UsageError("expected --source, --owner, --class or --revoked; or --example alone")
     names, number = (names, 0) if example is None else _example(example)
     log = given.open()
-    chosen = chosen_sources(log.provenance, names, owners, classes, revoked)
+    chosen = _chosen_by_now(log, names, owners, classes, revoked)
     if not log.provenance.windows:
         raise Rejected(Reason.NOT_FOUND, "the job recorded no accumulators: what its sources moved is not on the log")
     folder = RunFiles(directory, custodian=custodian).fetch(log)

@@ -103,6 +103,8 @@ def trace_text(log: CampaignLog, answer: Answer) -> str:
             f"{row.z:>7.1f}  {row.score:>11.4g}  {shown(source.record.claim.name)[:28]:28}  {source.owner[:14]:14}  "
             f"{source.admitted:>8}  {source.event.index}{revoked}"
         )
+    if len(trace.ranked) > ROWS_SHOWN:
+        lines.append(f"{'':>7}  {'':>11}  and {len(trace.ranked) - ROWS_SHOWN} sources more (--json has all)")
     if trace.ranked and trace.shaped_here:
         lines += ["", *_receipt(trace.ranked[0])]
     for found in trace.examples:
@@ -207,10 +209,12 @@ def receipt_lines(source: UsedSource) -> list[str]:
 
 def _receipt(row: SourceScore) -> list[str]:
     blocks = sorted(row.by_block.items(), key=lambda pair: -abs(pair[1]))
+    moved = ", ".join(f"{shown(block)} {part:+.3g}" for block, part in blocks[:BLOCKS_SHOWN])
+    more = len(blocks) - BLOCKS_SHOWN
     return [
         shown(row.source.record.claim.name),
         *receipt_lines(row.source),
-        f"  moved     {', '.join(f'{shown(block)} {part:+.3g}' for block, part in blocks[:BLOCKS_SHOWN])}",
+        f"  moved     {moved}" + (f" and {more} more" if more > 0 else ""),
         *_closed(row),
     ]
 

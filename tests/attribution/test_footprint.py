@@ -122,6 +122,8 @@ def test_criterion_that_no_source_meets_is_named(criteria: tuple[str, ...]) -> N
     result = ask(traced().folder, *criteria)
     assert result.exit_code == 1
     assert "unknown-source: no source of the campaign" in result.output
+    as_of = opened()[0].verdict.as_of
+    assert f": this log is of ledger block {as_of.height} ({as_of.log_size} entries)" in result.output
 
 
 def test_no_criterion_is_a_usage_error() -> None:

@@ -86,6 +86,17 @@ def test_base_models_own_log_is_named_where_it_has_one() -> None:
     assert json.loads(trace_json(chained, answer, None))["base_provenance"] == "05" * 32
 
 
+def test_rows_and_blocks_that_a_terminal_does_not_show_are_counted() -> None:
+    log, answer = made("harbour")
+    first, *others = answer.trace.ranked
+    of_many = dataclasses.replace(first, by_block={f"block.{number}": 1.0 for number in range(8)})
+    trace = dataclasses.replace(answer.trace, ranked=(of_many, *([others[0]] * 11)))
+    told = trace_text(log, dataclasses.replace(answer, trace=trace))
+    assert "  and 2 sources more (--json has all)\n" in told
+    assert "block.5 +1 and 2 more\n" in told
+    assert "sources more" not in trace_text(log, answer)
+
+
 def test_hostile_texts_stay_text() -> None:
     log, answer = made("harbour")
     hostile = "<script>alert('1')</script>\x1b[31m$campaign"
