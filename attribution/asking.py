@@ -129,10 +129,9 @@ def asked_campaign(
             f"{log.provenance.campaign.name!a}: there is nothing to trace by; the first is missing for "
             f"{search.missing[0].why}"
         )
+    store = sketch_store(log, files.index)
     factors, origin = chosen_factors(log, tuned, files.factors, sequences)
-    return AskedCampaign(
-        log, base, tuned, factors, origin, search, sketch_store(log, files.index), files.index, language, sequences
-    )
+    return AskedCampaign(log, base, tuned, factors, origin, search, store, files.index, language, sequences)
 
 
 def answer_of_both(
