@@ -215,6 +215,7 @@ class GovernanceCallback(TrainerCallback):
         optimizer = trainer.optimizer
         recorded = {f"trainer.{name}": str(getattr(trainer.args, name)) for name in RECORDED}
         plan = dataclasses.replace(self.plan, hyperparameters={**recorded, **self.plan.hyperparameters})
+        model.train()  # as in the steps to come: the probe tries this
         self.run = stack.enter_context(
             governed(
                 model,
@@ -317,6 +318,7 @@ class GovernedTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         run = self.governance.run
         assert run is not None
+        model.train()
         batch = run.present(inputs.step, inputs.examples)
         inputs.update(batch.inputs)
         labels_BT = batch.inputs["labels"]
@@ -359,8 +361,6 @@ class GovernedTrainer(Trainer):
         return self._forward(model, *taken_apart(inputs))[1]
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor], packing: Packing | None) -> tuple[Any, Tensor]:
-        if torch.is_grad_enabled():
-            model.train()
         with self.compute_loss_context_manager():
             outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
             if packing is not None:

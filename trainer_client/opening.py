@@ -173,6 +173,7 @@ def open_run(
     """
     plan = _plan_of_all(arguments, model, ranks, scaling)
     client = _client(arguments.node, stack) if ranks.is_first else None
+    _check_optimized(arguments.optimizer, model.module)
     blocks = blocks_of(plan, model.module)
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
     if accumulators is not None:
@@ -331,6 +332,20 @@ def _measure(
     return base_losses(measure, manifest_of(arguments.sources), admitted)
 
 
+def _check_optimized(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """The optimizer steps the model's parameters alone.
+
+    Raises:
+        ConfigError: it has others, which nothing would limit, commit to or restore.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if foreign := [tuple(parameter.shape) for parameter in optimized if id(parameter) not in own]:
+        raise ConfigError(
+            f"the optimizer has parameters that are not the model's, of shapes {foreign[:8]}: give one module"
+        )
+
+
 def _check_contents(sources: Mapping[bytes, TrainingSource[E]], claims: Mapping[bytes, p.SourceClaim]) -> None:
     for identifier, claim in claims.items():
         check_content(sources[identifier], claim)
@@ -418,4 +433,5 @@ def _probe(
         return
     other, *shown = examples[: PROBED_EXAMPLES + 1]
     whole, shorter, replaced = (arguments.collate(each) for each in (shown, shown[1:], [other, *shown[1:]]))
-    probe(model, block_of, loss, ProbeInputs(len(shown), whole, shorter, replaced))
+    alone = [arguments.collate([example]) for example in shown]
+    probe(model, block_of, loss, ProbeInputs(len(shown), whole, shorter, replaced, alone))

@@ -533,6 +533,14 @@ def test_schedule_and_the_files_that_the_plan_names_are_recorded(scene: Scene, t
         pass
 
 
+def test_optimizer_with_a_parameter_that_is_not_the_models_is_refused_and_recorded_nowhere(scene: Scene) -> None:
+    scene.register()
+    scene.trained = lambda model: [*model.parameters(), nn.Parameter(torch.zeros(3))]
+    with pytest.raises(ConfigError, match=r"parameters that are not the model's, of shapes \[\(3,\)\]"), scene.run():
+        pass
+    assert scene.events(Kind.CAMPAIGN) == []
+
+
 def test_loss_of_another_length_is_refused(scene: Scene) -> None:
     scene.register()
     with pytest.raises(RoutingError, match="one loss per example"):

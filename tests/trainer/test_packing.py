@@ -148,7 +148,8 @@ def test_probe_finds_attention_across_packed_examples_and_passes_it_where_there_
     for replacement in ([other[0], *own[1:]], longer):
         shown = (own, own[1:], replacement)
         whole, shorter, replaced = (Packed(rows, rows.packing) for rows in (pack(each, 2 * ROW) for each in shown))
-        inputs = ProbeInputs(len(own), whole, shorter, replaced)
+        alone = [Packed(rows, rows.packing) for rows in (pack([each], 2 * ROW) for each in own)]
+        inputs = ProbeInputs(len(own), whole, shorter, replaced, alone)
         probe(model, block_of(model), lambda model, each: packed_losses(model, each.inputs), inputs)
         with pytest.raises(RoutingLeak, match="replacing a blocked example changes"):
             probe(model, block_of(model), lambda model, each: packed_losses(model, each.inputs, False), inputs)
