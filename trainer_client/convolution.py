@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from trainer_client.bypass import RoutedFunction
 from trainer_client.route import Route, RoutingUnsupported
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -67,7 +68,7 @@ def _padded(module: Convolution, x: Tensor) -> tuple[Tensor, Sequence[int]]:
     return x, before
 
 
-class _RoutedConvolution(torch.autograd.Function):
+class _RoutedConvolution(RoutedFunction):
     @staticmethod
     def forward(ctx, x, weight, bias, settings: _Settings, route: Route):  # type: ignore[no-untyped-def]
         stride, padding, dilation, groups = settings

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from trainer_client.bypass import RoutedFunction, unviewed
 from trainer_client.pieces import Division, SharedByHeads
 from trainer_client.route import Route, RoutingUnsupported
 from trainer_client.routed_modules import in_autocast_dtype, is_conv1d
@@ -71,7 +72,7 @@ class PairedCall:
         return delta, u if alike else self.through.weighted(x).matmul(inner_RI.t())
 
 
-class _DividedLinear(torch.autograd.Function):
+class _DividedLinear(RoutedFunction):
     """A linear, or the one of GPT-2's makers, whose weight is in pieces."""
 
     @staticmethod
@@ -79,8 +80,9 @@ class _DividedLinear(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x if call.weight.open and weight.requires_grad else None, weight)
         if call.outputs == 0:
-            return functional.linear(x, weight, bias_O)
-        return torch.addmm(bias_O, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+            return unviewed(functional.linear(x, weight, bias_O))
+        output_NO = torch.addmm(bias_O, x.reshape(-1, x.shape[-1]), weight)
+        return unviewed(output_NO.view(*x.shape[:-1], weight.shape[1]))
 
     @staticmethod
     @once_differentiable
@@ -108,7 +110,7 @@ class _DividedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-class _PairedOuter(torch.autograd.Function):
+class _PairedOuter(RoutedFunction):
     """LoRA's outer matrix B on ``u = A x``; forms the gradients of both matrices, one of which is shared by heads."""
 
     @staticmethod
@@ -116,7 +118,7 @@ class _PairedOuter(torch.autograd.Function):
         ctx.call = call
         keep = call.inner.open or call.outer.open
         ctx.save_for_backward(u if keep else None, x if keep else None, outer_OR, inner_RI)
-        return functional.linear(u, outer_OR, bias_O)
+        return unviewed(functional.linear(u, outer_OR, bias_O))
 
     @staticmethod
     @once_differentiable
@@ -186,7 +188,7 @@ class DividedForwards:
     def of(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         """What takes the place of the module's forward where gradients are recorded; None where nothing is divided."""
         own = {self._name_of[id(parameter)] for parameter in module.parameters(recurse=False)}
-        divided = bool(own & self._division.pieces.keys())
+        divided = bool(own & self._division.pieces.keys()) or self._is_split(module)
         if id(module) in self._inner:
             kind, forward = "inner", partial(self._inner_forward, name, module)
         elif id(module) in self._inner_of:
@@ -197,6 +199,12 @@ class DividedForwards:
             return None
         check_divisible(name, module, kind)
         return forward
+
+    def _is_split(self, module: nn.Module) -> bool:
+        """Whether it is a linear whose weight and bias are in different parameter blocks, as of a tied head."""
+        trained = [self._name_of[id(p)] for p in module.parameters(recurse=False) if p.requires_grad]
+        blocks = {self._block_of.get(name) for name in trained}
+        return len(blocks) > 1 and (type(module).forward is nn.Linear.forward or is_conv1d(module))
 
     def finish(self) -> None:
         """A micro-batch is over.

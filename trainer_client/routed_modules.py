@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from trainer_client.bypass import RoutedFunction, check_parameter, unviewed
 from trainer_client.convolution import convolution, is_convolution
 from trainer_client.route import Route, RoutingUnsupported
-from trainer_client.rowwise import is_rowwise
+from trainer_client.rowwise import is_examplewise, is_rowwise
 
 
-class _RoutedLinear(torch.autograd.Function):
+class _RoutedLinear(RoutedFunction):
     """``functional.linear`` whose weight and bias gradients sum over admitted examples alone."""
 
     @staticmethod
@@ -38,7 +40,7 @@ class _RoutedLinear(torch.autograd.Function):
         ctx.route = route
         keep_x = route.open and weight_OI.requires_grad
         ctx.save_for_backward(x if keep_x else None, weight_OI)
-        return functional.linear(x, weight_OI, bias_O)
+        return unviewed(functional.linear(x, weight_OI, bias_O))
 
     @staticmethod
     @once_differentiable
@@ -59,7 +61,7 @@ class _RoutedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-class _RoutedConv1D(torch.autograd.Function):
+class _RoutedConv1D(RoutedFunction):
     """The linear of GPT-2's makers, whose weight is ``[I, O]``: as ``_RoutedLinear``, in their order of operations."""
 
     @staticmethod
@@ -68,7 +70,7 @@ class _RoutedConv1D(torch.autograd.Function):
         keep_x = route.open and weight_IO.requires_grad
         ctx.save_for_backward(x if keep_x else None, weight_IO)
         output_NO = torch.addmm(bias_O, x.reshape(-1, x.shape[-1]), weight_IO)
-        return output_NO.view(*x.shape[:-1], weight_IO.shape[1])
+        return unviewed(output_NO.view(*x.shape[:-1], weight_IO.shape[1]))
 
     @staticmethod
     @once_differentiable
@@ -89,7 +91,7 @@ class _RoutedConv1D(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-class _RoutedEmbedding(torch.autograd.Function):
+class _RoutedEmbedding(RoutedFunction):
     """``functional.embedding`` whose table gradient sums over admitted examples alone."""
 
     @staticmethod
@@ -114,7 +116,7 @@ class _RoutedEmbedding(torch.autograd.Function):
         return None, grad_weight, None, None
 
 
-class _RoutedLayerNorm(torch.autograd.Function):
+class _RoutedLayerNorm(RoutedFunction):
     """``functional.layer_norm`` whose scale and shift gradients sum over admitted examples alone."""
 
     @staticmethod
@@ -160,7 +162,7 @@ class _RoutedLayerNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-class _RoutedByRowwiseRule(torch.autograd.Function):
+class _RoutedByRowwiseRule(RoutedFunction):
     """A module that treats rows alike and apart (``rowwise.py``): its parameters' gradients of admitted examples alone.
 
     The backward pass runs the module's own forward again, for activations over all rows and for parameters over
@@ -195,7 +197,7 @@ class _RoutedByRowwiseRule(torch.autograd.Function):
                 (grad_x,) = torch.autograd.grad(ctx.compute(x_again), x_again, delta)
             if wanted and route.open:
                 delta_kept, x_kept = route.admitted(delta, x.detach())
-                gradients = torch.autograd.grad(ctx.compute(x_kept), wanted, delta_kept)
+                gradients = torch.autograd.grad(ctx.compute(x_kept), wanted, delta_kept, allow_unused=True)
                 found = {id(parameter): gradient for parameter, gradient in zip(wanted, gradients, strict=True)}
             elif route.open_elsewhere:
                 found = {id(parameter): torch.zeros_like(parameter) for parameter in wanted}
@@ -241,6 +243,8 @@ def _embedding(module: nn.Embedding, index_BX: Tensor, route: Route) -> Tensor:
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor, route: Route) -> Tensor:
     shape = list(module.normalized_shape)
+    if x.dim() <= len(shape) or (route.spans_B and len(shape) > 1):
+        raise RoutingUnsupported(f"LayerNorm over {shape} mixes examples, found shape {tuple(x.shape)}")
     x = _in_dtype_of(module.weight, x)
     output: Tensor = _RoutedLayerNorm.apply(x, module.weight, module.bias, (shape, module.eps, route))  # type: ignore[no-untyped-call]
     return output
@@ -255,6 +259,12 @@ def _by_rowwise_rule(module: nn.Module, x: Tensor, route: Route) -> Tensor:
     compute = partial(type(module).forward, module)
     output: Tensor = _RoutedByRowwiseRule.apply((compute, route), x, *module.parameters(recurse=False))  # type: ignore[no-untyped-call]
     return output
+
+
+def _by_examplewise_rule(module: nn.Module, x: Tensor, route: Route) -> Tensor:
+    if route.spans_B:
+        raise RoutingUnsupported(f"{type(module).__name__} mixes positions: examples packed into one row would mix")
+    return _by_rowwise_rule(module, x, route)
 
 
 def _in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
@@ -282,7 +292,9 @@ def routed_forward(module: nn.Module) -> RoutedForward | None:
         return _conv1d
     if is_convolution(module):
         return _convolution
-    return _by_rowwise_rule if is_rowwise(module) else None
+    if is_rowwise(module):
+        return _by_rowwise_rule
+    return _by_examplewise_rule if is_examplewise(module) else None
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -293,22 +305,34 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def census(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that own trainable parameters, by name; refuses what cannot be routed."""
+    """Modules that own trainable parameters, by name; refuses what cannot be routed.
+
+    A module outside the census may hold tensors that one of the census owns too (a head's bias, say): used by itself
+    it is found where the loss is taken (``bypass.around_routes``).
+    """
     routed: dict[str, nn.Module] = {}
+    outside: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
         label = f"module {name or '(root)'!r} ({type(module).__name__})"
-        if isinstance(module, _NormBase):
+        if isinstance(module, _NormBase) and (module.track_running_stats or not isinstance(module, _InstanceNorm)):
             raise RoutingUnsupported(f"{label} mixes examples through shared statistics")
-        own = {own_name for own_name, p in module.named_parameters(recurse=False) if p.requires_grad}
+        own = {own_name: p for own_name, p in module.named_parameters(recurse=False) if p.requires_grad}
         if not own:
             continue
+        for own_name, parameter in own.items():
+            check_parameter(f"{label}: parameter {own_name!r}", parameter)
         if "forward" in module.__dict__:
             raise RoutingUnsupported(f"{label} already has a forward of its own on the instance")
         if routed_forward(module) is None:
-            raise RoutingUnsupported(f"{label} owns trainable {sorted(own)} and is not in the census")
+            outside[label] = {own_name: id(parameter) for own_name, parameter in own.items()}
+            continue
         if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
             raise RoutingUnsupported(f"{label} uses max_norm, scale_grad_by_freq or sparse gradients")
         routed[name] = module
+    owned = {id(parameter) for module in routed.values() for parameter in module.parameters(recurse=False)}
+    for label, held in outside.items():
+        if unowned := sorted(own_name for own_name, parameter in held.items() if parameter not in owned):
+            raise RoutingUnsupported(f"{label} owns trainable {unowned} and is not in the census")
     return routed
 
 

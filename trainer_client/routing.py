@@ -56,12 +56,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer_client.bypass import around_routes, check_own, one_tensor
 from trainer_client.headwise import DividedForwards
 from trainer_client.packing import Packing
 from trainer_client.pieces import Division, Moved, division_of
-from trainer_client.route import FULL_PERMILLE, Route, RoutingError, RoutingLeak, RoutingUnsupported, Weights
+from trainer_client.route import (
+    FULL_PERMILLE,
+    Route,
+    RoutingError,
+    RoutingLeak,
+    RoutingUnsupported,
+    Weights,
+)
 from trainer_client.routed_modules import census, routed_forward
-from trainer_client.sharding import own_part
+from trainer_client.sharding import own_part, sharded_modules
 from trainer_client.spans import Observers
 
 __all__ = [
@@ -174,6 +182,9 @@ class Routing:
             raise RoutingError("this Routing is already installed")
         self._modules = census(self._model)
         forwards = [self._routed_forward(name, module) for name, module in self._modules.items()]
+        self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        self._names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        self._sharded = bool(sharded_modules(self._model))
         self._installed = True
         for module, forward in zip(self._modules.values(), forwards, strict=True):
             module.forward = forward
@@ -221,6 +232,7 @@ class Routing:
                 raise RoutingError(f"parameter block {block} is said to be closed and an example has weight in it")
         if packing is not None and len(packing.spans_B) != len(weights_permille_BK):
             raise RoutingError(f"{len(packing.spans_B)} packed examples, and weights of {len(weights_permille_BK)}")
+        self._check_trained()
         token = MicroBatch(columns_KB, len(weights_permille_BK), tuple(groups_B), opened_K, packing)
         self._active = token
         try:
@@ -241,13 +253,19 @@ class Routing:
         mean over a fixed number of tokens). ``presented_count`` is the same for every micro-batch of a step.
 
         Raises:
-            RoutingError: outside a micro-batch or of another length.
+            RoutingError: outside a micro-batch, of another length, or of no trainable parameter.
+            RoutingLeak: it depends on a trainable parameter in another way than by its module's forward.
         """
         token = self._active
+        if not isinstance(loss_B, Tensor):
+            raise RoutingError(f"expected a tensor of one loss per example, found {type(loss_B).__name__}")
         if token is None or loss_B.shape != (token.example_count,):
             raise RoutingError(f"expected one loss per example of the micro-batch, found {tuple(loss_B.shape)}")
         if presented_count < 1:
             raise RoutingError(f"expected a positive number of presented examples, found {presented_count}")
+        if not loss_B.requires_grad:
+            raise RoutingError("the loss has no gradient: no trainable parameter was used to compute it")
+        self._check_reached(loss_B)
         checked_B: Tensor = _TokenCheck.apply(loss_B, partial(self.check_token, token))  # type: ignore[no-untyped-call]
         return checked_B.sum() / presented_count
 
@@ -286,6 +304,24 @@ class Routing:
         """Raises ``RoutingLeak`` unless ``token`` is the micro-batch now running."""
         if self._active is not token:
             raise RoutingLeak("a backward pass outside the micro-batch of its forward pass")
+
+    def _check_trained(self) -> None:
+        """Nothing was made trainable, or put in a trainable parameter's place, since forwards were replaced."""
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                held = self._trained.get(name)
+                if held is None or (held is not parameter and not self._sharded):
+                    raise RoutingUnsupported(
+                        f"parameter {name!r} was made trainable, or put there, after forwards were replaced"
+                    )
+
+    def _check_reached(self, loss_B: Tensor) -> None:
+        leaves = around_routes(loss_B)
+        reached = {self._names[id(leaf)] for leaf in leaves if id(leaf) in self._names}
+        if self._sharded:  # ranks compute with what they gathered
+            reached |= {f"one of shape {tuple(leaf.shape)}" for leaf in leaves if isinstance(leaf, nn.Parameter)}
+        if reached:
+            raise RoutingLeak(f"the loss depends on parameters around their modules' forwards: {sorted(reached)}")
 
     def _reset_step(self) -> None:
         count = self.block_count + len(self._shared)
@@ -329,10 +365,9 @@ class Routing:
 
     def _routed_forward(self, module_name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The replacement for ``module.forward``: routed where gradients are recorded, else the original."""
-        original = module.forward
         divided = self._divided.of(module_name, module)
         if divided is not None:
-            return _uncompiled(lambda input: divided(input) if torch.is_grad_enabled() else original(input))
+            return self._replacement(module_name, module, divided)
         routed = routed_forward(module)
         assert routed is not None, "the census holds no other"
         name_of = {id(parameter): name for name, parameter in self._model.named_parameters()}
@@ -356,8 +391,6 @@ class Routing:
             self._product_observer.observe(names[own_name], left, right, weights_B)
 
         def forward(input: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return original(input)  # type: ignore[no-any-return]
             input = self._entered(module_name, module, input)
             route = self._plain_route(block)
             if observer is not None or self._product_observer is not None:
@@ -365,10 +398,25 @@ class Routing:
                 route = replace(route, observe=None if observer is None else observe, observe_product=observed_product)
             return routed(module, input, route)
 
+        return self._replacement(module_name, module, forward)
+
+    def _replacement(
+        self, module_name: str, module: nn.Module, routed: Callable[[Tensor], Tensor]
+    ) -> Callable[..., Tensor]:
+        """The module's own forward where no gradients are recorded; else ``routed``, of one tensor."""
+        original, held = module.forward, dict(module._parameters)
+
+        def forward(*positional: object, **named: object) -> Tensor:
+            if not torch.is_grad_enabled():
+                return original(*positional, **named)  # type: ignore[no-any-return]
+            if not self._sharded:
+                check_own(module_name, module, held)
+            return routed(one_tensor(module_name, (*positional, *named.values())))
+
         return _uncompiled(forward)
 
 
-def _uncompiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _uncompiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A compiled model calls it between compiled pieces: weights change with every micro-batch, code must not."""
     return torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward  # type: ignore[no-untyped-call]
 
