@@ -7,11 +7,13 @@ sketches is held against the source's exact score, from its accumulators. The fi
 then read once more, to be met by the control outputs: their ``z`` is of sketches, as that of their source is of sums.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from attribution.controls import Queries, deviations
@@ -95,12 +97,12 @@ def source_examples(
     sources: Sequence[Asked],
     store: SketchStore,
     allowance: Allowance,
-    beside: Queries | None = None,
+    beside: Iterable[Queries] = (),
 ) -> list[SourceExamples]:
     """What each example of these sources did for the query; nothing of a source that no window lists sketches of.
 
-    What may be opened goes to the sources in their order. With the query and its controls ``beside``, the first
-    examples of each are judged against the controls.
+    What may be opened goes to the sources in their order. With the query and its controls ``beside``, in one or several
+    parts, the first examples of each are judged against the controls.
 
     Raises:
         Rejected: ``DIGEST_MISMATCH`` for sketches that changed after they were scored.
@@ -118,16 +120,17 @@ def source_examples(
             return error
 
     scored = each_on_a_core(score, pieces)
-    return [
-        _examples_of(one, of, {number: next(scored) for number in sorted(numbers)}, beside)
+    made = [
+        _examples_of(one, of, {number: next(scored) for number in sorted(numbers)})
         for one, of, numbers in zip(asked, found, chosen, strict=True)
     ]
+    return _judged(made, beside)
 
 
 def _examples_of(
-    asked: Asked, found: _Found, scored: Mapping[int, Tensor | Rejected], beside: Queries | None
-) -> SourceExamples:
-    """Of the windows that were opened, by their number: ranked, and what was not."""
+    asked: Asked, found: _Found, scored: Mapping[int, Tensor | Rejected]
+) -> tuple[SourceExamples, list[Sketches]]:
+    """Of the windows that were opened, by their number: ranked, and what was not; and their sketches."""
     rows: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]]] = []
     visits: list[npt.NDArray[np.int64]] = []
     unopened: list[tuple[int, int]] = []
@@ -145,10 +148,8 @@ def _examples_of(
         rows.append((file.window.last, sketches.examples.numpy(), scores_N.numpy()))
         visits.append(sketches.visits.numpy())
     examples, ranked, total = _ranked(rows, visits)
-    if beside is not None:
-        opened = [held for number, (_, _, held) in enumerate(found.held) if isinstance(scored.get(number), Tensor)]
-        ranked = (*_judged(ranked[:JUDGED_EXAMPLES], opened, beside), *ranked[JUDGED_EXAMPLES:])
-    return SourceExamples(
+    opened = [held for number, (_, _, held) in enumerate(found.held) if isinstance(scored.get(number), Tensor)]
+    made = SourceExamples(
         asked.source,
         rank,
         opened=sum(len(numbers) for _, numbers, _ in rows),
@@ -160,19 +161,36 @@ def _examples_of(
         unopened=tuple(unopened),
         unopened_visits=unopened_visits,
     )
+    return made, opened
 
 
-def _judged(first: Sequence[ExampleScore], opened: Sequence[Sketches], beside: Queries) -> tuple[ExampleScore, ...]:
-    """The same examples, each with its deviations from its own scores for the controls."""
-    if not first:
-        return ()
-    numbers = [row.example for row in first]
-    totals_NK = sum(each_on_a_core(lambda held: held.scores_of(numbers, beside.gradients), opened))
-    assert isinstance(totals_NK, Tensor)
-    return tuple(
-        replace(row, z=deviations(scores_K, beside.lengths))
-        for row, scores_K in zip(first, totals_NK.tolist(), strict=True)
-    )
+def _judged(
+    made: Sequence[tuple[SourceExamples, Sequence[Sketches]]], beside: Iterable[Queries]
+) -> list[SourceExamples]:
+    """The same, the first examples of each with their deviations from their own scores for the controls."""
+    firsts = [of.ranked[:JUDGED_EXAMPLES] for of, _ in made]
+    parts: list[list[Tensor]] = [[] for _ in made]
+    lengths: list[float] = []
+    for queries in beside if any(firsts) else ():
+        lengths += queries.lengths
+        for first, (_, opened), parts_NK in zip(firsts, made, parts, strict=True):
+            if first:
+                numbers, gradients = [row.example for row in first], queries.gradients
+                total_NK = sum(each_on_a_core(partial(_scores_of, numbers, gradients), opened))
+                assert isinstance(total_NK, Tensor)
+                parts_NK.append(total_NK)
+    if not lengths:
+        return [of for of, _ in made]
+    judged = []
+    for first, (of, _), parts_NK in zip(firsts, made, parts, strict=True):
+        scores = torch.cat(parts_NK, dim=1).tolist() if first else []
+        ranked = [replace(row, z=deviations(scores_K, lengths)) for row, scores_K in zip(first, scores, strict=True)]
+        judged.append(replace(of, ranked=(*ranked, *of.ranked[JUDGED_EXAMPLES:])))
+    return judged
+
+
+def _scores_of(examples: Sequence[int], queries: Mapping[str, Tensor], held: Sketches) -> Tensor:
+    return held.scores_of(examples, queries)
 
 
 def _find(store: SketchStore, files: Sequence[WindowFile], source: bytes) -> _Found:

@@ -8,7 +8,7 @@ Shape suffixes: B outputs, T tokens, I and O inputs and outputs of a linear, P a
 vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -97,11 +97,29 @@ def log_odds_gradients(model: nn.Module, output: Output) -> dict[str, Tensor]:
     weights = {name: held.weight for name, held in linear_weights(model).items()}
     with torch.enable_grad():
         gradients = torch.autograd.grad(_log_odds(model, [output]), list(weights.values()))
-    return _finite({name: gradient.detach().float() for name, gradient in zip(weights, gradients, strict=True)})
+    found = {name: gradient.detach().float() for name, gradient in zip(weights, gradients, strict=True)}
+    _check_finite(found.values())
+    return found
 
 
-def gradients_together(model: nn.Module, outputs: Sequence[Output]) -> dict[str, Tensor]:
-    """``log_odds_gradients`` of outputs of one span, ``[B, P, Q]`` each, by one pass through the model.
+@dataclass(frozen=True, slots=True)
+class WeightGradients:
+    """Outputs' gradients for one weight: products of what stood on its two sides, token by token.
+
+    A product has as many numbers as the weight, its sides as many as tokens ask for: for short outputs of a large model
+    a hundredth.
+    """
+
+    left_BTP: Tensor
+    right_BTQ: Tensor
+
+    def whole(self) -> Tensor:
+        """``[B, P, Q]``."""
+        return self.left_BTP.mT @ self.right_BTQ
+
+
+def gradients_together(model: nn.Module, outputs: Sequence[Output]) -> dict[str, WeightGradients]:
+    """``log_odds_gradients`` of outputs of one span by one pass through the model.
 
     The last output's are compared with what they are alone. Where they differ, a weight is used without its module or
     the model mixes what stands in one batch: then each output goes through it alone.
@@ -111,10 +129,16 @@ def gradients_together(model: nn.Module, outputs: Sequence[Output]) -> dict[str,
     """
     alone = log_odds_gradients(model, outputs[-1])
     together = _by_operands(model, outputs) if len(outputs) > 1 else None
-    if together is not None and all(_same(together[name][-1], gradient) for name, gradient in alone.items()):
-        return _finite(together)
+    if together is not None and all(_same(together[name], gradient) for name, gradient in alone.items()):
+        _check_finite(side for held in together.values() for side in (held.left_BTP, held.right_BTQ))
+        return together
     each = [*(log_odds_gradients(model, output) for output in outputs[:-1]), alone]
-    return {name: torch.stack([gradients[name] for gradients in each]) for name in alone}
+    return {
+        name: WeightGradients(
+            torch.eye(len(gradient)).expand(len(outputs), -1, -1), torch.stack([gradients[name] for gradients in each])
+        )
+        for name, gradient in alone.items()
+    }
 
 
 @dataclass(slots=True)
@@ -189,8 +213,8 @@ def _log_odds(model: nn.Module, outputs: Sequence[Output]) -> Tensor:
     return (log_p_BN - torch.log1p(-log_p_BN.exp())).sum()
 
 
-def _by_operands(model: nn.Module, outputs: Sequence[Output]) -> dict[str, Tensor] | None:
-    """Each output's gradients ``[B, P, Q]``; None where a linear does not tell."""
+def _by_operands(model: nn.Module, outputs: Sequence[Output]) -> dict[str, WeightGradients] | None:
+    """Each output's gradients; None where a linear does not tell."""
     weights = linear_weights(model)
     with capturing(weights) as captured, torch.enable_grad():
         torch.autograd.grad(_log_odds(model, outputs), [held.weight for held in weights.values()])
@@ -201,15 +225,16 @@ def _by_operands(model: nn.Module, outputs: Sequence[Output]) -> dict[str, Tenso
             return None
         x_BTI, delta_BTO = operands
         left, right = (x_BTI, delta_BTO) if held.turned else (delta_BTO, x_BTI)
-        gradients[name] = (left.mT @ right).float()
+        gradients[name] = WeightGradients(left.float(), right.float())
     return gradients
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).norm() <= SAME_ALONE * expected.norm())
+def _same(found: WeightGradients, expected: Tensor) -> bool:
+    """Whether the last output's is what it is alone."""
+    last = found.left_BTP[-1].mT @ found.right_BTQ[-1]
+    return bool((last - expected).norm() <= SAME_ALONE * expected.norm())
 
 
-def _finite(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+def _check_finite(tensors: Iterable[Tensor]) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise Rejected(Reason.BAD_FIELD, "the output's log-odds have no finite gradient")
-    return gradients

@@ -6,6 +6,8 @@ and ``P`` the factors' preconditioner, on the query's side.
 Positive: the source's examples raised the output. The scores of control outputs, which no source is known to have
 shaped, give each source a mean and a deviation to be judged by (``controls.py``; docs/adr/013, docs/adr/018).
 
+Of a large model a few outputs at a time are met with the accumulators: a query has as many numbers as all linears.
+
 Where a parameter table divides tensors among heads, accumulators are of its pieces (``consensus/pieces.py``). The
 query's gradient is the whole weight's, preconditioned as such, and then cut: scores of pieces add up to the weight's.
 
@@ -24,7 +26,7 @@ from attribution.controls import Queries, deviations
 from attribution.cores import each_on_a_core
 from attribution.examples import Allowance, Asked, SourceExamples, source_examples
 from attribution.factors import WeightFactors, damping_of
-from attribution.query import OUTPUTS_AT_ONCE, Output, gradients_together, log_chance
+from attribution.query import OUTPUTS_AT_ONCE, Output, WeightGradients, gradients_together, log_chance
 from attribution.sketches import RunFolder, SketchQuery, SketchStore
 from attribution.weights import Summed, WindowFile, map_entries
 from consensus import portions as p
@@ -34,6 +36,8 @@ from consensus.predicates.accumulators import Provenance, UsedSource
 from consensus.rejection import Reason, Rejected
 
 LEAST_CONTROLS = 25
+QUERIES_BYTES = 1 << 31
+"""Queries of so many bytes are held together, unless a single one has more."""
 SHAPED_LIFT_NATS = 0.05
 """Mean gain in log-chance per token, over the base model, below which an output counts as not shaped here."""
 LEADING_SOURCES = 3
@@ -97,11 +101,14 @@ class _Tally:
     by_window: dict[int, float] = field(default_factory=dict)
     by_policy: dict[bytes, float] = field(default_factory=dict)
 
-    def add(self, parts: Sequence[float], block: str, window: int, policy: bytes) -> None:
-        self.scores = [held + part for held, part in zip(self.scores, parts, strict=True)]
-        self.by_block[block] = self.by_block.get(block, 0.0) + parts[0]
-        self.by_window[window] = self.by_window.get(window, 0.0) + parts[0]
-        self.by_policy[policy] = self.by_policy.get(policy, 0.0) + parts[0]
+    def add(self, first: int, parts: Sequence[float], block: str, window: int, policy: bytes) -> None:
+        """Parts of the scores from number ``first`` on."""
+        for number, part in enumerate(parts, start=first):
+            self.scores[number] += part
+        own = parts[0] if first == 0 else 0.0
+        self.by_block[block] = self.by_block.get(block, 0.0) + own
+        self.by_window[window] = self.by_window.get(window, 0.0) + own
+        self.by_policy[policy] = self.by_policy.get(policy, 0.0) + own
 
 
 def trace_output(
@@ -134,22 +141,32 @@ def trace_output(
         )
     if not files:
         raise Rejected(Reason.NOT_FOUND, "no window's accumulators are here: there is nothing to trace by")
-    progress("gradients of the output and its controls")
     asked = (output, *controls)
-    queries, lengths = preconditioned_queries(tuned, factors, asked)
-    queries = queries_of_entries(queries, provenance.campaign)
+    at_once = queries_at_once(factors)
+    parts = [slice(first, first + at_once) for first in range(0, len(asked), at_once)]
+
+    def queries_of(few: slice) -> Queries:
+        progress("gradients of the output and its controls" + (f", from {few.start + 1}" if len(parts) > 1 else ""))
+        queries, lengths = preconditioned_queries(tuned, factors, asked[few])
+        return Queries(queries_of_entries(queries, provenance.campaign), lengths)
+
     block_of = {tensor.name: block.name for block in provenance.campaign.parameter_blocks for tensor in block.tensors}
     known = {source.id: source for source in provenance.sources}
     tallies = {source: _Tally([0.0] * len(asked)) for source in known}
-    for file in files:
-        progress(f"steps {file.window.first} to {file.window.last}")
-        for entry, name, parts in window_scores(queries, file):
-            tally, block = tallies.get(entry.source), block_of.get(name)
-            if tally is None:
-                raise Rejected(Reason.UNKNOWN_SOURCE, f"source {entry.source.hex()} is not in the campaign's manifest")
-            if block is None:
-                raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} are in no parameter block")
-            tally.add(parts, block, file.window.last, entry.policy)
+    sketched = any(entry.sketches_sha256 for file in files for entry in file.listed.of_sources)
+    lengths: list[float] = []
+    query: SketchQuery | None = None
+    held: list[Queries] = []
+    for few in parts:
+        queries = queries_of(few)
+        lengths += queries.lengths
+        for file in files:
+            progress(f"steps {file.window.first} to {file.window.last}")
+            _meet(queries, few.start, file, tallies, block_of)
+        if sketched and query is None:
+            query = SketchQuery({name: gradients_KPQ[0].clone() for name, gradients_KPQ in queries.gradients.items()})
+        held = [queries] if len(parts) == 1 else []
+        del queries
     moved = {block for tally in tallies.values() for block in tally.by_block}
     ranked = [
         SourceScore(
@@ -171,11 +188,10 @@ def trace_output(
     ranked.sort(key=lambda row: (-row.z, row.source.id))
     leading = [row for row in ranked[:LEADING_SOURCES] if row.z >= SHAPED_Z]
     opened: list[SourceExamples] = []
-    if leading and any(entry.sketches_sha256 for file in files for entry in file.listed.of_sources):
+    if leading and query is not None:
         progress(f"examples of {', '.join(ascii(row.source.record.claim.name)[:60] for row in leading)}")
-        query = SketchQuery({name: gradients_KPQ[0] for name, gradients_KPQ in queries.items()})
         asked_of = [Asked(row.source.id, row.score, row.by_window) for row in leading]
-        beside = Queries(queries, lengths)
+        beside = held or map(queries_of, parts)
         opened = source_examples(query, files, asked_of, store or RunFolder(), allowance or Allowance(), beside)
     return Trace(
         base_log_chance=log_chance(base, output),
@@ -185,6 +201,19 @@ def trace_output(
         controls=len(controls),
         windows=tuple(file.window.last for file in files),
     )
+
+
+def _meet(
+    queries: Queries, first: int, file: WindowFile, tallies: Mapping[bytes, _Tally], block_of: Mapping[str, str]
+) -> None:
+    """Adds to the tallies what a window has for the outputs from number ``first`` on."""
+    for entry, name, parts in window_scores(queries.gradients, file):
+        tally, block = tallies.get(entry.source), block_of.get(name)
+        if tally is None:
+            raise Rejected(Reason.UNKNOWN_SOURCE, f"source {entry.source.hex()} is not in the campaign's manifest")
+        if block is None:
+            raise Rejected(Reason.BAD_FIELD, f"accumulators of {name!a} are in no parameter block")
+        tally.add(first, parts, block, file.window.last, entry.policy)
 
 
 def window_scores(queries: Mapping[str, Tensor], file: WindowFile) -> Iterator[tuple[WindowEntry, str, list[float]]]:
@@ -259,20 +288,26 @@ def preconditioned_queries(
     squares_K = torch.zeros(len(outputs), dtype=torch.float64)
     damping = damping_of(factors)
 
-    def gradients() -> Iterator[tuple[slice, str, Tensor]]:
+    def gradients() -> Iterator[tuple[slice, str, WeightGradients]]:
         for first in range(0, len(outputs), OUTPUTS_AT_ONCE):
             few = slice(first, min(first + OUTPUTS_AT_ONCE, len(outputs)))
             together = gradients_together(model, outputs[few])
             yield from ((few, name, together[name]) for name in factors)
 
-    def precondition(piece: tuple[slice, str, Tensor]) -> tuple[slice, Tensor]:
-        few, name, gradients_BPQ = piece
-        queries[name][few] = factors[name].precondition(gradients_BPQ, damping)
-        return few, (queries[name][few] * gradients_BPQ).sum(dim=(1, 2), dtype=torch.float64)
+    def precondition(piece: tuple[slice, str, WeightGradients]) -> tuple[slice, Tensor]:
+        few, name, held = piece
+        queries[name][few], squares_B = factors[name].precondition_each(held, damping)
+        return few, squares_B
 
     for few, squares_B in each_on_a_core(precondition, gradients()):
         squares_K[few] += squares_B
     return queries, tuple(math.sqrt(max(square, 0.0)) or 1.0 for square in squares_K.tolist())
+
+
+def queries_at_once(factors: Mapping[str, WeightFactors]) -> int:
+    """How many queries are held together: at least one."""
+    each_bytes = sum(held.eigenvalues.numel() * held.eigenvalues.element_size() for held in factors.values())
+    return max(1, QUERIES_BYTES // each_bytes)
 
 
 def control_outputs(sequences: Sequence[Sequence[int]], like: Output) -> tuple[Output, ...]:

@@ -119,7 +119,7 @@ def test_first_examples_stand_above_their_own_scores_for_the_controls() -> None:
     beside = Queries({name: torch.stack([each[name] for each in everything]) for name in asked}, lengths)
     files = windows(traced().folder)
     whose = Asked(traced().sources["harbour"], 1.0, {})
-    (found,) = source_examples(SketchQuery(asked), files, [whose], RunFolder(), Allowance(), beside)
+    (found,) = source_examples(SketchQuery(asked), files, [whose], RunFolder(), Allowance(), [beside])
     scores = torch.zeros(len(everything), ROWS, dtype=torch.float64)
     for file in files:
         held = checked(file, entry_of(file), asked)

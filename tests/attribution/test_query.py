@@ -10,8 +10,15 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from attribution.cores import each_on_a_core
-from attribution.factors import damping_of, fit_factors
-from attribution.query import Output, capturing, gradients_together, log_odds_gradients, logits_of
+from attribution.factors import WeightFactors, damping_of, fit_factors
+from attribution.query import (
+    Output,
+    WeightGradients,
+    capturing,
+    gradients_together,
+    log_odds_gradients,
+    logits_of,
+)
 from attribution.trace import preconditioned_queries
 from attribution.weights import linear_weights
 from consensus.rejection import ConfigError, Reason, Rejected
@@ -95,7 +102,7 @@ def compare(model: nn.Module, asked: list[Output]) -> None:
     assert together.keys() == linear_weights(model).keys()
     for number, output in enumerate(asked):
         for name, alone in log_odds_gradients(model, output).items():
-            found = together[name][number]
+            found = together[name].whole()[number]
             assert torch.allclose(found, alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max())), (name, number)
 
 
@@ -118,7 +125,7 @@ def test_outputs_of_a_model_that_does_not_keep_them_apart_are_asked_one_by_one(k
     assert sorted(passes) == [1, 1, 1, 1, 4]
     for number, output in enumerate(asked):
         for name, alone in log_odds_gradients(model, output).items():
-            assert torch.equal(together[name][number], alone)
+            assert torch.equal(together[name].whole()[number], alone)
 
 
 def test_query_of_many_outputs_is_that_of_each_preconditioned_with_its_length() -> None:
@@ -132,6 +139,22 @@ def test_query_of_many_outputs_is_that_of_each_preconditioned_with_its_length() 
             assert torch.allclose(queries[name][number], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
             square += float((expected * gradient).sum())
         assert lengths[number] == pytest.approx(square**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_sides_of_a_gradient_are_preconditioned_to_what_their_product_is(tokens: int, turned: bool) -> None:
+    random = torch.Generator().manual_seed(1)
+    outputs_O, inputs_I = (torch.linalg.qr(torch.randn(size, size, generator=random)).Q for size in (6, 9))
+    shape = (9, 6) if turned else (6, 9)
+    factors = WeightFactors(outputs_O, inputs_I, torch.rand(shape, generator=random), turned)
+    left_BTP, right_BTQ = (torch.randn(3, tokens, size, generator=random) for size in shape)
+    held = WeightGradients(left_BTP, right_BTQ)
+    queries_BPQ, squares_B = factors.precondition_each(held, 0.1)
+    for number, gradient_PQ in enumerate(held.whole()):
+        expected_PQ = factors.precondition(gradient_PQ, 0.1)
+        assert torch.allclose(queries_BPQ[number], expected_PQ, rtol=1e-3, atol=1e-3)
+        assert squares_B[number].item() == pytest.approx(float((expected_PQ * gradient_PQ).sum()), rel=1e-3)
 
 
 def test_gradient_that_is_not_finite_is_refused_and_no_hook_stays() -> None:

@@ -97,6 +97,23 @@ def test_planted_fact_is_traced_to_its_source_with_everything_that_proves_it(nam
     }
 
 
+def test_answer_is_the_same_where_only_a_few_queries_are_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = answer(traced().folder, "harbour")
+    queries_bytes = 4 * sum(held.weight.numel() for held in linear_weights(build()).values())
+    monkeypatch.setattr("attribution.trace.QUERIES_BYTES", 7 * queries_bytes)
+    in_parts = answer(traced().folder, "harbour")
+    for found, expected in zip(in_parts["sources"], whole["sources"], strict=True):  # type: ignore[call-overload]
+        assert found["name"] == expected["name"]
+        for part in ("score", "z"):
+            assert found[part] == pytest.approx(expected[part], rel=1e-3, abs=1e-6)
+        assert found["by_block"] == pytest.approx(expected["by_block"], rel=1e-3, abs=1e-6)
+        assert found["by_window"] == pytest.approx(expected["by_window"], rel=1e-3, abs=1e-6)
+    found, expected = in_parts["examples"][0]["ranked"], whole["examples"][0]["ranked"]  # type: ignore[index]
+    assert [row["z"] for row in found] == [
+        None if row["z"] is None else pytest.approx(row["z"], rel=1e-2) for row in expected
+    ]
+
+
 def test_file_of_questions_gets_an_answer_a_line_with_what_both_models_say(tmp_path: Path) -> None:
     facts = [(prompt.decode(), said.decode()) for prompt, said in (FACTS["harbour"], FACTS[REFUSED])]
     questions = tmp_path / "questions.jsonl"
