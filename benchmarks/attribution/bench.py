@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +28,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import Bound, Report, at_least, at_most, missed
+from observed import Run, accumulator_scores, observed_run, stored_bytes
 from peers import Kronfluence, dot_scores, trak_scores
 from repeats import Repeats, by_source, linear_datamodeling_score, repeat
-from setting import CAMPAIGN, EPOCHS, FULL, LOWER, QUICK, Setting, Sizes, Tuning, log_odds, make, source_id, train
+from setting import EPOCHS, FULL, QUICK, Setting, Sizes, Tuning, log_odds, make
 
 from attribution.asking import FACTOR_SEQUENCES, fit_on_text
 from attribution.sketches import RunFolder, SketchQuery, open_sketches
-from attribution.trace import preconditioned_queries, window_scores
-from attribution.weights import WindowFile, find_windows
-from consensus.predicates.accumulators import Window
-from trainer_client.accumulators import SourceAccumulators
-from trainer_client.demo.model import ByteModel, parameter_blocks
+from attribution.trace import preconditioned_queries
+from trainer_client.demo.model import ByteModel
 
 LEAST_SHARE = 0.97
 """Of the best EK-FAC's LDS."""
@@ -47,8 +45,6 @@ OWN, FULL_RANK = "countersign", "countersign, full rank"
 
 
 SKETCH_RANKS = (3, 6, 10)
-LOWER_RANKS = {6: 16}
-"""Under depth profiles, of the blocks that every other source may not move: what they leave free pays for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +62,6 @@ BUDGETS = (Budget(10, 1, 2_300, 0.55), Budget(6, EPOCHS, 9_000, 0.60))
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """The fine-tune with everything, and what it left."""
-
-    tuned: ByteModel
-    windows: tuple[WindowFile, ...]
-    stored_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Found:
     """By method: scores ``[Q, S]`` or ``[Q, N]``, the seconds they took, and the bytes that were kept for them."""
 
@@ -83,56 +70,20 @@ class Found:
     stored_bytes: dict[str, int]
 
 
-def observed_run(setting: Setting, directory: Path, *, apart: bool = False, sketch_rank: int = 0) -> Run:
-    """Train with everything and keep accumulators, as a governed job does, in one window; ``apart``: by example."""
-    kept = setting.rows_of(range(setting.sizes.sources))
-    steps = len(setting.order)
-    ranks = lower_ranks(setting, sketch_rank)
-    with SourceAccumulators(directory, CAMPAIGN, steps, steps, sketch_rank, ranks) as accumulators:
-        tuned, roots = train(setting, kept, accumulators, apart=apart)
-    windows = tuple(Window(1, last, root, None) for last, root in roots)  # type: ignore[arg-type]
-    found = find_windows(directory, CAMPAIGN, windows)
-    assert not found.missing
-    return Run(tuned, found.found, stored_bytes(directory))
-
-
-def lower_ranks(setting: Setting, sketch_rank: int) -> dict[str, int]:
-    """Of parameters that are sketched at another rank."""
-    if not setting.profiled or sketch_rank not in LOWER_RANKS:
-        return {}
-    table = parameter_blocks(setting.base)
-    return {name: LOWER_RANKS[sketch_rank] for block in LOWER for name in table[block]}
-
-
-def stored_bytes(directory: Path) -> int:
-    """Of all files below it."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-def queries_of(setting: Setting, tuned: ByteModel) -> list[dict[str, torch.Tensor]]:
-    """The outputs' preconditioned gradients, as ``countersign trace`` forms them."""
+def queries_of(setting: Setting, tuned: ByteModel) -> dict[str, torch.Tensor]:
+    """The outputs' preconditioned gradients, ``[Q, …]`` by weight, as ``countersign trace`` forms them."""
     factors = fit_on_text(tuned, setting.public, FACTOR_SEQUENCES)
-    together, _ = preconditioned_queries(tuned, factors, setting.queries)
-    count = len(setting.queries)
-    return [{name: queries_KPQ[number] for name, queries_KPQ in together.items()} for number in range(count)]
+    return preconditioned_queries(tuned, factors, setting.queries)[0]
 
 
-def accumulator_scores(run: Run, queries: Sequence[Mapping[str, torch.Tensor]], count: int) -> np.ndarray:
-    """What ``countersign trace`` scores: ``[Q, count]``, of sources, or of examples kept apart."""
-    places = {source_id(place): place for place in range(count)}
-    scores = np.zeros((len(queries), count))
-    together = {name: torch.stack([query[name] for query in queries]) for name in queries[0]}
-    for file in run.windows:
-        for entry, _, parts in window_scores(together, file):
-            scores[:, places[entry.source]] += parts
-    return scores
-
-
-def sketch_scores(setting: Setting, run: Run, queries: Sequence[Mapping[str, torch.Tensor]]) -> tuple[np.ndarray, int]:
+def sketch_scores(setting: Setting, run: Run, queries: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, int]:
     """What a trace makes of each example by its sketches, ``[Q, N]``, and the bytes of all of them."""
-    scores = np.zeros((len(queries), len(setting.examples_NT)))
+    scores = np.zeros((len(setting.queries), len(setting.examples_NT)))
     stored = 0
-    asked = [SketchQuery(query) for query in queries]
+    asked = [
+        SketchQuery({name: queries_KPQ[number] for name, queries_KPQ in queries.items()})
+        for number in range(len(setting.queries))
+    ]
     for file in run.windows:
         for entry in file.listed.of_sources:
             held = open_sketches(RunFolder(), file, entry).check(file, entry, asked[0].shapes)

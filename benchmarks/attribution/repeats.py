@@ -116,11 +116,16 @@ def linear_datamodeling_score(scores_QS: np.ndarray, kept_KS: np.ndarray, outcom
     return float(
         np.mean(
             [
-                np.corrcoef(_ranks(predicted_K), _ranks(real_K))[0, 1]
+                rank_correlation(predicted_K, real_K)
                 for predicted_K, real_K in zip(predicted_KQ.T, outcomes_KQ.T, strict=True)
             ]
         )
     )
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's, of two sequences."""
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

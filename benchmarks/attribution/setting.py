@@ -11,7 +11,7 @@ Outputs asked about are the next pieces of the sources' own topics, which nothin
 
 import copy
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pydoc_data.topics import topics
@@ -108,6 +108,8 @@ class Setting:
     profiled: bool
     """Whether every other source may move the upper half of the model alone."""
     tuning: Tuning
+    batch_size: int
+    learning_rate: float
 
     def source_of(self, row: int) -> int:
         """The source an example is of."""
@@ -130,22 +132,24 @@ def make(sizes: Sizes, *, profiled: bool, tuning: Tuning, seed: int = 0) -> Sett
         pieces = [text[start : start + PIECE_BYTES] for start in range(0, needed, PIECE_BYTES)]
         rows += pieces[: sizes.examples_per_source]
         queries += [Output(tuple(piece), PROMPT_BYTES, len(piece)) for piece in pieces[sizes.examples_per_source :]]
-    base_text = " ".join(" ".join(topics[name] for name in BASE_TOPICS).split()).encode("ascii", "ignore")
-    pieces = [base_text[start : start + PIECE_BYTES] for start in range(0, len(base_text) - PIECE_BYTES, PIECE_BYTES)]
+    pieces = public_pieces()
     order = order_of(len(rows), str(seed))
     examples_NT = torch.tensor([list(row) for row in rows])
-    base = _base(pieces, seed)
+    torch.manual_seed(seed)
+    base = ByteModel(CONFIG)
+    train_base(base, BASE, pieces, seed)
     if tuning is Tuning.LORA:
         adapt(base, seed)
-    return Setting(sizes, base, examples_NT, tuple(queries), tuple(pieces), order, profiled, tuning)
+    rate = LEARNING_RATE[tuning]
+    return Setting(sizes, base, examples_NT, tuple(queries), tuple(pieces), order, profiled, tuning, BATCH_SIZE, rate)
 
 
-def order_of(count: int, seed: str) -> tuple[tuple[int, ...], ...]:
+def order_of(count: int, seed: str, epochs: int = EPOCHS, batch_size: int = BATCH_SIZE) -> tuple[tuple[int, ...], ...]:
     """Which of ``count`` rows each step takes."""
     order: list[tuple[int, ...]] = []
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         shuffled = random.Random(f"{seed} {epoch}").sample(range(count), count)
-        order += [tuple(shuffled[at : at + BATCH_SIZE]) for at in range(0, count, BATCH_SIZE)]
+        order += [tuple(shuffled[at : at + batch_size]) for at in range(0, count, batch_size)]
     return tuple(order)
 
 
@@ -159,22 +163,32 @@ def adapt(model: nn.Module, seed: int) -> None:
         setattr(model.get_submodule(parent), own, LowRankAdapted(linear))
 
 
-def _base(pieces: Sequence[bytes], seed: int) -> ByteModel:
-    """A byte model trained on the base topics."""
-    torch.manual_seed(seed)
-    model = ByteModel(CONFIG)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=BASE.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+def public_pieces() -> list[bytes]:
+    """What base models are trained on and factors are fitted over."""
+    base_text = " ".join(" ".join(topics[name] for name in BASE_TOPICS).split()).encode("ascii", "ignore")
+    return [base_text[start : start + PIECE_BYTES] for start in range(0, len(base_text) - PIECE_BYTES, PIECE_BYTES)]
+
+
+def train_base(
+    model: ByteModel,
+    training: BaseTraining,
+    pieces: Sequence[bytes],
+    seed: int,
+    told: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Trains a byte model on these pieces; ``told`` each step and its loss in nats a byte."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     draw = random.Random(f"base {seed}")
-    for step in range(BASE.steps):
-        optimizer.param_groups[0]["lr"] = (
-            BASE.learning_rate * min(1, (step + 1) / 50) * max(0.05, 1 - step / BASE.steps)
-        )
-        records_BT = torch.tensor([list(piece) for piece in draw.sample(pieces, BASE.batch_size)])
-        per_example_loss(model, records_BT).mean().backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), BASE.clip_norm)
+    for step in range(training.steps):
+        warm_up = min(1, (step + 1) / training.warm_up_steps)
+        optimizer.param_groups[0]["lr"] = training.learning_rate * warm_up * max(0.05, 1 - step / training.steps)
+        records_BT = torch.tensor([list(piece) for piece in draw.sample(pieces, training.batch_size)])
+        loss = per_example_loss(model, records_BT).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-    return model
+        told(step + 1, loss.item())
 
 
 def train(
@@ -198,7 +212,7 @@ def train(
     blocks = {block: names for block, names in table.items() if names}
     block_of = {name: number for number, names in enumerate(blocks.values()) for name in names}
     weights_SK = [source_weights(setting, source, list(blocks)) for source in range(setting.sizes.sources)]
-    optimizer = torch.optim.AdamW(tuned.values(), lr=LEARNING_RATE[setting.tuning], betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(tuned.values(), lr=setting.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS))
     if accumulators is not None:
         accumulators.attach(model, block_of, whole_entries(model))
@@ -215,7 +229,7 @@ def train(
                     accumulators.expect(index, list(zip(groups, rows, strict=True)))
                 with routing.micro_batch(weights_BK, groups):
                     loss_B = per_example_loss(model, setting.examples_NT[rows])
-                    routing.routed_loss(loss_B, BATCH_SIZE).backward()  # type: ignore[no-untyped-call]
+                    routing.routed_loss(loss_B, setting.batch_size).backward()  # type: ignore[no-untyped-call]
                 routing.finish_step()
                 scaled = scaling.finish(model, block_of)
                 if accumulators is not None:

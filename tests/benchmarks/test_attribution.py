@@ -68,7 +68,16 @@ def test_an_order_takes_every_row_once_an_epoch_and_another_seed_takes_another(s
 def test_an_average_run_takes_each_subset_in_orders_of_its_own(repeats: ModuleType, setting: ModuleType) -> None:
     model = setting.ByteModel(setting.CONFIG)
     held = setting.Setting(
-        setting.FULL, model, torch.zeros(256, 2), (), (), setting.order_of(256, "0"), False, setting.Tuning.FULL
+        setting.FULL,
+        model,
+        torch.zeros(256, 2),
+        (),
+        (),
+        setting.order_of(256, "0"),
+        False,
+        setting.Tuning.FULL,
+        32,
+        1e-3,
     )
     asked, *_ = repeats._asked(held, 0)
     runs = repeats._runs(held, asked, 0)
