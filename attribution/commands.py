@@ -87,7 +87,8 @@ _CONTEXT = click.option(
     type=click.IntRange(min=1),
     default=FACTOR_SEQUENCES,
     show_default=True,
-    help="Pieces of public text to fit over, evenly over the whole; fewer are quicker.",
+    help="Pieces of public text to fit over, evenly over the whole; fewer are quicker, but all tokens together should "
+    "be several times as many as the widest linear is wide.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

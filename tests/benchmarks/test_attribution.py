@@ -1,6 +1,8 @@
 """What the attribution benchmark measures with: a flattering score, or a LoRA that is none, would make it a fiction."""
 
 import importlib
+import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,3 +88,12 @@ def test_an_average_run_takes_each_subset_in_orders_of_its_own(repeats: ModuleTy
     assert [rows for rows, _ in averaged] == [rows for rows, _ in single for _ in range(setting.FULL.orders)]
     assert len({seed for _, seed in averaged}) == len(averaged)
     assert all(len(rows) == 128 for rows, _ in runs)
+
+
+def test_facts_are_traced_and_sources_removed_in_a_tiny_shape() -> None:
+    command = [sys.executable, str(BENCHMARKS / "attribution" / "scale.py"), "--quick", "--removals", "2"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    figures = {figure["name"]: figure for figure in json.loads(finished.stdout)["figures"]}
+    assert figures["facts whose own source ranks first, of 8"]["floor"] == ">= 8"
+    assert figures["removals whose own fact goes the way predicted, of 2"]["floor"] == ">= 2"
