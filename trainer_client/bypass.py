@@ -10,27 +10,10 @@ Left to others: what a module's route is (``route.py``), and coupled examples, w
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.parameter import is_lazy
 
-from trainer_client.route import RoutingUnsupported
-
-
-class RoutedFunction(Function):
-    """A module's forward whose backward takes a route. Of its tensors the first one is the activation.
-
-    The others are the module's own parameters: around these functions no trainable parameter may be used.
-    """
-
-
-def unviewed(output: Tensor) -> Tensor:
-    """The same memory as no view of another tensor: views made inside a ``Function`` cannot be changed in place."""
-    if not output._is_view():
-        return output
-    whole: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
-    return whole
+from trainer_client.route import RoutedFunction, RoutingUnsupported
 
 
 def around_routes(loss: Tensor) -> list[Tensor]:

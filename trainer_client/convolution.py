@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from trainer_client.bypass import RoutedFunction
-from trainer_client.route import Route, RoutingUnsupported
+from trainer_client.route import Route, RoutedFunction, RoutingUnsupported
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 

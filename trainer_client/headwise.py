@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from trainer_client.bypass import RoutedFunction, unviewed
 from trainer_client.pieces import Division, SharedByHeads
-from trainer_client.route import Route, RoutingUnsupported
+from trainer_client.route import Route, RoutedFunction, RoutingUnsupported, unviewed
 from trainer_client.routed_modules import in_autocast_dtype, is_conv1d
 from trainer_client.spans import Observers, Span, Spans, spans_of
 

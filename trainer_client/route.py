@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from consensus.rejection import CountersignError
 
@@ -37,6 +38,21 @@ class RoutingUnsupported(RoutingError):
 
 class RoutingLeak(RoutingError):
     """A gradient arrived where the weights allow none, or under other weights than its forward pass."""
+
+
+class RoutedFunction(Function):
+    """A module's forward whose backward takes a route. Of its tensors the first one is the activation.
+
+    The others are the module's own parameters: around these functions no trainable parameter may be used.
+    """
+
+
+def unviewed(output: Tensor) -> Tensor:
+    """The same memory as no view of another tensor: views made inside a ``Function`` cannot be changed in place."""
+    if not output._is_view():
+        return output
+    whole: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return whole
 
 
 Observe = Callable[[str, bytes, Tensor], None]

@@ -26,9 +26,9 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from trainer_client.bypass import RoutedFunction, check_parameter, unviewed
+from trainer_client.bypass import check_parameter
 from trainer_client.convolution import convolution, is_convolution
-from trainer_client.route import Route, RoutingUnsupported
+from trainer_client.route import Route, RoutedFunction, RoutingUnsupported, unviewed
 from trainer_client.rowwise import is_examplewise, is_rowwise
 
 

@@ -60,14 +60,7 @@ from trainer_client.bypass import around_routes, check_own, one_tensor
 from trainer_client.headwise import DividedForwards
 from trainer_client.packing import Packing
 from trainer_client.pieces import Division, Moved, division_of
-from trainer_client.route import (
-    FULL_PERMILLE,
-    Route,
-    RoutingError,
-    RoutingLeak,
-    RoutingUnsupported,
-    Weights,
-)
+from trainer_client.route import FULL_PERMILLE, Route, RoutingError, RoutingLeak, RoutingUnsupported, Weights
 from trainer_client.routed_modules import census, routed_forward
 from trainer_client.sharding import own_part, sharded_modules
 from trainer_client.spans import Observers
@@ -181,9 +174,9 @@ class Routing:
         if self._installed:
             raise RoutingError("this Routing is already installed")
         self._modules = census(self._model)
-        forwards = [self._routed_forward(name, module) for name, module in self._modules.items()]
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        forwards = [self._routed_forward(name, module) for name, module in self._modules.items()]
         self._sharded = bool(sharded_modules(self._model))
         self._installed = True
         for module, forward in zip(self._modules.values(), forwards, strict=True):
@@ -370,9 +363,8 @@ class Routing:
             return self._replacement(module_name, module, divided)
         routed = routed_forward(module)
         assert routed is not None, "the census holds no other"
-        name_of = {id(parameter): name for name, parameter in self._model.named_parameters()}
         blocks = {
-            self._block_of[name_of[id(parameter)]]
+            self._block_of[self._names[id(parameter)]]
             for parameter in module.parameters(recurse=False)
             if parameter.requires_grad
         }
@@ -380,7 +372,7 @@ class Routing:
             raise RoutingUnsupported(f"module {module_name!r} is split between parameter blocks {sorted(blocks)}")
         block = blocks.pop()
         observer = self._observer
-        names = {own: name_of[id(parameter)] for own, parameter in module.named_parameters(recurse=False)}
+        names = {own: self._names[id(parameter)] for own, parameter in module.named_parameters(recurse=False)}
 
         def observe(own_name: str, group: bytes, gradient: Tensor) -> None:
             assert observer is not None
