@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attribution.examples import Allowance
-from attribution.factors import FactorsOrigin, WeightFactors, factors_from, fit_factors
+from attribution.factors import FactorsOrigin, FactorsUsed, WeightFactors, factors_from, fit_factors
 from attribution.index import SketchedCampaign, open_index
 from attribution.language import Language
 from attribution.log import CampaignLog
@@ -50,7 +50,7 @@ class AskedCampaign:
     base: nn.Module
     tuned: nn.Module
     factors: Mapping[str, WeightFactors]
-    origin: FactorsOrigin
+    factors_used: FactorsUsed
     search: Search
     store: SketchStore
     index: Path | None
@@ -98,7 +98,7 @@ class AskedCampaign:
             trace=trace,
             search=self.search,
             untraced=untraced_tensors(self.log.provenance.campaign, self.factors),
-            factors=self.origin,
+            factors=self.factors_used,
             index=self.index,
             read=self.language.how,
         )
@@ -130,8 +130,8 @@ def asked_campaign(
             f"{search.missing[0].why}"
         )
     store = sketch_store(log, files.index)
-    factors, origin = chosen_factors(log, tuned, files.factors, sequences)
-    return AskedCampaign(log, base, tuned, factors, origin, search, store, files.index, language, sequences)
+    factors, factors_used = chosen_factors(log, tuned, files.factors, sequences)
+    return AskedCampaign(log, base, tuned, factors, factors_used, search, store, files.index, language, sequences)
 
 
 def answer_of_both(
@@ -178,7 +178,7 @@ def sketch_store(log: CampaignLog, index_path: Path | None) -> SketchStore:
 
 def chosen_factors(
     log: CampaignLog, tuned: nn.Module, path: Path | None, sequences: Sequence[Sequence[int]]
-) -> tuple[dict[str, WeightFactors], FactorsOrigin]:
+) -> tuple[dict[str, WeightFactors], FactorsUsed]:
     """Those that the campaign commits to, where it does; else those of a file, else fitted on the released weights.
 
     Raises:
@@ -192,7 +192,7 @@ def chosen_factors(
                 f"campaign {log.provenance.campaign.name!a} commits to factors {committed.hex()}: give their file with "
                 "--factors, of a base model's campaign with --base-factors"
             )
-        return fit_on_text(tuned, sequences, FACTOR_SEQUENCES), FactorsOrigin.FITTED
+        return fit_on_text(tuned, sequences, FACTOR_SEQUENCES), FactorsUsed(FactorsOrigin.FITTED)
     held = read_tensors(path)
     if committed and held.root != committed:
         raise Rejected(
@@ -202,7 +202,7 @@ def chosen_factors(
         factors = factors_from(held.tensors, tuned)
     except Rejected as error:
         raise Rejected(error.reason, f"{path} has no factors of this model: {error.detail}") from error
-    return factors, FactorsOrigin.COMMITTED if committed else FactorsOrigin.GIVEN
+    return factors, FactorsUsed(FactorsOrigin.COMMITTED if committed else FactorsOrigin.GIVEN, held.root)
 
 
 def fit_on_text(model: nn.Module, sequences: Sequence[Sequence[int]], count: int) -> dict[str, WeightFactors]:

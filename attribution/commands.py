@@ -288,7 +288,7 @@ def trace_command(
     elif chosen:
         click.echo("\n" + standings_text(standing, len(answers)))
     if page_path is not None:
-        _write_page(page_path, page(log, answers))
+        _write_page(page_path, page(log, answers, standing))
     if not all(campaign.is_whole for campaign in (here, before) if campaign is not None):
         click.get_current_context().exit(2)
     if chosen:

@@ -90,6 +90,14 @@ class FactorsOrigin(StrEnum):
     """Fitted for this trace, on the released weights, over a text of the asker's choice."""
 
 
+@dataclass(frozen=True, slots=True)
+class FactorsUsed:
+    """Where factors come from; ``root`` is the parameter root of their file, empty for those fitted."""
+
+    origin: FactorsOrigin
+    root: bytes = b""
+
+
 def fit_factors(
     model: nn.Module,
     sequences_BT: Sequence[Tensor],

@@ -12,15 +12,17 @@ from attribution.examples import JUDGED_EXAMPLES, SourceExamples
 from attribution.log import CampaignLog
 from attribution.receipts import receipt_fields, shown
 from attribution.report import Answer, BaseAnswer, assurance, lifts, percent, unopened, verdict_of
+from attribution.standings import Standing, standings_line
 from attribution.trace import SourceScore
+from consensus.predicates.accumulators import UsedSource
 
 TEMPLATE = Path(__file__).with_name("page.html")
 STRONGEST_PERCENT = 70
 """How much colour the strongest cell has."""
 
 
-def page(log: CampaignLog, answers: Sequence[Answer]) -> str:
-    """The whole page, an answer after the other."""
+def page(log: CampaignLog, answers: Sequence[Answer], standing: Sequence[Standing] = ()) -> str:
+    """The whole page: where chosen sources stand, if any were chosen, and an answer after the other."""
     as_of = log.verdict.as_of
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         campaign=log.bundle.campaign.hex(),
@@ -29,8 +31,26 @@ def page(log: CampaignLog, answers: Sequence[Answer]) -> str:
         height=as_of.height,
         log_size=as_of.log_size,
         chain_id=log.bundle.trusted.chain_id.hex(),
+        standings=_standings(standing, len(answers)) if standing else "",
         answers="".join(_answer(log, answer) for answer in answers),
     )
+
+
+def _standings(found: Sequence[Standing], outputs: int) -> str:
+    """The outputs in which chosen sources stand out."""
+    high = [standing for standing in found if standing.stands_out]
+    rows = "".join(
+        f"<tr><td class='number'>{standing.number}</td><td class='number'>{standing.place}</td>"
+        f"<td class='number'><b>{standing.z:.1f}</b></td><td><b>{_text(standing.source.record.claim.name)}</b>"
+        f"{_revoked(standing.source)}</td><td class='said'>{_text(standing.asked)}</td></tr>"
+        for standing in high
+    )
+    head = (
+        "<tr><th class='number'>output</th><th class='number'>place</th><th class='number'>z</th><th>source</th>"
+        "<th>asked</th></tr>"
+    )
+    table = f"<div class='card'><table>{head}{rows}</table></div>" if high else ""
+    return f"<h2>The sources asked about</h2><p class='verdict'>{escape(standings_line(found, outputs))}</p>{table}"
 
 
 def _answer(log: CampaignLog, answer: Answer) -> str:
@@ -87,11 +107,10 @@ def _ranking(ranked: Sequence[SourceScore]) -> str:
     for row in ranked:
         width = _percent_of(row.z, most)
         source = row.source
-        revoked = " <span class='chip'>revoked</span>" if source.record.revocation else ""
         rows.append(
             f"<tr><td class='number'><b>{row.z:.1f}</b></td>"
             f"<td><span class='bar'><i style='width:{width:.0f}%'></i></span></td>"
-            f"<td><b>{_text(source.record.claim.name)}</b>{revoked}<br><small>{_text(source.owner)}</small></td>"
+            f"<td><b>{_text(source.record.claim.name)}</b>{_revoked(source)}<br><small>{_text(source.owner)}</small></td>"
             f"<td class='number'>{row.score:.4g}</td><td class='number'>{source.admitted}</td>"
             f"<td class='number'>{source.event.index}</td></tr>"
         )
@@ -99,6 +118,10 @@ def _ranking(ranked: Sequence[SourceScore]) -> str:
         "<table><tr><th class='number'>z</th><th></th><th>source</th><th class='number'>score</th>"
         f"<th class='number'>admitted</th><th class='number'>entry</th></tr>{''.join(rows)}</table>"
     )
+
+
+def _revoked(source: UsedSource) -> str:
+    return " <span class='chip'>revoked</span>" if source.record.revocation else ""
 
 
 def _examples(log: CampaignLog, found: SourceExamples) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attribution.examples import JUDGED_EXAMPLES, SourceExamples
-from attribution.factors import FactorsOrigin
+from attribution.factors import FactorsOrigin, FactorsUsed
 from attribution.log import CampaignLog
 from attribution.receipts import receipt_fields, shown
 from attribution.trace import SourceScore, Trace
@@ -41,7 +41,7 @@ class Answer:
     trace: Trace
     search: Search
     untraced: tuple[str, ...]
-    factors: FactorsOrigin
+    factors: FactorsUsed
     index: Path | None = None
     read: str = "as bytes"
     of_base: "BaseAnswer | None" = None
@@ -156,7 +156,8 @@ def _fields(log: CampaignLog, answer: Answer) -> dict[str, object]:
         "shaped_here": trace.shaped_here,
         "log_chance": dict(answer.log_chances),
         "controls": trace.controls,
-        "factors": answer.factors,
+        "factors": answer.factors.origin,
+        "factors_root": answer.factors.root.hex() or None,
         "read": answer.read,
         "index": None if answer.index is None else str(answer.index),
         "sources": [_row(row) for row in trace.ranked],
@@ -297,6 +298,7 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
     """What an answer rests on, a line each."""
     provenance, as_of = log.provenance, log.verdict.as_of
     trace, search, untraced = answer.trace, answer.search, answer.untraced
+    root = f" of root {answer.factors.root.hex()}" if answer.factors.root else ""
     lines = [
         f"  trusted   chain {log.bundle.trusted.chain_id.hex()}, by its genesis",
         f"  checked   sources, grants, policies and counts, in the log of ledger block {as_of.height} "
@@ -308,7 +310,7 @@ def assurance(log: CampaignLog, answer: Answer) -> list[str]:
         *replays(provenance),
         f"  read      {shown(answer.read)}: the asker's choice, which is not held to the log",
         f"  measured  against {trace.controls} control outputs; z counts their deviations",
-        f"  weighed   by Kronecker factors: {FACTORS_SHOWN[answer.factors]}",
+        f"  weighed   by Kronecker factors{root}: {FACTORS_SHOWN[answer.factors.origin]}",
     ]
     if "without" in answer.says:
         lines.append("  replayed  what came out without a source, by whoever made that file: it is not on the log")

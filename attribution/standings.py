@@ -47,7 +47,7 @@ def standings(answers: Sequence[Answer], chosen: Sequence[UsedSource]) -> tuple[
 def standings_text(found: Sequence[Standing], outputs: int) -> str:
     """Lines for a terminal: only where a source stands out."""
     high = [standing for standing in found if standing.stands_out]
-    lines = [f"they stand out in {len({standing.number for standing in high})} of {outputs} outputs"]
+    lines = [standings_line(found, outputs)]
     if high:
         lines += ["", f"{'output':>6}  {'place':>5}  {'z':>7}  {'source':28}  asked"]
     lines += [
@@ -57,6 +57,13 @@ def standings_text(found: Sequence[Standing], outputs: int) -> str:
         for standing in high
     ]
     return "\n".join(lines)
+
+
+def standings_line(found: Sequence[Standing], outputs: int) -> str:
+    """In how many outputs any of them stands out."""
+    return (
+        f"they stand out in {len({standing.number for standing in found if standing.stands_out})} of {outputs} outputs"
+    )
 
 
 def standings_fields(found: Sequence[Standing], outputs: int) -> dict[str, object]:

@@ -12,7 +12,7 @@ from attribution_fixtures import FACTS, REFUSED, traced
 from click.testing import CliRunner
 from html_fixtures import tags_left
 
-from attribution.factors import FactorsOrigin, factors_from
+from attribution.factors import FactorsOrigin, FactorsUsed, factors_from
 from attribution.language import Bytes
 from attribution.log import CampaignLog, open_log
 from attribution.page import page
@@ -50,7 +50,7 @@ def made(name: str) -> tuple[CampaignLog, Answer]:
         trace=trace,
         search=search,
         untraced=("norm.weight",),
-        factors=FactorsOrigin.FITTED,
+        factors=FactorsUsed(FactorsOrigin.FITTED),
     )
 
 

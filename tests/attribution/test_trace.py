@@ -12,12 +12,13 @@ import pytest
 import torch
 from attribution_fixtures import CAMPAIGN, CONFIG, FACTS, REFUSED, STEPS, WINDOW_STEPS, ask, build, opened_log, traced
 from click.testing import CliRunner, Result
+from html_fixtures import tags_left
 from ledger_fixtures import LIBRARIAN, story
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from attribution.asking import chosen_factors
-from attribution.factors import FactorsOrigin, damping_of, factor_tensors, factors_from, fit_factors
+from attribution.factors import FactorsOrigin, FactorsUsed, damping_of, factor_tensors, factors_from, fit_factors
 from attribution.language import Bytes
 from attribution.log import CampaignLog
 from attribution.public_text import pieces_of, public_text, spread
@@ -150,8 +151,9 @@ def test_outputs_that_a_revocation_reaches_are_listed_the_highest_first(folder: 
     assert nothing.exit_code == 1
     assert "unknown-source: no source of the campaign is revoked" in nothing.output
     revoke(folder, "harbour")
-    found = asked_by_file(folder, questions, "--revoked")
+    found = asked_by_file(folder, questions, "--revoked", "--html", folder / "page.html")
     assert found.exit_code == 0, found.output
+    assert f"weighed   by Kronecker factors of root {read_tensors(folder / 'tuned.factors').root.hex()}" in found.stdout
     _, _, ending = found.stdout.partition("they stand out in ")
     heading, empty, columns, *rows = ending.splitlines()
     assert (heading, empty) == (f"{len(rows)} of 3 outputs", "")
@@ -162,6 +164,11 @@ def test_outputs_that_a_revocation_reaches_are_listed_the_highest_first(folder: 
     heights = [float(row.split()[2]) for row in rows]
     assert heights == sorted(heights, reverse=True)
     assert "3" not in {row.split()[0] for row in rows}, "a refused fact is traced to a source"
+    content = (folder / "page.html").read_text(encoding="utf-8")
+    assert tags_left(content) == []
+    section = content.partition("The sources asked about")[2].partition("</table>")[0]
+    assert f"they stand out in {len(rows)} of 3 outputs" in section
+    assert section.count("<span class='chip'>revoked</span>") == len(rows)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +300,7 @@ def test_factors_are_a_function_of_model_and_text_and_their_file_gives_the_same_
     asked = ["--completion", "at half four", "--text", text, "--json"]
     result = ask(traced().folder, *asked, "--factors", kept, prompt=FACTS["market"][0])
     found = json.loads(result.stdout)
-    assert found["factors"] == "given"
+    assert (found["factors"], found["factors_root"]) == ("given", read_tensors(kept).root.hex())
     assert found["sources"][0]["name"] == "market"
 
 
@@ -316,10 +323,10 @@ def test_file_that_holds_no_factors_of_the_model_is_named() -> None:
 def test_factors_are_fitted_on_the_release_where_none_are_given() -> None:
     log, tuned, pieces = opened_log(), build(), pieces_of(public_text(), Bytes(), 128)[:64]
     tuned.load_state_dict(load_file(traced().folder / "tuned.safetensors"))
-    factors, origin = chosen_factors(log, tuned, None, pieces)
+    factors, used = chosen_factors(log, tuned, None, pieces)
     batches = [torch.tensor([list(piece) for piece in pieces[start : start + 16]]) for start in range(0, 64, 16)]
     expected = factor_tensors(fit_factors(tuned, batches))
-    assert origin is FactorsOrigin.FITTED
+    assert used == FactorsUsed(FactorsOrigin.FITTED)
     assert all(torch.equal(part, expected[name]) for name, part in factor_tensors(factors).items())
 
 
@@ -331,8 +338,8 @@ def test_factors_that_the_campaign_commits_to_are_the_only_ones_it_is_asked_by()
         campaign = replace(log.provenance.campaign, factors_digest=digest)
         return dataclasses.replace(log, provenance=dataclasses.replace(log.provenance, campaign=campaign))
 
-    assert chosen_factors(committing(root), model, kept, [])[1] is FactorsOrigin.COMMITTED
-    assert chosen_factors(log, model, kept, [])[1] is FactorsOrigin.GIVEN
+    assert chosen_factors(committing(root), model, kept, [])[1] == FactorsUsed(FactorsOrigin.COMMITTED, root)
+    assert chosen_factors(log, model, kept, [])[1] == FactorsUsed(FactorsOrigin.GIVEN, root)
     with pytest.raises(ConfigError, match=root.hex()):
         chosen_factors(committing(root), model, None, pieces_of(public_text(), Bytes(), 128)[:64])
     with pytest.raises(Rejected, match=root.hex()) as caught:
