@@ -3,7 +3,8 @@
 Rules and their sources:
 
 - A *note* is UTF-8 text without control characters other than newline, ending in a newline, then an empty line,
-  then signature lines ``— name base64(key id ‖ signature)``: C2SP signed-note. Only Ed25519 (type 0x01) here.
+  then signature lines ``— name base64(key id ‖ signature)``: C2SP signed-note. Only Ed25519 (type 0x01) here; what
+  witnesses sign is in ``cosignature.py``.
 - The key id is the first 4 bytes of SHA-256(name ‖ newline ‖ 0x01 ‖ public key). A signature of an unknown
   (name, key id) is ignored; one of a known key that does not verify condemns the note; so does the lack of any.
 - A *checkpoint* is a note text of exactly three lines, origin, size and root: C2SP tlog-checkpoint. Extension
@@ -154,7 +155,7 @@ def assemble_note(text: bytes, signature_lines: Sequence[bytes]) -> bytes:
         Rejected: ``BAD_CHECKPOINT`` when the result is not a note.
     """
     note = text + b"\n" + b"".join(signature_lines)
-    parsed_text, _ = _split_note(note)
+    parsed_text, _ = split_note(note)
     if parsed_text != text:
         raise _rejected("a text or signature line that ends elsewhere once in a note")
     return note
@@ -166,7 +167,7 @@ def note_text(note: bytes) -> bytes:
     Raises:
         Rejected: ``BAD_CHECKPOINT`` when it is not a note.
     """
-    text, _ = _split_note(note)
+    text, _ = split_note(note)
     return text
 
 
@@ -179,7 +180,7 @@ def verify_note(note: bytes, keys: Mapping[str, bytes]) -> frozenset[str]:
         Rejected: ``BAD_CHECKPOINT`` when it is not a note, a known key's signature does not verify, or no known
             key signed.
     """
-    text, signatures = _split_note(note)
+    text, signatures = split_note(note)
     key_ids = {name: key_id(name, public_key) for name, public_key in keys.items()}
     verified: set[str] = set()
     for name, stamped in signatures:
@@ -210,7 +211,7 @@ def verify_note_by(note: bytes, name: str, keys: Mapping[str, bytes]) -> frozens
     Raises:
         Rejected: ``BAD_CHECKPOINT`` as ``verify_note``.
     """
-    _, signatures = _split_note(note)
+    _, signatures = split_note(note)
     present = {stamped[:KEY_ID_BYTES] for signer, stamped in signatures if signer == name}
     signed = {holder: key for holder, key in keys.items() if key_id(name, key) in present}
     if not signed:
@@ -226,10 +227,19 @@ def key_id(name: str, public_key: bytes) -> bytes:
     Raises:
         Rejected: ``BAD_CHECKPOINT`` when the name cannot stand in a note or the key is not 32 bytes.
     """
-    _check_name(name)
     if len(public_key) != PUBLIC_KEY_BYTES:
         raise _rejected(f"a public key of {len(public_key)} bytes, expected {PUBLIC_KEY_BYTES}")
-    return sha256(_utf8(name) + b"\n" + ED25519_TYPE + public_key).digest()[:KEY_ID_BYTES]
+    return typed_key_id(name, ED25519_TYPE + public_key)
+
+
+def typed_key_id(name: str, typed_key: bytes) -> bytes:
+    """The 4-byte id of a name's key, whose type is its first byte.
+
+    Raises:
+        Rejected: ``BAD_CHECKPOINT`` when the name cannot stand in a note.
+    """
+    _check_name(name)
+    return sha256(_utf8(name) + b"\n" + typed_key).digest()[:KEY_ID_BYTES]
 
 
 def encode_verifier_key(name: str, public_key: bytes) -> str:
@@ -238,25 +248,32 @@ def encode_verifier_key(name: str, public_key: bytes) -> str:
     Raises:
         Rejected: ``BAD_CHECKPOINT``, as ``key_id``.
     """
-    return f"{name}+{key_id(name, public_key).hex()}+{b64encode(ED25519_TYPE + public_key).decode()}"
+    key_id(name, public_key)
+    return join_verifier_key(name, ED25519_TYPE + public_key)
 
 
-def parse_verifier_key(encoded: str) -> tuple[str, bytes]:
-    """Name and public key of a verifier key.
+def join_verifier_key(name: str, typed_key: bytes) -> str:
+    """A verifier key of any type: ``name+hexkeyid+base64(type ‖ key)``.
 
     Raises:
-        Rejected: ``BAD_CHECKPOINT`` when it is malformed, of another type than Ed25519, or its id is wrong.
+        Rejected: ``BAD_CHECKPOINT``, as ``typed_key_id``.
+    """
+    return f"{name}+{typed_key_id(name, typed_key).hex()}+{b64encode(typed_key).decode()}"
+
+
+def split_verifier_key(encoded: str) -> tuple[str, bytes]:
+    """Name, and type ‖ public key, of a verifier key of any type.
+
+    Raises:
+        Rejected: ``BAD_CHECKPOINT`` when it is malformed or its id is wrong.
     """
     name, _, rest = encoded.partition("+")
     stated_id, _, typed_key_text = rest.partition("+")
     typed_key = _strict_base64(typed_key_text)
-    if typed_key[:1] != ED25519_TYPE:
-        raise _rejected(f"a verifier key of type {typed_key[:1].hex()}, expected 01 (Ed25519)")
-    public_key = typed_key[1:]
-    computed_id = key_id(name, public_key).hex()
+    computed_id = typed_key_id(name, typed_key).hex()
     if stated_id != computed_id:
         raise _rejected(f"verifier key id {stated_id[:40]!r}, expected {computed_id!r}")
-    return name, public_key
+    return name, typed_key
 
 
 # Tiles
@@ -321,8 +338,12 @@ def _partial(width: int) -> str:
 # Note syntax
 
 
-def _split_note(note: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """A note's text, and its signatures as (name, key id ‖ signature)."""
+def split_note(note: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """A note's text, and its signatures as (name, key id ‖ signature), not looked at.
+
+    Raises:
+        Rejected: ``BAD_CHECKPOINT`` when it is not a note.
+    """
     characters = _note_characters(note)
     text, separator, block = characters.rpartition("\n\n")
     if not separator:

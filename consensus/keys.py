@@ -18,7 +18,12 @@ from functools import lru_cache
 from typing import Protocol
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, MLDSA65PublicKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import (
+    MLDSA44PrivateKey,
+    MLDSA44PublicKey,
+    MLDSA65PrivateKey,
+    MLDSA65PublicKey,
+)
 from nacl.bindings import crypto_core_ed25519_is_valid_point, crypto_sign_open
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey
@@ -28,6 +33,8 @@ from consensus.rejection import Reason, Rejected
 SEED_BYTES = 32
 ED25519_KEY_BYTES = 32
 ED25519_SIGNATURE_BYTES = 64
+ML_DSA_44_KEY_BYTES = 1_312
+ML_DSA_44_SIGNATURE_BYTES = 2_420
 ML_DSA_65_KEY_BYTES = 1_952
 ML_DSA_65_SIGNATURE_BYTES = 3_309
 
@@ -131,6 +138,43 @@ class MlDsa65SigningKey:
 
     def __repr__(self) -> str:
         return f"MlDsa65SigningKey(public_key={self._public_key[:16].hex()}…)"
+
+
+class MlDsa44SigningKey:
+    """An ML-DSA-44 key from its 32-byte seed (FIPS 204 §5.1). Witnesses sign with it, members do not."""
+
+    __slots__ = ("_key", "_public_key")
+
+    def __init__(self, seed: bytes) -> None:
+        _check_seed(seed)
+        self._key = MLDSA44PrivateKey.from_seed_bytes(seed)
+        self._public_key = self._key.public_key().public_bytes_raw()
+
+    @property
+    def public_key(self) -> bytes:
+        """1,312 bytes."""
+        return self._public_key
+
+    def sign(self, message: bytes) -> bytes:
+        """2,420 bytes, different each time."""
+        return self._key.sign(message)
+
+    def __repr__(self) -> str:
+        return f"MlDsa44SigningKey(public_key={self._public_key[:16].hex()}…)"
+
+
+def verify_ml_dsa_44(key: bytes, message: bytes, signature: bytes) -> None:
+    """``signature`` is one of the ML-DSA-44 ``key`` over ``message``, with an empty context (FIPS 204 §5.3).
+
+    Raises:
+        Rejected: ``BAD_KEY`` for a key of the wrong length; ``BAD_SIGNATURE``.
+    """
+    _check_key_length(key, ML_DSA_44_KEY_BYTES)
+    _check_signature_length(signature, ML_DSA_44_SIGNATURE_BYTES)
+    try:
+        MLDSA44PublicKey.from_public_bytes(key).verify(signature, message)
+    except InvalidSignature as error:
+        raise Rejected(Reason.BAD_SIGNATURE, f"no ML-DSA-44 signature by {key[:16].hex()}…") from error
 
 
 def signer_for(scheme: SignatureScheme, seed: bytes) -> Signer:

@@ -54,6 +54,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     ),
     "grant": LazyCommand("node.commands.grant", "grant", "See and countersign grants."),
     "log": LazyCommand("node.commands.log", "log", "Read, prove and check the log."),
+    "witness": LazyCommand("node.commands.witness", "witness", "Vouch for one history of a log."),
     "trace": LazyCommand("attribution.commands", "trace_command", "Ask which admitted sources shaped an output."),
     "overlap": LazyCommand("attribution.overlap", "overlap_command", "Ask which admitted examples a text repeats."),
     "index": LazyCommand(

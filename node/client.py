@@ -171,6 +171,17 @@ class CustodyAnswer(Struct, frozen=True):
     windows: tuple[CustodyWindowRow, ...]
 
 
+class ConsistencyAnswer(Struct, frozen=True):
+    """An RFC 9162 consistency proof, hashes in hexadecimal."""
+
+    proof: Annotated[tuple[Annotated[str, Meta(pattern="^[0-9a-f]{64}$")], ...], Meta(max_length=64)]
+
+    @property
+    def hashes(self) -> tuple[bytes, ...]:
+        """32 bytes each."""
+        return tuple(bytes.fromhex(held) for held in self.proof)
+
+
 class HandedIn(Struct, frozen=True):
     """How much of a file is there after a part of it was handed in."""
 
@@ -322,6 +333,11 @@ class NodeClient:
     def state_receipt(self, key: bytes) -> bytes:
         """The proof of what the state holds under a key, not yet verified."""
         return self._request("GET", f"/v1/state/{key.hex()}", {"proof": "1"}, max_bytes=MAX_BUNDLE_BYTES)
+
+    def consistency(self, first: int, second: int) -> tuple[bytes, ...]:
+        """Proof that the log of ``second`` entries begins with that of ``first``, not yet verified."""
+        sizes = {"first": str(first), "second": str(second)}
+        return _decoded(self._request("GET", "/v1/log/consistency", sizes), ConsistencyAnswer).hashes
 
     def checkpoint(self) -> bytes:
         """The newest signed checkpoint, not yet verified."""

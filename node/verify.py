@@ -14,13 +14,15 @@ file that cannot be read); 2 unknown, because something the answer needs is not 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
 from consensus.bundle import MAX_BUNDLE_BYTES, OpenBundle, open_bundle
-from consensus.checkpoint import note_text, parse_checkpoint, parse_verifier_key, verify_note
+from consensus.checkpoint import note_text, parse_checkpoint
+from consensus.cosignature import parse_witness_key, verify_cosignatures
 from consensus.epochs import Pin, anchor
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import DIGEST_BYTES, ChainId
@@ -61,7 +63,7 @@ LATEST_PRINTABLE_MS = 253_402_300_799_999
     "witnesses",
     multiple=True,
     metavar="KEY",
-    help="Verifier key (C2SP) of a witness you trust: one of them must have signed the checkpoint.",
+    help="Verifier key (C2SP) of a witness you trust, of any type: one of them must have signed the checkpoint.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
@@ -93,7 +95,7 @@ def verify_command(
     """
     subjects = {"campaign": campaign, "source": source, "event": event, "earlier": earlier}
     try:
-        bundle, verdict, hint = check_files(
+        checked = check_files(
             predicate, bundle_path, genesis_path, chain_id, weights, subjects, checkpoint_path, witnesses
         )
     except Rejected as error:
@@ -103,10 +105,31 @@ def verify_command(
         else:
             _show(printable(f"refused: {error.reason.value}: {error.detail}"), to_errors=True)
         context.exit(Answer.NO.exit_code)
-    _show(json.dumps(verdict_object(bundle, verdict), indent=2) if as_json else verdict_text(bundle, verdict))
-    if hint:
-        _show(printable(hint), to_errors=True)
+    bundle, verdict = checked.bundle, checked.verdict
+    if as_json:
+        said = {"witnesses": checked.witnesses} if witnesses else {}
+        _show(json.dumps({**verdict_object(bundle, verdict), **said}, indent=2))
+    else:
+        _show(verdict_text(bundle, verdict))
+        for name, seconds in checked.witnesses.items():
+            when = "" if seconds is None else f", at {_time(1_000 * seconds)} (UTC)"
+            _show(printable(f"checkpoint signed by witness {name}{when}"), to_errors=True)
+    if checked.hint:
+        _show(printable(checked.hint), to_errors=True)
     context.exit(verdict.answer.exit_code)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFiles:
+    """What was found: the opened bundle, its verdict, and what to do about an unknown one.
+
+    ``witnesses`` are those asked about that signed the checkpoint, each with its time in seconds, None without one.
+    """
+
+    bundle: OpenBundle
+    verdict: Verdict
+    hint: str
+    witnesses: dict[str, int | None]
 
 
 def check_files(
@@ -118,18 +141,18 @@ def check_files(
     subjects: dict[str, str],
     checkpoint_path: Path | None = None,
     witnesses: Sequence[str] = (),
-) -> tuple[OpenBundle, Verdict, str]:
-    """The opened bundle, its verdict, and what to do about an unknown one.
+) -> CheckedFiles:
+    """Check a bundle's file, and what stands beside it.
 
     Raises:
         Rejected: whatever is wrong with a file or with what it holds.
     """
     asked = predicate_named(predicate)
-    pinned = ChainId(_unhex("chain id", chain_id))
+    pinned = pinned_chain(chain_id)
     trusted = anchor(genesis_from_json(_read(genesis_path, MAX_JSON_BYTES)), pinned)
-    pin = None
+    pin, signed = None, dict[str, int | None]()
     if checkpoint_path is not None:
-        pin = read_pin(checkpoint_path, trusted.genesis.name, witnesses)
+        pin, signed = read_pin(checkpoint_path, trusted.genesis.name, witnesses)
     elif witnesses:
         raise Rejected(Reason.BAD_FIELD, "a witness vouches for a checkpoint: give --checkpoint FILE")
     bundle = open_bundle(trusted, _read(bundle_path, MAX_BUNDLE_BYTES), pin)
@@ -153,24 +176,36 @@ def check_files(
         files = [read_weights(path) for path in paths]
     elif weights:
         raise Rejected(Reason.BAD_FIELD, f"'{asked.value}' compares no weights")
-    return bundle, verify(bundle, asked, files), hint
+    return CheckedFiles(bundle, verify(bundle, asked, files), hint, signed)
 
 
-def read_pin(path: Path, origin: str, witnesses: Sequence[str] = ()) -> Pin:
-    """The log that a checkpoint file states: its signatures are looked at for ``witnesses`` (verifier keys) alone.
+def read_pin(path: Path, origin: str, witnesses: Sequence[str] = ()) -> tuple[Pin, dict[str, int | None]]:
+    """The log that a checkpoint file states, and the witnesses that signed it, each with its time.
+
+    Its signatures are looked at for ``witnesses`` (verifier keys) alone.
 
     Raises:
         Rejected: ``BAD_CHECKPOINT`` for a file that holds none, of another log, of an empty one, or by no witness.
     """
     note = _read(path, MAX_CHECKPOINT_BYTES)
     stated = parse_checkpoint(note_text(note) if b"\n\n" in note else note)
+    signed: dict[str, int | None] = {}
     if witnesses:
-        verify_note(note, dict(parse_verifier_key(witness) for witness in witnesses))
+        signed = verify_cosignatures(note, [parse_witness_key(witness) for witness in witnesses])
     if stated.origin != origin:
         raise Rejected(Reason.BAD_CHECKPOINT, f"a checkpoint of {stated.origin!a}, the genesis is that of {origin!a}")
     if stated.size == 0:
         raise Rejected(Reason.BAD_CHECKPOINT, "a checkpoint of an empty log pins nothing")
-    return Pin(stated.size, stated.root)
+    return Pin(stated.size, stated.root), signed
+
+
+def pinned_chain(text: str) -> ChainId:
+    """The chain id that somebody typed.
+
+    Raises:
+        Rejected: ``MALFORMED``.
+    """
+    return ChainId(_unhex("chain id", text))
 
 
 def verdict_text(bundle: OpenBundle, verdict: Verdict) -> str:

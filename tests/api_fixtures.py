@@ -42,7 +42,6 @@ TOKEN = "a-token-of-enough-letters"
 ZEROS = "00" * 32
 SIGNERS = (LIBRARIAN, GOVERNANCE, OPERATOR)
 PATIENCE_SECONDS = 0.3
-LOG_KEY = Ed25519SigningKey(bytes(range(32)))
 
 
 @functools.cache
@@ -235,7 +234,14 @@ class InstantNode:
         if header.log_size == 0:
             raise Rejected(Reason.NOT_FOUND, "the log is empty")
         text = checkpoint_text(origin, header.log_size, header.log_root)
-        return assemble_note(text, [sign_note(text, origin, LOG_KEY)])
+        return assemble_note(text, [sign_note(text, origin, self.log_key)])
+
+    @property
+    def log_key(self) -> Ed25519SigningKey:
+        """The librarian's, whose node this is."""
+        seed = self.memory.secrets[LIBRARIAN].log_seed
+        assert seed is not None
+        return Ed25519SigningKey(seed)
 
     def member(self, name: str) -> MemberId:
         return self.memory.ids[name]

@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from consensus.bundle import open_bundle
-from consensus.checkpoint import note_text, parse_checkpoint, verify_note_by
+from consensus.checkpoint import encode_verifier_key, note_text, parse_checkpoint, verify_note_by
 from consensus.epochs import Anchor, Pin, anchor
 from consensus.event import Kind, check_event, pack_parts
 from consensus.receipt import verify_receipt
@@ -17,7 +17,7 @@ from node.commands.connection import connect, node_options
 from node.commands.fields import hex_argument
 from node.commands.log_disk import log_fsck, log_repair
 from node.commands.member import newest_members, read_event
-from node.commands.output import print_json, utc
+from node.commands.output import print_json, print_table, utc
 from node.commands.submission import deliver
 from node.config import load_config
 from node.identity import load_genesis
@@ -50,10 +50,12 @@ def log_checkpoint(config_path: Path, out: Path | None, as_json: bool) -> None:
     Example:
       countersign log checkpoint --config library/node.toml
     """
-    genesis = load_genesis(load_config(config_path))
+    config = load_config(config_path)
+    genesis = load_genesis(config)
     with connect(config_path, None, None) as client:
         note = client.checkpoint()
-    log_keys = {member.name: member.log_key for member in genesis.members if member.log_key}
+    members = newest_members(config_path, config, genesis).members
+    log_keys = {member.name: member.log_key for member in members if member.log_key}
     signers = sorted(verify_note_by(note, genesis.name, log_keys))
     checkpoint = parse_checkpoint(note_text(note))
     if checkpoint.origin != genesis.name:
@@ -73,6 +75,28 @@ def log_checkpoint(config_path: Path, out: Path | None, as_json: bool) -> None:
         return
     click.echo(note.decode(), nl=False)
     click.echo(f"checked: {checkpoint.size} events, signed by {', '.join(signers)}", err=True)
+
+
+@log.command("keys")
+@_CONFIG
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def log_keys(config_path: Path, as_json: bool) -> None:
+    """Print the keys that members sign checkpoints with, as witnesses and monitors take them.
+
+    A verifier key (C2SP signed-note) of each voting member, by the log's own name: every one of them signs for the log.
+
+    \b
+    Example:
+      countersign log keys --config library/node.toml
+    """
+    config = load_config(config_path)
+    genesis = load_genesis(config)
+    members = newest_members(config_path, config, genesis).members
+    keys = {member.name: encode_verifier_key(genesis.name, member.log_key) for member in members if member.log_key}
+    if as_json:
+        print_json({"origin": genesis.name, "keys": keys})
+        return
+    print_table(("member", "verifier key"), [(name, key) for name, key in keys.items()])
 
 
 @log.command("show")
@@ -199,7 +223,7 @@ def log_prove(
             asked = {name: value for name, value in subject.items() if value is not None}
             if earlier is not None:
                 asked["earlier"] = str(earlier)
-            pin = None if checkpoint_path is None else read_pin(checkpoint_path, trusted.genesis.name)
+            pin = None if checkpoint_path is None else read_pin(checkpoint_path, trusted.genesis.name)[0]
             if pin is not None:
                 asked["size"] = str(pin.log_size)
             proof = client.bundle(predicate, asked)

@@ -22,10 +22,11 @@ from consensus.checkpoint import (
     open_checkpoint,
     parse_checkpoint,
     parse_tile_path,
-    parse_verifier_key,
     sign_note,
+    split_verifier_key,
     tile_path,
     verify_note,
+    verify_note_by,
 )
 from consensus.identifiers import Digest
 from consensus.merkle import EMPTY_ROOT, MAX_SIZE
@@ -41,7 +42,7 @@ VECTOR_LINE = (
     "— PeterNeumann x08go/ZJkuBS9UG/SffcvIAQxVBtiFupLLr8pAcElZInNIuGUgYN1FFYC2pZSNXgKvqfqdngotpRZb6KE6RyyBwJnAM=\n"
 ).encode()
 VECTOR_NOTE = VECTOR_TEXT + b"\n" + VECTOR_LINE
-VECTOR_KEYS = {"PeterNeumann": parse_verifier_key(VECTOR_VERIFIER_KEY)[1]}
+VECTOR_KEYS = {"PeterNeumann": split_verifier_key(VECTOR_VERIFIER_KEY)[1][1:]}
 
 ROOT = Digest(bytes(range(32)))
 ORIGIN = "log.example/countersign"
@@ -306,7 +307,8 @@ def test_a_verifier_key_survives_its_spelling_even_with_plus_in_its_base64() -> 
     with_plus = next(
         signer for signer in map(Signer, range(1, 200)) if b"+" in base64.b64encode(b"\x01" + signer.public_key)
     )
-    assert parse_verifier_key(encode_verifier_key(ORIGIN, with_plus.public_key)) == (ORIGIN, with_plus.public_key)
+    encoded = encode_verifier_key(ORIGIN, with_plus.public_key)
+    assert split_verifier_key(encoded) == (ORIGIN, b"\x01" + with_plus.public_key)
 
 
 @pytest.mark.parametrize(
@@ -329,8 +331,23 @@ def test_a_verifier_key_survives_its_spelling_even_with_plus_in_its_base64() -> 
 )
 def test_a_verifier_key_in_any_other_form_is_rejected(encoded: str) -> None:
     with pytest.raises(Rejected) as caught:
-        parse_verifier_key(encoded)
+        split_verifier_key(encoded)
     assert caught.value.reason is Reason.BAD_CHECKPOINT
+
+
+def test_holders_of_keys_under_one_name_are_told_apart() -> None:
+    note = assemble_note(TEXT, [sign_note(TEXT, ORIGIN, ONE), sign_note(TEXT, "elsewhere", TWO)])
+    assert verify_note_by(note, ORIGIN, KEYS) == {"one"}
+    with pytest.raises(Rejected, match="nobody known signed"):
+        verify_note_by(note, ORIGIN, {"two": TWO.public_key})
+    forged = f"— {ORIGIN} {base64.b64encode(key_id(ORIGIN, TWO.public_key) + bytes(64)).decode()}\n".encode()
+    with pytest.raises(Rejected, match="does not verify"):
+        verify_note_by(assemble_note(TEXT, [sign_note(TEXT, ORIGIN, ONE), forged]), ORIGIN, KEYS)
+
+
+def test_log_key_of_another_length_has_no_id() -> None:
+    with pytest.raises(Rejected, match="a public key of 31 bytes"):
+        encode_verifier_key(ORIGIN, bytes(31))
 
 
 # Tiles

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from api_fixtures import LOG_KEY, ZEROS, Served, node_of, refusal, served, told, wire
+from api_fixtures import ZEROS, Served, node_of, refusal, served, told, wire
 from ledger_fixtures import HOSPITAL, LIBRARIAN, MemoryLedger, Story
 
 from consensus import merkle
@@ -200,7 +200,7 @@ async def test_tiles_rebuild_the_root_the_checkpoint_signs(tmp_path: Path) -> No
         assert note.headers["content-type"] == "text/plain; charset=utf-8"
         assert note.content == (await running.client.get("/v1/checkpoint")).content
         origin = running.node.ledger.genesis.name
-        checkpoint, names = open_checkpoint(note.content, {origin: LOG_KEY.public_key})
+        checkpoint, names = open_checkpoint(note.content, {origin: running.node.log_key.public_key})
         assert (checkpoint.origin, names) == (origin, frozenset({origin}))
         assert 256 < checkpoint.size < 512
         hashes, entries = [], []

@@ -598,6 +598,33 @@ def check_whole_path(directory: Path, configs: dict[str, Path], chain_id: str) -
     checkpoint = run("log", "checkpoint", "--config", configs["library"], "--json")
     assert checkpoint.exit_code == 0, checkpoint.output
     assert json.loads(checkpoint.stdout)["signers"] == ["library"]
+    check_witness(directory, configs, chain_id, claim["id"])
+
+
+def check_witness(directory: Path, configs: dict[str, Path], chain_id: str, event: str) -> None:
+    """What a witness signs, its users hold a bundle against."""
+    made = run("witness", "key", "--name", "witness.example/w1", "--out", directory / "witness.key")
+    assert made.exit_code == 0, made.output
+    seen, bundle = directory / "witnessed.txt", directory / "witnessed.bundle"
+    signed = run(
+        "witness", "cosign", "--config", configs["library"], "--key", directory / "witness.key", "--checkpoint", seen
+    )
+    assert signed.exit_code == 0, signed.output
+    prove = ("log", "prove", "--config", configs["library"], "--predicate", "included", "--event", event)
+    assert run(*prove, "--checkpoint", seen, "--out", bundle).exit_code == 0
+    verify = (
+        "verify", "included", "--bundle", bundle, "--genesis", directory / "net" / "genesis.json", "--chain-id",
+        chain_id, "--checkpoint", seen, "--witness",
+    )  # fmt: skip
+    verified = run(*verify, made.stdout.strip())
+    assert verified.exit_code == 0, verified.output
+    assert "checkpoint signed by witness witness.example/w1, at 20" in verified.stderr
+    verified = run(*verify, made.stdout.strip(), "--json")
+    assert list(json.loads(verified.stdout)["witnesses"]) == ["witness.example/w1"]
+    keys = json.loads(run("log", "keys", "--config", configs["library"], "--json").stdout)
+    assert sorted(keys["keys"]) == ["council", "laboratory", "library"]
+    assert run(*verify, keys["keys"]["library"]).exit_code == 0, "a member's own signature counts where it is trusted"
+    assert run(*verify, keys["keys"]["council"]).exit_code == 1
     refused(2, "locked by process", "log", "fsck", "--config", configs["library"])
 
 

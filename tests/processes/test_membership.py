@@ -114,6 +114,12 @@ def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
         consortium.wait_until(lambda: "no member of epoch 1" in str(consortium.status("press")["why_not_voting"]))
 
         assert consortium.post("library", source(consortium, "press", 2)).json()["error"] == "unknown-member"
+        seen = tmp_path / "witnessed.txt"
+        run("witness", "key", "--name", "witness.example", "--out", tmp_path / "witness.key")
+        cosign = ("witness", "cosign", "--key", tmp_path / "witness.key", "--checkpoint", seen, "--config")
+        assert "the first that this witness signs" in run(*cosign, config["council"])
+        assert "archive" in run("log", "checkpoint", "--config", config["archive"]), "signed by who joined later"
+
         content = tmp_path / "new.txt"
         content.write_text("a line\n")
         claim = tmp_path / "claim.event"
@@ -124,6 +130,7 @@ def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
         assert signed["status"] == "final"
         shown = json.loads(run("membership", "show", "--config", config["guild"], "--json"))
         assert (shown["epoch"], [member["name"] for member in shown["members"]]) == (1, list(NEXT))
+        assert "signed before" in run(*cosign, config["archive"])
 
         bundle, genesis = tmp_path / "new.bundle", tmp_path / "consortium" / "genesis.json"
         run("log", "prove", "--config", config["guild"], "--predicate", "included", "--event", signed["id"],
