@@ -6,7 +6,8 @@ Countersign gets what a rights-holder gets: base and tuned weights, committed ac
 "Full rank" are accumulators kept for each example as if it were a source: what sketches would be without loss. The
 others get the corpus.
 
-    .venv-peers/bin/python benchmarks/attribution/bench.py [--quick] [--seed 0] [--tuning lora] [--profiles open]
+    .venv-peers/bin/python benchmarks/attribution/bench.py [--quick] [--seed 0] [--tuning lora] [--profiles open] \
+        [--left-out few]
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import Bound, Report, at_least, at_most, missed
 from observed import Run, accumulator_scores, observed_run, stored_bytes
 from peers import Kronfluence, dot_scores, trak_scores
-from repeats import Repeats, by_source, linear_datamodeling_score, repeat
+from repeats import LeftOut, Repeats, by_source, linear_datamodeling_score, repeat
 from setting import EPOCHS, FULL, QUICK, Setting, Sizes, Tuning, log_odds, make
 
 from attribution.asking import FACTOR_SEQUENCES, fit_on_text
@@ -93,12 +94,12 @@ def sketch_scores(setting: Setting, run: Run, queries: Mapping[str, torch.Tensor
     return scores, stored
 
 
-def measure(report: Report, setting: Setting, seed: int, processes: int) -> None:
+def measure(report: Report, setting: Setting, seed: int, processes: int, left_out: Collection[LeftOut]) -> None:
     """All figures of one setting."""
     tuning = {Tuning.FULL: "all weights", Tuning.LORA: "LoRA"}[setting.tuning]
     where = f"{tuning}, {'depth profiles' if setting.profiled else 'all blocks open'}"
     found = scores_of_all(setting, report, where)
-    for repeats in repeat(setting, seed, processes):
+    for repeats in repeat(setting, seed, processes, left_out):
         compare(report, where, found.scores, repeats)
     for name, taken in found.seconds.items():
         report.rate(f"{where}: {name}, all outputs", taken, "s", None)
@@ -214,7 +215,11 @@ def main() -> int:
     parser.add_argument("--tuning", choices=(*Tuning, "both"), default="both", help="all weights, or LoRA")
     parser.add_argument("--profiles", choices=("open", "depth", "both"), default="both", help="of the sources")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="that repeat fine-tunes")
+    parser.add_argument(
+        "--left-out", choices=(*LeftOut, "both"), default="both", help="half of sources and examples, or a few"
+    )
     arguments = parser.parse_args()
+    left_out = tuple(LeftOut) if arguments.left_out == "both" else (LeftOut(arguments.left_out),)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     report = Report("attribution", arguments.quick)
@@ -222,7 +227,7 @@ def main() -> int:
     for tuning in Tuning if arguments.tuning == "both" else (Tuning(arguments.tuning),):
         for profiled in {"open": (False,), "depth": (True,), "both": (False, True)}[arguments.profiles]:
             setting = make(sizes, profiled=profiled, tuning=tuning, seed=arguments.seed)
-            measure(report, setting, arguments.seed, arguments.processes)
+            measure(report, setting, arguments.seed, arguments.processes, left_out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024 / 1e6
     report.rate("peak resident memory, all methods in one process", peak, "MB", None)
     report.note("countersign has no corpus: committed accumulators and public text; the others take gradients of it")

@@ -11,7 +11,9 @@ comes out when the fine-tune is really repeated without the others; the figure i
 
 import multiprocessing
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -35,9 +37,18 @@ class Repeats:
     """Over several orders; of the larger subsets alone."""
 
 
+class LeftOut(StrEnum):
+    """Which subsets are taken."""
+
+    HALF = "half"
+    FEW = "few"
+    """An eighth of the sources, a tenth of the examples."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
     kind: str
+    left_out: LeftOut
     of_sources: bool
     total: int
     kept: tuple[frozenset[int], ...]
@@ -64,9 +75,9 @@ def _outcome(run: _Run) -> list[float]:
     return log_odds(model, _setting.queries)
 
 
-def repeat(setting: Setting, seed: int, processes: int) -> list[Repeats]:
+def repeat(setting: Setting, seed: int, processes: int, left_out: Collection[LeftOut]) -> list[Repeats]:
     """All the fine-tunes without some of it."""
-    every = _asked(setting, seed)
+    every = [asked for asked in _asked(setting, seed) if asked.left_out in left_out]
     runs = [run for asked in every for run in _runs(setting, asked, seed)]
     found: list[list[float]] = []
     context = multiprocessing.get_context("spawn")
@@ -96,7 +107,8 @@ def _asked(setting: Setting, seed: int) -> list[_Asked]:
             left = total - total // part
             kept = tuple(frozenset(draw.sample(range(total), left)) for _ in range(setting.sizes.subsets))
             orders = setting.sizes.orders if part == LARGER else 0
-            every.append(_Asked(f"{total // part} of {total} {what}", what == "sources", total, kept, orders))
+            left_out = LeftOut.HALF if part == LARGER else LeftOut.FEW
+            every.append(_Asked(f"{total // part} of {total} {what}", left_out, what == "sources", total, kept, orders))
     return every
 
 

@@ -89,9 +89,9 @@ FULL = Scale(
     ModelConfig(context_bytes=PIECE_BYTES, layer_count=12, head_count=12, width=768),
     BaseTraining(steps=60, batch_size=8, learning_rate=5e-4, warm_up_steps=15),
     records_per_source=6,
-    epochs=4,
+    epochs=8,
     batch_size=4,
-    learning_rate={Tuning.FULL: 8e-4, Tuning.LORA: 4e-3},
+    learning_rate={Tuning.FULL: 2e-4, Tuning.LORA: 1e-3},
 )
 QUICK = Scale(
     ModelConfig(context_bytes=PIECE_BYTES, layer_count=2, head_count=2, width=32),
