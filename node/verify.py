@@ -65,6 +65,13 @@ LATEST_PRINTABLE_MS = 253_402_300_799_999
     metavar="KEY",
     help="Verifier key (C2SP) of a witness you trust, of any type: one of them must have signed the checkpoint.",
 )
+@click.option(
+    "--witnesses-needed",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="So many of the witnesses must have signed it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def verify_command(
@@ -80,6 +87,7 @@ def verify_command(
     earlier: str,
     checkpoint_path: Path | None,
     witnesses: tuple[str, ...],
+    witnesses_needed: int,
     as_json: bool,
 ) -> None:
     """Check PREDICATE offline over a bundle file, with numbered steps.
@@ -96,7 +104,15 @@ def verify_command(
     subjects = {"campaign": campaign, "source": source, "event": event, "earlier": earlier}
     try:
         checked = check_files(
-            predicate, bundle_path, genesis_path, chain_id, weights, subjects, checkpoint_path, witnesses
+            predicate,
+            bundle_path,
+            genesis_path,
+            chain_id,
+            weights,
+            subjects,
+            checkpoint_path,
+            witnesses,
+            witnesses_needed,
         )
     except Rejected as error:
         if as_json:
@@ -141,6 +157,7 @@ def check_files(
     subjects: dict[str, str],
     checkpoint_path: Path | None = None,
     witnesses: Sequence[str] = (),
+    witnesses_needed: int = 1,
 ) -> CheckedFiles:
     """Check a bundle's file, and what stands beside it.
 
@@ -150,9 +167,13 @@ def check_files(
     asked = predicate_named(predicate)
     pinned = pinned_chain(chain_id)
     trusted = anchor(genesis_from_json(_read(genesis_path, MAX_JSON_BYTES)), pinned)
+    if witnesses_needed > max(1, len(witnesses)):
+        raise Rejected(
+            Reason.BAD_FIELD, f"{witnesses_needed} witnesses are needed, {len(witnesses)} given: --witness KEY"
+        )
     pin, signed = None, dict[str, int | None]()
     if checkpoint_path is not None:
-        pin, signed = read_pin(checkpoint_path, trusted.genesis.name, witnesses)
+        pin, signed = read_pin(checkpoint_path, trusted.genesis.name, witnesses, witnesses_needed)
     elif witnesses:
         raise Rejected(Reason.BAD_FIELD, "a witness vouches for a checkpoint: give --checkpoint FILE")
     bundle = open_bundle(trusted, _read(bundle_path, MAX_BUNDLE_BYTES), pin)
@@ -179,19 +200,26 @@ def check_files(
     return CheckedFiles(bundle, verify(bundle, asked, files), hint, signed)
 
 
-def read_pin(path: Path, origin: str, witnesses: Sequence[str] = ()) -> tuple[Pin, dict[str, int | None]]:
+def read_pin(
+    path: Path, origin: str, witnesses: Sequence[str] = (), needed: int = 1
+) -> tuple[Pin, dict[str, int | None]]:
     """The log that a checkpoint file states, and the witnesses that signed it, each with its time.
 
-    Its signatures are looked at for ``witnesses`` (verifier keys) alone.
+    Its signatures are looked at for ``witnesses`` (verifier keys) alone, of whom so many are ``needed``.
 
     Raises:
-        Rejected: ``BAD_CHECKPOINT`` for a file that holds none, of another log, of an empty one, or by no witness.
+        Rejected: ``BAD_CHECKPOINT`` for a file that holds none, of another log, of an empty one, or by too few
+            witnesses.
     """
     note = _read(path, MAX_CHECKPOINT_BYTES)
     stated = parse_checkpoint(note_text(note) if b"\n\n" in note else note)
     signed: dict[str, int | None] = {}
     if witnesses:
         signed = verify_cosignatures(note, [parse_witness_key(witness) for witness in witnesses])
+        if len(signed) < needed:
+            raise Rejected(
+                Reason.BAD_CHECKPOINT, f"signed by {', '.join(signed)} alone; {needed} of the witnesses are needed"
+            )
     if stated.origin != origin:
         raise Rejected(Reason.BAD_CHECKPOINT, f"a checkpoint of {stated.origin!a}, the genesis is that of {origin!a}")
     if stated.size == 0:

@@ -82,7 +82,7 @@ def ask_witness(
     old_size: int,
     proof_from: Callable[[int], Sequence[bytes]],
 ) -> bytes:
-    """The note with the witness's cosignature lines.
+    """The witness's signature lines for the note.
 
     Args:
         url: the witness's submission prefix.
@@ -108,10 +108,8 @@ def ask_witness(
             status, answer = _add_checkpoint(client, url, note, old_size, proof_from)
     if status != 200:
         raise _refusal(url, status, answer, old_size)
-    lines = answer.splitlines(keepends=True)
-    signed = assemble_note(note_text(note), [*_lines(note), *lines])
-    verify_cosignatures(assemble_note(note_text(note), lines), [witness])
-    return signed
+    verify_cosignatures(assemble_note(note_text(note), answer.splitlines(keepends=True)), [witness])
+    return answer
 
 
 def _add_checkpoint(
@@ -148,8 +146,3 @@ def _refusal(url: str, status: int, answer: bytes, old_size: int) -> Rejected | 
     if status in _REFUSALS:
         return Rejected(Reason.BAD_CHECKPOINT, f"the witness does not sign: {_REFUSALS[status]}")
     return Unavailable(f"the witness at {url} answered with status {status}: {answer[:200]!a}")
-
-
-def _lines(note: bytes) -> list[bytes]:
-    """A note's signature lines."""
-    return note[len(note_text(note)) + 1 :].splitlines(keepends=True)

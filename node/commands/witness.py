@@ -23,7 +23,7 @@ from consensus.cosignature import (
 )
 from consensus.epochs import Anchor, anchor
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
-from consensus.rejection import ConfigError, Reason, Rejected
+from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 from node.commands.connection import connect, node_options
 from node.commands.output import print_json, utc
 from node.config import load_config
@@ -151,51 +151,80 @@ def witness_cosign(
 @witness.command("ask")
 @node_options
 @click.option(
-    "--witness-url", required=True, metavar="URL", help="The witness's submission prefix (C2SP tlog-witness)."
+    "--witness",
+    "asked",
+    nargs=2,
+    multiple=True,
+    required=True,
+    metavar="URL KEY",
+    help="A witness's submission prefix (C2SP tlog-witness) and verifier key; may be given more than once.",
 )
-@click.option("--witness-key", required=True, metavar="KEY", help="The witness's verifier key (C2SP).")
 @click.option(
     "--checkpoint",
     "checkpoint_path",
     type=click.Path(path_type=Path),
     required=True,
-    help="File for the checkpoint with the witness's signature; if it is there, it says what the witness signed last.",
+    help="File for the checkpoint with the witnesses' signatures, replaced; it says what each of them signed last.",
 )
 @_JSON
 def witness_ask(
     config_path: Path | None,
     url: str | None,
     token_file: Path | None,
-    witness_url: str,
-    witness_key: str,
+    asked: tuple[tuple[str, str], ...],
     checkpoint_path: Path,
     as_json: bool,
 ) -> None:
-    """Have a public witness sign a node's newest checkpoint.
+    """Have public witnesses sign a node's newest checkpoint.
 
-    The witness has to know the log: give its operator what countersign log keys prints. Any witness of the C2SP
-    protocol will do. Its signature says that it saw one history, not that the members certified it.
+    A witness has to know the log: give its operator what countersign log keys prints. Any witness of the C2SP protocol
+    will do. Its signature says that it saw one history, not that the members certified it. The file is written if one
+    of them signs. Exit code 0 when all did, 1 when one refused, 2 when one could not be asked.
 
     \b
     Example:
-      countersign witness ask --config library/node.toml --witness-url https://witness.example/ \\
-        --witness-key KEY --checkpoint witnessed.txt
+      countersign witness ask --config library/node.toml --witness https://witness.example/ KEY \\
+        --checkpoint witnessed.txt
     """
-    key = parse_witness_key(witness_key)
+    witnesses = [(witness_url, parse_witness_key(key)) for witness_url, key in asked]
+    failed: dict[str, Rejected | Unavailable] = {}
     with connect(config_path, url, token_file) as client:
-        note = client.checkpoint()
+        note = signed = client.checkpoint()
         stated = parse_checkpoint(note_text(note))
-        before, _ = _last(checkpoint_path, stated.origin, key)
-        old_size = 0 if before is None or before.size > stated.size else before.size
-        signed = ask_witness(witness_url, key, note, old_size, lambda size: client.consistency(size, stated.size))
-    _replace_public(checkpoint_path, signed)
-    seconds = verify_cosignatures(signed, [key])[key.name]
+        for witness_url, key in witnesses:
+            old_size = _signed_before(checkpoint_path, stated, key)
+            try:
+                lines = ask_witness(
+                    witness_url, key, note, old_size, lambda size: client.consistency(size, stated.size)
+                )
+            except (Rejected, Unavailable) as error:
+                failed[key.name] = error
+            else:
+                signed += lines
+    times = verify_cosignatures(signed, [key for _, key in witnesses]) if signed != note else {}
+    if times:
+        _replace_public(checkpoint_path, signed)
     if as_json:
-        print_json({"witness": key.name, "size": stated.size, "root": stated.root.hex(), "time": seconds})
-        return
-    click.echo(signed.decode(), nl=False)
-    when = "" if seconds is None else f" at {utc(1_000 * seconds)}"
-    click.echo(f"signed: {stated.size} events, by {key.name}{when}", err=True)
+        refusals = {name: str(why) for name, why in failed.items()}
+        print_json({"size": stated.size, "root": stated.root.hex(), "witnesses": times, "failed": refusals})
+    elif times:
+        click.echo(signed.decode(), nl=False)
+    for name, seconds in times.items():
+        when = "" if seconds is None else f" at {utc(1_000 * seconds)}"
+        click.echo(f"signed: {stated.size} events, by {name}{when}", err=True)
+    for name, why in failed.items():
+        click.echo(f"not signed by {name}: {why}", err=True)
+    refused = any(isinstance(why, Rejected) for why in failed.values())
+    click.get_current_context().exit(1 if refused else 2 if failed else 0)
+
+
+def _signed_before(path: Path, stated: Checkpoint, key: WitnessKey) -> int:
+    """The size that a witness signed last as far as a file says; 0 where it says nothing, and the witness will."""
+    try:
+        last, _ = _last(path, stated.origin, key)
+    except Rejected:
+        return 0
+    return 0 if last is None or last.size > stated.size else last.size
 
 
 def _cosigner(path: Path) -> tuple[str, Cosigner]:

@@ -331,3 +331,9 @@ def test_bundle_is_held_against_a_checkpoint_and_its_witness(house: Path) -> Non
         expected = "begins with the one you pinned" if answer == 0 else "refused: bad-checkpoint"
         assert expected in result.output, result.output
     assert verified(house, "included", "--witness", key).exit_code == 1
+    enough = ("--checkpoint", str(house / "witnessed"), "--witness", key, "--witnesses-needed")
+    assert verified(house, "included", *enough, "1").exit_code == 0
+    for keys in (enough, ("--witnesses-needed",)):
+        result = verified(house, "included", *keys, "2")
+        assert result.exit_code == 1
+        assert "2 witnesses are needed" in result.output

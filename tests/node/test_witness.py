@@ -33,6 +33,7 @@ from consensus.keys import Ed25519SigningKey
 from consensus.merkle import verify_consistency
 from consensus.rejection import Rejected
 from node.cli import main
+from node.verify import read_pin
 
 NAME = "witness.example/w1"
 
@@ -341,8 +342,8 @@ def public_witness(witness: PublicWitness) -> Iterator[PublicWitness]:
 
 
 def asking(folder: Path, node: Served, witness: PublicWitness) -> list[object]:
-    return ["witness", "ask", "--url", f"http://{node.address}", "--witness-url", witness.url,
-            "--witness-key", witness.key, "--checkpoint", folder / "seen.txt"]  # fmt: skip
+    return ["witness", "ask", "--url", f"http://{node.address}", "--checkpoint", folder / "seen.txt",
+            "--witness", witness.url, witness.key]  # fmt: skip
 
 
 def witness_of(story: Story) -> PublicWitness:
@@ -428,3 +429,35 @@ async def test_witness_that_is_not_there_is_told_of(tmp_path: Path) -> None:
         witness.url = "witness.example"
         no_address = await ran(*asking(tmp_path, node, witness))
         assert (no_address.exit_code, "expected a witness's address" in no_address.stderr) == (2, True)
+
+
+@pytest.mark.trio
+async def test_several_witnesses_sign_one_note_and_a_verifier_says_how_many_it_needs(tmp_path: Path) -> None:
+    story = begin()
+    one, other = witness_of(story), witness_of(story)
+    other.cosigner = Ed25519Cosigner(bytes([8]) * 32)
+    other.sign = lambda text: cosign(text, "witness.example/w2", other.cosigner, 7)
+    other_key = encode_witness_key("witness.example/w2", other.cosigner)
+    seen = tmp_path / "seen.txt"
+    with public_witness(one), public_witness(other):
+        async with served(tmp_path / "data", story=story) as node:
+            both = [*asking(tmp_path, node, one), "--witness", other.url, other_key]
+            done = await ran(*both, "--json")
+            assert done.exit_code == 0, done.output
+            times = {NAME: 1_790_000_000, "witness.example/w2": 7}
+            assert json.loads(done.stdout)["witnesses"] == times
+            keys = [parse_witness_key(one.key), parse_witness_key(other_key)]
+            assert verify_cosignatures(seen.read_bytes(), keys) == times
+            other.answer = lambda body: (403, b"")
+            partly = await ran(*both)
+            assert partly.exit_code == 1
+            assert "not signed by witness.example/w2: bad-checkpoint" in partly.stderr
+            assert verify_cosignatures(seen.read_bytes(), keys) == {NAME: 1_790_000_000}
+            one.answer = lambda body: (500, b"")
+            held = seen.read_bytes()
+            assert (await ran(*both)).exit_code == 1
+            assert seen.read_bytes() == held
+    origin = story.ledger.genesis.name
+    assert read_pin(seen, origin, [one.key, other_key])[1] == {NAME: 1_790_000_000}
+    with pytest.raises(Rejected, match=f"signed by {NAME} alone; 2 of the witnesses are needed"):
+        read_pin(seen, origin, [one.key, other_key], 2)
