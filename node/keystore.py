@@ -23,7 +23,7 @@ import nacl.secret
 import nacl.utils
 
 from consensus.rejection import ConfigError
-from node.files import read_private, replace_private
+from node.files import PRIVATE_MODE, read_private, replace_private, require_absent, write_new
 
 PASSPHRASE_VARIABLE = "COUNTERSIGN_PASSPHRASE"
 MAX_KEYSTORE_BYTES = 1 << 20
@@ -100,13 +100,12 @@ class Keystore:
         Raises:
             ConfigError: the file exists (overwriting would destroy an identity); empty passphrase.
         """
-        if path.exists():
-            raise ConfigError(f"{path}: expected no keystore yet, found one; it is never overwritten")
+        require_absent(path)
         if not passphrase:
             raise ConfigError(f"{path}: expected a passphrase, found an empty one")
         salt = nacl.utils.random(nacl.pwhash.argon2id.SALTBYTES)
         keystore = cls(path, secrets, _derive(passphrase, salt, cost), salt, cost)
-        keystore.save(secrets)
+        write_new(path, keystore._sealed(secrets), PRIVATE_MODE)
         return keystore
 
     @classmethod
@@ -144,6 +143,10 @@ class Keystore:
 
     def save(self, secrets: Secrets) -> None:
         """Replace the file by one with ``secrets`` under a fresh nonce; durable on return."""
+        replace_private(self.path, self._sealed(secrets))
+        self.secrets = secrets
+
+    def _sealed(self, secrets: Secrets) -> bytes:
         encrypted = nacl.secret.SecretBox(self._key).encrypt(msgspec.msgpack.encode(secrets))
         sealed = _Sealed(
             version=1,
@@ -153,8 +156,7 @@ class Keystore:
             nonce=encrypted.nonce.hex(),
             ciphertext=base64.b64encode(encrypted.ciphertext).decode(),
         )
-        replace_private(self.path, msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n")
-        self.secrets = secrets
+        return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
 
 
 def read_passphrase(passphrase_file: Path | None, environment: Mapping[str, str]) -> bytes:
@@ -167,7 +169,7 @@ def read_passphrase(passphrase_file: Path | None, environment: Mapping[str, str]
         passphrase, origin = read_private(passphrase_file, "passphrase file"), str(passphrase_file)
         passphrase = passphrase.removesuffix(b"\n").removesuffix(b"\r")
     elif PASSPHRASE_VARIABLE in environment:
-        passphrase, origin = environment[PASSPHRASE_VARIABLE].encode(), PASSPHRASE_VARIABLE
+        passphrase, origin = os.fsencode(environment[PASSPHRASE_VARIABLE]), PASSPHRASE_VARIABLE
     else:
         raise ConfigError(f"expected node.passphrase_file or the variable {PASSPHRASE_VARIABLE}, found neither")
     if not passphrase:

@@ -26,6 +26,7 @@ from node.commands.member import LocalMember, load_member, signed_by
 from node.commands.output import utc
 from node.commands.submission import deliver
 from node.config import load_config
+from node.files import check_output, write_output
 from node.identity import load_genesis
 
 MAX_REPLAY_BYTES = 1 << 20
@@ -89,7 +90,7 @@ _CAMPAIGN = click.option("--campaign", callback=digest_argument, required=True, 
 @click.option("--hours", type=click.IntRange(1, 24 * 89), default=72, show_default=True, help="Time to answer.")
 @click.option("--number", type=click.IntRange(1), help="The audit's number; without it the node is asked for the next.")
 @click.option("--statement", default="", help="A word on it, for the log.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file instead.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this new file instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def audit_challenge(
     config_path: Path,
@@ -129,7 +130,7 @@ def audit_challenge(
 @_CONFIG
 @_CAMPAIGN
 @click.option("--challenge", callback=digest_argument, required=True, help="The challenge's event id.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also write it to this file, for replay --audit.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write it to this new file, for replay --audit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def audit_beacon(config_path: Path, campaign: bytes, challenge: bytes, out: Path | None, as_json: bool) -> None:
     """Gather the beacon of a final challenge from the members, and see which steps it picks.
@@ -141,6 +142,8 @@ def audit_beacon(config_path: Path, campaign: bytes, challenge: bytes, out: Path
       countersign audit beacon --config hospital/node.toml --campaign CAMPAIGN_ID --challenge CHALLENGE_ID \\
         --out audit.json
     """
+    if out is not None:
+        check_output(out)
     config = load_config(config_path)
     trusted = anchor(load_genesis(config), config.node.pinned_chain)
     key = review_key(CHALLENGE_TABLE, campaign, challenge)
@@ -168,7 +171,7 @@ def audit_beacon(config_path: Path, campaign: bytes, challenge: bytes, out: Path
         indent=2,
     )
     if out is not None:
-        out.write_text(document + "\n", encoding="utf-8")
+        write_output(out, document.encode() + b"\n")
     if as_json:
         click.echo(document)
         return
@@ -186,7 +189,7 @@ def audit_beacon(config_path: Path, campaign: bytes, challenge: bytes, out: Path
     help="What countersign replay --report wrote.",
 )
 @click.option("--statement", default="", help="A word on it, for the log.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file instead.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this new file instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def audit_record(config_path: Path, replay_path: Path, statement: str, out: Path | None, as_json: bool) -> None:
     """Sign a replay's result, so that proofs about the campaign say how much of it was taken again, and by whom.

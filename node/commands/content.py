@@ -15,7 +15,7 @@ from consensus.identifiers import Digest
 from consensus.merkle import Frontier
 from consensus.portions import content_leaf, content_salt
 from consensus.rejection import ConfigError
-from node.files import read_private, replace_private
+from node.files import PRIVATE_MODE, read_private, write_new
 
 SALT_BYTES = 32
 _LEAVES_AT_ONCE = 4_096
@@ -118,7 +118,7 @@ def source_salt(path: Path) -> bytes:
     """
     if not path.exists():
         salt = os.urandom(SALT_BYTES)
-        replace_private(path, salt.hex().encode() + b"\n")
+        write_new(path, salt.hex().encode() + b"\n", PRIVATE_MODE)
         return salt
     text = read_private(path, "salt file").decode("ascii", errors="replace").strip()
     try:

@@ -161,7 +161,7 @@ def custody_status(
     help="The custodian's configuration file; its own node is asked what it holds.",
 )
 @_CAMPAIGN
-@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file instead.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this new file instead.")
 @_JSON
 def custody_sign(config_path: Path, campaign: bytes, out: Path | None, as_json: bool) -> None:
     """Say on the log that this member holds all that stands of a campaign. Refused while a window is not there whole.

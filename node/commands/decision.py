@@ -39,7 +39,11 @@ def decision() -> None:
 @click.option("--rationale", help="Why, for the log.")
 @click.option("--event", "event_path", type=click.Path(path_type=Path), help="Event file to add a signature to.")
 @click.option("--submit", is_flag=True, help="Hand it to the node of --config and wait until it is final.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the event, with this signature, to this file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write the event, with this signature, to this new file, or to that of --event.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def decision_add(
     config_path: Path,
@@ -88,7 +92,7 @@ def decision_add(
             click.echo(f"{missing} more governance members must sign")
     if submit:
         check_event(encoded, own.committee)
-    deliver(event, encoded, submit_with=config_path if submit else None, out=out, as_json=as_json)
+    deliver(event, encoded, submit_with=config_path if submit else None, out=out, as_json=as_json, added_to=event_path)
 
 
 def _new_event(own: LocalMember, campaign: bytes, content: Decision) -> tuple[CheckedEvent, bytes]:

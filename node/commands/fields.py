@@ -1,5 +1,6 @@
 """Values as people type them."""
 
+import math
 import re
 
 import click
@@ -19,4 +20,11 @@ def digest_argument(context: click.Context, parameter: click.Parameter, value: s
 def hex_argument(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """As ``digest_argument``, kept as text."""
     digest_argument(context, parameter, value)
+    return value
+
+
+def number_argument(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """A number: click's ranges let ``nan`` through. A click callback."""
+    if math.isnan(value):
+        raise click.BadParameter("expected a number, found nan", context, parameter)
     return value

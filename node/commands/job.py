@@ -16,14 +16,14 @@ from consensus.identifiers import Role, Tag, tagged_hash
 from consensus.job_key import job_key_id
 from consensus.keys import SignatureScheme, signer_for
 from consensus.portions import Delegation, Portions, SaltedPortion
-from consensus.rejection import ConfigError, Rejected
+from consensus.rejection import Rejected
 from node.clock import SystemClock
 from node.commands.connection import api_url, connect
-from node.commands.fields import hex_argument
+from node.commands.fields import hex_argument, number_argument
 from node.commands.member import load_member, signed_by
 from node.commands.output import print_json, utc
-from node.commands.submission import WAIT_SECONDS
-from node.files import replace_private
+from node.commands.submission import WAIT_SECONDS, require_final
+from node.files import PRIVATE_MODE, require_absent, write_new
 
 HOUR_MS = 3_600_000
 BACKDATED_MS = 60_000
@@ -55,8 +55,14 @@ def job() -> None:
     "--config", "config_path", type=click.Path(path_type=Path), required=True, help="The operator's configuration file."
 )
 @click.option("--campaign", "name", required=True, help="What you call the campaign; it names itself when it opens.")
-@click.option("--hours", type=click.FloatRange(min=0.01, max=8_760), required=True, help="How long the job may write.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Job key file to write, mode 0600.")
+@click.option(
+    "--hours",
+    type=click.FloatRange(min=0.01, max=8_760),
+    callback=number_argument,
+    required=True,
+    help="How long the job may write.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New job key file to write, mode 0600.")
 @click.option(
     "--replace",
     "replaced",
@@ -85,8 +91,7 @@ def job_delegate(
       countersign job delegate --config laboratory/node.toml --campaign sonnets-1 --hours 8 \\
         --out new-key.json --replace CAMPAIGN_ID
     """
-    if out.exists():
-        raise ConfigError(f"{out}: expected no job key file yet, found one; it is never overwritten")
+    require_absent(out)
     own = load_member(config_path)
     own.require(Role.OPERATOR, "a delegation")
     seed = os.urandom(32)
@@ -124,7 +129,7 @@ def job_delegate(
             expires_at_ms=expires_at_ms,
         )
         # Written first: a delegated key that nobody holds could only be replaced once its campaign is open.
-        replace_private(out, msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
+        write_new(out, msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n", PRIVATE_MODE)
         try:
             answer = client.submit(encoded, WAIT_SECONDS)
         except Rejected:
@@ -141,7 +146,8 @@ def job_delegate(
                 "file": str(out),
             }
         )
-        return
-    click.echo(f"campaign '{name}' {campaign.hex()}")
-    click.echo(f"job key {delegation.job_key.hex()} may write it until {utc(expires_at_ms)}: {answer.status}")
-    click.echo(f"job key file {out}: give it to the training job alone")
+    else:
+        click.echo(f"campaign {name!a} {campaign.hex()}")
+        click.echo(f"job key {delegation.job_key.hex()} may write it until {utc(expires_at_ms)}: {answer.status}")
+        click.echo(f"job key file {out}: give it to the training job alone")
+    require_final(answer)

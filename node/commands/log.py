@@ -20,6 +20,7 @@ from node.commands.member import newest_members, read_event
 from node.commands.output import print_json, print_table, utc
 from node.commands.submission import deliver
 from node.config import load_config
+from node.files import check_output, write_output
 from node.identity import load_genesis
 from node.verify import read_pin
 
@@ -41,7 +42,7 @@ log.add_command(log_repair)
 
 @log.command("checkpoint")
 @_CONFIG
-@click.option("--out", type=click.Path(path_type=Path), help="Write the signed note to this file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the signed note to this new file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def log_checkpoint(config_path: Path, out: Path | None, as_json: bool) -> None:
     """Fetch the newest signed checkpoint and check it against the members' log keys.
@@ -61,7 +62,7 @@ def log_checkpoint(config_path: Path, out: Path | None, as_json: bool) -> None:
     if checkpoint.origin != genesis.name:
         raise Rejected(Reason.BAD_CHECKPOINT, f"checkpoint of '{checkpoint.origin}', this log is '{genesis.name}'")
     if out is not None:
-        out.write_bytes(note)
+        write_output(out, note)
     if as_json:
         print_json(
             {
@@ -182,7 +183,7 @@ def log_submit(config_path: Path, event_path: Path, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="A checkpoint seen before: show in the bundle that the log continues it.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write the proof to.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New file to write the proof to.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def log_prove(
     config_path: Path,
@@ -211,6 +212,7 @@ def log_prove(
         raise click.UsageError("give either EVENT_ID or --predicate")
     if event_id is not None and checkpoint_path is not None:
         raise click.UsageError("a receipt is held against no checkpoint: use --predicate included --event EVENT_ID")
+    check_output(out)
     config = load_config(config_path)
     trusted = anchor(load_genesis(config), config.node.pinned_chain)
     with connect(config_path, None, None) as client:
@@ -228,7 +230,7 @@ def log_prove(
                 asked["size"] = str(pin.log_size)
             proof = client.bundle(predicate, asked)
             said = _check_bundle(trusted, proof, predicate, pin)
-    out.write_bytes(proof)
+    write_output(out, proof)
     if as_json:
         print_json({**said, "file": str(out), "size_bytes": len(proof)})
         return

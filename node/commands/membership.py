@@ -16,13 +16,13 @@ from consensus.identifiers import VOTING_ROLES, MemberId, Role
 from consensus.membership import VERSION, Membership, RoleThreshold, default_threshold
 from consensus.membership_change import MembershipChange
 from consensus.portions import Portions, SaltedPortion
-from consensus.rejection import ConfigError
+from consensus.rejection import ConfigError, Reason, Rejected
 from node.ceremony import MAX_MEMBERSHIP_BYTES, write_invitation
 from node.commands.member import LocalMember, load_member, read_event, signed_by
-from node.commands.network import TWO_THIRDS, parse_members, threshold_option
+from node.commands.network import TWO_THIRDS, parse_invited, threshold_option
 from node.commands.output import print_json, print_table
 from node.commands.submission import deliver
-from node.provision import MemberRequest
+from node.provision import MemberRequest, check_roles
 
 _CONFIG = click.option(
     "--config", "config_path", type=click.Path(path_type=Path), required=True, help="The member's configuration file."
@@ -72,7 +72,7 @@ def membership_show(config_path: Path, as_json: bool) -> None:
 @membership.command("invite")
 @click.argument("folder", type=click.Path(path_type=Path))
 @_CONFIG
-@click.option("--add", "added", callback=parse_members, metavar="NAME:ROLE", multiple=True, help="Who joins.")
+@click.option("--add", "added", callback=parse_invited, metavar="NAME:ROLE", multiple=True, help="Who joins.")
 @click.option("--remove", "removed", metavar="NAME", multiple=True, help="Who leaves.")
 @threshold_option(f"as now where a role stays as it is, else {TWO_THIRDS}")
 def membership_invite(
@@ -98,6 +98,7 @@ def membership_invite(
             raise ConfigError(f"--remove {name}: expected one of {', '.join(sorted(names))}")
     stays = [Invited(member.name, member.role) for member in before.members if member.name not in removed]
     invited = (*stays, *(Invited(request.name, request.role) for request in added))
+    check_roles(invited)
     kept = []
     for role in VOTING_ROLES:
         now = [one.name for one in invited if one.role == role]
@@ -166,7 +167,11 @@ def _invite(
 @click.option("--event", "event_path", type=click.Path(path_type=Path), help="Event file to add a signature to.")
 @click.option("--statement", default="", help="Why, for people; with --membership.")
 @click.option("--submit", is_flag=True, help="Hand it to the node of --config and wait until it is final.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the event, with this signature, to this file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write the event, with this signature, to this new file, or to that of --event.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def membership_sign(
     config_path: Path,
@@ -201,11 +206,12 @@ def membership_sign(
         if held.entry.kind is not Kind.MEMBERSHIP:
             raise ConfigError(f"{event_path}: expected a membership event, found {held.entry.kind.phrase}")
         event, encoded = signed_by(own, held.entry, held.portions)
+    _require_later(own, event)
     if not as_json:
         _print_signers(own, event)
     if submit:
         check_event(encoded, own.committee)
-    deliver(event, encoded, submit_with=config_path if submit else None, out=out, as_json=as_json)
+    deliver(event, encoded, submit_with=config_path if submit else None, out=out, as_json=as_json, added_to=event_path)
 
 
 def _new_event(own: LocalMember, made: Membership, statement: str) -> tuple[CheckedEvent, bytes]:
@@ -220,6 +226,15 @@ def _read_membership(path: Path) -> Membership:
             return decode(file.read(MAX_MEMBERSHIP_BYTES + 1), Membership, MAX_MEMBERSHIP_BYTES)
     except OSError as error:
         raise ConfigError(f"{path}: expected a membership file, found: {error.strerror}") from error
+    except Rejected as error:
+        raise Rejected(error.reason, f"{path}: {error.detail}") from error
+
+
+def _require_later(own: LocalMember, event: CheckedEvent) -> None:
+    change, now = event.governance, own.committee.epoch
+    assert isinstance(change, MembershipChange)
+    if change.membership.epoch <= now:
+        raise Rejected(Reason.WRONG_EPOCH, f"the members of epoch {change.membership.epoch}: it is epoch {now} already")
 
 
 def _print_signers(own: LocalMember, event: CheckedEvent) -> None:

@@ -1,7 +1,6 @@
 """``countersign policy``: sign a policy with other governance members, and read the one in force."""
 
 import os
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from consensus.portions import BandRule, BlockWeight, ClassRule, Policy, Portion
 from consensus.rejection import ConfigError
 from node.commands.connection import connect, node_options
 from node.commands.member import LocalMember, load_member, read_event, signed_by
-from node.commands.output import print_json, utc
+from node.commands.output import print_json, printable, utc
 from node.commands.submission import deliver
+from node.files import read_toml
 
 
 class BandTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,7 +74,11 @@ def policy() -> None:
 @click.option("--policy", "policy_path", type=click.Path(path_type=Path), help="policy.toml: start a new event.")
 @click.option("--event", "event_path", type=click.Path(path_type=Path), help="Event file to add a signature to.")
 @click.option("--submit", is_flag=True, help="Hand it to the node of --config and wait until it is final.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the event, with this signature, to this file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write the event, with this signature, to this new file, or to that of --event.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def policy_sign(
     config_path: Path,
@@ -110,12 +114,12 @@ def policy_sign(
     missing = own.committee.threshold(Role.GOVERNANCE) - len(signers)
     if not as_json:
         assert isinstance(event.governance, Policy)
-        click.echo(f"policy '{event.governance.name}', signed by {', '.join(signers)}")
+        click.echo(f"policy '{printable(event.governance.name)}', signed by {', '.join(signers)}")
         if missing > 0:
             click.echo(f"{missing} more governance members must sign")
     if submit:
         check_event(encoded, own.committee)
-    deliver(event, encoded, submit_with=config_path if submit else None, out=out, as_json=as_json)
+    deliver(event, encoded, submit_with=config_path if submit else None, out=out, as_json=as_json, added_to=event_path)
 
 
 @policy.command("show")
@@ -146,10 +150,8 @@ def read_policy(path: Path, members: Sequence[Member] = ()) -> Policy:
         Rejected: ``BAD_FIELD`` where its values make no policy.
     """
     try:
-        file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), PolicyFile)
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a policy file, found: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        file = msgspec.convert(read_toml(path, "a policy"), PolicyFile)
+    except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: expected a policy in TOML, found: {error}") from error
     made = Policy(
         name=file.name,

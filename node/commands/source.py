@@ -2,15 +2,16 @@
 
 import hashlib
 import os
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import click
 import msgspec
+from msgspec import Meta
 
 from consensus.codec import encode
-from consensus.event import Kind, make_entry
+from consensus.event import CheckedEvent, Kind, make_entry
 from consensus.identifiers import Role
 from consensus.overlap import OverlapBuilder, overlap_key
 from consensus.portions import DataItem, DataPortion, Portions, SourceClaim, SourceRevocation, Wire
@@ -34,11 +35,14 @@ from node.commands.member import LocalMember, load_member, signed_by
 from node.commands.output import print_json, print_table, utc
 from node.commands.submission import deliver
 from node.commands.tables import dataset_column, parquet_column
-from node.files import replace_private
+from node.files import check_output, keep_private, read_toml
 
 DAY_MS = 86_400_000
 BACKDATED_MS = 60_000
 """A claim is valid from a minute ago: a ledger block's clock may be a little behind its owner's."""
+
+MAX_VALID_DAYS = 36_525
+"""A century."""
 
 NOTED_BYTES = 16 << 20
 """Between lines that say how far an overlap index is."""
@@ -62,7 +66,7 @@ class ClaimFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rights_basis: str | None = None
     purposes: tuple[str, ...] = ()
     content_class: str | None = msgspec.field(name="class", default=None)
-    valid_days: int | None = None
+    valid_days: Annotated[int, Meta(ge=1, le=MAX_VALID_DAYS)] | None = None
     statement: str = ""
     reserve: int | str = 0
 
@@ -97,7 +101,11 @@ def source() -> None:
 @click.option("--rights-basis", help="On what the right to license rests, as licence, ownership, consent.")
 @click.option("--purpose", "purposes", multiple=True, help="A purpose it may be used for; may be repeated.")
 @click.option("--class", "content_class", help="Content class, which the policy gives a depth.")
-@click.option("--valid-days", type=click.IntRange(min=1), help="How long the claim stands. Default: 365.")
+@click.option(
+    "--valid-days",
+    type=click.IntRange(min=1, max=MAX_VALID_DAYS),
+    help="How long the claim stands. Default: 365.",
+)
 @click.option("--statement", help="Free text for people.")
 @click.option(
     "--salt-file",
@@ -118,7 +126,7 @@ def source() -> None:
     "their root say which. auto: 2 percent, at least 32. At most half. Default: none.",
 )
 @click.option("--submit", is_flag=True, help="Hand it to the node of --config and wait until it is final.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this new file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def source_sign(
     config_path: Path,
@@ -156,6 +164,8 @@ def source_sign(
     """
     if not submit and out is None:
         raise click.UsageError("give --submit, --out FILE or both")
+    if out is not None:
+        check_output(out)
     split = _splitter(example_bytes, by_line, field, parquet, dataset)
     file = _read_claim(claim_path)
     claimed = ClaimFile(
@@ -207,12 +217,13 @@ def source_sign(
         click.echo(f"salt in {salt_path}: keep it secret and keep it safe")
         if reserved_count:
             click.echo(f"{reserved_count} of the examples are the reserve, which no step may train on")
+    event, encoded = _signed_item(own, Kind.SOURCE, claim)
     if overlap_path is not None:
-        replace_private(overlap_path, index)
-        replace_private(key_path(overlap_path), overlap_key(salt).hex().encode() + b"\n")
+        keep_private(overlap_path, index)
+        keep_private(key_path(overlap_path), overlap_key(salt).hex().encode() + b"\n")
         if not as_json:
             click.echo(f"overlap index in {overlap_path}, its key in {key_path(overlap_path)}: for whom you let ask")
-    _sign_single_item(own, Kind.SOURCE, claim, submit_with=config_path if submit else None, out=out, as_json=as_json)
+    deliver(event, encoded, submit_with=config_path if submit else None, out=out, as_json=as_json)
 
 
 @source.command("revoke")
@@ -221,7 +232,7 @@ def source_sign(
 )
 @click.argument("source_id", callback=digest_argument)
 @click.option("--reason", required=True, help="Why, for the log.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this file instead.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the signed event to this new file instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def source_revoke(config_path: Path, source_id: bytes, reason: str, out: Path | None, as_json: bool) -> None:
     """Take a source back. Only its author can, and only once.
@@ -234,9 +245,8 @@ def source_revoke(config_path: Path, source_id: bytes, reason: str, out: Path | 
     """
     own = load_member(config_path)
     own.require(Role.DATA_SOURCE, "a revocation")
-    revocation = SourceRevocation(source=source_id, reason=reason)
-    submit_with = config_path if out is None else None
-    _sign_single_item(own, Kind.REVOCATION, revocation, submit_with=submit_with, out=out, as_json=as_json)
+    event, encoded = _signed_item(own, Kind.REVOCATION, SourceRevocation(source=source_id, reason=reason))
+    deliver(event, encoded, submit_with=config_path if out is None else None, out=out, as_json=as_json)
 
 
 @source.command("list")
@@ -299,15 +309,11 @@ def _reserve_text(reserve: int, counted: bool) -> str:
     return str(reserve) if reserve else "none"
 
 
-def _sign_single_item(
-    own: LocalMember, kind: Kind, item: Wire, *, submit_with: Path | None, out: Path | None, as_json: bool
-) -> None:
+def _signed_item(own: LocalMember, kind: Kind, item: Wire) -> tuple[CheckedEvent, bytes]:
     portions = Portions(
         data=DataPortion(salt=os.urandom(32), items=(DataItem(encode(item)),)), governance=None, operation=None
     )
-    entry = make_entry(own.committee.chain_id, kind, own.member.id, portions)
-    event, encoded = signed_by(own, entry, portions)
-    deliver(event, encoded, submit_with=submit_with, out=out, as_json=as_json)
+    return signed_by(own, make_entry(own.committee.chain_id, kind, own.member.id, portions), portions)
 
 
 def key_path(overlap_path: Path) -> Path:
@@ -362,8 +368,6 @@ def _read_claim(path: Path | None) -> ClaimFile:
     if path is None:
         return ClaimFile()
     try:
-        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), ClaimFile)
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a claim file, found: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        return msgspec.convert(read_toml(path, "a claim"), ClaimFile)
+    except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: expected a claim in TOML, found: {error}") from error

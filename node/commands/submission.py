@@ -8,30 +8,45 @@ from consensus.event import CheckedEvent
 from node.client import EventAnswer
 from node.commands.connection import connect
 from node.commands.output import print_json
-from node.files import sync_directory
+from node.files import write_output
 
 WAIT_SECONDS = 30.0
+EXIT_NOT_FINAL = 2
 
 
 def deliver(
-    event: CheckedEvent, encoded: bytes, *, submit_with: Path | None, out: Path | None, as_json: bool
-) -> EventAnswer | None:
+    event: CheckedEvent,
+    encoded: bytes,
+    *,
+    submit_with: Path | None,
+    out: Path | None,
+    as_json: bool,
+    added_to: Path | None = None,
+) -> None:
     """Write the event to ``out``, hand it to the node of the configuration ``submit_with``; either may be None.
 
-    Returns the node's answer where there is one.
+    ``added_to`` is the event file that a signature was added to, which ``out`` may name again.
 
     Raises:
+        ConfigError: another file is there.
         Rejected, Unavailable: as ``NodeClient.submit``.
+        Exit: code 2, not known, once it is told that the event was taken and is not final yet.
     """
     if out is not None:
-        out.write_bytes(encoded)
-        sync_directory(out.absolute().parent)
+        write_output(out, encoded, added_to)
     answer = None
     if submit_with is not None:
         with connect(submit_with, None, None) as client:
             answer = client.submit(encoded, WAIT_SECONDS)
     report(event.entry.kind.value, event.id.hex(), answer, out, as_json)
-    return answer
+    if answer is not None:
+        require_final(answer)
+
+
+def require_final(answer: EventAnswer) -> None:
+    """Ends the command with exit code 2, not known, where the network has not finalized an event yet."""
+    if answer.index is None:
+        raise click.exceptions.Exit(EXIT_NOT_FINAL)
 
 
 def report(kind: str, event_id: str, answer: EventAnswer | None, out: Path | None, as_json: bool) -> None:
@@ -51,7 +66,10 @@ def report(kind: str, event_id: str, answer: EventAnswer | None, out: Path | Non
     if answer is None:
         click.echo(f"{kind} {event_id}: signed, in {out}")
     elif answer.index is None:
-        click.echo(f"{kind} {event_id}: {answer.status}; the network has not finalized it yet")
+        click.echo(
+            f"{kind} {event_id}: {answer.status}; the network has not finalized it in {WAIT_SECONDS:.0f} s and goes on "
+            "trying: countersign log show lists it once it is final"
+        )
     else:
         where = "" if answer.height is None else f", ledger block {answer.height}"
         click.echo(f"{kind} {event_id}: final, log index {answer.index}{where}")

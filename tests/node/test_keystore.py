@@ -61,7 +61,7 @@ def test_keystore_readable_by_others_is_refused_with_the_fix(path: Path, mode: i
 
 
 def test_existing_keystore_is_never_overwritten(path: Path) -> None:
-    with pytest.raises(ConfigError, match="never overwritten"):
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
         Keystore.create(path, Secrets.generate(), b"other", CHEAP)
     assert Keystore.open(path, b"correct horse").secrets == SECRETS
 
