@@ -200,10 +200,12 @@ class NodeClient:
         """Nothing is sent yet.
 
         Raises:
-            ConfigError: ``url`` is no http or https address.
+            ConfigError: ``url`` is no http or https address; no header can hold ``token``.
         """
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"expected a node's address like http://127.0.0.1:7480, found {url}")
+        if token is not None and not (token and all("!" <= character <= "~" for character in token)):
+            raise ConfigError("expected one API token, of visible ASCII characters alone, found something else")
         self.url = url.rstrip("/")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._client = httpx.Client(headers=headers, timeout=timeout_seconds, trust_env=False)

@@ -10,26 +10,35 @@ Secrets stay out of it: passphrase and API tokens can stand in files of their ow
 
 import difflib
 import ipaddress
-import tomllib
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from consensus.engine import Timing
 from consensus.identifiers import ChainId
+from consensus.membership import MemberName
 from consensus.rejection import ConfigError
-from node.files import read_private
+from node.files import read_private, read_toml
 
 ANY = "*"
 MIN_TOKEN_CHARACTERS = 16
 DEFAULT_TIMING = Timing()
 
-_Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
 _Positive = Annotated[int, Meta(ge=1, le=2**53 - 1)]
-_Token = Annotated[str, Meta(min_length=MIN_TOKEN_CHARACTERS)]
-_T = TypeVar("_T")
+_TOKEN = r"\A[!-~]*\Z"
+_Token = Annotated[str, Meta(min_length=MIN_TOKEN_CHARACTERS, pattern=_TOKEN)]
+_CHAIN_ID = r"\A[0-9a-f]{64}\Z"
+_MISSING = re.compile("Object missing required field `([a-z_]+)`")
+_WORDED = {
+    r"\A[a-z0-9]([a-z0-9.-]*[a-z0-9])?\Z": "a name of a-z, 0-9, '.' and '-', the first and last a letter or digit",
+    _TOKEN: "visible ASCII characters alone",
+    _CHAIN_ID: "64 lower-case hexadecimal digits",
+}
+"""What msgspec would tell as a pattern, in words."""
 
 
 class Address:
@@ -83,9 +92,9 @@ class Address:
 class NodeSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Who this node is and where its files are."""
 
-    name: _Name
+    name: MemberName
     genesis: Path
-    chain_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    chain_id: Annotated[str, Meta(pattern=_CHAIN_ID)]
     data_directory: Path
     keystore: Path
     passphrase_file: Path | None = None
@@ -103,7 +112,7 @@ class NetworkSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Where other members reach this node, and where it reaches them, by member name."""
 
     listen: Address
-    peers: dict[_Name, Address] = {}
+    peers: dict[MemberName, Address] = {}
 
 
 class ApiSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -170,12 +179,7 @@ def load_config(path: Path) -> NodeConfig:
             each other; names file, key, expected and found.
     """
     path = path.absolute()
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a configuration file, found: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected TOML, found: {error}") from error
+    table = read_toml(path, "a configuration")
     _refuse_unknown_keys(path, table)
 
     def resolve(kind: type, found: object) -> object:
@@ -183,12 +187,14 @@ def load_config(path: Path) -> NodeConfig:
             raise ValueError(f"expected a non-empty string, found {found!r}")
         if kind is Address:
             return Address.parse(found)
-        return path.parent / Path(found).expanduser()
+        return path.parent / _expanded(found)
 
     try:
+        for name, address in _peers(table):
+            _check_peer(path, name, address, resolve)
         config = msgspec.convert(table, NodeConfig, dec_hook=resolve)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_readable(str(error))}") from error
+        raise ConfigError(f"{path}: {_readable(str(error), table)}") from error
     _check_together(path, config)
     return config
 
@@ -197,7 +203,8 @@ def api_tokens(api: ApiSection) -> tuple[str, ...]:
     """The API tokens of the configuration and of ``tokens_file``: one a line, ``#`` starts a comment line.
 
     Raises:
-        ConfigError: the file is missing, readable by others, or holds a token that is too short.
+        ConfigError: the file is missing, readable by others, holds a token that is too short or cannot be sent, or
+            none: that must not open the interface to everybody.
     """
     if api.tokens_file is None:
         return api.tokens
@@ -209,6 +216,10 @@ def api_tokens(api: ApiSection) -> tuple[str, ...]:
                 f"{api.tokens_file}: expected tokens of at least {MIN_TOKEN_CHARACTERS} characters, "
                 f"found token {number} with {len(token)}"
             )
+        if not re.fullmatch(_TOKEN, token):
+            raise ConfigError(f"{api.tokens_file}: expected visible ASCII alone, found more in token {number}")
+    if not api.tokens + listed:
+        raise ConfigError(f"{api.tokens_file}: expected at least one token, a line each, found none")
     return api.tokens + listed
 
 
@@ -229,11 +240,46 @@ def _refuse_unknown(path: Path, prefix: str, table: dict[str, object], known: tu
             raise ConfigError(f"{path}: unknown key {prefix}{key}{suggestion}; expected one of: {', '.join(known)}")
 
 
-def _readable(message: str) -> str:
-    """msgspec's message with the key first: its "... - at `$.api.listen`" becomes "api.listen: ..."."""
-    text, _, place = message.partition(" - at `$.")
-    key = place.removesuffix("`") or "file"
-    return f"{key}: {text[:1].lower()}{text[1:].replace('`', '')}"
+def _peers(table: dict[str, object]) -> Iterable[tuple[str, object]]:
+    network = table.get("network")
+    peers = network.get("peers") if isinstance(network, dict) else None
+    return peers.items() if isinstance(peers, dict) else ()
+
+
+def _check_peer(path: Path, name: str, address: object, resolve: Callable[[type, object], object]) -> None:
+    """msgspec does not say which of the peers is wrong."""
+    for part, kind in ((name, MemberName), (address, Address)):
+        try:
+            msgspec.convert(part, kind, dec_hook=resolve)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{path}: network.peers.{_readable(f'{error} - at `$.{name}`', {name: part})}") from error
+
+
+def _expanded(text: str) -> Path:
+    if "\0" in text:
+        raise ValueError("expected a path, found one with a zero byte")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f'expected a path, found "{text}", whose home directory is not known') from error
+
+
+def _readable(message: str, table: dict[str, object]) -> str:
+    """msgspec's message with the key first, and what was found: its "… - at `$.api.listen`" becomes "api.listen: …"."""
+    text, _, place = message.partition(" - at `$")
+    key = place.removesuffix("`").removeprefix(".")
+    missing = _MISSING.fullmatch(text)
+    if missing is not None:
+        return f"{'.'.join(filter(None, (key, missing[1])))}: required, found none"
+    if "found" not in text and not key.startswith("api.tokens"):
+        found: object = table
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        # A whole section may hold tokens.
+        text += f", found {found!r:.80}" if isinstance(found, str | int | float) else ""
+    for pattern, wording in _WORDED.items():
+        text = text.replace(f"`str` matching regex {pattern!r}", wording)
+    return f"{key or 'file'}: {text[:1].lower()}{text[1:].replace('`', '')}"
 
 
 def _check_together(path: Path, config: NodeConfig) -> None:

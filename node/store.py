@@ -34,7 +34,7 @@ from rocksdict import AccessType, Rdict, WriteBatch
 
 from consensus.identifiers import ChainId, Digest, Height
 from consensus.rejection import ConfigError, InvariantBroken
-from node.files import DirectoryLock, sync_directory
+from node.files import DirectoryLock, require_folder, sync_directory
 from node.store_layout import (
     BY_BLOCK,
     BY_EVENT,
@@ -99,7 +99,9 @@ class Store:
             raise ConfigError(f"{path}: expected a database, found one without its file CURRENT: {_REPAIR}")
         if not (path / "rocksdb").exists() and (path / REPAIRING_DIRECTORY).exists():
             raise ConfigError(f"{path}: expected a database, found a repair that was cut off: {_REPAIR} again")
-        path.mkdir(parents=True, exist_ok=True)
+        require_folder(path)
+        # What members show each other on the log is not for everybody on this machine.
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = DirectoryLock.acquire(path)
         store = cls._opened(path, lock, chain_id, create, AccessType.read_write())
         if not existing:

@@ -93,9 +93,9 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
         (MINIMAL + "[limits]\nmempool_events = 0\n", "limits.mempool_events: expected int >= 1"),
         (MINIMAL + "limits = 3\n", "unknown key network.limits"),
         ("limits = 3\n" + MINIMAL, "limits: expected object, got int"),
-        (MINIMAL.replace(CHAIN, "AB" * 32), "node.chain_id: expected str matching"),
-        (MINIMAL.replace('"library"', '"Library"'), "node.name: expected str matching"),
-        (MINIMAL.replace('listen = "0.0.0.0:7400"', ""), "network: object missing required field listen"),
+        (MINIMAL.replace(CHAIN, "AB" * 32), "node.chain_id: expected 64 lower-case hexadecimal digits"),
+        (MINIMAL.replace('"library"', '"Library"'), "node.name: expected a name of a-z"),
+        (MINIMAL.replace('listen = "0.0.0.0:7400"', ""), "network.listen: required, found none"),
         (MINIMAL.replace("0.0.0.0:7400", "7400"), 'network.listen: expected "host:port"'),
         (
             MINIMAL.replace("0.0.0.0:7400", "::1:7400"),
@@ -112,8 +112,8 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
             MINIMAL + '[network.peers]\nlibrary = "other:1"\n',
             "expected other members, found this node, library",
         ),
-        (MINIMAL + "[node]\n", "expected TOML"),
-        ("", "file: object missing required field node"),
+        (MINIMAL + "[node]\n", "expected a configuration in TOML"),
+        ("", "node: required, found none"),
     ],
 )
 def test_wrong_value_is_refused_with_its_key(tmp_path: Path, text: str, message: str) -> None:
@@ -158,6 +158,56 @@ def test_tokens_come_from_configuration_and_private_file_and_never_show_in_repr(
     with pytest.raises(ConfigError, match="found token 1 with 5"):
         api_tokens(api)
     assert "api.tokens[0]: expected str of length >= 16" in refused(tmp_path, MINIMAL + '[api]\ntokens = ["x"]\n')
+
+
+def test_a_tokens_file_without_tokens_does_not_open_the_interface_to_everybody(tmp_path: Path) -> None:
+    tokens_file = tmp_path / "tokens"
+    tokens_file.write_text("# all of them were revoked\n")
+    tokens_file.chmod(0o600)
+    text = MINIMAL + '[api]\nlisten = "0.0.0.0:7480"\ntokens_file = "tokens"\n'
+    with pytest.raises(ConfigError, match="tokens: expected at least one token, a line each, found none"):
+        api_tokens(load_config(write(tmp_path, text)).api)
+
+
+@pytest.mark.parametrize("token", ["with a space 0123456789", "not-ascii-ü-0123456789"])
+def test_a_token_that_no_header_can_hold_is_refused_without_showing_it(tmp_path: Path, token: str) -> None:
+    inline = refused(tmp_path, MINIMAL + f'[api]\ntokens = ["{token}"]\n')
+    assert "api.tokens[0]: expected visible ASCII characters alone" in inline
+    tokens_file = tmp_path / "tokens"
+    tokens_file.write_text(f"a-good-token-0123456789\n{token}\n", encoding="utf-8")
+    tokens_file.chmod(0o600)
+    with pytest.raises(ConfigError, match="found more in token 2") as caught:
+        api_tokens(load_config(write(tmp_path, MINIMAL + '[api]\ntokens_file = "tokens"\n')).api)
+    assert token not in inline + str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "message"),
+    [
+        ('name = "library"', 'name = "Library"', "node.name: expected a name of a-z, 0-9"),
+        ('name = "library"', 'name = "Library"', "found 'Library'"),
+        ('name = "library"', "", "node.name: required, found none"),
+        (f'chain_id = "{CHAIN}"', 'chain_id = "abc"', "expected 64 lower-case hexadecimal digits, found 'abc'"),
+        ('data_directory = "data"', 'data_directory = "a\\u0000b"', "node.data_directory: expected a path"),
+        ('data_directory = "data"', 'data_directory = "~nobody-here/x"', "home directory is not known"),
+        ('listen = "0.0.0.0:7400"', 'listen = "0.0.0.0:7400"\npeers.press = 5', "network.peers.press: expected a non"),
+        ('listen = "0.0.0.0:7400"', 'listen = "0.0.0.0:7400"\npeers.Press = "h:1"', "found 'Press'"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_key_and_what_was_found(
+    tmp_path: Path, line: str, other: str, message: str
+) -> None:
+    assert line in MINIMAL
+    assert message in refused(tmp_path, MINIMAL.replace(line, other))
+
+
+def test_a_section_of_the_wrong_kind_is_not_printed_for_it_may_hold_tokens(tmp_path: Path) -> None:
+    assert "hunter2" not in refused(tmp_path, MINIMAL + '[[api]]\ntokens = ["hunter2-hunter2-hunter2"]\n')
+
+
+def test_the_longest_name_a_genesis_may_have_is_a_name_here(tmp_path: Path) -> None:
+    name = "a" * 64
+    assert load_config(write(tmp_path, MINIMAL.replace('"library"', f'"{name}"'))).node.name == name
 
 
 def test_token_is_not_echoed_when_it_is_refused(tmp_path: Path) -> None:
