@@ -232,11 +232,7 @@ class Transcript:
         self._roles = {invited.name: invited.role for invited in invitation.members}
         self._said: dict[type[Body], dict[str, Body]] = {kind: {} for kind in ROUNDS}
         self._bodies: dict[tuple[type[Body], str], bytes] = {}
-        decoded = [decode(message, SignedMessage, MAX_MESSAGE_BYTES) for message in messages]
-        opened: list[tuple[SignedMessage, Body]] = [
-            (message, decode(message.body, Body, MAX_MESSAGE_BYTES))  # type: ignore[arg-type]
-            for message in decoded
-        ]
+        opened = [_opened(message) for message in messages]
         for message, body in sorted(opened, key=lambda pair: ROUNDS.index(type(pair[1]))):
             self._take(message, body)
         self._check()
@@ -392,7 +388,10 @@ class Transcript:
             member = body.member
         else:
             member = self.member(sender)
-        verify(member.scheme, member.identity_key, tagged_message(Tag.CEREMONY, message.body), message.signature)
+        try:
+            verify(member.scheme, member.identity_key, tagged_message(Tag.CEREMONY, message.body), message.signature)
+        except Rejected as error:
+            raise _told(f"the {_name(kind)} of {sender}", error) from error
         held = self._bodies.setdefault((kind, sender), message.body)
         if held != message.body:
             raise Rejected(
@@ -412,7 +411,10 @@ class Transcript:
         refreshed = self.invitation.refreshed(sender)
         if refreshed is not None and join.member != refreshed:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"{sender} joined with other keys: a refresh changes no member")
-        check_member_keys(join.member, self.invitation.certificate_scheme, self.invitation.nonce)
+        try:
+            check_member_keys(join.member, self.invitation.certificate_scheme, self.invitation.nonce)
+        except Rejected as error:
+            raise _told(f"the join of {sender}", error) from error
 
     def _check(self) -> None:
         """Messages of a round are over all of those before it that are here, and dealers kept the protocol."""
@@ -505,6 +507,19 @@ class Transcript:
                 Reason.CEREMONY_INCOMPLETE, f"waiting for the {missing.round} of {', '.join(missing.members)}"
             )
         return tagged_hash(Tag.CEREMONY, what.encode(), before, *(self._bodies[kind, name] for name in members))
+
+
+def _opened(message: bytes) -> tuple[SignedMessage, Body]:
+    signed = decode(message, SignedMessage, MAX_MESSAGE_BYTES)
+    try:
+        return signed, decode(signed.body, Body, MAX_MESSAGE_BYTES)  # type: ignore[arg-type]
+    except Rejected as error:
+        raise _told(f"a message of {signed.sender}", error) from error
+
+
+def _told(which: str, error: Rejected) -> Rejected:
+    """What is wrong with a message, with whose it is."""
+    return Rejected(error.reason, f"{which}: {error.detail}")
 
 
 def _name(kind: type[Body]) -> str:

@@ -9,9 +9,11 @@ over which commitments it has dealt, which is on disk before the deal is.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -32,6 +34,8 @@ GENESIS_FILE = "genesis.json"
 MAX_FILES = 8 * MAX_MEMBERS
 MAX_MEMBERSHIP_BYTES = MAX_GENESIS_BYTES
 NOT_A_MESSAGE = frozenset({INVITATION_FILE})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ def read_folder(path: Path) -> Folder:
     files = sorted(held for held in path.iterdir() if held.suffix == SUFFIX and held.name not in NOT_A_MESSAGE)
     if len(files) > MAX_FILES:
         raise ConfigError(f"{path}: expected at most {MAX_FILES} messages, found {len(files)}")
-    return Folder(path, decode_invitation(_read(invitation)), tuple(_read(held) for held in files))
+    return Folder(path, _told(invitation, decode_invitation), tuple(_told(held, _message) for held in files))
 
 
 def write_invitation(path: Path, invitation: Invitation) -> None:
@@ -116,7 +120,12 @@ def join(
     message = participant.join()
     Transcript(folder.invitation, [*folder.messages, message])
     Keystore.create(keystore, first, passphrase, cost)
-    return _write(folder.path, message)
+    try:
+        return _write(folder.path, message)
+    except (ConfigError, OSError):
+        # Nobody has heard of these keys.
+        keystore.unlink()
+        raise
 
 
 def contribute(path: Path, keystore: Keystore, told: Callable[[str], None]) -> Transcript:
@@ -187,8 +196,14 @@ def write_result(path: Path, made: Genesis | Membership) -> None:
     file, encoded = result_file(path, made)
     if not file.exists():
         write_new(file, encoded)
-    elif _read(file, len(encoded)) != encoded:
+    elif not holds(file, encoded):
         raise ConfigError(f"{file}: expected what this ceremony ends in, found another file")
+
+
+def holds(file: Path, encoded: bytes) -> bool:
+    """Whether a regular file holds these bytes and no others."""
+    with open_regular(file, sys.maxsize) as (opened, size_bytes):
+        return size_bytes == len(encoded) and opened.read(size_bytes) == encoded
 
 
 def _participant(folder: Folder, transcript: Transcript, keystore: Keystore) -> Participant:
@@ -251,9 +266,17 @@ def _round_of(body: bytes) -> str:
     return tag.removeprefix("ceremony-")
 
 
-def _read(file: Path, max_bytes: int = 2 * MAX_MESSAGE_BYTES) -> bytes:
+def _told(file: Path, read: Callable[[bytes], T]) -> T:
+    """What a file holds; what is wrong with it is told with its name."""
+    with open_regular(file, 2 * MAX_MESSAGE_BYTES) as (opened, size_bytes):
+        content = opened.read(size_bytes)
     try:
-        with open_regular(file, max_bytes) as (opened, size_bytes):
-            return opened.read(size_bytes)
+        return read(content)
     except Rejected as error:
-        raise Rejected(error.reason, f"{file.name}: {error.detail}") from error
+        raise Rejected(error.reason, f"{file}: {error.detail}") from error
+
+
+def _message(content: bytes) -> bytes:
+    """The file as it is, once it is a message, of whomever."""
+    decode(content, SignedMessage, MAX_MESSAGE_BYTES)
+    return content

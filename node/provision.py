@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from consensus.ceremony import Invited
 from consensus.genesis import MemberPlan, generate_genesis, genesis_from_json, genesis_to_json
 from consensus.identifiers import VOTING_ROLES, ChainId, Role
 from consensus.keys import SignatureScheme
@@ -101,7 +102,7 @@ def provision(
     """
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory}: expected an empty or missing directory, found files in it")
-    _check_roles(requests)
+    check_roles(requests)
     located = _with_addresses(requests)
     try:
         genesis, secrets = generate_genesis(
@@ -155,8 +156,12 @@ def free_ports(count: int) -> list[int]:
             held.close()
 
 
-def _check_roles(requests: Sequence[MemberRequest]) -> None:
-    """What the key generation needs before it starts; all else is ``check_genesis``'s."""
+def check_roles(requests: Sequence[MemberRequest | Invited]) -> None:
+    """What a key generation needs before it starts; all else is ``check_genesis``'s.
+
+    Raises:
+        ConfigError: two members of one name, or a voting role without a member.
+    """
     names = [request.name for request in requests]
     for name in names:
         if names.count(name) > 1:

@@ -26,6 +26,7 @@ from node.ceremony import (
     GENESIS_FILE,
     contribute,
     finish,
+    holds,
     join,
     read_folder,
     result_file,
@@ -34,11 +35,17 @@ from node.ceremony import (
 )
 from node.clock import SystemClock
 from node.commands.fields import hex_argument
-from node.commands.network import IDENTITIES, TWO_THIRDS, parse_members, print_tolerances, threshold_option
+from node.commands.network import (
+    IDENTITIES,
+    TWO_THIRDS,
+    parse_invited,
+    parse_origin,
+    print_tolerances,
+    threshold_option,
+)
 from node.commands.output import print_json, print_table
-from node.files import open_regular
 from node.keystore import MODERATE_COST, Keystore, read_passphrase
-from node.provision import MemberRequest
+from node.provision import MemberRequest, check_roles
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 _KEYSTORE = click.option(
@@ -67,11 +74,18 @@ def ceremony() -> None:
 
 @ceremony.command("init")
 @_FOLDER
-@click.option("--name", "origin", metavar="ORIGIN", required=True, help="Origin name of the log, as our.example/log.")
+@click.option(
+    "--name",
+    "origin",
+    metavar="ORIGIN",
+    required=True,
+    callback=parse_origin,
+    help="Origin name of the log, as our.example/log.",
+)
 @click.option(
     "--member",
     "requests",
-    callback=parse_members,
+    callback=parse_invited,
     metavar="NAME:ROLE",
     multiple=True,
     required=True,
@@ -88,7 +102,7 @@ def ceremony() -> None:
 @click.option(
     "--heartbeat-ms",
     type=click.IntRange(10, 86_400_000),
-    help="An idle network makes an empty ledger block this often.",
+    help=f"An idle network makes an empty ledger block this often. Default: {Parameters().heartbeat_ms}.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def ceremony_init(
@@ -110,6 +124,7 @@ def ceremony_init(
       countersign ceremony init founding --name our.example/log --member library:data-source \\
         --member council:governance --member laboratory:operator
     """
+    check_roles(requests)
     counts = {role: sum(request.role == role for request in requests) for role in VOTING_ROLES}
     invitation = Invitation(
         version=VERSION,
@@ -273,9 +288,8 @@ def ceremony_verify(folder: Path, chain_id: str | None, as_json: bool) -> None:
         raise Rejected(Reason.WRONG_CHAIN, f"this ceremony ends in chain {genesis.chain_id.hex()}, not {chain_id}")
     file, encoded = folder / GENESIS_FILE, genesis_to_json(genesis)
     if file.exists():
-        with open_regular(file, len(encoded)) as (opened, size_bytes):
-            if opened.read(size_bytes) != encoded:
-                raise Rejected(Reason.WRONG_CHAIN, f"{file} is not the genesis this ceremony ends in")
+        if not holds(file, encoded):
+            raise Rejected(Reason.WRONG_CHAIN, f"{file} is not the genesis this ceremony ends in")
     else:
         write_result(folder, genesis)
     if as_json:

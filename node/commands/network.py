@@ -5,10 +5,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
+import msgspec
 
 from consensus.identifiers import VOTING_ROLES, Role
 from consensus.keys import SignatureScheme
-from consensus.membership import BLS_THRESHOLD, SCHEME_NEEDS, Genesis, Parameters, Tolerance, committee
+from consensus.membership import (
+    BLS_THRESHOLD,
+    SCHEME_NEEDS,
+    Genesis,
+    LogName,
+    MemberName,
+    Parameters,
+    Tolerance,
+    committee,
+)
 from node.clock import SystemClock
 from node.commands.output import print_json, print_table
 from node.config import Address
@@ -24,17 +34,52 @@ def parse_members(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[MemberRequest, ...]:
     """``NAME:ROLE[:HOST:PORT]`` each. A click callback."""
+    return _parsed(context, parameter, values, "NAME:ROLE[:HOST:PORT]")
+
+
+def parse_invited(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[MemberRequest, ...]:
+    """``NAME:ROLE`` each: where somebody's node will be is that member's to say. A click callback."""
+    return _parsed(context, parameter, values, "NAME:ROLE")
+
+
+def parse_origin(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The origin name of a log. A click callback."""
+    try:
+        return msgspec.convert(value, LogName)
+    except msgspec.ValidationError as error:
+        raise click.BadParameter(
+            f"expected up to 128 of a-z, 0-9, '.', '-' and '/', the first and last a letter or digit, found {value!a}",
+            context,
+            parameter,
+        ) from error
+
+
+def _parsed(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...], form: str
+) -> tuple[MemberRequest, ...]:
     requests = []
     for value in values:
-        parts = value.split(":", 2)
+        name, _, rest = value.partition(":")
+        role, separator, address = rest.partition(":")
         try:
-            requests.append(
-                MemberRequest(parts[0], Role(parts[1]), Address.parse(parts[2]) if len(parts) == 3 else None)
-            )
-        except (IndexError, ValueError) as error:
+            if separator and "HOST" not in form:
+                raise ValueError("an address")
+            requests.append(MemberRequest(name, Role(role), Address.parse(address) if separator else None))
+        except ValueError as error:
             roles = ", ".join(role.value for role in Role)
             raise click.BadParameter(
-                f"expected NAME:ROLE[:HOST:PORT] with a role of {roles}, found {value}", context, parameter
+                f"expected {form} with a role of {roles}, found {value!a}", context, parameter
+            ) from error
+        try:
+            msgspec.convert(name, MemberName)
+        except msgspec.ValidationError as error:
+            raise click.BadParameter(
+                f"expected a name of up to 64 of a-z, 0-9, '.' and '-', the first and last a letter or digit, "
+                f"found {name!a}",
+                context,
+                parameter,
             ) from error
     return tuple(requests)
 
@@ -70,7 +115,14 @@ def network() -> None:
 
 @network.command("init")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write; empty or missing.")
-@click.option("--name", "origin", metavar="ORIGIN", required=True, help="Origin name of the log, as trial.example/log.")
+@click.option(
+    "--name",
+    "origin",
+    metavar="ORIGIN",
+    required=True,
+    callback=parse_origin,
+    help="Origin name of the log, as trial.example/log.",
+)
 @click.option(
     "--member",
     "requests",
@@ -101,7 +153,7 @@ def network() -> None:
 @click.option(
     "--heartbeat-ms",
     type=click.IntRange(10, 86_400_000),
-    help="An idle network makes an empty ledger block this often.",
+    help=f"An idle network makes an empty ledger block this often. Default: {Parameters().heartbeat_ms}.",
 )
 @click.option(
     "--purpose",

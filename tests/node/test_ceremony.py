@@ -4,12 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 from node_fixtures import running, until
 
 from consensus.ceremony import Commit, SignedMessage
-from consensus.codec import encode
+from consensus.codec import decode, encode
 from consensus.genesis import genesis_from_json, genesis_to_json
 from consensus.identifiers import Role, Tag, tagged_message
 from consensus.key_generation import Dealer
@@ -214,7 +215,7 @@ def test_nobody_joins_twice_uninvited_or_over_a_keystore(partners: Partners) -> 
         "ceremony", "join", partners.folder("press"), "--as", "press", "--invitation", partners.digest,
         *partners.secrets("press"), code=2,
     ).output  # fmt: skip
-    assert "never overwritten" in output
+    assert "nothing is overwritten" in output
 
 
 def test_hostile_files_in_the_folder_are_named_and_nothing_is_written(partners: Partners, tmp_path: Path) -> None:
@@ -226,11 +227,11 @@ def test_hostile_files_in_the_folder_are_named_and_nothing_is_written(partners: 
     for content in (b"", b"\x93", bytes(300), b"\xff" * 500, joined[:-1], joined + b"\x00", b"\x95" + joined[1:]):
         planted.write_bytes(content)
         output = run("ceremony", "contribute", own, *partners.secrets("library"), code=1).output
-        assert "Traceback" not in output
+        assert f"{planted}: " in output
         planted.unlink()
     with planted.open("wb") as huge:
         huge.truncate(1 << 30)
-    assert "oversized: planted.ceremony" in run("ceremony", "status", own, code=1).output
+    assert f"oversized: {planted} has" in run("ceremony", "status", own, code=1).output
     planted.unlink()
     os.mkfifo(planted)
     assert "not a regular file" in run("ceremony", "status", own, code=1).output
@@ -243,6 +244,46 @@ def test_hostile_files_in_the_folder_are_named_and_nothing_is_written(partners: 
     other.join("press")
     shutil.copy(other.folder("press") / "join-press.ceremony", planted)
     assert "joined another ceremony" in run("ceremony", "status", own, code=1).output
+
+
+def test_a_changed_message_is_told_with_whose_it_is(partners: Partners) -> None:
+    partners.join()
+    file = partners.folder("library") / "join-press.ceremony"
+    message = decode(file.read_bytes(), SignedMessage, 1 << 20)
+    forged = msgspec.structs.replace(message, signature=bytes(64))
+    file.write_bytes(encode(forged))
+    assert "bad-signature: the join of press: " in run("ceremony", "status", file.parent, code=1).output
+    forged = msgspec.structs.replace(message, body=message.body[:-1])
+    file.write_bytes(encode(forged))
+    assert "malformed: a message of press: " in run("ceremony", "status", file.parent, code=1).output
+
+
+def test_a_join_that_cannot_be_written_leaves_no_keys_behind(partners: Partners) -> None:
+    own = partners.folder("press")
+    # A message of somebody else lies under the name that this one's must have.
+    partners.join("library")
+    shutil.copy(own / "join-library.ceremony", own / "join-press.ceremony")
+    output = run(
+        "ceremony", "join", own, "--as", "press", "--invitation", partners.digest, *partners.secrets("press"), code=2
+    ).output
+    assert "join-press.ceremony: expected no such file" in output
+    assert not (partners.root / "press" / "keystore.json").exists()
+    (own / "join-press.ceremony").unlink()
+    partners.join("press")
+
+
+def test_an_invitation_names_roles_and_no_addresses(tmp_path: Path) -> None:
+    init = ("ceremony", "init", tmp_path / "f", "--name", "our.example/log", "--member", "council:governance")
+    more = ("--member", "laboratory:operator")
+    library = "--member", "library:data-source"
+    address = run(*init, *more, "--member", "library:data-source:10.0.0.1:7400", code=2).output
+    assert "expected NAME:ROLE with a role of" in address
+    assert "expected a name of up to 64" in run(*init, *more, "--member", "Library:data-source", code=2).output
+    assert "at least one operator member, found none" in run(*init, *library, code=2).output
+    assert "two members are called library" in run(*init, *more, *library, *library, code=2).output
+    named = run("ceremony", "init", tmp_path / "f", "--name", "Our Log", *more, code=2).output
+    assert "found 'Our Log'" in named
+    assert not (tmp_path / "f").exists()
 
 
 def test_keystore_of_no_member_or_of_an_older_ceremony_takes_no_part(partners: Partners, tmp_path: Path) -> None:
@@ -271,6 +312,9 @@ def test_verify_refuses_another_chain_an_unfinished_ceremony_and_a_changed_genes
     assert "is not the genesis this ceremony ends in" in run("ceremony", "verify", folder, code=1).output
     refused = run("ceremony", "finish", folder, *partners.secrets("council"), code=2).output
     assert "found another file" in refused
+    (folder / "genesis.json").write_bytes(genesis_to_json(genesis) + b"\n")
+    assert "is not the genesis this ceremony ends in" in run("ceremony", "verify", folder, code=1).output
+    assert "found another file" in run("ceremony", "finish", folder, *partners.secrets("council"), code=2).output
 
 
 def test_key_share_is_never_printed_or_left_in_the_folder(partners: Partners) -> None:
