@@ -4,18 +4,23 @@ Commands are loaded only when asked for, so that ``countersign verify`` runs whe
 nor an HTTP client is installed. A command whose libraries are missing says which extra brings them.
 
 Exit codes: 0 yes or done, 1 no or refused, 2 not known (a node that does not answer, a usage or configuration
-error, a missing extra). Errors are one line on standard error, ``error: REASON: detail``, never a traceback.
+error, an event not final yet, a missing extra), 130 interrupted, 141 nobody reads the output any more. Errors are one
+line on standard error, ``error: REASON: detail``, never a traceback.
 
 What each command does is in ``commands/``; ``every_command`` lists them all for the tests that hold help and
 documentation complete.
 """
 
 import importlib
+import io
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import click
 
@@ -23,9 +28,13 @@ from consensus.membership import Genesis
 from consensus.predicates import Predicate
 from consensus.predicates.accumulators import Window
 from consensus.rejection import ConfigError, CountersignError, InvariantBroken, Rejected, Unavailable
+from node.commands.output import printable
 
 EXIT_REFUSED = 1
 EXIT_UNKNOWN = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+"""As a shell tells of who was ended by SIGINT and SIGPIPE: neither is an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,7 @@ class Refused(click.ClickException):
     exit_code = EXIT_REFUSED
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
     def show(self, file: IO[str] | None = None) -> None:
         """Print it on standard error."""
@@ -88,6 +97,12 @@ class NotKnown(Refused):
     """There is no answer: wrongly asked, or nobody to ask."""
 
     exit_code = EXIT_UNKNOWN
+
+
+class Interrupted(Refused):
+    """Stopped by its user before there was an answer."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class LazyGroup(click.Group):
@@ -111,22 +126,46 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Read the arguments, and print help where it is asked for."""
+        for stream in (sys.stdout, sys.stderr):
+            # A file's name or another's words that the terminal cannot show must not stop an answer.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
+        with _wording():
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, context: click.Context) -> object:
         """Run a command; what it raises becomes one line and an exit code."""
         context.obj = _Outside()
-        try:
+        with _wording():
             return super().invoke(context)
-        except ExceptionGroup as group:
-            # A node's tasks fail together; the first that says why is the one to show.
-            worded = _first_worded(group)
-            if worded is None:
-                raise
-            raise worded from group
-        except (CountersignError, ModuleNotFoundError, OSError) as error:
-            failure = _worded(error)
-            if failure is None:
-                raise
-            raise failure from error
+
+
+@contextmanager
+def _wording() -> Iterator[None]:
+    """What is raised becomes one line and an exit code."""
+    try:
+        yield
+    except ExceptionGroup as group:
+        # A node's tasks fail together; the first that says why is the one to show.
+        worded = _first_worded(group)
+        if worded is None:
+            raise
+        raise worded from group
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted") from error
+    except BrokenPipeError as error:
+        # Nor is what is still buffered written when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(EXIT_BROKEN_PIPE) from error
+    except (CountersignError, ModuleNotFoundError, OSError, UnicodeEncodeError) as error:
+        failure = _worded(error)
+        if failure is None:
+            raise
+        raise failure from error
 
 
 class _Outside:
@@ -173,6 +212,8 @@ def _worded(error: Exception) -> Refused | None:
             return None
         extra = "attribution" if missing in _TORCH_MODULES else _EXTRAS.get(missing, "node")
         return NotKnown(f"this command needs the {extra} extra: pip install 'countersign[{extra}]'")
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return NotKnown("text: expected UTF-8 in every argument and file name, found other bytes")
     if isinstance(error, OSError):
         return NotKnown(f"file: {error.filename or 'input or output'}: {error.strerror or error}")
     return None
@@ -187,7 +228,7 @@ def main() -> None:
     Try it:     countersign demo
     Check it:   countersign verify included --bundle FILE --genesis FILE --chain-id HEX
 
-    Exit codes: 0 yes or done, 1 no or refused, 2 not known or wrongly asked.
+    Exit codes: 0 yes or done, 1 no or refused, 2 not known or wrongly asked, 130 interrupted.
     """
 
 

@@ -28,6 +28,7 @@ from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.predicates import Answer, Predicate, ReleasedFile, Verdict, predicate_named, verify
 from consensus.rejection import Reason, Rejected
+from node.commands.output import printable
 from node.files import open_regular
 from node.weights import read_weights
 
@@ -269,11 +270,6 @@ def verdict_object(bundle: OpenBundle, verdict: Verdict) -> dict[str, object]:
         },
         "steps": [{"number": step.number, "status": step.status.value, "text": step.text} for step in verdict.steps],
     }
-
-
-def printable(text: str) -> str:
-    """The text with control characters spelled out: names in a bundle are other people's words."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _time(timestamp_ms: int) -> str:

@@ -8,7 +8,7 @@ import msgspec
 from node.client import GrantAnswer
 from node.commands.connection import connect, node_options
 from node.commands.fields import hex_argument
-from node.commands.output import print_json, print_table
+from node.commands.output import print_json, print_table, printable
 
 
 @click.group()
@@ -81,4 +81,4 @@ def _print_grant(found: GrantAnswer, as_json: bool) -> None:
     click.echo(f"signed by  {', '.join(found.signers) or 'nobody'}")
     click.echo(f"waits for  {', '.join(found.missing) or 'nobody'}")
     for refusal in found.refusals:
-        click.echo(f"{refusal.member} refuses: {refusal.error}: {refusal.detail}")
+        click.echo(printable(f"{refusal.member} refuses: {refusal.error}: {refusal.detail}"))

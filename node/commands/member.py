@@ -97,6 +97,8 @@ def read_event(path: Path, members: Committee) -> CheckedEvent:
     try:
         with path.open("rb") as file:
             wire = unpack(file.read(MAX_EVENT_FILE_BYTES))
+        return check_unsigned(wire.entry, wire.portions, members)
     except OSError as error:
         raise ConfigError(f"{path}: expected an event file, found: {error.strerror}") from error
-    return check_unsigned(wire.entry, wire.portions, members)
+    except Rejected as error:
+        raise Rejected(error.reason, f"{path}: {error.detail}") from error

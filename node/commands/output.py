@@ -1,6 +1,7 @@
 """How commands print: plain lines for people, one JSON document for scripts."""
 
 import json
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -8,12 +9,23 @@ import click
 
 
 def print_json(document: object) -> None:
-    """One JSON document, indented, keys as given."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    """One JSON document, indented, keys as given; with escapes where it could not be printed as UTF-8."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode((sys.stdout.encoding or "utf-8") if sys.stdout else "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2)
+    click.echo(text)
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: names on a log are other people's words."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell, the last one ragged."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(headings, *rows, strict=True)]
     for row in (headings, *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

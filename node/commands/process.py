@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 
 from node.commands.connection import connect, node_options
-from node.commands.member import load_member
-from node.commands.output import print_json
+from node.commands.output import print_json, printable
 from node.config import api_tokens, load_config
+from node.files import require_folder
+from node.identity import load_genesis, load_identity
 
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -52,9 +53,12 @@ def node_run(config_path: Path, check: bool) -> None:
     """
     config = load_config(config_path)
     if check:
-        own = load_member(config_path)
+        genesis = load_genesis(config)
+        member = load_identity(config, genesis).member
         api_tokens(config.api)
-        click.echo(f"{config_path}: {own.member.name}, {own.member.role.value}, chain {config.node.chain_id}: ready")
+        require_folder(config.node.data_directory)
+        role = member.role.value if member in genesis.members else "a member of a later epoch"
+        click.echo(f"{config_path}: {member.name}, {role}, chain {config.node.chain_id}: ready")
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if config.node.log_format == "json" else logging.Formatter(TEXT_FORMAT))
@@ -89,7 +93,7 @@ def _readable(value: object) -> str:
         separator = "; " if any(isinstance(item, dict) for item in value) else ", "
         return separator.join(_readable(item) for item in value) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {inner}" for name, inner in value.items())
+        return ", ".join(f"{name.replace('_', ' ')} {inner}" for name, inner in value.items()) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value) or "-"
+    return printable(str(value)) or "-"

@@ -122,6 +122,56 @@ def test_unknown_commands_and_options_are_usage_errors() -> None:
     assert run("log", "prove", "--config", "x", "--out", "y").exit_code == 2
 
 
+# Surroundings
+
+
+def process(*arguments: str | bytes | Path, stdout: int, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "from node.cli import main; main(prog_name='countersign')", *arguments]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, cwd=root, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("arguments", [("network", "--help"), ("verify", "--help")])
+def test_output_that_nobody_reads_any_more_ends_a_command_quietly_and_is_no_answer(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    asked = process(*arguments, stdout=writing)
+    os.close(writing)
+    assert (asked.communicate(timeout=60)[1], asked.returncode) == (b"", 141)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("log", "--help")])
+def test_a_full_disk_under_the_output_is_one_line(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        asked = process(*arguments, stdout=full.fileno())
+        errors = asked.communicate(timeout=60)[1]
+    assert (errors, asked.returncode) == (b"error: file: input or output: No space left on device\n", 2)
+
+
+def test_interrupting_a_command_is_no_answer(answering: tuple[str, dict[str, tuple[int, bytes]]]) -> None:
+    url, table = answering
+    table["/v1/events"] = (200, b'{"events": [], "next": null}')
+    asked = process("log", "show", "--url", url, "--follow", stdout=subprocess.PIPE)
+    assert asked.stdout is not None
+    asked.stdout.readline()
+    asked.send_signal(signal.SIGINT)
+    assert asked.communicate(timeout=60)[1] == b"error: interrupted\n"
+    assert asked.returncode == 130
+
+
+def test_names_that_are_not_utf_8_are_told_in_escapes_or_refused_in_one_line(consortium: Provisioned) -> None:
+    member = consortium.members["library"]
+    odd = os.fsencode(member.directory) + b"/\xff.toml"
+    Path(os.fsdecode(odd)).write_bytes(member.config.read_bytes())
+    asked = process("node", "run", "--check", "--config", odd, stdout=subprocess.PIPE, PYTHONIOENCODING="utf-8:strict")
+    output, errors = asked.communicate(timeout=60)
+    assert (asked.returncode, errors) == (0, b"")
+    assert b"\\udcff.toml: library" in output
+    asked = process("node", "status", "--url", b"http://127.0.0.1:1/\xff", stdout=subprocess.PIPE)
+    assert b"error: text: expected UTF-8" in asked.communicate(timeout=60)[1]
+    assert asked.returncode == 2
+
+
 # Extras
 
 BLOCKED = """
@@ -205,6 +255,42 @@ def test_node_run_check_accepts_a_provisioned_member_and_names_what_is_wrong(con
     refused(2, "expected a configuration file", "node", "run", "--config", member.directory / "none.toml")
 
 
+def test_node_run_check_knows_a_member_that_joins_later_and_a_data_directory_that_is_none(tmp_path: Path) -> None:
+    member = networks(tmp_path).members["library"]
+    config = member.config.read_text()
+    later = member.directory / "archive.toml"
+    later.write_text(config.replace('name = "library"', 'name = "archive"'))
+    refused(2, "node.name: expected a member of the genesis", "node", "run", "--config", later, "--check")
+    (member.directory / "keystore.epoch-1.json").write_bytes(member.keystore.read_bytes())
+    (member.directory / "keystore.epoch-1.json").chmod(0o600)
+    result = run("node", "run", "--config", later, "--check")
+    assert (result.exit_code, "archive, a member of a later epoch" in result.output) == (0, True)
+    later.write_text(config.replace('data_directory = "data"', 'data_directory = "passphrase"'))
+    for check in (("--check",), ()):
+        refused(2, "passphrase: expected a folder, or nothing yet", "node", "run", "--config", later, *check)
+
+
+def test_a_passphrase_of_any_bytes_may_stand_in_the_environment(
+    consortium: Provisioned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = consortium.members["library"]
+    lines = member.config.read_text().splitlines(keepends=True)
+    config = member.directory / "environment.toml"
+    config.write_text("".join(line for line in lines if not line.startswith("passphrase_file")))
+    monkeypatch.setenv("COUNTERSIGN_PASSPHRASE", os.fsdecode(b"\xff\xfe"))
+    refused(2, "the passphrase does not open this keystore", "node", "run", "--config", config, "--check")
+
+
+def test_a_token_that_no_header_can_hold_is_refused_and_never_printed(tmp_path: Path) -> None:
+    token_file = tmp_path / "token"
+    for token in ("secret-one\nsecret-two", "secret-ü", ""):
+        token_file.write_text(token)
+        token_file.chmod(0o600)
+        asked = ("node", "status", "--url", "http://127.0.0.1:1", "--token-file", token_file)
+        refused(2, "expected one API token, of visible ASCII characters alone", *asked)
+        assert "secret" not in run(*asked).output
+
+
 def test_a_node_that_does_not_answer_is_not_known_rather_than_no(consortium: Provisioned) -> None:
     refused(2, "unavailable: the node at", "node", "status", "--config", consortium.members["library"].config)
     refused(2, "found neither", "node", "status")
@@ -225,6 +311,7 @@ def test_a_node_whose_port_is_taken_says_so_in_one_line(tmp_path: Path) -> None:
 
 def sign_source(consortium: Provisioned, content: Path, out: Path, *options: str) -> Result:
     config = consortium.members["library"].config
+    out.unlink(missing_ok=True)
     return run("source", "sign", "--config", config, "--content", content, "--out", out, *options)
 
 
@@ -386,6 +473,51 @@ def test_a_policy_is_signed_by_one_member_after_the_other(consortium: Provisione
     assert (early.exit_code, "missing-signature" in early.stderr) == (1, True)
 
 
+def test_no_command_writes_over_a_file_but_the_event_that_it_adds_to(consortium: Provisioned, tmp_path: Path) -> None:
+    council, senate = consortium.members["council"], consortium.members["senate"]
+    policy_path, event = tmp_path / "policy.toml", tmp_path / "policy.event"
+    policy_path.write_text(POLICY)
+    keystore = council.keystore.read_bytes()
+    new = ("policy", "sign", "--config", council.config, "--policy", policy_path, "--out")
+    taken = run(*new, council.keystore)
+    assert (taken.exit_code, "nothing is overwritten" in taken.stderr) == (2, True)
+    assert run(*new, event).exit_code == 0
+    again = run(*new, event)
+    assert (again.exit_code, "nothing is overwritten" in again.stderr) == (2, True)
+    assert run("policy", "sign", "--config", senate.config, "--event", event, "--out", event).exit_code == 0
+    assert event_in(event, council.config).signers == {
+        consortium_id(consortium, name) for name in ("council", "senate")
+    }
+    content, overlap = tmp_path / "text", tmp_path / "text.overlap"
+    content.write_bytes(b"a line that is long enough to have a fingerprint of its own")
+    claim = ("--name", "x", "--salt-file", str(tmp_path / "salt"), *CLAIM)
+    lost = sign_source(consortium, content, tmp_path / "claim.event", *claim, "--overlap", str(council.keystore))
+    assert (lost.exit_code, "nothing is overwritten" in lost.stderr) == (2, True)
+    for _ in range(2):
+        made = sign_source(consortium, content, tmp_path / "claim.event", *claim, "--overlap", str(overlap))
+        assert made.exit_code == 0, made.output
+    delegate = ("job", "delegate", "--config", consortium.members["laboratory"].config, "--campaign", "c")
+    refused(2, "nothing is overwritten", *delegate, "--hours", "1", "--out", council.keystore)
+    prove = ("log", "prove", "--config", council.config, "--out", council.keystore)
+    refused(2, "nothing is overwritten", *prove, "ab" * 32)
+    assert council.keystore.read_bytes() == keystore
+
+
+def consortium_id(consortium: Provisioned, name: str) -> bytes:
+    return next(member.id for member in consortium.genesis.members if member.name == name)
+
+
+def test_files_that_are_no_events_are_named(consortium: Provisioned, tmp_path: Path) -> None:
+    path, config = tmp_path / "x.event", consortium.members["council"].config
+    for content in (b"", b"\xff", bytes(100)):
+        path.write_bytes(content)
+        refused(1, f"malformed: {path}: not a SignedEvent", "log", "submit", "--config", config, path)
+        member = ("membership", "sign", "--config", config, "--out", tmp_path / "y")
+        refused(1, f"malformed: {path}: not a SignedEvent", *member, "--event", path)
+        refused(1, f"malformed: {path}: not a Membership", *member, "--membership", path)
+    assert not (tmp_path / "y").exists()
+
+
 def test_rules_by_entropy_band_are_read_beside_those_of_their_class(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text("entropy_edges_milli = [1500, 3000]\n" + POLICY + BAND.format(band=0) + BAND.format(band=2))
@@ -440,6 +572,10 @@ def answering() -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
             self.end_headers()
             self.wfile.write(body)
 
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
         def log_message(self, format: str, *arguments: object) -> None:
             """Quiet."""
 
@@ -465,6 +601,44 @@ def test_a_refusal_keeps_the_nodes_reason_and_an_overloaded_node_is_not_a_no(
     refused(2, "is it a Countersign node?", "source", "list", "--url", url)
     table["/v1/policy"] = (401, b'{"error": "unauthorized", "detail": "token"}')
     refused(1, "unauthorized", "policy", "show", "--url", url)
+
+
+def test_an_event_that_is_not_final_yet_is_neither_a_yes_nor_a_no(
+    consortium: Provisioned, answering: tuple[str, dict[str, tuple[int, bytes]]], tmp_path: Path
+) -> None:
+    url, table = answering
+    table["/v1/events"] = (202, json.dumps({"id": "ab" * 32, "status": "pending"}).encode())
+    configs = {}
+    for name in ("library", "laboratory"):
+        member = consortium.members[name]
+        configs[name] = member.directory / "waiting.toml"
+        configs[name].write_text(member.config.read_text().replace(str(member.api), url.removeprefix("http://")))
+    revoke = ("source", "revoke", "--config", configs["library"], "ab" * 32, "--reason", "consent withdrawn")
+    waits = run(*revoke)
+    assert (waits.exit_code, "pending" in waits.stdout, waits.stderr) == (2, True, "")
+    as_json = run(*revoke, "--json")
+    assert (as_json.exit_code, json.loads(as_json.stdout)["status"]) == (2, "pending")
+    key = tmp_path / "job-key.json"
+    delegate = ("job", "delegate", "--config", configs["laboratory"], "--campaign", "c", "--out", key, "--hours")
+    assert run(*delegate, "nan").exit_code == 2
+    assert not key.exists()
+    delegated = run(*delegate, "1")
+    assert (delegated.exit_code, "pending" in delegated.stdout, key.exists()) == (2, True, True)
+
+
+def test_what_others_wrote_reaches_a_terminal_with_its_control_characters_spelled_out(
+    answering: tuple[str, dict[str, tuple[int, bytes]]],
+) -> None:
+    url, table = answering
+    row = {
+        "id": "ef" * 32, "name": "\x1b[31mred\u202e", "author": "01" * 32, "author_name": "library",
+        "licence": "CC-BY-4.0", "purposes": ["research"], "class": "open",
+    }  # fmt: skip
+    table["/v1/sources"] = (200, json.dumps({"sources": [row]}).encode())
+    assert "\\x1b[31mred\\u202e" in run("source", "list", "--url", url).output
+    assert json.loads(run("source", "list", "--url", url, "--json").stdout)[0]["name"] == row["name"]
+    table["/v1/policy"] = (404, json.dumps({"error": "not-found", "detail": "no \x1b[31mpolicy"}).encode())
+    refused(1, "no \\x1b[31mpolicy", "policy", "show", "--url", url)
 
 
 def test_many_large_sources_with_reserves_do_not_hold_up_the_list(
@@ -569,7 +743,7 @@ def check_whole_path(directory: Path, configs: dict[str, Path], chain_id: str) -
     verify = ("verify", "included", "--bundle", bundle, "--genesis", directory / "net" / "genesis.json", "--chain-id")
     assert run(*verify, chain_id).exit_code == 0
     assert run(*verify, "ab" * 32).exit_code == 1
-    refused(1, "not-found", *prove, "ab" * 32, "--out", receipt)
+    refused(1, "not-found", *prove, "ab" * 32, "--out", directory / "none.receipt")
 
     delegated = run(
         "job", "delegate", "--config", configs["laboratory"], "--campaign", "c", "--hours", "1",
