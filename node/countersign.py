@@ -382,11 +382,14 @@ class CountersignDesk:
         committee = self._ledger.committee
         on_log = self._status_of(event_id)
         grant = self._grants.get(event_id)
+        if on_log.index is not None:
+            # What a countersigner holds has its own signature alone.
+            event = self._ledger.checked(on_log.index)
+            if event.entry.kind is Kind.GRANT:
+                grant = _Grant(event, event.entry, _Needed((), (), 0), None, submitted=True)
+                committee = self._ledger.epochs.at(on_log.index).committee
         if grant is None:
-            event = self._ledger.checked(on_log.index) if on_log.index is not None else None
-            if event is None or event.entry.kind is not Kind.GRANT:
-                raise Rejected(Reason.NOT_FOUND, f"no grant {event_id.hex()} is known here")
-            grant = _Grant(event, event.entry, self._needed(event), None, submitted=True)
+            raise Rejected(Reason.NOT_FOUND, f"no grant {event_id.hex()} is known here")
         refusals = list(grant.refusals.values())
         if on_log.state is EventState.FINAL:
             state = GrantState.FINAL

@@ -298,7 +298,7 @@ class Network:
         try:
             listeners = await trio.open_tcp_listeners(self._listen_port, host=self._listen_host)
         except OSError as error:
-            raise ConfigError(f"cannot listen on {self._listen}: {error}") from error
+            raise ConfigError(f"network.listen: cannot listen on {self._listen}: {error}") from error
         self._addresses = [listener.socket.getsockname()[:2] for listener in listeners]
         return list(listeners)
 

@@ -235,7 +235,7 @@ def audit_record(config_path: Path, replay_path: Path, statement: str, out: Path
 def _auditor(config_path: Path) -> LocalMember:
     own = load_member(config_path)
     if own.member.role not in AUDITING_ROLES:
-        raise ConfigError(f"an operator's steps are audited by others; {own.member.name} is a {own.member.role.value}")
+        raise ConfigError(f"an operator's steps are audited by others; {own.member.name} is an operator")
     return own
 
 

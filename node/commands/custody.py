@@ -179,10 +179,12 @@ def custody_sign(config_path: Path, campaign: bytes, out: Path | None, as_json: 
         last_event = client.campaign(campaign.hex()).last_event
         held = client.custody(campaign.hex())
     lacking = [window for window in held.windows if not window.is_whole]
-    if lacking or not held.windows:
-        first = f": steps {lacking[0].first_step} to {lacking[0].last_step}" if lacking else ""
+    if not held.windows:
+        raise Rejected(Reason.CUSTODY_MISSING, "the campaign has committed to no window yet: there is nothing to hold")
+    if lacking:
+        first = f"steps {lacking[0].first_step} to {lacking[0].last_step}"
         raise Rejected(
-            Reason.CUSTODY_MISSING, f"{len(lacking)} of {len(held.windows)} windows are not here whole{first}"
+            Reason.CUSTODY_MISSING, f"{len(lacking)} of {len(held.windows)} windows are not here whole: {first}"
         )
     content = SaltedPortion(os.urandom(32), encode(Custody(bytes.fromhex(last_event))))
     portions = Portions(None, content, None)

@@ -53,6 +53,8 @@ def log_checkpoint(config_path: Path, out: Path | None, as_json: bool) -> None:
     """
     config = load_config(config_path)
     genesis = load_genesis(config)
+    if out is not None:
+        check_output(out)
     with connect(config_path, None, None) as client:
         note = client.checkpoint()
     members = newest_members(config_path, config, genesis).members

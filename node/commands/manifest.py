@@ -14,9 +14,10 @@ import msgspec
 from msgspec import Meta
 
 from consensus.bundle import OpenBundle
-from consensus.rejection import ConfigError
+from consensus.rejection import ConfigError, Rejected
 from consensus.review import Evaluation
 from consensus.state import EVALUATION_TABLE, EvaluationRecord, review_prefix
+from node.files import open_regular
 
 MAX_MANIFEST_BYTES = 256 << 20
 
@@ -63,11 +64,10 @@ def read_manifest(path: Path) -> Manifest:
         ConfigError: it cannot be read, or is none.
     """
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ConfigError(f"{path}: expected a memorization manifest of at most {MAX_MANIFEST_BYTES} bytes")
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a memorization manifest, found: {error.strerror}") from error
+        with open_regular(path, MAX_MANIFEST_BYTES) as (file, size_bytes):
+            content = file.read(size_bytes)
+    except Rejected as error:
+        raise ConfigError(f"{path}: expected a memorization manifest, found: {error.detail}") from error
     try:
         lines = tuple(msgspec.json.Decoder(ManifestLine).decode_lines(content))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

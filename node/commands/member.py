@@ -11,7 +11,7 @@ from consensus.keys import Signer
 from consensus.membership import GENESIS_EPOCH, Committee, Genesis, Member, committee
 from consensus.portions import Portions
 from consensus.receipt import MAX_STATE_RECEIPT_BYTES, StateReceipt, verify_state_receipt
-from consensus.rejection import ConfigError, Rejected, Unavailable
+from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 from consensus.state import EPOCH_HEAD_KEY
 from node.commands.connection import connect
 from node.config import NodeConfig, load_config
@@ -37,8 +37,9 @@ class LocalMember:
     def require(self, role: Role, what: str) -> None:
         """Raises ``ConfigError`` unless this member holds ``role``."""
         if self.member.role != role:
+            signer = f"an {role.value}" if role is Role.OPERATOR else f"a {role.value}"
             raise ConfigError(
-                f"{what} is signed by a {role.value} member; {self.member.name} is a {self.member.role.value}"
+                f"{what} is signed by {signer} member; the role of {self.member.name} is {self.member.role.value}"
             )
 
 
@@ -66,12 +67,37 @@ def newest_members(config_path: Path, config: NodeConfig, genesis: Genesis) -> C
     """The members of the newest epoch that the node of a configuration proves, else of the genesis."""
     if config.api.listen.port == 0:
         return committee(genesis)
-    trusted = anchor(genesis, config.node.pinned_chain)
     try:
-        with connect(config_path, None, None) as client:
-            encoded = client.state_receipt(EPOCH_HEAD_KEY)
+        receipt = _epoch_receipt(config_path)
     except (Unavailable, Rejected):
-        return trusted.newest.committee
+        return committee(genesis)
+    return _proven_by(receipt, config, genesis)
+
+
+def proven_members(config_path: Path, config: NodeConfig, genesis: Genesis) -> Committee:
+    """The members of the newest epoch, as the node of a configuration proves them; at first of the genesis.
+
+    Raises:
+        Unavailable: the node does not answer: who takes part by now is not known.
+        Rejected: it refuses to, or its proof is none.
+        ConfigError: its port is left to the system.
+    """
+    try:
+        receipt = _epoch_receipt(config_path)
+    except Rejected as error:
+        if error.reason is not Reason.NOT_FOUND:
+            raise
+        return committee(genesis)
+    return _proven_by(receipt, config, genesis)
+
+
+def _epoch_receipt(config_path: Path) -> bytes:
+    with connect(config_path, None, None) as client:
+        return client.state_receipt(EPOCH_HEAD_KEY)
+
+
+def _proven_by(encoded: bytes, config: NodeConfig, genesis: Genesis) -> Committee:
+    trusted = anchor(genesis, config.node.pinned_chain)
     verify_state_receipt(trusted, encoded, EPOCH_HEAD_KEY)
     receipt = decode(encoded, StateReceipt, MAX_STATE_RECEIPT_BYTES)
     return trusted.led_by(receipt.epochs).newest.committee

@@ -13,12 +13,12 @@ from consensus.ceremony import Invitation, Invited
 from consensus.codec import decode, encode
 from consensus.event import CheckedEvent, Kind, check_event, make_entry
 from consensus.identifiers import VOTING_ROLES, MemberId, Role
-from consensus.membership import VERSION, Membership, RoleThreshold, default_threshold
+from consensus.membership import VERSION, Genesis, Membership, RoleThreshold, default_threshold
 from consensus.membership_change import MembershipChange
 from consensus.portions import Portions, SaltedPortion
 from consensus.rejection import ConfigError, Reason, Rejected
 from node.ceremony import MAX_MEMBERSHIP_BYTES, write_invitation
-from node.commands.member import LocalMember, load_member, read_event, signed_by
+from node.commands.member import LocalMember, load_member, proven_members, read_event, signed_by
 from node.commands.network import TWO_THIRDS, parse_invited, threshold_option
 from node.commands.output import print_json, print_table
 from node.commands.submission import deliver
@@ -52,7 +52,7 @@ def membership_show(config_path: Path, as_json: bool) -> None:
       countersign membership show --config library/node.toml
     """
     own = load_member(config_path)
-    members = own.committee
+    members = proven_members(config_path, own.config, own.genesis)
     if as_json:
         listed = [{"name": member.name, "role": member.role.value, "id": member.id.hex()} for member in members.members]
         thresholds = {role.value: members.threshold(role) for role in VOTING_ROLES}
@@ -91,7 +91,7 @@ def membership_invite(
       countersign membership invite second --config library/node.toml --add archive:data-source --remove press
     """
     own = load_member(config_path)
-    before = own.committee
+    before = proven_members(config_path, own.config, own.genesis)
     names = {member.name for member in before.members}
     for name in removed:
         if name not in names:
@@ -105,7 +105,7 @@ def membership_invite(
         same = now == [member.name for member in before.role_members(role)]
         default = before.threshold(role) if same else default_threshold(len(now))
         kept.append(RoleThreshold(role, thresholds.get(role, default)))
-    _invite(folder, own, invited, tuple(kept), None)
+    _invite(folder, own.genesis, before.epoch + 1, invited, tuple(kept), None)
     click.echo("and with --keep KEYSTORE.json if it stays who it is.")
 
 
@@ -124,31 +124,32 @@ def membership_refresh(folder: Path, config_path: Path) -> None:
       countersign membership refresh fresh --config library/node.toml
     """
     own = load_member(config_path)
-    before = own.committee
+    before = proven_members(config_path, own.config, own.genesis)
     invited = tuple(Invited(member.name, member.role) for member in before.members)
     thresholds = tuple(RoleThreshold(role, before.threshold(role)) for role in VOTING_ROLES)
     now = Membership(before.epoch, before.members, thresholds, before.groups)
-    _invite(folder, own, invited, thresholds, now)
+    _invite(folder, own.genesis, before.epoch + 1, invited, thresholds, now)
     click.echo("and with --keep and the keystore whose share it votes with now.")
 
 
 def _invite(
     folder: Path,
-    own: LocalMember,
+    genesis: Genesis,
+    epoch: int,
     invited: tuple[Invited, ...],
     thresholds: tuple[RoleThreshold, ...],
     refreshes: Membership | None,
 ) -> None:
     invitation = Invitation(
         version=VERSION,
-        name=own.genesis.name,
-        nonce=own.genesis.nonce,
-        created_ms=own.genesis.created_ms,
-        certificate_scheme=own.genesis.certificate_scheme,
+        name=genesis.name,
+        nonce=genesis.nonce,
+        created_ms=genesis.created_ms,
+        certificate_scheme=genesis.certificate_scheme,
         members=invited,
         thresholds=thresholds,
-        parameters=own.genesis.parameters,
-        epoch=own.committee.epoch + 1,
+        parameters=genesis.parameters,
+        epoch=epoch,
         refreshes=refreshes,
     )
     write_invitation(folder, invitation)

@@ -1,6 +1,7 @@
 """``countersign campaign recited``: the manifest that a job left, held to what is on the log."""
 
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -162,5 +163,13 @@ def test_manifest_beyond_the_bound_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "memorization.jsonl"
     with path.open("wb") as file:
         file.truncate(MAX_MANIFEST_BYTES + 1)
-    with pytest.raises(ConfigError, match="of at most"):
+    with pytest.raises(ConfigError, match="at most"):
         read_manifest(path)
+
+
+def test_manifest_without_an_end_is_not_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            read_manifest(path)

@@ -297,13 +297,21 @@ def test_a_node_that_does_not_answer_is_not_known_rather_than_no(consortium: Pro
     refused(2, "expected a node's address", "node", "status", "--url", "ftp://somewhere")
 
 
+def test_who_takes_part_is_not_known_from_a_node_that_does_not_answer(consortium: Provisioned, tmp_path: Path) -> None:
+    config = ("--config", consortium.members["library"].config)
+    refused(2, "unavailable: the node at", "membership", "show", *config)
+    refused(2, "unavailable: the node at", "membership", "invite", tmp_path / "f", *config)
+    refused(2, "unavailable: the node at", "membership", "refresh", tmp_path / "f", *config)
+    assert not (tmp_path / "f").exists()
+
+
 def test_a_node_whose_port_is_taken_says_so_in_one_line(tmp_path: Path) -> None:
     consortium = networks(tmp_path)
     library, council = consortium.members["library"], consortium.members["council"]
     with socket.create_server((library.network.host, library.network.port)):
-        refused(2, f"cannot listen on {library.network}", "node", "run", "--config", library.config)
+        refused(2, f"network.listen: cannot listen on {library.network}", "node", "run", "--config", library.config)
     with socket.create_server((council.api.host, council.api.port)):
-        refused(2, f"cannot listen on {council.api}", "node", "run", "--config", council.config)
+        refused(2, f"api.listen: cannot listen on {council.api}", "node", "run", "--config", council.config)
 
 
 # source
@@ -836,6 +844,7 @@ def check_logs(configs: dict[str, Path]) -> None:
         checked = run("log", "fsck", "--config", config)
         assert checked.exit_code == 0, checked.output
         assert "4 events" in checked.output, name
+        assert stat.S_IMODE((config.parent / "data").stat().st_mode) == 0o700
     database = open_database(configs["press"].parent / "data" / "rocksdb", False, AccessType.read_write())
     database.families["state"].put(bytes(33), b"strange")
     database.families.clear()

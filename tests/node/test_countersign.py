@@ -175,6 +175,9 @@ async def test_grant_waits_for_a_hand_and_is_final_once_it_signed(tmp_path: Path
         await owner.sign(grant)
         await until(lambda: told.state_of(grant) is GrantState.FINAL)
         await until(lambda: owner.status(grant).state is GrantState.FINAL)
+        signed = told.operator.desk.status(grant)
+        assert {"data-source-1", "data-source-2", "operator-1"} <= set(signed.signers)
+        assert (owner.status(grant).signers, owner.status(grant).missing) == (signed.signers, ())
         await owner.sign(grant)
 
 

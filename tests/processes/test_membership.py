@@ -131,6 +131,10 @@ def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
         shown = json.loads(run("membership", "show", "--config", config["guild"], "--json"))
         assert (shown["epoch"], [member["name"] for member in shown["members"]]) == (1, list(NEXT))
         assert "signed before" in run(*cosign, config["archive"])
+        noted = json.loads(run("log", "checkpoint", "--config", config["archive"], "--json"))
+        assert noted["signers"] == ["archive"]
+        late = run(*sign, config["council"], "--event", change, "--submit", code=1)
+        assert "wrong-epoch: the members of epoch 1: it is epoch 1 already" in late
 
         bundle, genesis = tmp_path / "new.bundle", tmp_path / "consortium" / "genesis.json"
         run("log", "prove", "--config", config["guild"], "--predicate", "included", "--event", signed["id"],
