@@ -158,8 +158,9 @@ def _wording() -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted") from error
     except BrokenPipeError as error:
-        # Nor is what is still buffered written when the process ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            # Nor is what is still buffered written when the process ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise click.exceptions.Exit(EXIT_BROKEN_PIPE) from error
     except (CountersignError, ModuleNotFoundError, OSError, UnicodeEncodeError) as error:
         failure = _worded(error)

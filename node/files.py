@@ -138,6 +138,8 @@ def write_new(path: Path, content: bytes, mode: int = PUBLIC_MODE) -> None:
 
 def check_output(path: Path, made_of: Path | None = None) -> None:
     """Raises ``ConfigError`` if ``write_output`` would refuse: before long work, rather than after it."""
+    if str(path) == "-":
+        raise ConfigError("-: expected the name of a file; the standard output is /dev/stdout")
     if not _takes_bytes(path) and not _is_same(path, made_of):
         require_absent(path)
 
@@ -151,6 +153,7 @@ def write_output(path: Path, content: bytes, made_of: Path | None = None) -> Non
         ConfigError: another file is there.
         OSError: it cannot be written; names ``path``, and what was there before is as it was.
     """
+    check_output(path, made_of)
     if _takes_bytes(path):
         with path.open("wb", buffering=0) as file, _naming(path):
             write_fully(file.fileno(), content)

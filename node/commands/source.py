@@ -243,6 +243,8 @@ def source_revoke(config_path: Path, source_id: bytes, reason: str, out: Path | 
     Example:
       countersign source revoke --config library/node.toml SOURCE_ID --reason "consent withdrawn"
     """
+    if not reason.strip():
+        raise click.UsageError("give --reason TEXT: the log keeps why a source was taken back")
     own = load_member(config_path)
     own.require(Role.DATA_SOURCE, "a revocation")
     event, encoded = _signed_item(own, Kind.REVOCATION, SourceRevocation(source=source_id, reason=reason))

@@ -622,6 +622,7 @@ def test_an_event_that_is_not_final_yet_is_neither_a_yes_nor_a_no(
         configs[name] = member.directory / "waiting.toml"
         configs[name].write_text(member.config.read_text().replace(str(member.api), url.removeprefix("http://")))
     revoke = ("source", "revoke", "--config", configs["library"], "ab" * 32, "--reason", "consent withdrawn")
+    assert run(*revoke[:-1], " ").exit_code == 2
     waits = run(*revoke)
     assert (waits.exit_code, "pending" in waits.stdout, waits.stderr) == (2, True, "")
     as_json = run(*revoke, "--json")

@@ -71,6 +71,9 @@ def test_an_output_may_take_the_name_of_the_file_it_adds_to_and_no_other(tmp_pat
             check_output(other, made_of)
         with pytest.raises(ConfigError, match="nothing is overwritten"):
             write_output(other, b"two signatures", made_of)
+    for write in (check_output, lambda path: write_output(path, b"an event")):
+        with pytest.raises(ConfigError, match="the standard output is /dev/stdout"):
+            write(Path("-"))
     check_output(link, event)
     check_output(tmp_path / "new")
     assert other.read_bytes() == b"other"
