@@ -27,7 +27,7 @@ from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 from node.commands.connection import connect, node_options
 from node.commands.output import print_json, utc
 from node.config import load_config
-from node.files import PRIVATE_MODE, open_regular, read_private, replace_private, sync_directory, write_fully
+from node.files import PRIVATE_MODE, open_regular, read_private, require_absent, write_new, write_output
 from node.identity import load_genesis
 from node.verify import MAX_CHECKPOINT_BYTES, pinned_chain
 from node.witness import ask_witness, next_checkpoint, stated_by
@@ -59,7 +59,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 
 @witness.command("key")
 @click.option("--name", required=True, help="What the witness is called, best a domain: witness.example/w1.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Key file to write, mode 0600.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New key file to write, mode 0600.")
 @click.option(
     "--scheme",
     type=click.Choice(tuple(COSIGNERS)),
@@ -75,11 +75,10 @@ def witness_key(name: str, out: Path, scheme: str, as_json: bool) -> None:
     Example:
       countersign witness key --name witness.example/w1 --out witness.key
     """
-    if out.exists():
-        raise ConfigError(f"{out}: expected no key file yet, found one; it is never overwritten")
+    require_absent(out)
     seed = os.urandom(SEED_BYTES)
     verifier_key = encode_witness_key(name, COSIGNERS[scheme](seed))
-    replace_private(out, msgspec.json.encode(WitnessKeyFile(name, scheme, seed.hex())))
+    write_new(out, msgspec.json.encode(WitnessKeyFile(name, scheme, seed.hex())), PRIVATE_MODE)
     if as_json:
         print_json({"name": name, "scheme": scheme, "verifier_key": verifier_key, "file": str(out)})
         return
@@ -137,7 +136,7 @@ def witness_cosign(
         text = note_text(note)
         lines = note[len(text) + 1 :].splitlines(keepends=True)
         signed = assemble_note(text, [*lines, cosign(text, name, cosigner, now)])
-        _replace_public(checkpoint_path, signed)
+        write_output(checkpoint_path, signed, checkpoint_path)
     stated = parse_checkpoint(text)
     if as_json:
         before = None if last is None else last.size
@@ -191,6 +190,9 @@ def witness_ask(
     with connect(config_path, url, token_file) as client:
         note = signed = client.checkpoint()
         stated = parse_checkpoint(note_text(note))
+        if checkpoint_path.exists():
+            # It is replaced, and must not be another file.
+            _stated_in(checkpoint_path, stated.origin)
         for witness_url, key in witnesses:
             old_size = _signed_before(checkpoint_path, stated, key)
             try:
@@ -203,7 +205,7 @@ def witness_ask(
                 signed += lines
     times = verify_cosignatures(signed, [key for _, key in witnesses]) if signed != note else {}
     if times:
-        _replace_public(checkpoint_path, signed)
+        write_output(checkpoint_path, signed, checkpoint_path)
     if as_json:
         refusals = {name: str(why) for name, why in failed.items()}
         print_json({"size": stated.size, "root": stated.root.hex(), "witnesses": times, "failed": refusals})
@@ -260,10 +262,19 @@ def _last(path: Path, origin: str, key: WitnessKey) -> tuple[Checkpoint | None, 
     """
     if not path.exists():
         return None, 0
+    note, stated = _stated_in(path, origin)
+    try:
+        return stated, verify_cosignatures(note, [key])[key.name] or 0
+    except Rejected as error:
+        raise Rejected(Reason.BAD_CHECKPOINT, f"{path}: {error.detail}") from error
+
+
+def _stated_in(path: Path, origin: str) -> tuple[bytes, Checkpoint]:
+    """The note in a file, and the checkpoint of this log that it states. Raises as ``_last``."""
     with open_regular(path, MAX_CHECKPOINT_BYTES) as (file, size_bytes):
         note = file.read(size_bytes)
     try:
-        return stated_by(note, origin), verify_cosignatures(note, [key])[key.name] or 0
+        return note, stated_by(note, origin)
     except Rejected as error:
         raise Rejected(Reason.BAD_CHECKPOINT, f"{path}: {error.detail}") from error
 
@@ -280,16 +291,3 @@ def _alone(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: another process signs with it just now") from error
     finally:
         os.close(descriptor)
-
-
-def _replace_public(path: Path, content: bytes) -> None:
-    """A file that anybody may read, replaced as a whole and durable on return."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        write_fully(descriptor, content)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.rename(path)
-    sync_directory(path.parent)

@@ -419,6 +419,19 @@ async def test_answer_by_another_key_or_of_another_checkpoint_is_no_signature(tm
 
 
 @pytest.mark.trio
+async def test_file_that_is_no_checkpoint_of_this_log_is_not_replaced(tmp_path: Path) -> None:
+    story = begin()
+    keystore = tmp_path / "seen.txt"
+    keystore.write_bytes(b"an identity")
+    with public_witness(witness_of(story)) as witness:
+        async with served(tmp_path / "data", story=story) as node:
+            refused = await ran(*asking(tmp_path, node, witness))
+    assert (refused.exit_code, f"bad-checkpoint: {keystore}" in refused.stderr) == (1, True), refused.output
+    assert keystore.read_bytes() == b"an identity"
+    assert witness.asked == []
+
+
+@pytest.mark.trio
 async def test_witness_that_is_not_there_is_told_of(tmp_path: Path) -> None:
     story = begin()
     with public_witness(witness_of(story)) as witness:
