@@ -805,7 +805,7 @@ def check_witness(directory: Path, configs: dict[str, Path], chain_id: str, even
     verified = run(*verify, made.stdout.strip(), "--json")
     assert list(json.loads(verified.stdout)["witnesses"]) == ["witness.example/w1"]
     keys = json.loads(run("log", "keys", "--config", configs["library"], "--json").stdout)
-    assert sorted(keys["keys"]) == ["council", "laboratory", "library"]
+    assert sorted(keys["keys"]) == ["council", "laboratory", "library", "press"]
     assert run(*verify, keys["keys"]["library"]).exit_code == 0, "a member's own signature counts where it is trusted"
     assert run(*verify, keys["keys"]["council"]).exit_code == 1
     refused(2, "locked by process", "log", "fsck", "--config", configs["library"])
