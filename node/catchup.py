@@ -4,7 +4,9 @@ A peer answers with consecutive ledger blocks from the height asked for. Their h
 certified one, whose certificate is checked once for the chunk; then every event is checked and every block
 applied exactly as in the live round (``chunk``). So whatever a peer sends, each answer that is taken brings the log
 further.
-A peer that sends anything else, or nothing, or is slow, is asked no more this time and after all others later.
+A peer that sends anything else, or nothing, is slow, or sends little of what it says it has, is asked no more this time.
+Asked next is who was asked least, where an answer that disappointed counts for several: one that serves true ledger
+blocks, few at a time and late, has its turns and no more.
 
 The same file serves: blocks, events, proposals, as others ask.
 """
@@ -42,6 +44,8 @@ log = logging.getLogger("countersign.catchup")
 REQUEST_SECONDS = 5.0
 SLOW_SECONDS = 2.0
 """An answer that took longer is used, and another peer asked next: one that drips must not set the pace."""
+DISAPPOINTED_TURNS = 8
+"""For how many turns an answer that disappointed counts."""
 EVENTS_BETWEEN_PAUSES = 64
 
 
@@ -129,7 +133,7 @@ class CatchUp:
         self._network = network
         self._appended = appended
         self._lock = trio.Lock()
-        self._disappointments: Counter[MemberId] = Counter()
+        self._turns: Counter[MemberId] = Counter()
         self.blocks_fetched = 0
         self.events_fetched = 0
 
@@ -160,7 +164,7 @@ class CatchUp:
             passed_over: set[MemberId] = set()
             while self._ledger.final.header.height < height:
                 peers = self._network.connected - passed_over
-                for peer in sorted(self._network.in_own_order(peers), key=lambda peer: self._disappointments[peer]):
+                for peer in sorted(self._network.in_own_order(peers), key=lambda peer: self._turns[peer]):
                     if await self._from_peer(peer):
                         break
                     passed_over.add(peer)
@@ -190,19 +194,22 @@ class CatchUp:
     async def _from_peer(self, peer: MemberId) -> bool:
         """Fetch and apply chunks from a peer, the next one on its way while one is applied.
 
-        Returns: whether the log grew. Stops at the first answer that disappoints.
+        Returns: whether the log grew. Stops at the first answer that disappoints or brings little of what there is.
         """
         before_height = self._ledger.final.header.height
-        disappointments = self._disappointments[peer]
+        self._turns[peer] += 1
+        turns = self._turns[peer]
         pending: list[Header] = []
         height = before_height + 1
         answer = await self._ask(peer, height)
         while answer is not None:
+            epoch = self._ledger.committee.epoch
             following: list[Blocks | None] = []
             failure: Rejected | CertifiedInvalid | None = None
             next_height = height + len(answer.blocks)
+            has_more = next_height <= answer.head_height
             async with trio.open_nursery() as nursery:
-                if next_height <= answer.head_height:
+                if has_more and _is_ample(answer):
                     nursery.start_soon(self._ask_ahead, peer, next_height, following)
                 try:
                     await self._apply(answer, height, pending)
@@ -213,8 +220,10 @@ class CatchUp:
                 raise failure
             if failure is not None:
                 self._disappointed(peer, str(failure))
+            elif has_more and not following and self._ledger.committee.epoch != epoch:
+                await self._ask_ahead(peer, next_height, following)  # no answer goes on beyond the end of an epoch
             height = next_height
-            answer = following[0] if following and self._disappointments[peer] == disappointments else None
+            answer = following[0] if following and self._turns[peer] == turns else None
         return self._ledger.final.header.height > before_height
 
     async def _ask_ahead(self, peer: MemberId, height: int, following: list[Blocks | None]) -> None:
@@ -238,7 +247,7 @@ class CatchUp:
         return answer
 
     def _disappointed(self, peer: MemberId, why: str) -> None:
-        self._disappointments[peer] += 1
+        self._turns[peer] += DISAPPOINTED_TURNS
         log.info("ledger blocks from %s: %s", peer.hex()[:16], why)
 
     async def _apply(self, blocks: Blocks, first_height: int, pending: list[Header]) -> None:
@@ -258,3 +267,11 @@ class CatchUp:
         appended = chunk.commit()
         if appended:
             self._appended(appended)
+
+
+def _is_ample(blocks: Blocks) -> bool:
+    """Whether an answer brings a good part of what a server aims at: one that falls short of it stops for no reason."""
+    size_bytes = 0
+    for record in blocks.blocks:
+        size_bytes += len(record.header) + len(record.body) + sum(map(len, record.events))
+    return size_bytes >= ANSWER_TARGET_BYTES // 4

@@ -1,0 +1,92 @@
+"""Catching up from servers that tell the truth and help nobody."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import trio
+from ledger_fixtures import MemoryLedger
+from snapshot_fixtures import Answer, honest, served, written
+
+from consensus.codec import decode, encode
+from node.catchup import CatchUp
+from node.ledger import Ledger
+from node.messages import MAX_ANSWER_BYTES, Blocks, GetBlocks, Request
+from node.store import Store
+
+pytestmark = pytest.mark.trio
+
+HEIGHT = 24
+
+
+@cache
+def told() -> MemoryLedger:
+    ledger = MemoryLedger()
+    for number in range(HEIGHT):
+        ledger.seal(ledger.source("data-source-1", f"source {number}"))
+    return ledger
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = written(told(), tmp_path / "full")
+    yield ledger
+    ledger.store.close()
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(Store.open(tmp_path / "empty", told().chain_id, create=True), told().genesis)
+    yield ledger
+    ledger.store.close()
+
+
+class Server:
+    """Serves true ledger blocks, all of them or one at a time."""
+
+    def __init__(self, ledger: Ledger, promises_more: bool) -> None:
+        self._truth = honest(ledger)
+        self._promises_more = promises_more
+        self.drips = False
+        self.asked = 0
+
+    async def answer(self, request: Request) -> bytes:
+        self.asked += 1
+        encoded = await self._truth(request)
+        if not self.drips or not isinstance(request, GetBlocks):
+            return encoded
+        blocks = decode(encoded, Blocks, MAX_ANSWER_BYTES).blocks[:1]
+        head_height = HEIGHT if self._promises_more else request.from_height
+        certificate = told().certified[request.from_height - 1][1]
+        return encode(Blocks(blocks, (), certificate, head_height))
+
+
+@pytest.mark.parametrize("promises_more", [True, False])
+async def test_server_that_drips_true_ledger_blocks_sets_no_pace(
+    full: Ledger, empty: Ledger, promises_more: bool
+) -> None:
+    servers = [Server(full, promises_more) for _ in range(2)]
+    answers: list[Answer] = [server.answer for server in servers]
+    async with served(answers) as network:
+        first = network.in_own_order(network.connected)[0]
+        dripping = servers[first[0] - 1]
+        dripping.drips = True
+        catch_up = CatchUp(empty, network, lambda appended: None)
+        await catch_up.from_peer(first)
+        assert dripping.asked == 1
+        with trio.fail_after(60):
+            await catch_up.reach(HEIGHT)
+    assert empty.final.digest == full.final.digest
+    assert dripping.asked <= 2
+
+
+async def test_server_with_one_large_answer_after_another_is_followed_to_its_end(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
+    server = Server(full, True)
+    async with served([server.answer]) as network:
+        assert await CatchUp(empty, network, lambda appended: None).from_peer(network.in_own_order(network.connected)[0])
+    assert empty.final.digest == full.final.digest
+    assert server.asked > 3
