@@ -120,11 +120,20 @@ class Misbehaved(Exception):
         self.counter = counter
 
 
+class Refused(Unavailable):
+    """The member refused a request; ``why`` is its word for the reason, of at most ``MAX_REFUSAL_BYTES``."""
+
+    def __init__(self, why: str, asked: str = "") -> None:
+        super().__init__(f"{asked}refused: {why}")
+        self.why = why
+
+
 @dataclass(slots=True, eq=False)
 class _Answer:
     """What became of a request of ours."""
 
-    refusal: str
+    failure: str
+    refusal: str | None = None
     response: bytes | None = None
     done: trio.Event = field(default_factory=trio.Event)
 
@@ -190,7 +199,7 @@ class Link:
         self._connection.abort()
 
     async def request(self, payload: bytes, timeout_seconds: float) -> bytes:
-        """Ask the member. Raises ``Unavailable`` without a response in time, or when refused."""
+        """Ask the member. Raises ``Unavailable`` without a response in time, ``Refused`` when refused."""
         if self._closed or len(self._answers) >= self._limits.max_outstanding_requests:
             raise Unavailable(f"connection lost, or {len(self._answers)} requests outstanding")
         number, self._next_request_number = self._next_request_number, self._next_request_number + 1
@@ -201,8 +210,10 @@ class Link:
                 await answer.done.wait()
         finally:
             self._answers.pop(number, None)
+        if answer.refusal is not None:
+            raise Refused(answer.refusal)
         if answer.response is None:
-            raise Unavailable(answer.refusal)
+            raise Unavailable(answer.failure)
         return answer.response
 
     async def respond(self, number: int, response: bytes) -> None:
@@ -229,7 +240,7 @@ class Link:
             written.set()
         self._control.clear()
         for answer in self._answers.values():
-            answer.refusal = "connection lost"
+            answer.failure = "connection lost"
             answer.done.set()
         self._count_bytes()
 
@@ -346,5 +357,5 @@ class Link:
         if is_response:
             answer.response = content
         else:
-            answer.refusal = f"refused: {content.decode('ascii', 'replace')}"
+            answer.refusal = content.decode("ascii", "replace")
         answer.done.set()

@@ -42,7 +42,7 @@ import trio
 from consensus.identifiers import MemberId
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
 from node.lanes import Inbox, Lane, Outbox, Received
-from node.link import Link, LinkKind, Misbehaved, NetworkCounters, NetworkLimits
+from node.link import Link, LinkKind, Misbehaved, NetworkCounters, NetworkLimits, Refused
 from node.transport import (
     Connection,
     HandshakeFailed,
@@ -245,7 +245,7 @@ class Network:
     async def request(self, member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
         """Ask ``member`` and return its response.
 
-        Raises ``Unavailable`` if none comes, for whatever reason, and ``InvariantBroken`` like ``send``.
+        Raises ``Unavailable`` if none comes, for whatever reason (``Refused`` for the member's own), and ``InvariantBroken`` like ``send``.
         """
         state = self._members.get(member)
         if state is None or len(payload) > self.limits.max_request_bytes:
@@ -258,7 +258,10 @@ class Network:
             return await link.request(payload, timeout_seconds)
         except Unavailable as error:
             self.counters.requests_failed += 1
-            raise Unavailable(f"request to {member.hex()}: {error}") from None
+            asked = f"request to {member.hex()}: "
+            if isinstance(error, Refused):
+                raise Refused(error.why, asked) from None
+            raise Unavailable(f"{asked}{error}") from None
 
     def _add_member(self, peer: Peer, is_former: bool = False) -> None:
         if len(peer.transport_key) != 32:

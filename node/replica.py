@@ -75,7 +75,7 @@ from node.messages import (
     LastVote,
 )
 from node.network import Lane, Network, Received
-from node.pace import Pace
+from node.pace import Pace, Service
 from node.proposals import Proposals
 from node.snapshot import Joining, SnapshotDesk
 from node.voter import Voter
@@ -85,6 +85,10 @@ log = logging.getLogger("countersign.replica")
 MAX_MESSAGE_BYTES = 1 << 20
 PEERS_LOOKED_AT_SECONDS = 0.1
 GREETED_AGAIN_SECONDS = 1.0
+EVENT_BYTES_PER_SECOND = 8 << 20
+"""What each member may fetch of events: more than a log ever takes, and a sixth of a core's time to look them up."""
+LOOKED_UP_BYTES = 128
+"""What an event that is asked for counts at least: to look in vain takes as long as to send so much."""
 
 
 @dataclass(slots=True)
@@ -133,7 +137,8 @@ class Replica:
         self._clock = clock
         self._voter = voter
         self.counters = counters
-        self._pace = Pace(sync.bytes_per_second)
+        self._bulk = Service(sync.bytes_per_second)
+        self._event_service: dict[MemberId, Service] = {}
         joining = Joining(ledger, network, self._fill_up) if sync.from_snapshot else None
         self.catch_up = CatchUp(ledger, network, self._appended, joining)
         self._history = HistoryFill(ledger, network, Pace(sync.bytes_per_second))
@@ -511,18 +516,24 @@ class Replica:
         """The answer to a peer's request for what the log or the pool holds.
 
         Raises:
-            Rejected: there is none; ``OVERLOADED`` where bulk service has gone too far ahead of its pace.
+            Rejected: there is none; ``OVERLOADED`` where too many answers wait for their turn.
             Unavailable: it is below a snapshot and not fetched yet.
         """
         match request:
             case GetBlocks():
-                return await self._at_pace(encode(serve_blocks(self._ledger, request)))
+                return await self._bulk.serve(member, lambda: encode(serve_blocks(self._ledger, request)))
             case GetSnapshot():
-                return await self._at_pace(encode(self._snapshots.offer(request)))
+                return await self._bulk.serve(member, lambda: encode(self._snapshots.offer(request)))
             case GetState():
-                return await self._at_pace(encode(self._snapshots.part(request)))
+                return await self._bulk.serve(member, lambda: encode(self._snapshots.part(request)))
             case GetEvents():
-                return encode(serve_events(self._proposals.held_events(request.leaf_hashes)))
+                leaves = request.leaf_hashes
+                service = self._event_service.setdefault(member, Service(EVENT_BYTES_PER_SECOND))
+                return await service.serve(
+                    member,
+                    lambda: encode(serve_events(self._proposals.held_events(leaves))),
+                    least_bytes=LOOKED_UP_BYTES * len(leaves),
+                )
             case GetProposal():
                 held = self._proposals.get(Digest(request.block))
                 return encode(FoundProposal(encode(held) if held else b""))
@@ -535,11 +546,7 @@ class Replica:
         Raises:
             Rejected, Unavailable: as ``serve_former``; ``OVERLOADED`` as ``answer``.
         """
-        return await self._at_pace(encode(serve_former(self._ledger, member, request)))
-
-    async def _at_pace(self, answer: bytes) -> bytes:
-        await self._pace.spend(len(answer))
-        return answer
+        return await self._bulk.serve(member, lambda: encode(serve_former(self._ledger, member, request)))
 
 
 def epoch_of(message: Message, chain_id: ChainId) -> int:

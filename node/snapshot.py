@@ -30,6 +30,7 @@ from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state_map import KEY_BYTES, MAX_PREFIX_ENTRIES, PrefixProof, StateMap, verify_prefix_proof
 from consensus.transition import LedgerState
 from node.ledger import Ledger
+from node.link import Refused
 from node.messages import (
     ANSWER_TARGET_BYTES,
     MAX_ANSWER_BYTES,
@@ -50,6 +51,10 @@ PART_TARGET_BYTES = 256 << 10
 MAX_PARTS = 256
 REQUEST_SECONDS = 10.0
 ATTEMPTS = 3
+PATIENCE_SECONDS = 60.0
+"""How long a peer may bring nothing new of a state."""
+LEAST_BYTES_PER_SECOND = 16 << 10
+"""Less than a full part just in time."""
 PATIENCE = 3
 """A peer that failed so often is taken to offer nothing: it must not keep a node from replaying a short log."""
 SETTLE_SECONDS = 10.0
@@ -211,29 +216,39 @@ class Joining:
         return await trio.to_thread.run_sync(_verified, peer, answer, epochs, links)
 
     async def _state(self, offer: Offer) -> StateMap | None:
-        """The state of an offer, from whoever has it, in turn; None when nobody has all of it (any more)."""
+        """The state of an offer, from whoever has it, in turn; None when nobody has all of it (any more).
+
+        A true part may bring next to nothing, for ever: a peer that over time brings less than
+        ``LEAST_BYTES_PER_SECOND`` is asked no more, as one that lies or fails.
+        """
         root = offer.state.header.state_root
         entries: dict[bytes, bytes] = {}
         start: bytes | None = bytes(KEY_BYTES)
-        without: set[MemberId] = set()
+        patience: dict[MemberId, float] = {}
         turn = 0
         while start is not None:
-            peers = sorted(self._network.connected - without)
+            peers = [peer for peer in sorted(self._network.connected) if patience.get(peer, PATIENCE_SECONDS) > 0]
             if not peers:
                 return None
             peer = peers[turn % len(peers)]
             turn += 1
+            began_time = trio.current_time()
+            earned_seconds = 0.0
             try:
                 answer = decode(await self._ask(peer, GetState(root, start)), StatePart, MAX_ANSWER_BYTES)
                 found, start = await trio.to_thread.run_sync(verified_part, root, start, answer)
+                new_bytes = sum(len(key) + len(value) for key, value in found.items() if key not in entries)
+                earned_seconds = new_bytes / LEAST_BYTES_PER_SECOND
+                entries.update(found)
             except (Rejected, Unavailable) as error:
-                overloaded = isinstance(error, Rejected) and error.reason is Reason.OVERLOADED
                 log.info("state of %s: %s", peer.hex()[:16], error)
-                without.add(peer)
-                if overloaded:
+                if isinstance(error, Refused) and error.why == Reason.OVERLOADED:
                     await trio.sleep(1)
-                continue
-            entries.update(found)
+                else:
+                    earned_seconds = -PATIENCE_SECONDS
+            spent_seconds = trio.current_time() - began_time
+            left_seconds = patience.get(peer, PATIENCE_SECONDS) + earned_seconds - spent_seconds
+            patience[peer] = min(PATIENCE_SECONDS, left_seconds)
         state = StateMap().set_many(entries)
         if state.root != root:
             raise InvariantBroken("parts of a state were proved complete and do not make it")
@@ -243,17 +258,24 @@ class Joining:
         return await self._network.request(peer, encode(request), REQUEST_SECONDS)
 
 
-def state_part(state: StateMap, start: bytes, target_bytes: int = PART_TARGET_BYTES) -> StatePart:
-    """Prefixes from ``start`` on with all their entries, until they make an answer."""
+def state_part(state: StateMap, start: bytes, target_bytes: int | None = None) -> StatePart:
+    """Prefixes from ``start`` on with all their entries, until they make an answer of ``PART_TARGET_BYTES``, by default.
+
+    The first may begin before ``start``: whoever was left by another server between two neighbouring keys would else get
+    out of there in some thirty answers.
+    """
+    target_bytes = PART_TARGET_BYTES if target_bytes is None else target_bytes
     proofs: list[tuple[bytes, PrefixProof]] = []
     size_bytes = 0
     at: bytes | None = start
+    least_length = 0
     while at is not None and size_bytes < target_bytes and len(proofs) < MAX_PARTS:
-        prefix = _widest(state, at, target_bytes)
+        prefix = _widest(state, at, target_bytes, least_length)
         proof = state.prove_prefix(prefix)
         proofs.append((prefix, proof))
         size_bytes += sum(len(key) + len(value) for key, value in proof.entries) + 40 * len(proof.path)
         at = _after(prefix)
+        least_length = 0 if at is None else len(at.rstrip(b"\x00"))  # a shorter one was too wide before
     return StatePart(tuple(proofs))
 
 
@@ -266,24 +288,24 @@ def verified_part(root: bytes, start: bytes, part: StatePart) -> tuple[dict[byte
     entries: dict[bytes, bytes] = {}
     at: bytes | None = start
     for prefix, proof in part.proofs:
-        if at is None or prefix.ljust(KEY_BYTES, b"\x00") != at:
-            raise Rejected(Reason.BAD_PROOF, f"prefix {prefix.hex()} does not begin where the one before ends")
+        if at is None or not at.startswith(prefix):
+            raise Rejected(Reason.BAD_PROOF, f"prefix {prefix.hex()} does not go on where the one before ends")
         entries.update(verify_prefix_proof(root, prefix, proof))
         at = _after(prefix)
     return entries, at
 
 
-def _widest(state: StateMap, start: bytes, target_bytes: int) -> bytes:
-    """The shortest prefix that begins at ``start`` and whose entries make no more than a part."""
-    for length in range(len(start.rstrip(b"\x00")), KEY_BYTES):
+def _widest(state: StateMap, at: bytes, target_bytes: int, least_length: int) -> bytes:
+    """The shortest prefix of a key, of some length at least, whose entries make no more than a part."""
+    for length in range(least_length, KEY_BYTES):
         size_bytes = 0
-        for count, (key, value) in enumerate(state.items_with_prefix(start[:length]), start=1):
+        for count, (key, value) in enumerate(state.items_with_prefix(at[:length]), start=1):
             size_bytes += len(key) + len(value)
             if size_bytes > target_bytes or count > MAX_PREFIX_ENTRIES:
                 break
         else:
-            return start[:length]
-    return start
+            return at[:length]
+    return at
 
 
 def _after(prefix: bytes) -> bytes | None:

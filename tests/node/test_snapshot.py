@@ -31,7 +31,7 @@ from node.history import HistoryFill
 from node.ledger import Ledger
 from node.messages import MAX_ANSWER_BYTES, Blocks, GetBlocks, GetSnapshot, GetState, Request, Snapshot, StatePart
 from node.network import Network
-from node.pace import MAX_WAIT_SECONDS, Pace
+from node.pace import Pace
 from node.runner import Node
 from node.service import EventState
 from node.snapshot import Joining, SnapshotDesk, state_part, verified_part
@@ -432,6 +432,93 @@ async def test_server_that_offers_the_most_and_withholds_its_state_is_passed_ove
     behind.store.close()
 
 
+def one_key_at_a_time(state: StateMap) -> Callable[[GetState], bytes]:
+    """True parts that bring a node from one key to its neighbour."""
+    return lambda request: encode(StatePart(((request.start, state.prove_prefix(request.start)),)))
+
+
+@pytest.mark.trio
+async def test_server_of_one_key_at_a_time_beside_an_honest_one_costs_its_own_turns(
+    full: Ledger, empty: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "PART_TARGET_BYTES", 1_000)
+    truth, narrow = honest(full), one_key_at_a_time(full.final.state)
+    asked = {"narrow": 0, "honest": 0}
+
+    async def narrowing(request: Request) -> bytes:
+        if not isinstance(request, GetState):
+            return await truth(request)
+        asked["narrow"] += 1
+        return narrow(request)
+
+    async def counting(request: Request) -> bytes:
+        asked["honest"] += isinstance(request, GetState)
+        return await truth(request)
+
+    async with served([counting]) as network:
+        await catch_up(empty, network).reach(1)
+    alone, asked["honest"] = asked["honest"], 0
+    assert alone > 10
+    empty.store.close()
+    shutil.rmtree(tmp_path / "empty")
+    again = opened(tmp_path)
+    async with served([narrowing, counting]) as network:
+        with trio.fail_after(60):
+            await catch_up(again, network).reach(1)
+    assert again.store.history() is not None
+    assert asked["honest"] <= alone + 1
+    assert asked["narrow"] <= asked["honest"]
+    again.store.close()
+
+
+@pytest.mark.trio
+async def test_server_that_alone_has_a_state_and_gives_one_key_at_a_time_is_passed_over(
+    full: Ledger, empty: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "PATIENCE_SECONDS", 3.0)
+    truth, narrow = honest(full), one_key_at_a_time(full.final.state)
+    behind = written(told(), tmp_path / "behind", len(told().certified) - 2)
+
+    async def narrowing(request: Request) -> bytes:
+        return narrow(request) if isinstance(request, GetState) else await truth(request)
+
+    async with served([narrowing, honest(behind)]) as network:
+        with trio.fail_after(60):
+            await catch_up(empty, network).reach(1)
+    assert empty.store.history() is not None
+    assert empty.final.header.height >= behind.final.header.height
+    behind.store.close()
+
+
+@pytest.mark.trio
+async def test_server_that_is_overloaded_for_a_moment_is_asked_again(full: Ledger, empty: Ledger) -> None:
+    truth = honest(full)
+    asked = 0
+
+    async def busy(request: Request) -> bytes:
+        nonlocal asked
+        asked += isinstance(request, GetState)
+        if asked == 1 and isinstance(request, GetState):
+            raise Rejected(Reason.OVERLOADED, "later")
+        return await truth(request)
+
+    async with served([busy]) as network:
+        assert await Joining(empty, network, lambda: None).run()
+    assert asked > 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    keys=st.sets(st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES), max_size=60),
+    start=st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES),
+)
+def test_part_that_begins_between_any_two_keys_goes_on_as_widely_as_any(keys: set[bytes], start: bytes) -> None:
+    state = StateMap().set_many({key: key[:5] * 7 for key in keys})
+    found, after = verified_part(state.root, start, state_part(state, start))
+    assert after is None
+    assert found == dict(state.items())
+
+
 def ending_height(memory: MemoryLedger) -> int:
     """The ledger block that ends the first epoch."""
     terminal = next(number for number, event in enumerate(memory.events) if event.entry.kind.value == "membership")
@@ -646,25 +733,3 @@ async def test_voter_with_an_empty_disk_begins_at_a_snapshot_and_votes(tmp_path:
             needed = others[0].submit(consortium.source_event("data-source-1", 1_000))
             assert (await others[0].wait_final(needed.id, 20)).state is EventState.FINAL
             assert again.snapshot().voting
-
-
-# The pace
-
-
-@pytest.mark.trio
-async def test_pace_lets_a_burst_through_then_holds_back_then_refuses(autojump_clock: trio.testing.MockClock) -> None:
-    pace = Pace(1_000)
-    start = trio.current_time()
-    await pace.spend(1_000)
-    assert trio.current_time() == start
-    await pace.spend(2_000)
-    assert trio.current_time() == pytest.approx(start + 2)
-    pace = Pace(1_000)
-    async with trio.open_nursery() as nursery:
-        for _ in range(5):
-            nursery.start_soon(pace.spend, 1_000)
-        await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(Rejected) as refusal:
-            await pace.spend(1)
-        assert refusal.value.reason is Reason.OVERLOADED
-    assert trio.current_time() <= start + 2 + MAX_WAIT_SECONDS + 1
