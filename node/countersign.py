@@ -34,6 +34,7 @@ from consensus.event import (
 from consensus.identifiers import Digest, MemberId, Role
 from consensus.keys import Signer
 from consensus.membership import Member
+from consensus.membership_change import holder, holders
 from consensus.policy import check_grant_terms
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import (
@@ -314,7 +315,7 @@ class CountersignDesk:
         for item in event.items:
             assert isinstance(item, p.GrantedSource)
             record = view.get(SOURCE_TABLE + item.source, SourceRecord, Reason.UNKNOWN_SOURCE, "source")
-            own = record.author == self._member.id
+            own = holder(view, record.author) == self._member.id
             named = {"*", item.source.hex(), record.claim.name} & set(rules.sources)
             if own and not named:
                 return f"source '{record.claim.name}'"
@@ -341,7 +342,7 @@ class CountersignDesk:
         head = view.get(CAMPAIGN_HEAD_TABLE + identifier, CampaignHead, Reason.UNKNOWN_CAMPAIGN, "campaign")
         if head.closed:
             raise Rejected(Reason.CAMPAIGN_CLOSED, f"the campaign is {head.closed}")
-        if event.entry.author != campaign.operator:
+        if event.entry.author != holder(view, campaign.operator):
             raise Rejected(Reason.WRONG_AUTHOR, "the campaign is another operator's")
         in_force = view.get(POLICY_HEAD_KEY, PolicyHead, Reason.UNKNOWN_POLICY, "policy")
         if in_force.policy != terms.policy:
@@ -355,12 +356,15 @@ class CountersignDesk:
     def _needed(self, event: CheckedEvent) -> _Needed:
         committee = self._ledger.committee
         view = StateView(self._ledger.final.state)
-        owners = {
-            MemberId(view.get(SOURCE_TABLE + item.source, SourceRecord, Reason.UNKNOWN_SOURCE, "source").author)
-            for item in event.items
-            if isinstance(item, p.GrantedSource)
-        }
-        each = (MemberId(event.entry.author), *sorted(owners))
+        owners = holders(
+            view,
+            (
+                view.get(SOURCE_TABLE + item.source, SourceRecord, Reason.UNKNOWN_SOURCE, "source").author
+                for item in event.items
+                if isinstance(item, p.GrantedSource)
+            ),
+        )
+        each = (MemberId(event.entry.author), *map(MemberId, sorted(owners)))
         return _Needed(
             each=tuple(committee.member(identifier) for identifier in each),
             governance=committee.role_members(Role.GOVERNANCE),

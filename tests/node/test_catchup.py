@@ -87,6 +87,8 @@ async def test_server_with_one_large_answer_after_another_is_followed_to_its_end
     monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
     server = Server(full, True)
     async with served([server.answer]) as network:
-        assert await CatchUp(empty, network, lambda appended: None).from_peer(network.in_own_order(network.connected)[0])
+        assert await CatchUp(empty, network, lambda appended: None).from_peer(
+            network.in_own_order(network.connected)[0]
+        )
     assert empty.final.digest == full.final.digest
     assert server.asked > 3

@@ -4,13 +4,27 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import trio
-from ledger_fixtures import YEAR_MS, CampaignRun, MemoryLedger, digest
+import trio.testing
+from epoch_fixtures import begin_epoch
+from ledger_fixtures import (
+    GOVERNANCE,
+    LIBRARIAN,
+    OPERATOR,
+    YEAR_MS,
+    CampaignRun,
+    MemoryLedger,
+    begin,
+    digest,
+)
+from network_fixtures import make_parties, network_of
 from node_fixtures import Consortium, running, until
 from rogue_fixtures import Answer, Rogue, silent
+from snapshot_fixtures import written
 
 from consensus import portions as p
 from consensus.codec import decode, encode
@@ -22,6 +36,7 @@ from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state_map import StateMap
 from node import countersign
 from node.config import CountersignSection
+from node.countersign import CountersignDesk
 from node.messages import AskCountersign, Countersigned, DeliverSignature, decode_request
 from node.runner import Node
 from node.service import EventState, GrantState
@@ -356,3 +371,55 @@ async def test_operator_that_lists_no_address_of_an_owner_gathers_on_without_it(
         await told.prepare()
         grant = await operator.desk.request(told.unsigned())
         await until(lambda: told.state_of(grant) is GrantState.FINAL)
+
+
+# Successors
+
+
+class At:
+    """A clock that stands."""
+
+    def __init__(self, time_ms: int) -> None:
+        self._time_ms = time_ms
+
+    def now_ms(self) -> int:
+        return self._time_ms
+
+    def monotonic_ms(self) -> int:
+        return self._time_ms
+
+
+async def test_owner_and_operator_that_changed_their_keys_grant_what_they_could_before(tmp_path: Path) -> None:
+    told = begin(counts={"data-source": 2, "governance": 1, "operator": 1}, certificate_scheme="ed25519")
+    begin_epoch(told.ledger, rotate=[LIBRARIAN, OPERATOR])
+    grant = told.run.grant([told.books], 1, 4)
+    unsigned = pack(msgspec.structs.replace(grant.entry, signatures=()), grant.portions)
+    ledger = written(told.ledger, tmp_path / LIBRARIAN)
+    parties = make_parties(2)
+
+    def unused(*arguments: object) -> Any:
+        raise AssertionError(arguments)
+
+    def desk(name: str) -> CountersignDesk:
+        member = ledger.committee.member(told.ledger.ids[name])
+        signer = told.ledger.secrets[name].identity
+        rules = CountersignSection(
+            auto=True, sources=("books",), purposes=("*",), operators=("*",), max_steps=4, max_duration_seconds=10**9
+        )
+        clock = At(told.ledger.now_ms)
+        return CountersignDesk(ledger, network_of(parties[0], parties), clock, member, signer, rules, unused, unused)
+
+    operator = told.ledger.ids[OPERATOR]
+    answer = decode(await desk(LIBRARIAN).answer(operator, AskCountersign(unsigned)), Countersigned, 1 << 16)
+    assert (answer.reason, answer.detail) == ("", "")
+    assert answer.signature is not None
+    assert answer.signature.signer == told.ledger.ids[LIBRARIAN]
+    gathering = desk(OPERATOR)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gathering.run)
+        await trio.testing.wait_all_tasks_blocked()
+        event_id = await gathering.request(unsigned)
+        assert gathering._grants[event_id].entry.signatures[0].signer == operator
+        assert {member.name for member in gathering._grants[event_id].missing} == {LIBRARIAN, GOVERNANCE}
+        nursery.cancel_scope.cancel()
+    ledger.store.close()
