@@ -6,7 +6,8 @@ Rules:
 2. A connection's failure ends that connection alone; only ``InvariantBroken`` leaves ``serve_http``.
 3. Time is bounded: for the head, for the body as a whole, for each part of a reply the client takes, and
    between requests. Cancellation ends every connection at once, one whose client does not read included.
-4. Memory is bounded: head, body, the sum of all bodies being read, the number of connections.
+4. Memory is bounded: head, body, the sum of all bodies being read, the number of connections. When there are so
+   many, the one that has been idle longest gives its place to the next (``places.py``).
 5. Path and query are taken literally. Nothing this interface names needs percent-encoding, so every resource
    has one spelling.
 
@@ -25,6 +26,7 @@ import trio
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
 from node.config import Address
 from node.errors_http import HttpFault, HttpReply, SlowClient, error_reply, reply_to
+from node.places import Place, Places
 
 __all__ = ["AddressReport", "HttpLimits", "HttpRequest", "serve_http"]
 
@@ -55,7 +57,7 @@ class _Server:
     def __init__(self, handler: "Handler", limits: HttpLimits) -> None:
         self.handler = handler
         self.limits = limits
-        self.connections = 0
+        self.places = Places(limits.connections)
         self.held_bytes = 0
 
 
@@ -125,13 +127,9 @@ async def serve_http(
 
     async def serve_stream(stream: trio.SocketStream) -> None:
         async with stream:
-            if server.connections >= server.limits.connections:
-                return
-            server.connections += 1
-            try:
-                await _Connection(server, stream).run()
-            finally:
-                server.connections -= 1
+            with server.places.take(stream) as place:
+                if place is not None:
+                    await _Connection(server, stream, place).run()
 
     async with trio.open_nursery() as nursery:
         await nursery.start(trio.serve_listeners, serve_stream, listeners)
@@ -139,8 +137,9 @@ async def serve_http(
 
 
 class _Connection:
-    def __init__(self, server: _Server, stream: trio.SocketStream) -> None:
+    def __init__(self, server: _Server, stream: trio.SocketStream, place: Place) -> None:
         self._server = server
+        self._place = place
         self._limits = server.limits
         self._stream = stream
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
@@ -164,7 +163,11 @@ class _Connection:
                     await self._send("GET", refusal)
                     await self._linger()
                     return
-                await self._answer(event)
+                self._server.places.serve(self._place)
+                try:
+                    await self._answer(event)
+                finally:
+                    self._server.places.wait(self._place)
                 if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                     await self._linger()
                     return

@@ -77,7 +77,7 @@ class NetworkLimits:
     max_complaints: int = 64
     complaints_forgiven_per_second: float = 1.0
     max_handshakes: int = 128
-    """Inbound connections in handshake at a time, of all peers together."""
+    """Inbound connections in handshake at a time, of all peers together (``places.py``)."""
     max_request_bytes: int = 256 * 1024
     max_requests_in_service: int = 16
     max_outstanding_requests: int = 64

@@ -10,6 +10,7 @@ the protocol's name keeps nodes of different chains apart. Rules:
 
 1. Of every two members the one with the lower peer id dials. A peer is admitted only if it is on the roster
    *and* the one to dial us. A new connection replaces the older one of its kind.
+   Connections that are not authenticated yet are bounded, those of one address by themselves (``places.py``).
 2. A member that breaks the protocol of ``link.py`` (a frame over the cap, of an unknown kind, on the wrong
    connection, flow control ignored) loses both connections and is not admitted for ``penalty_seconds``.
 3. Readers always drain. What is received and not yet processed is bounded per member and lane; a member that
@@ -43,6 +44,7 @@ from consensus.identifiers import MemberId
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
 from node.lanes import Inbox, Lane, Outbox, Received
 from node.link import Link, LinkKind, Misbehaved, NetworkCounters, NetworkLimits, Refused
+from node.places import Places
 from node.transport import (
     Connection,
     HandshakeFailed,
@@ -134,7 +136,7 @@ class Network:
             {Lane.VOTES: self.limits.votes_inbox_bytes, Lane.EVENTS: self.limits.events_inbox_bytes},
         )
         self._request_handler: RequestHandler = _serve_nothing
-        self._handshakes = 0
+        self._handshakes = Places(self.limits.max_handshakes)
         self._nursery: trio.Nursery | None = None
         self._addresses: list[tuple[str, int]] = []
 
@@ -245,7 +247,8 @@ class Network:
     async def request(self, member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
         """Ask ``member`` and return its response.
 
-        Raises ``Unavailable`` if none comes, for whatever reason (``Refused`` for the member's own), and ``InvariantBroken`` like ``send``.
+        Raises ``Unavailable`` if none comes, for whatever reason (``Refused`` for the member's own), and
+        ``InvariantBroken`` like ``send``.
         """
         state = self._members.get(member)
         if state is None or len(payload) > self.limits.max_request_bytes:
@@ -307,32 +310,28 @@ class Network:
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         """Serve one inbound TCP connection to its end."""
-        if self._handshakes >= self.limits.max_handshakes:
-            self.counters.refused_overload += 1
-            stream.socket.close()
-            return
-        self._handshakes += 1
-        in_handshake = True
         noise = RosterNoise(self._identity, self._may_dial_us)
-        try:
-            async with self._connect(stream, noise, None, list(self._protocols)) as connection:
-                self._handshakes -= 1
-                in_handshake = False
-                state = self._by_peer_id.get(connection.peer_id.to_bytes())
-                if state is None or not self._may_dial_us(connection.peer_id):
-                    raise StrangerRefused(str(connection.peer_id))
-                await self._run_link(state, self._protocols[connection.protocol], connection)
-        except StrangerRefused as error:
-            self.counters.refused_strangers += 1
-            log.debug("stranger refused: %s", error)
-        except HandshakeFailed as error:
-            self.counters.refused_handshakes += 1
-            log.debug("inbound handshake failed: %s", error)
-        except Exception:  # the border to libp2p
-            log.warning("inbound connection failed", exc_info=True)
-        finally:
-            if in_handshake:
-                self._handshakes -= 1
+        with self._handshakes.take(stream) as place:
+            if place is None:
+                return
+            try:
+                async with self._connect(stream, noise, None, list(self._protocols)) as connection:
+                    self._handshakes.leave(place)
+                    state = self._by_peer_id.get(connection.peer_id.to_bytes())
+                    if state is None or not self._may_dial_us(connection.peer_id):
+                        raise StrangerRefused(str(connection.peer_id))
+                    await self._run_link(state, self._protocols[connection.protocol], connection)
+            except StrangerRefused as error:
+                self.counters.refused_strangers += 1
+                log.debug("stranger refused: %s", error)
+            except HandshakeFailed as error:
+                if place.is_held:
+                    self.counters.refused_handshakes += 1
+                else:
+                    self.counters.refused_overload += 1
+                log.debug("inbound handshake failed: %s", error)
+            except Exception:  # the border to libp2p
+                log.warning("inbound connection failed", exc_info=True)
 
     def _may_dial_us(self, peer_id: object) -> bool:
         """Rule 1, and the penalty of rule 2."""

@@ -250,18 +250,38 @@ async def test_bodies_sent_at_once_are_bounded_together() -> None:
 
 
 @pytest.mark.trio
-async def test_connections_over_the_limit_are_closed_and_earlier_ones_kept() -> None:
+async def test_connection_over_the_limit_takes_the_place_of_the_one_idle_longest() -> None:
     async with listening(replace(SMALL, idle_seconds=60.0)) as address:
-        streams = [await trio.open_tcp_stream(address.host, address.port) for _ in range(4)]
-        await trio.sleep(0.05)
-        assert await exchange(address, b"") == b""
+        streams = [await trio.open_tcp_stream(address.host, address.port) for _ in range(SMALL.connections)]
+        await streams[0].send_all(b"GET / HTTP/1.1\r\n" + HEAD + b"\r\n")
+        assert (await streams[0].receive_some()).startswith(b"HTTP/1.1 200 ")
+        assert (await exchange(address, ALIVE)).startswith(b"HTTP/1.1 200 ")
+        assert await streams[1].receive_some() == b"", "it has waited longer than the one that was answered"
         await streams[0].send_all(b"GET / HTTP/1.1\r\n" + HEAD + b"\r\n")
         assert (await streams[0].receive_some()).startswith(b"HTTP/1.1 200 ")
         for stream in streams:
             await stream.aclose()
-        with trio.fail_after(60):  # as soon as it noticed that they are gone
-            while not await exchange(address, ALIVE):
-                await trio.sleep(0.05)
+
+
+@pytest.mark.trio
+async def test_connection_that_is_being_answered_keeps_its_place() -> None:
+    entered, leave = trio.Event(), trio.Event()
+
+    async def slow(request: HttpRequest) -> HttpReply:
+        entered.set()
+        await leave.wait()
+        return HttpReply(200, b"late")
+
+    limits = replace(SMALL, connections=1)
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(serve_http, slow, Address("127.0.0.1", 0), "api.listen", limits)
+        async with await trio.open_tcp_stream(address.host, address.port) as stream:
+            await stream.send_all(b"GET / HTTP/1.1\r\n" + HEAD + b"\r\n")
+            await entered.wait()
+            assert await exchange(address, b"") == b""
+            leave.set()
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio

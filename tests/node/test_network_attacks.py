@@ -284,14 +284,34 @@ async def test_silent_strangers_hold_a_bounded_number_of_handshakes() -> None:
     network = network_of(victim, [member, victim], limits=replace(FAST, max_handshakes=3))
     async with network.open():
         async with contextlib.AsyncExitStack() as stack:
-            for _ in range(3):
-                await stack.enter_async_context(tcp_to(victim))
-            await trio.sleep(0.05)
-            async with tcp_to(victim) as refused:
-                assert await _receive_or_end(refused) == b""
-            assert network.counters.refused_overload == 1
-        await until(lambda: network.counters.refused_handshakes == 3)
+            silent = [await stack.enter_async_context(tcp_to(victim)) for _ in range(4)]
+            while await _receive_or_end(silent[0]):
+                pass
+            await until(lambda: network.counters.refused_overload == 1)
+            await assert_alive(network, victim, Identity.from_seed(member.seed))
+            assert network.counters.refused_overload >= 2
+        await until(lambda: network.counters.refused_handshakes + network.counters.refused_overload == 4)
+
+
+@pytest.mark.trio
+async def test_strangers_in_every_handshake_keep_no_member_out() -> None:
+    member, victim = make_parties(2)
+    network = network_of(victim, [member, victim], limits=replace(FAST, max_handshakes=4))
+
+    async def again_and_again() -> None:
+        host, port = victim.address
+        while True:
+            with contextlib.suppress(OSError):
+                async with await trio.open_tcp_stream(host, port, local_address="127.0.0.2") as stream:
+                    while await _receive_or_end(stream):
+                        pass
+
+    async with network.open(), trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(again_and_again)
+        await until(lambda: network.counters.refused_overload >= 8)
         await assert_alive(network, victim, Identity.from_seed(member.seed))
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio
