@@ -136,11 +136,15 @@ class Intake:
         return event, self._pool(event, None)
 
     def _take_copy(self, encoded: bytes, sender: MemberId) -> bool:
-        """One event of a peer's gossip; what was asked for before is not checked again, which is most of its cost."""
+        """One event of a peer's gossip. Its check is most of its cost, so what is known is not checked again, and what
+        there is no room for not at all: a peer that repeats what is true, or sends without end, has that for nothing.
+        """
         self._check_size(encoded)
         wire = unpack(encoded)
-        if self._fetched and leaf_hash(wire.entry) in self._fetched:
+        leaf = leaf_hash(wire.entry)
+        if leaf in self._fetched or self._mempool.get(leaf) or self._ledger.store.index_of_leaf(leaf) is not None:
             return False
+        self._mempool.require_room(len(wire.entry) + len(wire.portions), sender)
         return self._pool(check_parts(wire.entry, wire.portions, self._ledger.committee), sender)
 
     def _pool(self, event: CheckedEvent, sender: MemberId | None) -> bool:

@@ -93,15 +93,8 @@ class Mempool:
         if event.id in self._by_id:
             raise Rejected(Reason.DUPLICATE, f"event {event.id.hex()} waits with other signatures")
         waiting = Waiting(event, now_ms, sender, len(event.entry_bytes) + len(event.portions_bytes))
+        self.require_room(waiting.size_bytes, sender)
         share = self._shares.get(sender) or _Share()
-        taken_events, taken_bytes = (0, 0) if sender is None else (len(share.waiting), share.held_bytes)
-        if (
-            len(self._waiting) + taken_events >= self._max_events
-            or self._held_bytes + taken_bytes + waiting.size_bytes > self._max_bytes
-        ):
-            raise Rejected(
-                Reason.OVERLOADED, f"{len(self._waiting)} events of {self._held_bytes} bytes wait; slow down and retry"
-            )
         self._rejected.pop(event.id, None)
         self._waiting[event.leaf_hash] = waiting
         self._shares[sender] = share
@@ -113,6 +106,24 @@ class Mempool:
         if event.entry.kind in URGENT_KINDS:
             self._urgent.add(event.leaf_hash)
         return True
+
+    def require_room(self, size_bytes: int, sender: MemberId | None) -> None:
+        """There is room for an event of this size that ``sender`` brings, None for a client of this node.
+
+        Raises:
+            Rejected: ``OVERLOADED`` when the pool, or the sender's share of it, is full.
+        """
+        share = self._shares.get(sender)
+        taken_events, taken_bytes = (
+            (0, 0) if share is None or sender is None else (len(share.waiting), share.held_bytes)
+        )
+        if (
+            len(self._waiting) + taken_events >= self._max_events
+            or self._held_bytes + taken_bytes + size_bytes > self._max_bytes
+        ):
+            raise Rejected(
+                Reason.OVERLOADED, f"{len(self._waiting)} events of {self._held_bytes} bytes wait; slow down and retry"
+            )
 
     def get(self, leaf_hash: Digest) -> CheckedEvent | None:
         """A pending event."""
