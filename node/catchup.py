@@ -4,9 +4,9 @@ A peer answers with consecutive ledger blocks from the height asked for. Their h
 certified one, whose certificate is checked once for the chunk; then every event is checked and every block
 applied exactly as in the live round (``chunk``). So whatever a peer sends, each answer that is taken brings the log
 further.
-A peer that sends anything else, or nothing, is slow, or sends little of what it says it has, is asked no more this time.
-Asked next is who was asked least, where an answer that disappointed counts for several: one that serves true ledger
-blocks, few at a time and late, has its turns and no more.
+A peer that sends anything else, or nothing, is slow, or sends little of what it says it has, is asked no more this
+time. Asked next is who was asked least, where an answer that disappointed counts for several: one that serves true
+ledger blocks, few at a time and late, has its turns and no more.
 
 The same file serves: blocks, events, proposals, as others ask.
 """

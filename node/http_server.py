@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 RECEIVE_BYTES = 64 << 10
 SEND_BYTES = 256 << 10
 BACKLOG = 512
+CLOSING = ("connection", "close")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,11 @@ class _Connection:
                     await self._send("GET", refusal)
                     await self._linger()
                     return
+                if _is_ambiguous(event):
+                    why = "a body with both a transfer-encoding and a length, or of HTTP/1.0 with a transfer-encoding"
+                    await self._send("GET", error_reply(400, Reason.MALFORMED.value, why, CLOSING))
+                    await self._linger()
+                    return
                 self._server.places.serve(self._place)
                 try:
                     await self._answer(event)
@@ -244,8 +250,8 @@ class _Connection:
             ("x-content-type-options", "nosniff"),
             *reply.headers,
         ]
-        if not self._body_is_over():
-            headers.append(("connection", "close"))
+        if not self._body_is_over() and CLOSING not in headers:
+            headers.append(CLOSING)
         head = self._http.send(h11.Response(status_code=reply.status, headers=headers))
         body = b"" if method == "HEAD" else reply.body
         if len(body) <= SEND_BYTES:
@@ -277,3 +283,11 @@ class _Connection:
     async def _write(self, chunk: bytes) -> None:
         with trio.fail_after(self._limits.send_seconds):
             await self._stream.send_all(chunk)
+
+
+def _is_ambiguous(event: h11.Request) -> bool:
+    """Whether a proxy may take another end of the body than we, and pass on what we would take for a request (RFC 9112
+    §6.1).
+    """
+    names = {name for name, _ in event.headers}
+    return b"transfer-encoding" in names and (b"content-length" in names or event.http_version < b"1.1")

@@ -69,6 +69,8 @@ class Proposals:
         self._clock = clock
         self._parameters = ledger.genesis.parameters
         self._proposals: dict[Digest, Proposal] = {}
+        self._unsent: set[Digest] = set()
+        """Those of ours that are not sent, hence perhaps not on disk yet."""
         self._blocked: set[Digest] = set()
         """Events that could not be appended at the last try; tried again once the log has grown."""
         self._moving_until_ms = 0
@@ -80,11 +82,23 @@ class Proposals:
         """Keep a checked proposal, to judge it, serve it and journal it."""
         self._proposals[proposal.digest] = proposal
         while len(self._proposals) > PROPOSALS_KEPT:
-            del self._proposals[next(iter(self._proposals))]
+            oldest = next(iter(self._proposals))
+            del self._proposals[oldest]
+            self._unsent.discard(oldest)
 
     def get(self, block: Digest) -> Proposal | None:
         """A proposal of late, by its ledger block's digest."""
         return self._proposals.get(block)
+
+    def sent(self, block: Digest) -> None:
+        """Our proposal of that ledger block is on disk and on its way."""
+        self._unsent.discard(block)
+
+    def served(self, block: Digest) -> Proposal | None:
+        """``get`` for a peer: none of ours before it is on disk, or who guesses its digest has it signed, and after a
+        crash we sign another.
+        """
+        return None if block in self._unsent else self.get(block)
 
     def held_block(self, block: Digest) -> HeldBlock | None:
         """What the journal keeps with a notarize vote; None once the log has passed that ledger block by."""
@@ -137,6 +151,7 @@ class Proposals:
         self._ledger.keep(built)
         proposal = sign_proposal(built.state.header, built.body, keys.identity.sign)
         self.remember(proposal)
+        self._unsent.add(proposal.digest)
         return proposal
 
     def _in_flight(self, state: LedgerState) -> set[bytes]:

@@ -413,6 +413,8 @@ class Replica:
 
     def _send_votes(self, messages: list[Proposal | Vote]) -> None:
         for message in messages:
+            if isinstance(message, Proposal):
+                self._proposals.sent(message.digest)
             self._network.broadcast(Lane.VOTES, encode(message))
 
     def _count_vote(self, vote: Vote) -> None:
@@ -535,7 +537,7 @@ class Replica:
                     least_bytes=LOOKED_UP_BYTES * len(leaves),
                 )
             case GetProposal():
-                held = self._proposals.get(Digest(request.block))
+                held = self._proposals.served(Digest(request.block))
                 return encode(FoundProposal(encode(held) if held else b""))
             case GetLastVote():
                 return encode(LastVote(self._last_votes.of(MemberId(request.voter))))

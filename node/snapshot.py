@@ -259,10 +259,11 @@ class Joining:
 
 
 def state_part(state: StateMap, start: bytes, target_bytes: int | None = None) -> StatePart:
-    """Prefixes from ``start`` on with all their entries, until they make an answer of ``PART_TARGET_BYTES``, by default.
+    """Prefixes from ``start`` on with all their entries, until they make an answer.
 
-    The first may begin before ``start``: whoever was left by another server between two neighbouring keys would else get
-    out of there in some thirty answers.
+    ``target_bytes`` is what the answer aims at, ``PART_TARGET_BYTES`` by default. The first prefix may begin before
+    ``start``: whoever was left by another server between two neighbouring keys would else need some thirty answers to
+    get out of there.
     """
     target_bytes = PART_TARGET_BYTES if target_bytes is None else target_bytes
     proofs: list[tuple[bytes, PrefixProof]] = []

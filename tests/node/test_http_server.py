@@ -137,6 +137,24 @@ async def test_malformed_bytes_cost_one_reply_and_nothing_else(
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST / HTTP/1.1\r\n" + HEAD + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n",
+        b"POST / HTTP/1.1\r\n" + HEAD + b"transfer-encoding: chunked\r\ncontent-length: 0\r\n\r\n",
+        b"POST / HTTP/1.0\r\n" + HEAD + b"connection: keep-alive\r\ntransfer-encoding: chunked\r\n\r\n",
+    ],
+)
+async def test_request_hidden_behind_a_body_of_two_lengths_is_not_answered(head: bytes) -> None:
+    async with listening() as address:
+        answer = await exchange(address, head + b"0\r\n\r\n" + b"GET /smuggled HTTP/1.1\r\n" + HEAD + b"\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.count(b"HTTP/1.1 ") == 1
+        assert b"smuggled" not in answer
+        await still_serves(address)
+
+
+@pytest.mark.trio
 async def test_pipelined_requests_are_answered_in_order_on_one_connection() -> None:
     async with listening() as address:
         one = b"POST /%d HTTP/1.1\r\n" + HEAD + b"content-length: 2\r\n\r\n%02d"

@@ -345,3 +345,12 @@ async def test_fetched_event_larger_than_gossip_allows_is_judged_and_never_propo
     assert verdict is Verdict.INVALID
     assert len(voter.mempool) == 0
     assert len(voter.hold(LATELY_MS, memory.source(LIBRARIAN, "own")).propose(2)[1]) == 1
+
+
+def test_proposal_that_may_not_be_on_disk_yet_is_served_to_nobody(desks: tuple[Desk, Desk]) -> None:
+    desk, _ = desks
+    ours, _ = desk.propose()
+    assert desk.proposals.get(ours.digest) is ours
+    assert desk.proposals.served(ours.digest) is None
+    desk.proposals.sent(ours.digest)
+    assert desk.proposals.served(ours.digest) is ours
