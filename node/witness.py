@@ -2,7 +2,7 @@
 
 A witness vouches for one history. What ``next_checkpoint`` lets it sign was
 
-1. signed by a member's log key, under the log's own name;
+1. signed by a member's log key, under the log's own name, unless the node is a verifier's, which has none;
 2. certified: a ledger block of the newest epoch, followed from the genesis by certificates, continues it;
 3. consistent with the checkpoint that this witness signed last (RFC 9162 §2.1.4). Both hold of the same root, so that a
    node cannot show one history for the past and another, by retired keys, for the present.
@@ -18,7 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 import httpx
 
 from consensus.bundle import open_bundle
-from consensus.checkpoint import Checkpoint, assemble_note, note_text, parse_checkpoint, verify_note_by
+from consensus.checkpoint import (
+    Checkpoint,
+    assemble_note,
+    checkpoint_text,
+    note_text,
+    parse_checkpoint,
+    verify_note_by,
+)
 from consensus.cosignature import WitnessKey, verify_cosignatures
 from consensus.epochs import Anchor, Pin
 from consensus.merkle import verify_consistency
@@ -37,20 +44,18 @@ _REFUSALS: Mapping[int, str] = {
 }
 
 
-def next_checkpoint(client: NodeClient, trusted: Anchor, last: Checkpoint | None) -> bytes:
-    """The node's newest checkpoint, as the note that a member signed, once it is shown to continue ``last``.
+def next_checkpoint(client: NodeClient, trusted: Anchor, last: Checkpoint | None) -> tuple[bytes, list[bytes]]:
+    """The node's newest checkpoint once it is shown to continue ``last``: a note's text, and a member's signature line.
+
+    A verifying node signs none: its checkpoint is that of the newest certified ledger block, without a line.
 
     Raises:
         Rejected: ``BAD_CHECKPOINT`` for another log's, an older one than ``last``, or one by no member; ``BAD_PROOF``
             where it does not continue ``last``; as ``open_bundle``.
         Unavailable: the node does not answer.
     """
-    note = client.checkpoint()
-    stated = stated_by(note, trusted.genesis.name)
-    asked = {"earlier": str(FIRST_HEIGHT), "size": str(stated.size)}
-    shown = open_bundle(trusted, client.bundle(Predicate.CONSISTENT.value, asked), Pin(stated.size, stated.root))
-    members = {member.name: member.log_key for member in shown.trusted.newest.committee.members if member.log_key}
-    verify_note_by(note, stated.origin, members)
+    text, lines = _certified(client, trusted)
+    stated = parse_checkpoint(text)
     if last is not None:
         if last.size > stated.size:
             raise Rejected(
@@ -58,16 +63,36 @@ def next_checkpoint(client: NodeClient, trusted: Anchor, last: Checkpoint | None
             )
         proof = client.consistency(last.size, stated.size)
         verify_consistency(last.size, stated.size, proof, last.root, stated.root)
-    return note
+    return text, lines
 
 
-def stated_by(note: bytes, origin: str) -> Checkpoint:
-    """The checkpoint of a note, of a log of that name with entries; no signature is looked at.
+def _certified(client: NodeClient, trusted: Anchor) -> tuple[bytes, list[bytes]]:
+    origin, asked = trusted.genesis.name, {"earlier": str(FIRST_HEIGHT)}
+    try:
+        note = client.checkpoint()
+    except Rejected as error:
+        if error.reason is not Reason.NOT_FOUND:
+            raise
+        header = open_bundle(trusted, client.bundle(Predicate.CONSISTENT.value, asked)).header
+        text = checkpoint_text(origin, header.log_size, header.log_root)
+        stated_by(text, origin)
+        return text, []
+    text = note_text(note)
+    stated = stated_by(text, origin)
+    asked["size"] = str(stated.size)
+    shown = open_bundle(trusted, client.bundle(Predicate.CONSISTENT.value, asked), Pin(stated.size, stated.root))
+    members = {member.name: member.log_key for member in shown.trusted.newest.committee.members if member.log_key}
+    verify_note_by(note, origin, members)
+    return text, note[len(text) + 1 :].splitlines(keepends=True)
+
+
+def stated_by(text: bytes, origin: str) -> Checkpoint:
+    """The checkpoint of a note's text, of a log of that name with entries.
 
     Raises:
         Rejected: ``BAD_CHECKPOINT``.
     """
-    stated = parse_checkpoint(note_text(note))
+    stated = parse_checkpoint(text)
     if stated.origin != origin:
         raise Rejected(Reason.BAD_CHECKPOINT, f"a checkpoint of {stated.origin!a}, the genesis is that of {origin!a}")
     if stated.size == 0:

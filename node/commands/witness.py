@@ -69,7 +69,9 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 )
 @_JSON
 def witness_key(name: str, out: Path, scheme: str, as_json: bool) -> None:
-    """Make a witness's key, and print the verifier key that others trust it by.
+    """Make a witness's key.
+
+    Printed is the verifier key that others trust it by.
 
     \b
     Example:
@@ -109,11 +111,12 @@ def witness_cosign(
     checkpoint_path: Path,
     as_json: bool,
 ) -> None:
-    """Sign a node's newest checkpoint, once it is shown to continue the last one.
+    """Sign a checkpoint that continues the last.
 
-    The log must be certified by the members that the genesis leads to, and begin with everything this witness signed
-    before. Run it from time to time, and hand around what it leaves in --checkpoint: whoever trusts the witness holds
-    bundles against it with countersign verify --checkpoint FILE --witness KEY.
+    It is the newest of a node, of a verifying one too. The log must be certified by the members that the genesis leads
+    to, and begin with everything this witness signed before. Run it from time to time, and hand around what it leaves
+    in --checkpoint: whoever trusts the witness holds bundles against it with countersign verify --checkpoint FILE
+    --witness KEY.
 
     \b
     Examples:
@@ -132,9 +135,7 @@ def witness_cosign(
                 f"{checkpoint_path} was signed at {utc(1_000 * signed_at)}: this machine's clock is behind it"
             )
         with connect(config_path, url, token_file) as client:
-            note = next_checkpoint(client, trusted, last)
-        text = note_text(note)
-        lines = note[len(text) + 1 :].splitlines(keepends=True)
+            text, lines = next_checkpoint(client, trusted, last)
         signed = assemble_note(text, [*lines, cosign(text, name, cosigner, now)])
         write_output(checkpoint_path, signed, checkpoint_path)
     stated = parse_checkpoint(text)
@@ -174,11 +175,12 @@ def witness_ask(
     checkpoint_path: Path,
     as_json: bool,
 ) -> None:
-    """Have public witnesses sign a node's newest checkpoint.
+    """Have public witnesses sign a checkpoint.
 
-    A witness has to know the log: give its operator what countersign log keys prints. Any witness of the C2SP protocol
-    will do. Its signature says that it saw one history, not that the members certified it. The file is written if one
-    of them signs. Exit code 0 when all did, 1 when one refused, 2 when one could not be asked.
+    It is the newest of a voting node. A witness has to know the log: give its operator what countersign log keys
+    prints. Any witness of the C2SP protocol will do. Its signature says that it saw one history, not that the members
+    certified it. The file is written if one of them signs. Exit code 0 when all did, 1 when one refused, 2 when one
+    could not be asked.
 
     \b
     Example:
@@ -274,7 +276,7 @@ def _stated_in(path: Path, origin: str) -> tuple[bytes, Checkpoint]:
     with open_regular(path, MAX_CHECKPOINT_BYTES) as (file, size_bytes):
         note = file.read(size_bytes)
     try:
-        return note, stated_by(note, origin)
+        return note, stated_by(note_text(note), origin)
     except Rejected as error:
         raise Rejected(Reason.BAD_CHECKPOINT, f"{path}: {error.detail}") from error
 

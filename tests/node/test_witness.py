@@ -31,7 +31,7 @@ from consensus.cosignature import Ed25519Cosigner, cosign, encode_witness_key, p
 from consensus.genesis import genesis_to_json
 from consensus.keys import Ed25519SigningKey
 from consensus.merkle import verify_consistency
-from consensus.rejection import Rejected
+from consensus.rejection import Reason, Rejected
 from node.cli import main
 from node.verify import read_pin
 
@@ -135,6 +135,40 @@ async def test_witness_does_not_sign_another_history_by_the_same_keys(tmp_path: 
         assert (tmp_path / "seen.txt").read_bytes() == held
         unwarned = await ran(*cosigning(tmp_path, node, "other.txt"))
         assert unwarned.exit_code == 0, "by itself the forged history is as good as the true one"
+
+
+@pytest.mark.trio
+async def test_verifying_node_has_no_log_key_and_its_certified_ledger_block_is_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = parse_witness_key(key_in(tmp_path))
+
+    def none() -> bytes:
+        raise Rejected(Reason.NOT_FOUND, "a verifier has no log key")
+
+    async with served(tmp_path / "data", story=begin()) as node:
+        monkeypatch.setattr(node.node, "checkpoint_note", none)
+        for name in ("poems", "letters"):
+            signed = await ran(*cosigning(tmp_path, node))
+            assert signed.exit_code == 0, signed.output
+            note, header = (tmp_path / "seen.txt").read_bytes(), node.node.ledger.final.header
+            assert set(verify_cosignatures(note, [key])) == {NAME}
+            stated = parse_checkpoint(note_text(note))
+            assert (stated.size, stated.root) == (header.log_size, header.log_root)
+            node.node.submit(another_source(node.node.memory, name))
+
+
+@pytest.mark.trio
+async def test_node_that_refuses_its_checkpoint_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key_in(tmp_path)
+
+    def wrong() -> bytes:
+        raise Rejected(Reason.BAD_CHECKPOINT, "none today")
+
+    async with served(tmp_path / "data", story=begin()) as node:
+        monkeypatch.setattr(node.node, "checkpoint_note", wrong)
+        refused = await ran(*cosigning(tmp_path, node))
+    assert (refused.exit_code, "none today" in refused.stderr) == (1, True), refused.stderr
 
 
 @pytest.mark.trio
