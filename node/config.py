@@ -101,6 +101,9 @@ class NodeSection(Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     sync: Literal["replay", "snapshot"] = "replay"
+    checkpoint: Path | None = None
+    witnesses: tuple[str, ...] = ()
+    witnesses_needed: Annotated[int, Meta(ge=1)] = 1
 
     @property
     def pinned_chain(self) -> ChainId:
@@ -283,7 +286,14 @@ def _readable(message: str, table: dict[str, object]) -> str:
 
 
 def _check_together(path: Path, config: NodeConfig) -> None:
-    api, countersign = config.api, config.countersign
+    api, countersign, node = config.api, config.countersign, config.node
+    if node.checkpoint is None and node.witnesses:
+        raise ConfigError(f"{path}: node.witnesses: expected node.checkpoint beside them, found none")
+    if node.witnesses_needed > max(1, len(node.witnesses)):
+        raise ConfigError(
+            f"{path}: node.witnesses_needed: expected at most as many as node.witnesses has, {len(node.witnesses)}, "
+            f"found {node.witnesses_needed}"
+        )
     if not api.listen.is_loopback and not api.tokens and api.tokens_file is None:
         raise ConfigError(
             f"{path}: api.listen: expected a loopback address, or api.tokens or api.tokens_file; "

@@ -83,6 +83,7 @@ class HistoryFill:
             if header.height > history.base_height:
                 break
             body, events = await self._checked_events(header, record)
+            self._ledger.hold_to_pin(frontier, body.leaf_hashes)
             frontier, interior = frontier.append_with_nodes(body.leaf_hashes)
             if (frontier.size, frontier.root) != (header.log_size, header.log_root):
                 raise Rejected(Reason.LOG_ROOT_MISMATCH, f"ledger block {header.height}: log root or size")

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from consensus.epochs import Pin
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import Role
 from consensus.keys import Ed25519SigningKey, SignatureScheme, Signer, signer_for
@@ -18,6 +19,7 @@ from consensus.membership import Committee, Genesis, Member, check_genesis
 from consensus.rejection import ConfigError, Rejected
 from node.config import NodeConfig
 from node.keystore import Keystore, Secrets, read_passphrase
+from node.verify import read_pin
 
 log = logging.getLogger("countersign")
 
@@ -123,6 +125,21 @@ def member_named(genesis: Genesis, name: str) -> Member:
             return member
     known = ", ".join(sorted(member.name for member in genesis.members))
     raise ConfigError(f"node.name: expected a member of the genesis ({known}), found {name}")
+
+
+def load_pin(config: NodeConfig, genesis: Genesis) -> Pin | None:
+    """The log that the node's must begin with, where the configuration names a checkpoint.
+
+    Raises:
+        ConfigError: it is none of this log, or not signed by as many of the witnesses as are needed.
+    """
+    node = config.node
+    if node.checkpoint is None:
+        return None
+    try:
+        return read_pin(node.checkpoint, genesis.name, node.witnesses, node.witnesses_needed)[0]
+    except Rejected as error:
+        raise ConfigError(f"node.checkpoint: {node.checkpoint}: {error.detail}") from error
 
 
 def load_identity(config: NodeConfig, genesis: Genesis) -> Identity:

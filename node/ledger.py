@@ -22,7 +22,7 @@ from consensus import merkle
 from consensus.block import Body, Header, decode_header
 from consensus.certificate import Certificate, CertificateScheme
 from consensus.codec import decode, encode
-from consensus.epochs import MAX_LINKS_BYTES, Anchor, EpochLink, anchor, verify_header
+from consensus.epochs import MAX_LINKS_BYTES, Anchor, EpochLink, Pin, anchor, verify_header
 from consensus.event import CheckedEvent, check_event, check_parts, pack_parts
 from consensus.identifiers import Digest, Height
 from consensus.membership import Committee, Genesis
@@ -55,12 +55,14 @@ class Finalized:
 class Ledger:
     """One chain's log: finalized on disk, branches in memory."""
 
-    def __init__(self, store: Store, genesis: Genesis) -> None:
+    def __init__(self, store: Store, genesis: Genesis, pin: Pin | None = None) -> None:
         """Read the head and check it, with a genesis that ``check_genesis`` has accepted.
 
+        ``pin`` is what the log must begin with: no ledger block is appended by which it would not.
+
         Raises:
-            InvariantBroken: the disk does not hold what its head's certificate vouches for; run
-                ``countersign log fsck`` and ``countersign log repair``.
+            InvariantBroken: the disk does not hold what its head's certificate vouches for, run
+                ``countersign log fsck`` and ``countersign log repair``; or another log than ``pin``'s.
         """
         self.store = store
         self.genesis = genesis
@@ -70,6 +72,8 @@ class Ledger:
         self._onward: tuple[bytes, ...] = ()
         self.final = self._load()
         self.overlays: dict[Digest, Built] = {}
+        self._pin = pin
+        self._hold_disk_to_pin()
 
     @property
     def committee(self) -> Committee:
@@ -105,6 +109,29 @@ class Ledger:
     def scheme(self) -> CertificateScheme:
         """How the newest epoch certifies."""
         return self.epochs.newest.scheme
+
+    def hold_to_pin(self, before: Frontier, leaf_hashes: Sequence[bytes]) -> None:
+        """Leaves after those of ``before`` are what the pin says, as far as it goes.
+
+        Raises:
+            InvariantBroken: they are not.
+        """
+        pin = self._pin
+        if pin is not None and before.size < pin.log_size <= before.size + len(leaf_hashes):
+            root = before.append(leaf_hashes[: pin.log_size - before.size]).root
+            if root != pin.log_root:
+                raise InvariantBroken(_another_log(pin, root))
+
+    def _hold_disk_to_pin(self) -> None:
+        pin, history = self._pin, self.store.history()
+        frontier = self.final.frontier if history is None else Frontier.from_bytes(history.frontier)
+        if pin is None or frontier.size < pin.log_size:
+            return
+        proof = merkle.consistency_proof(pin.log_size, frontier.size, self.node)
+        try:
+            merkle.verify_consistency(pin.log_size, frontier.size, proof, pin.log_root, frontier.root)
+        except Rejected as error:
+            raise InvariantBroken(_another_log(pin)) from error
 
     def _load(self) -> LedgerState:
         head = self.store.head()
@@ -214,6 +241,7 @@ class Ledger:
             built = self.overlays.get(header.digest)
             if built is None or header.parent != final.digest:
                 raise InvariantBroken(f"ledger block {header.height} is final but its branch is not here")
+            self.hold_to_pin(final.frontier, [event.leaf_hash for event in built.events] if self._pin else ())
             last = header is headers[-1] or built.state.is_terminal
             if last:
                 onward = tuple(encode(carrier) for carrier in headers if carrier.height > header.height)
@@ -389,6 +417,14 @@ class Ledger:
     def checked(self, index: int) -> CheckedEvent:
         """The event at a log index, checked again."""
         return check_parts(*self.event(index), self.epochs.at(index).committee)
+
+
+def _another_log(pin: Pin, root: bytes = b"") -> str:
+    found = f", which have root {root.hex()}" if root else ""
+    return (
+        f"the log does not begin with the {pin.log_size} entries of node.checkpoint, root {pin.log_root.hex()}{found}: "
+        "this is another history. Find out who tells it; then start with an empty data directory"
+    )
 
 
 def _block_write(

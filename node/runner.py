@@ -37,6 +37,7 @@ from node.identity import (
     later_transport_seeds,
     load_genesis,
     load_identity,
+    load_pin,
 )
 from node.intake import Intake
 from node.ledger import Ledger
@@ -85,7 +86,7 @@ class Node:
         self._why_not_voting = ""
         store = Store.open(config.node.data_directory, genesis.chain_id, create=True)
         try:
-            self._ledger = Ledger(store, genesis)
+            self._ledger = Ledger(store, genesis, load_pin(config, genesis))
             self._mempool = Mempool(config.limits.mempool_events, config.limits.mempool_bytes)
             self.network = Network(
                 identity.secrets.transport_seed,

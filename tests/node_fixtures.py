@@ -56,7 +56,7 @@ class Consortium:
         names = [*(member.name for member in self.genesis.members), *joining]
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
 
-    def node(self, name: str, sync: Literal["replay", "snapshot"] = "replay") -> Node:
+    def node(self, name: str, sync: Literal["replay", "snapshot"] = "replay", checkpoint: Path | None = None) -> Node:
         """A node over the member's data directory, not yet running; who joins is known by its keystore alone."""
         member = next((held for held in self.genesis.members if held.name == name), None)
         config = NodeConfig(
@@ -67,6 +67,7 @@ class Consortium:
                 data_directory=self.folder / name,
                 keystore=self.folder / f"{name}.keystore",
                 sync=sync,
+                checkpoint=checkpoint,
             ),
             network=NetworkSection(
                 listen=Address("127.0.0.1", self.ports[name]),

@@ -24,6 +24,12 @@ Answer = Callable[[Request], Awaitable[bytes]]
 def written(memory: MemoryLedger, directory: Path, blocks: int | None = None) -> Ledger:
     """A ledger on disk with the first ``blocks`` ledger blocks of ``memory``, each committed by itself."""
     ledger = Ledger(Store.open(directory, memory.chain_id, create=True), memory.genesis)
+    write(ledger, memory, blocks)
+    return ledger
+
+
+def write(ledger: Ledger, memory: MemoryLedger, blocks: int | None = None) -> None:
+    """Commit those of the first ``blocks`` ledger blocks of ``memory`` that are not there, each by itself."""
     for encoded, certificate in memory.certified[:blocks]:
         header = decode_header(encoded, memory.chain_id)
         if header.height <= ledger.final.header.height:
@@ -32,7 +38,6 @@ def written(memory: MemoryLedger, directory: Path, blocks: int | None = None) ->
         body = Body(tuple(event.leaf_hash for event in events))
         ledger.verify(ledger.final, header, body, events)
         ledger.commit([header], decode_certificate(certificate), ())
-    return ledger
 
 
 def honest(ledger: Ledger) -> Answer:

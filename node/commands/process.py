@@ -12,7 +12,7 @@ from node.commands.connection import connect, node_options
 from node.commands.output import print_json, printable
 from node.config import api_tokens, load_config
 from node.files import require_folder
-from node.identity import load_genesis, load_identity
+from node.identity import load_genesis, load_identity, load_pin
 
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -57,6 +57,7 @@ def node_run(config_path: Path, check: bool) -> None:
         member = load_identity(config, genesis).member
         api_tokens(config.api)
         require_folder(config.node.data_directory)
+        load_pin(config, genesis)
         role = member.role.value if member in genesis.members else "a member of a later epoch"
         click.echo(f"{config_path}: {member.name}, {role}, chain {config.node.chain_id}: ready")
         return

@@ -120,6 +120,18 @@ def test_wrong_value_is_refused_with_its_key(tmp_path: Path, text: str, message:
     assert message in refused(tmp_path, text)
 
 
+def test_witnesses_of_no_checkpoint_and_more_than_there_are_are_refused(tmp_path: Path) -> None:
+    def of(lines: str) -> str:
+        return MINIMAL.replace("[network]", lines + "\n[network]")
+
+    assert "node.witnesses: expected node.checkpoint beside them" in refused(tmp_path, of('witnesses = ["KEY"]'))
+    seen = 'checkpoint = "seen.txt"\n'
+    for lines in (seen + "witnesses_needed = 2", seen + 'witnesses = ["KEY"]\nwitnesses_needed = 2'):
+        assert "node.witnesses_needed: expected at most as many" in refused(tmp_path, of(lines))
+    config = load_config(write(tmp_path, of(seen + 'witnesses = ["A", "B"]\nwitnesses_needed = 2')))
+    assert config.node.checkpoint == tmp_path / "seen.txt"
+
+
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "absent.toml")
