@@ -14,7 +14,7 @@ from html_fixtures import tags_left
 from msgspec.structs import replace
 from snapshot_fixtures import written
 
-from attribution.factors import FactorsOrigin
+from attribution.factors import FactorsOrigin, FactorsUsed
 from attribution.log import CampaignLog, check_released_base, open_log
 from attribution.report import Answer, BaseAnswer, lifts
 from attribution.trace import Trace
@@ -125,7 +125,9 @@ def test_text_and_page_say_both_answers_each_with_its_chain_receipt_and_shares(t
 def test_share_is_told_where_both_campaigns_raised_the_output(
     before: float, base: float, tuned: float, share: float | None
 ) -> None:
-    answer = Answer("", "", {}, {}, Trace(0.0, 0.0, (), (), 40, ()), Search((), ()), (), FactorsOrigin.GIVEN)
+    answer = Answer(
+        "", "", {}, {}, Trace(0.0, 0.0, (), (), 40, ()), Search((), ()), (), FactorsUsed(FactorsOrigin.GIVEN)
+    )
     of_base = BaseAnswer(log_of(traced()), answer, before, base, tuned)
     assert of_base.share_of_base == share
     assert ("75 % of both" in " ".join(lifts(of_base))) == (share is not None)

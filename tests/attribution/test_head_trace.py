@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from attribution.examples import Allowance, Asked, source_examples
-from attribution.factors import FactorsOrigin, WeightFactors, factor_tensors, factors_from, fit_factors
+from attribution.factors import FactorsOrigin, FactorsUsed, WeightFactors, factor_tensors, factors_from, fit_factors
 from attribution.footprint import chosen_sources, example_footprint, footprint
 from attribution.index import SketchedCampaign
 from attribution.index_build import build_index, check_index
@@ -361,7 +361,7 @@ def test_text_and_page_tell_a_closed_head_from_one_that_was_moved() -> None:
     for leading, said in ((closed, 1), (others[0], 0)):
         ranked = (dataclasses.replace(leading, z=9.0), *(row for row in found.ranked if row is not leading))
         trace = dataclasses.replace(found, ranked=ranked)
-        answer = Answer("a question", "a", {}, {}, trace, search, (), FactorsOrigin.GIVEN)
+        answer = Answer("a question", "a", {}, {}, trace, search, (), FactorsUsed(FactorsOrigin.GIVEN))
         assert trace_text(log, answer).count(f"  closed    no direct update of {HEAD[FULL]}\n") == said
         content = page(log, [answer])
         assert all(head in content for head in heads_of(campaign(FULL)))
@@ -374,7 +374,7 @@ def test_many_closed_heads_are_counted_in_the_text_and_all_in_json() -> None:
     ranked = (dataclasses.replace(found.ranked[0], z=9.0, closed=heads), *found.ranked[1:])
     trace = dataclasses.replace(found, ranked=ranked)
     log, search = campaign(FULL).log(), campaign(FULL).search()
-    answer = Answer("a question", "a", {}, {}, trace, search, (), FactorsOrigin.GIVEN)
+    answer = Answer("a question", "a", {}, {}, trace, search, (), FactorsUsed(FactorsOrigin.GIVEN))
     assert f"  closed    no direct update of {', '.join(heads[:6])} and 3 more\n" in trace_text(log, answer)
     assert json.loads(trace_json(log, answer, None))["sources"][0]["no_direct_update"] == list(heads)
 

@@ -126,7 +126,9 @@ def test_unknown_commands_and_options_are_usage_errors() -> None:
 
 
 def process(*arguments: str | bytes | Path, stdout: int, **environment: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "from node.cli import main; main(prog_name='countersign')", *arguments]
+    # Tests that run in the background inherit an interrupt that is ignored.
+    begin = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{begin}; from node.cli import main; main(prog_name='countersign')", *arguments]
     root = Path(__file__).parents[2]
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, cwd=root, env={**os.environ, **environment})
 
@@ -153,9 +155,13 @@ def test_interrupting_a_command_is_no_answer(answering: tuple[str, dict[str, tup
     table["/v1/events"] = (200, b'{"events": [], "next": null}')
     asked = process("log", "show", "--url", url, "--follow", stdout=subprocess.PIPE)
     assert asked.stdout is not None
-    asked.stdout.readline()
-    asked.send_signal(signal.SIGINT)
-    assert asked.communicate(timeout=60)[1] == b"error: interrupted\n"
+    try:
+        asked.stdout.readline()
+        asked.send_signal(signal.SIGINT)
+        assert asked.communicate(timeout=60)[1] == b"error: interrupted\n"
+    finally:
+        asked.kill()
+        asked.communicate()
     assert asked.returncode == 130
 
 
