@@ -112,55 +112,50 @@ class Ed25519SigningKey:
         return f"Ed25519SigningKey(public_key={self._public_key.hex()})"
 
 
-class MlDsa65SigningKey:
-    """An ML-DSA-65 key from its 32-byte seed (FIPS 204 §5.1)."""
+class _MlDsaSigningKey:
+    """An ML-DSA key from its 32-byte seed (FIPS 204 §5.1); its signatures differ each time."""
 
     __slots__ = ("_key", "_public_key")
 
-    def __init__(self, seed: bytes) -> None:
+    def __init__(self, seed: bytes, kind: type[MLDSA44PrivateKey] | type[MLDSA65PrivateKey]) -> None:
         _check_seed(seed)
-        self._key = MLDSA65PrivateKey.from_seed_bytes(seed)
+        self._key = kind.from_seed_bytes(seed)
         self._public_key = self._key.public_key().public_bytes_raw()
+
+    @property
+    def public_key(self) -> bytes:
+        """What its signatures are verified with."""
+        return self._public_key
+
+    def sign(self, message: bytes) -> bytes:
+        """Signature over ``message``, with an empty context."""
+        return self._key.sign(message)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(public_key={self._public_key[:16].hex()}…)"
+
+
+class MlDsa65SigningKey(_MlDsaSigningKey):
+    """An ML-DSA-65 key: public key of 1,952 bytes, signatures of 3,309."""
+
+    __slots__ = ()
+
+    def __init__(self, seed: bytes) -> None:
+        super().__init__(seed, MLDSA65PrivateKey)
 
     @property
     def scheme(self) -> SignatureScheme:
         """``ML_DSA_65``."""
         return SignatureScheme.ML_DSA_65
 
-    @property
-    def public_key(self) -> bytes:
-        """1,952 bytes."""
-        return self._public_key
 
-    def sign(self, message: bytes) -> bytes:
-        """3,309 bytes, different each time."""
-        return self._key.sign(message)
+class MlDsa44SigningKey(_MlDsaSigningKey):
+    """An ML-DSA-44 key: public key of 1,312 bytes, signatures of 2,420. Witnesses sign with it, members do not."""
 
-    def __repr__(self) -> str:
-        return f"MlDsa65SigningKey(public_key={self._public_key[:16].hex()}…)"
-
-
-class MlDsa44SigningKey:
-    """An ML-DSA-44 key from its 32-byte seed (FIPS 204 §5.1). Witnesses sign with it, members do not."""
-
-    __slots__ = ("_key", "_public_key")
+    __slots__ = ()
 
     def __init__(self, seed: bytes) -> None:
-        _check_seed(seed)
-        self._key = MLDSA44PrivateKey.from_seed_bytes(seed)
-        self._public_key = self._key.public_key().public_bytes_raw()
-
-    @property
-    def public_key(self) -> bytes:
-        """1,312 bytes."""
-        return self._public_key
-
-    def sign(self, message: bytes) -> bytes:
-        """2,420 bytes, different each time."""
-        return self._key.sign(message)
-
-    def __repr__(self) -> str:
-        return f"MlDsa44SigningKey(public_key={self._public_key[:16].hex()}…)"
+        super().__init__(seed, MLDSA44PrivateKey)
 
 
 def verify_ml_dsa_44(key: bytes, message: bytes, signature: bytes) -> None:

@@ -241,7 +241,7 @@ class Ledger:
             built = self.overlays.get(header.digest)
             if built is None or header.parent != final.digest:
                 raise InvariantBroken(f"ledger block {header.height} is final but its branch is not here")
-            self.hold_to_pin(final.frontier, [event.leaf_hash for event in built.events] if self._pin else ())
+            self.hold_to_pin(final.frontier, built.body.leaf_hashes)
             last = header is headers[-1] or built.state.is_terminal
             if last:
                 onward = tuple(encode(carrier) for carrier in headers if carrier.height > header.height)

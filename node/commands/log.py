@@ -10,16 +10,17 @@ from consensus.bundle import open_bundle
 from consensus.checkpoint import encode_verifier_key, note_text, parse_checkpoint, verify_note_by
 from consensus.epochs import Anchor, Pin, anchor
 from consensus.event import Kind, check_event, pack_parts
+from consensus.membership import Genesis
 from consensus.receipt import verify_receipt
 from consensus.rejection import Reason, Rejected
 from node.client import PAGE_EVENTS, EventRow, NodeClient
 from node.commands.connection import connect, node_options
 from node.commands.fields import hex_argument
 from node.commands.log_disk import log_fsck, log_repair
-from node.commands.member import newest_members, read_event
+from node.commands.member import newest_members, proven_members, read_event
 from node.commands.output import print_json, print_table, utc
 from node.commands.submission import deliver
-from node.config import load_config
+from node.config import NodeConfig, load_config
 from node.files import check_output, write_output
 from node.identity import load_genesis
 from node.verify import read_pin
@@ -57,8 +58,7 @@ def log_checkpoint(config_path: Path, out: Path | None, as_json: bool) -> None:
         check_output(out)
     with connect(config_path, None, None) as client:
         note = client.checkpoint()
-    members = newest_members(config_path, config, genesis).members
-    log_keys = {member.name: member.log_key for member in members if member.log_key}
+    log_keys = _log_keys(config_path, config, genesis)
     signers = sorted(verify_note_by(note, genesis.name, log_keys))
     checkpoint = parse_checkpoint(note_text(note))
     if checkpoint.origin != genesis.name:
@@ -94,8 +94,8 @@ def log_keys(config_path: Path, as_json: bool) -> None:
     """
     config = load_config(config_path)
     genesis = load_genesis(config)
-    members = newest_members(config_path, config, genesis).members
-    keys = {member.name: encode_verifier_key(genesis.name, member.log_key) for member in members if member.log_key}
+    held = _log_keys(config_path, config, genesis)
+    keys = {name: encode_verifier_key(genesis.name, log_key) for name, log_key in held.items()}
     if as_json:
         print_json({"origin": genesis.name, "keys": keys})
         return
@@ -239,6 +239,12 @@ def log_prove(
     for name, value in said.items():
         click.echo(f"{name.replace('_', ' '):14} {value}")
     click.echo(f"{'kept in':14} {out} ({len(proof)} bytes)")
+
+
+def _log_keys(config_path: Path, config: NodeConfig, genesis: Genesis) -> dict[str, bytes]:
+    """By name, what the members of the newest epoch sign checkpoints with."""
+    members = proven_members(config_path, config, genesis).members
+    return {member.name: member.log_key for member in members if member.log_key}
 
 
 def _page(
