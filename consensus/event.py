@@ -25,7 +25,7 @@ evaluation
 ``check_event`` does all that needs only the event and the members; ``admission.py`` does what needs state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -35,6 +35,7 @@ from typing import Annotated, NamedTuple
 from msgspec import Meta, Struct
 
 from consensus import portions as p
+from consensus.batch_signature import sign_messages, verify_field
 from consensus.codec import decode, encode
 from consensus.evidence import EvidenceReport, check_evidence
 from consensus.identifiers import (
@@ -50,7 +51,7 @@ from consensus.identifiers import (
     tagged_prefix,
 )
 from consensus.job_key import MAX_JOB_SIGNATURE_BYTES, job_key_id, sign_as_job, verify_job_signature
-from consensus.keys import Signer, verify
+from consensus.keys import Signer
 from consensus.membership import Committee
 from consensus.membership_change import MembershipChange, check_change
 from consensus.merkle import leaf_hash
@@ -137,7 +138,7 @@ _LISTING = (p.SourceUse, p.SourceRefusal)
 
 
 class EventSignature(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """``signer`` is a member id or a job key's id; ``signature`` of the latter as in ``job_key.py``."""
+    """``signer`` is a member id or a job key's id; ``signature`` as in ``batch_signature.py`` or ``job_key.py``."""
 
     signer: p.Bytes32
     signature: Annotated[bytes, Meta(min_length=64, max_length=MAX_JOB_SIGNATURE_BYTES)]
@@ -243,14 +244,29 @@ def make_entry(
 
 def sign_entry(entry: Entry, signer_id: bytes, signer_role: str, signer: Signer) -> Entry:
     """The entry with one more signature, in signer order. A signer's earlier signature is replaced."""
-    signature = signer.sign(signature_message(entry, event_id(entry), signer_role))
-    return add_signature(entry, EventSignature(signer_id, signature))
+    return sign_entries([entry], signer_id, signer_role, signer)[0]
+
+
+def sign_entries(entries: Sequence[Entry], signer_id: bytes, signer_role: str, signer: Signer) -> list[Entry]:
+    """As ``sign_entry``, all with one signature: whoever verifies them in a row checks it once."""
+    fields = sign_messages(signer, [signature_message(entry, event_id(entry), signer_role) for entry in entries])
+    return [
+        add_signature(entry, EventSignature(signer_id, field)) for entry, field in zip(entries, fields, strict=True)
+    ]
 
 
 def sign_entry_as_job(entry: Entry, key: Signer) -> Entry:
     """The entry with a job key's signature, the only one it may have."""
-    field = sign_as_job(key, signature_message(entry, event_id(entry), JOB_SIGNER_ROLE))
-    return add_signature(entry, EventSignature(job_key_id(key), field))
+    return sign_entries_as_job([entry], key)[0]
+
+
+def sign_entries_as_job(entries: Sequence[Entry], key: Signer) -> list[Entry]:
+    """As ``sign_entry_as_job``, all with one signature."""
+    fields = sign_as_job(key, [signature_message(entry, event_id(entry), JOB_SIGNER_ROLE) for entry in entries])
+    identifier = job_key_id(key)
+    return [
+        add_signature(entry, EventSignature(identifier, field)) for entry, field in zip(entries, fields, strict=True)
+    ]
 
 
 def add_signature(entry: Entry, signature: EventSignature) -> Entry:
@@ -375,7 +391,7 @@ def check_signature(entry: Entry, identifier: Digest, held: EventSignature, comm
     """
     member = committee.member(MemberId(held.signer))
     message = signature_message(entry, identifier, member.role)
-    verify(member.scheme, member.identity_key, message, held.signature)
+    verify_field(member.scheme, member.identity_key, message, held.signature)
 
 
 def _decode_items(kind: Kind, portion: p.DataPortion | None, item_type: type[p.Wire] | None) -> tuple[p.Wire, ...]:

@@ -52,6 +52,7 @@ class Tag(StrEnum):
     JOB_KEY = "countersign/v1/job-key"
     EVENT = "countersign/v1/event"
     EVENT_SIGNATURE = "countersign/v1/event-signature"
+    EVENT_BATCH = "countersign/v1/event-batch"
     PORTION = "countersign/v1/portion"
     SOURCE_ENTRY = "countersign/v1/source-entry"
     EXAMPLE = "countersign/v1/example"

@@ -10,28 +10,28 @@ Ed25519        the public key itself                 the signature              
 ML-DSA-65      ``tagged_hash`` of the public key     the public key, then the signature          5,261
 =============  ====================================  ==========================================  =====
 
-The length of the field names the scheme, the id binds the key. That the scheme is the delegated one, and one that the
-policy admits, needs state: ``campaign_rules.py``.
+In place of the signature either has what ``batch_signature.py`` makes of one for many events, which is longer. No
+length is one of both schemes: the length of the field names the scheme, the id binds the key. That the scheme is the
+delegated one, and one that the policy admits, needs state: ``campaign_rules.py``.
 """
 
+from collections.abc import Sequence
+
+from consensus.batch_signature import MAX_WAY_BYTES, is_field_length, sign_messages, verify_field
 from consensus.identifiers import JobKey, Tag, tagged_hash
 from consensus.keys import (
-    ED25519_SIGNATURE_BYTES,
     ML_DSA_65_KEY_BYTES,
     ML_DSA_65_SIGNATURE_BYTES,
     SignatureScheme,
     Signer,
     check_public_key,
-    verify,
 )
 from consensus.rejection import Reason, Rejected
 
-MAX_JOB_SIGNATURE_BYTES = ML_DSA_65_KEY_BYTES + ML_DSA_65_SIGNATURE_BYTES
+MAX_JOB_SIGNATURE_BYTES = ML_DSA_65_KEY_BYTES + ML_DSA_65_SIGNATURE_BYTES + MAX_WAY_BYTES
 
-_SCHEMES = {
-    ED25519_SIGNATURE_BYTES: SignatureScheme.ED25519,
-    MAX_JOB_SIGNATURE_BYTES: SignatureScheme.ML_DSA_65,
-}
+_KEY_BYTES = {SignatureScheme.ED25519: 0, SignatureScheme.ML_DSA_65: ML_DSA_65_KEY_BYTES}
+"""How much of a field is the public key."""
 
 
 def job_key_id(key: Signer) -> JobKey:
@@ -49,10 +49,10 @@ def check_job_key_id(scheme: SignatureScheme, identifier: bytes) -> None:
         check_public_key(scheme, identifier)
 
 
-def sign_as_job(key: Signer, message: bytes) -> bytes:
-    """The signature field of an event that this job key signs."""
-    signature = key.sign(message)
-    return key.public_key + signature if key.scheme == SignatureScheme.ML_DSA_65 else signature
+def sign_as_job(key: Signer, messages: Sequence[bytes]) -> list[bytes]:
+    """The signature fields of events that this job key signs together; alone, if there is one."""
+    fields = sign_messages(key, messages)
+    return [key.public_key + field for field in fields] if _KEY_BYTES[key.scheme] else fields
 
 
 def scheme_of(field: bytes) -> SignatureScheme:
@@ -61,11 +61,10 @@ def scheme_of(field: bytes) -> SignatureScheme:
     Raises:
         Rejected: ``BAD_SIGNATURE`` for a length that no scheme has.
     """
-    scheme = _SCHEMES.get(len(field))
-    if scheme is None:
-        lengths = " or ".join(str(length) for length in _SCHEMES)
-        raise Rejected(Reason.BAD_SIGNATURE, f"a job key's signature of {len(field)} bytes, expected {lengths}")
-    return scheme
+    for scheme, key_bytes in _KEY_BYTES.items():
+        if is_field_length(len(field) - key_bytes, scheme):
+            return scheme
+    raise Rejected(Reason.BAD_SIGNATURE, f"a job key's signature of {len(field)} bytes, a length that no scheme has")
 
 
 def verify_job_signature(identifier: bytes, message: bytes, field: bytes) -> None:
@@ -75,13 +74,14 @@ def verify_job_signature(identifier: bytes, message: bytes, field: bytes) -> Non
         Rejected: ``BAD_SIGNATURE``.
     """
     scheme = scheme_of(field)
-    if scheme == SignatureScheme.ED25519:
-        verify(scheme, identifier, message, field)
+    key_bytes = _KEY_BYTES[scheme]
+    if not key_bytes:
+        verify_field(scheme, identifier, message, field)
         return
-    key, signature = field[:ML_DSA_65_KEY_BYTES], field[ML_DSA_65_KEY_BYTES:]
+    key = field[:key_bytes]
     if _id_of(scheme, key) != identifier:
         raise Rejected(Reason.BAD_SIGNATURE, f"the signature brings another key than job key {identifier.hex()}")
-    verify(scheme, key, message, signature)
+    verify_field(scheme, key, message, field[key_bytes:])
 
 
 def _id_of(scheme: SignatureScheme, public_key: bytes) -> JobKey:

@@ -205,25 +205,36 @@ def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes],
     Raises:
         Rejected: ``BAD_PROOF``.
     """
-    _check_index(index, size)
     _check_hashes((leaf, root, *_bounded(proof)))
+    _check_root("tree", inclusion_root(leaf, index, size, proof), root)
+
+
+def inclusion_root(leaf: bytes, index: int, size: int, proof: Sequence[bytes]) -> bytes:
+    """The root of the tree of ``size`` leaves in which ``proof`` puts leaf hash ``leaf`` at ``index``.
+
+    That all of them are hashes of 32 bytes is the caller's to see to.
+
+    Raises:
+        Rejected: ``BAD_PROOF``.
+    """
+    _check_index(index, size)
     position, last = index, size - 1
     computed = leaf
     for sibling in proof:
         if last == 0:
             raise Rejected(Reason.BAD_PROOF, f"{len(proof)} hashes are too many for leaf {index} of {size}")
         if position & 1 or position == last:
-            computed = node_hash(sibling, computed)
+            computed = sha256(NODE_PREFIX + sibling + computed).digest()
             while not position & 1 and position:
                 position >>= 1
                 last >>= 1
         else:
-            computed = node_hash(computed, sibling)
+            computed = sha256(NODE_PREFIX + computed + sibling).digest()
         position >>= 1
         last >>= 1
     if last != 0:
         raise Rejected(Reason.BAD_PROOF, f"{len(proof)} hashes are too few for leaf {index} of {size}")
-    _check_root("tree", computed, root)
+    return computed
 
 
 def verify_consistency(first: int, second: int, proof: Sequence[bytes], first_root: bytes, second_root: bytes) -> None:
@@ -282,13 +293,20 @@ def inclusion_proof_of(leaf_hashes: Sequence[bytes], index: int) -> tuple[bytes,
     Raises:
         Rejected: ``BAD_PROOF`` when there is no such leaf.
     """
-    _, nodes = Frontier().append_with_nodes(leaf_hashes)
+    _, node = _in_memory(leaf_hashes)
+    return inclusion_proof(index, len(leaf_hashes), node)
+
+
+def inclusion_proofs_of(leaf_hashes: Sequence[bytes]) -> tuple[Digest, list[tuple[bytes, ...]]]:
+    """The root of a small in-memory tree, and the inclusion proof of each leaf."""
+    frontier, node = _in_memory(leaf_hashes)
+    return frontier.root, [inclusion_proof(index, frontier.size, node) for index in range(frontier.size)]
+
+
+def _in_memory(leaf_hashes: Sequence[bytes]) -> tuple[Frontier, NodeReader]:
+    frontier, nodes = Frontier().append_with_nodes(leaf_hashes)
     interior = {(level, position): digest for level, position, digest in nodes}
-    return inclusion_proof(
-        index,
-        len(leaf_hashes),
-        lambda level, position: interior[level, position] if level else leaf_hashes[position],
-    )
+    return frontier, lambda level, position: interior[level, position] if level else leaf_hashes[position]
 
 
 def _split(count: int) -> int:

@@ -28,6 +28,8 @@ from consensus.event import (
     event_id,
     pack,
     pack_parts,
+    sign_entries,
+    sign_entries_as_job,
     sign_entry,
     signature_message,
     unpack,
@@ -191,6 +193,40 @@ def test_governance_quorum_is_demanded(kind: Kind, count: int) -> None:
             with pytest.raises(Rejected) as caught:
                 remake(TOLD.run, event, signers=names)
             assert caught.value.reason == Reason.MISSING_SIGNATURE
+
+
+def test_events_signed_together_are_checked_one_by_one_and_keep_their_ids() -> None:
+    ledger = TOLD.ledger
+    sources = [ledger.source(LIBRARIAN, f"together {number}") for number in range(5)]
+    entries = [event.entry for event in sources]
+    role = ledger.committee.member(ledger.ids[LIBRARIAN]).role.value
+    signed = sign_entries(entries, ledger.ids[LIBRARIAN], role, ledger.secrets[LIBRARIAN].identity)
+    for event, entry in reversed(list(zip(sources, signed, strict=True))):
+        assert entry != event.entry
+        assert check_event(pack(entry, event.portions), COMMITTEE).id == event.id
+    turned = add_signature(entries[0], signed[1].signatures[0])
+    assert_malformed(lambda: check_event(pack(turned, sources[0].portions), COMMITTEE), Reason.BAD_SIGNATURE)
+
+
+def test_job_events_signed_together_are_checked_one_by_one() -> None:
+    events = [EVENTS[kind] for kind in (Kind.REFUSAL, Kind.STEP)]
+    signed = sign_entries_as_job([event.entry for event in events], TOLD.run.job)
+    for event, entry in zip(events, signed, strict=True):
+        assert check_event(pack(entry, event.portions), COMMITTEE).id == event.id
+    turned = add_signature(signed[0], signed[1].signatures[0])
+    assert_malformed(lambda: check_event(pack(turned, events[0].portions), COMMITTEE), Reason.BAD_SIGNATURE)
+
+
+@pytest.mark.parametrize("kind", [Kind.POLICY, Kind.GRANT])
+def test_signers_of_one_event_may_each_have_signed_it_in_a_batch(kind: Kind) -> None:
+    event, other = EVENTS[kind], EVENTS[Kind.SOURCE]
+    entry = event.entry
+    for name, identifier in TOLD.ledger.ids.items():
+        if identifier in event.signers:
+            role = COMMITTEE.member(identifier).role.value
+            together = sign_entries([other.entry, entry], identifier, role, TOLD.ledger.secrets[name].identity)
+            entry = together[1]
+    assert check_event(pack(entry, event.portions), COMMITTEE).id == event.id
 
 
 @pytest.mark.parametrize("kind", [Kind.POLICY, Kind.GRANT, Kind.DECISION])

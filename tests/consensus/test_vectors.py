@@ -14,6 +14,7 @@ ROOT = VECTORS.parents[1]
 FILES = (
     "accumulators",
     "audits",
+    "batch_signatures",
     "blocks",
     "epochs",
     "events",

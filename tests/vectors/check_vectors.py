@@ -126,6 +126,17 @@ def tree(leaves: list[bytes]) -> bytes:
     return hashlib.sha256(b"\x01" + tree(leaves[:split]) + tree(leaves[split:])).digest()
 
 
+def path(leaves: list[bytes], index: int) -> list[bytes]:
+    if len(leaves) == 1:
+        return []
+    split = 1
+    while 2 * split < len(leaves):
+        split *= 2
+    if index < split:
+        return [*path(leaves[:split], index), tree(leaves[split:])]
+    return [*path(leaves[split:], index - split), tree(leaves[:split])]
+
+
 # The files.
 
 
@@ -189,6 +200,21 @@ def check_job_key(case: dict) -> None:
     key = bytes.fromhex(case["public_key"])
     identifier = key if case["scheme"] == 1 else tagged(name("job-key"), bytes([case["scheme"]]), key)
     check(identifier.hex(), case["id"], "id of a job key")
+
+
+def check_batch(case: dict) -> None:
+    messages = [bytes.fromhex(held) for held in case["messages"]]
+    leaves = [leaf(held) for held in messages]
+    size = struct.pack(">I", len(leaves))
+    key = VerifyKey(bytes.fromhex(case["public_key"]))
+    for index, encoded in enumerate(case["fields"]):
+        field = bytes.fromhex(encoded)
+        if len(leaves) == 1:
+            key.verify(messages[index], field)
+            continue
+        key.verify(message(name("event-batch"), size, tree(leaves)), field[:64])
+        way = struct.pack(">I", index) + size + b"".join(path(leaves, index))
+        check(field[64:].hex(), way.hex(), f"way up from message {index}")
 
 
 def check_block(case: dict) -> None:
@@ -344,6 +370,7 @@ CHECKS = {
     "portions": check_portions,
     "events": check_event,
     "job_keys": check_job_key,
+    "batch_signatures": check_batch,
     "blocks": check_block,
     "log_tree": check_tree,
     "state_map": check_state,

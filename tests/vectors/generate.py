@@ -15,6 +15,7 @@ import msgspec
 
 from consensus import portions as p
 from consensus.accumulators import AccumulatorWindow, WindowEntry, WindowTerms, window_root
+from consensus.batch_signature import sign_messages
 from consensus.beacon import beacon_message, picked_steps
 from consensus.block import Header
 from consensus.certificate import Certificate, certificate_message
@@ -141,6 +142,23 @@ def job_keys() -> list[Case]:
     """What the log calls a job key, by scheme."""
     keys = [signer_for(scheme, octets("job", scheme.label)) for scheme in SignatureScheme]
     return [{"scheme": key.scheme, "public_key": key.public_key.hex(), "id": job_key_id(key).hex()} for key in keys]
+
+
+def batch_signatures() -> list[Case]:
+    """The signature fields of messages that one Ed25519 key signed together."""
+    cases: list[Case] = []
+    key = Ed25519SigningKey(octets("seed", "batch"))
+    for count in (1, 2, 3, 7, 8):
+        messages = [octets("message", number) for number in range(count)]
+        fields = sign_messages(key, messages)
+        cases.append(
+            {
+                "public_key": key.public_key.hex(),
+                "messages": [message.hex() for message in messages],
+                "fields": [field.hex() for field in fields],
+            }
+        )
+    return cases
 
 
 def blocks() -> list[Case]:
@@ -367,6 +385,7 @@ FILES = {
     "portions": portions,
     "events": events,
     "job_keys": job_keys,
+    "batch_signatures": batch_signatures,
     "blocks": blocks,
     "log_tree": trees,
     "state_map": states,
