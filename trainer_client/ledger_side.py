@@ -435,9 +435,10 @@ class LedgerSide:
 
     def _put(self, events: Sequence[RecordedEvent]) -> None:
         """Put events; waits while the outbox is full, unless something was refused: they are discarded then."""
+        signed = [(event.id, event.encoded) for event in self._recorder.signed_together(events)]
         while True:
             try:
-                self._outbox.put([(event.id, event.encoded) for event in events], WAIT_SECONDS)
+                self._outbox.put(signed, WAIT_SECONDS)
             except OutboxFull:
                 if self.failure is not None:
                     return

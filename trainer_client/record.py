@@ -11,11 +11,22 @@ bytes each); what to record, and when, is left to ``governed.py``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from consensus import portions as p
 from consensus.codec import decode, encode
-from consensus.event import Entry, Kind, event_id, make_entry, pack, sign_entry_as_job
+from consensus.event import (
+    MAX_ENTRY_BYTES,
+    Entry,
+    Kind,
+    event_id,
+    make_entry,
+    pack,
+    pack_parts,
+    sign_entries_as_job,
+    sign_entry_as_job,
+    unpack,
+)
 from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
@@ -289,6 +300,17 @@ class Recorder:
         """The campaign ends with these weights, at the root where it stands."""
         release = p.Release(self.place.root, self.place.steps, file_name, file_sha256)
         return self._next(Kind.RELEASE, p.Portions(None, None, self._salted(release)))
+
+    def signed_together(self, events: Sequence[RecordedEvent]) -> tuple[RecordedEvent, ...]:
+        """The same events under one signature, which every node then checks once; a single one as it is."""
+        if len(events) < 2:
+            return tuple(events)
+        wires = [unpack(event.encoded) for event in events]
+        signed = sign_entries_as_job([decode(wire.entry, Entry, MAX_ENTRY_BYTES) for wire in wires], self._signer)
+        return tuple(
+            replace(event, encoded=pack_parts(encode(entry), wire.portions))
+            for event, entry, wire in zip(events, signed, wires, strict=True)
+        )
 
     def _next(self, kind: Kind, portions: p.Portions) -> RecordedEvent:
         place = self.place

@@ -155,6 +155,18 @@ def test_campaign_from_opening_to_release_is_admitted(scene: Scene) -> None:
     assert head.presented == head.admitted + head.refused
 
 
+def test_refusal_and_step_signed_together_are_admitted(scene: Scene) -> None:
+    permission = scene.grant()
+    events = scene.events(permission, scene.use(1), root(1))
+    assert [event.kind for event in events] == [Kind.REFUSAL, Kind.STEP]
+    together = scene.recorder.signed_together(events)
+    assert [event.id for event in together] == [event.id for event in events]
+    assert all(one.encoded != other.encoded for one, other in zip(events, together, strict=True))
+    assert scene.recorder.signed_together(events[:1]) == events[:1]
+    scene.take(*together)
+    scene.agrees()
+
+
 def test_recited_step_is_rolled_back_and_repeated_without_the_example(scene: Scene) -> None:
     permission = scene.grant()
     use = scene.use(1)
