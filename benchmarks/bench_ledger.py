@@ -49,6 +49,7 @@ VOTERS = ("library", "archive", "council", "operator")
 VERIFIER, SNAPSHOT_VERIFIER = "auditor", "guild"
 OTHER_BATCHES = (10, 100)
 STATEMENT_BYTES = (0, 2_000, 8_000)
+SIGNED_TOGETHER = 32
 LOAD_BATCH_EVENTS, LOAD_PERIOD_SECONDS = 100, 0.1
 
 
@@ -318,11 +319,13 @@ def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only:
     if "loaded" in only:
         measure_finality_under_load(report, consortium, authors, sizes.finality_events // 2)
     if "batch" in only:
-        signed = [author.sources(sizes.batch_events // 2) for author in authors]
-        with timed_submission(
-            report, consortium, "batches over HTTP until final", sizes.batch_events, 2_500, verify_seconds
-        ):
-            submit_batches(consortium, authors, signed)
+        name = "batches over HTTP until final"
+        for together in (1, SIGNED_TOGETHER):
+            signed = [author.sources(sizes.batch_events // 2, together=together) for author in authors]
+            check_seconds = verify_cost(consortium, signed[0][: len(kept)])
+            named = name if together == 1 else f"{name}, {together} events to a signature"
+            with timed_submission(report, consortium, named, sizes.batch_events, 2_500, check_seconds):
+                submit_batches(consortium, authors, signed)
     if "single" in only:
         events = authors[0].sources(sizes.single_events)
         with timed_submission(report, consortium, "one POST each until final", len(events), 1_000, verify_seconds):

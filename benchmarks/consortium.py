@@ -23,7 +23,7 @@ from harness import cpu_seconds
 
 from consensus import portions as p
 from consensus.codec import encode
-from consensus.event import Kind, make_entry, pack, sign_entry
+from consensus.event import Kind, make_entry, pack, sign_entries
 from consensus.identifiers import MemberId, Role, View
 from consensus.keys import SignatureScheme, Signer, signer_for
 from consensus.membership import Member, committee
@@ -50,11 +50,22 @@ class Author:
         self._chain_id = made.chain_id
         self._made = 0
 
-    def sources(self, count: int, statement_bytes: int = 0) -> list[bytes]:
-        """``count`` new signed source events of some 600 bytes and ``statement_bytes`` (at most 8,192) more."""
-        return [self._source("x" * statement_bytes) for _ in range(count)]
+    def sources(self, count: int, statement_bytes: int = 0, together: int = 1) -> list[bytes]:
+        """``count`` new signed source events of some 600 bytes and ``statement_bytes`` (at most 8,192) more.
 
-    def _source(self, statement: str) -> bytes:
+        ``together``: how many of them bear one signature.
+        """
+        events: list[bytes] = []
+        while len(events) < count:
+            claims = [self._source("x" * statement_bytes) for _ in range(min(together, count - len(events)))]
+            entries = [
+                make_entry(self._chain_id, Kind.SOURCE, MemberId(self.member.id), portions) for portions in claims
+            ]
+            signed = sign_entries(entries, self.member.id, self.member.role, self.signer)
+            events += [pack(entry, portions) for entry, portions in zip(signed, claims, strict=True)]
+        return events
+
+    def _source(self, statement: str) -> p.Portions:
         self._made += 1
         label = f"{self.member.name} {self._made}"
         claim = p.SourceClaim(
@@ -73,9 +84,7 @@ class Author:
             reserve_below=0,
         )
         salt = hashlib.sha256(f"salt {label}".encode()).digest()
-        portions = p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)
-        entry = make_entry(self._chain_id, Kind.SOURCE, MemberId(self.member.id), portions)
-        return pack(sign_entry(entry, self.member.id, self.member.role, self.signer), portions)
+        return p.Portions(p.DataPortion(salt, (p.DataItem(encode(claim)),)), None, None)
 
 
 class Consortium:
