@@ -49,7 +49,7 @@ VOTERS = ("library", "archive", "council", "operator")
 VERIFIER, SNAPSHOT_VERIFIER = "auditor", "guild"
 OTHER_BATCHES = (10, 100)
 STATEMENT_BYTES = (0, 2_000, 8_000)
-SIGNED_TOGETHER = 32
+SIGNED_TOGETHER, CHECKED_EVENTS = 32, 300
 LOAD_BATCH_EVENTS, LOAD_PERIOD_SECONDS = 100, 0.1
 
 
@@ -149,7 +149,7 @@ def measure_sizes(report: Report, consortium: Consortium, authors: Sequence[Auth
 
 @contextmanager
 def timed_submission(
-    report: Report, consortium: Consortium, name: str, count: int, floor: float, verify_seconds: float
+    report: Report, consortium: Consortium, name: str, count: int, floor: float, check_seconds: float
 ) -> Iterator[None]:
     """Events per second from the first byte sent until all are final at every voter."""
     size = consortium.log_size(VOTERS[0])
@@ -167,8 +167,21 @@ def timed_submission(
     report.rate(f"{name}: CPU of one node, median", 1e6 * statistics.median(used) / count, "us/event")
     cores = len(os.sched_getaffinity(0))
     report.rate(
-        f"{name}: share of all cores spent on event signatures", rate * len(VOTERS) * verify_seconds / cores, "1"
+        f"{name}: share of all cores spent on event signatures", rate * len(VOTERS) * check_seconds / cores, "1"
     )
+
+
+def measure_batches(
+    report: Report, consortium: Consortium, authors: Sequence[Author], count: int, together: int
+) -> None:
+    """Throughput in batches of events, ``together`` of which bear one signature."""
+    signed = [author.sources(count // 2, together=together) for author in authors]
+    name = "batches over HTTP until final"
+    if together > 1:
+        name += f", {together} events to a signature"
+    check_seconds = check_cost(consortium, signed[0][:CHECKED_EVENTS])
+    with timed_submission(report, consortium, name, count, 2_500, check_seconds):
+        submit_batches(consortium, authors, signed)
 
 
 def measure_joining(report: Report, consortium: Consortium, name: str) -> None:
@@ -261,7 +274,7 @@ def measure_receipts(report: Report, consortium: Consortium, events: Sequence[by
     report.rate("receipt", statistics.median(len(encoded) for encoded in receipts), "bytes")
 
 
-def verify_cost(consortium: Consortium, events: Sequence[bytes]) -> float:
+def check_cost(consortium: Consortium, events: Sequence[bytes]) -> float:
     """Seconds of the check of one event, signature and all, on this machine now."""
     members = committee(consortium.made.genesis)
     started = time.process_time()
@@ -281,14 +294,14 @@ def report_memory(report: Report, consortium: Consortium, wanted: int) -> None:
 
 
 def measure(report: Report, arguments: argparse.Namespace) -> None:
-    """All figures. What stays in the nodes' memory or log and is no part of the rest has a consortium of its own."""
+    """All figures; ``OF_THEIR_OWN`` have a consortium each."""
     sizes = QUICK if arguments.quick else FULL
     if arguments.profile is not None:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     roles = (Role.DATA_SOURCE, Role.DATA_SOURCE, Role.GOVERNANCE, Role.OPERATOR)
     requests = [MemberRequest(name, role) for name, role in zip(VOTERS, roles, strict=True)]
     requests += [MemberRequest(name, Role.VERIFIER) for name in (VERIFIER, SNAPSHOT_VERIFIER)]
-    for parts in (set(PARTS) - {"sizes", "composite"}, {"sizes"}, {"composite"}):
+    for parts in (set(PARTS) - OF_THEIR_OWN, *({part} for part in sorted(OF_THEIR_OWN))):
         if wanted := parts.intersection(arguments.only):
             with running(
                 "bench.example/ledger", requests, directory=arguments.directory, profile=arguments.profile
@@ -301,12 +314,15 @@ def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only:
     if "sizes" in only:
         measure_sizes(report, consortium, authors, sizes.batch_events // 5)
         return
+    if "together" in only:
+        measure_batches(report, consortium, authors, sizes.batch_events, SIGNED_TOGETHER)
+        return
     if "composite" in only:
         measure_composite(report, consortium, sizes.composite_steps)
         return
     kept = authors[0].sources(sizes.receipts)
-    verify_seconds = verify_cost(consortium, kept)
-    report.rate("check of one event", 1e6 * verify_seconds, "us CPU")
+    check_seconds = check_cost(consortium, kept)
+    report.rate("check of one event", 1e6 * check_seconds, "us CPU")
     submit_batches(consortium, authors[:1], [kept])
     consortium.wait_final(len(kept))
     report.rate(
@@ -319,16 +335,10 @@ def _measure_running(report: Report, consortium: Consortium, sizes: Sizes, only:
     if "loaded" in only:
         measure_finality_under_load(report, consortium, authors, sizes.finality_events // 2)
     if "batch" in only:
-        name = "batches over HTTP until final"
-        for together in (1, SIGNED_TOGETHER):
-            signed = [author.sources(sizes.batch_events // 2, together=together) for author in authors]
-            check_seconds = verify_cost(consortium, signed[0][: len(kept)])
-            named = name if together == 1 else f"{name}, {together} events to a signature"
-            with timed_submission(report, consortium, named, sizes.batch_events, 2_500, check_seconds):
-                submit_batches(consortium, authors, signed)
+        measure_batches(report, consortium, authors, sizes.batch_events, 1)
     if "single" in only:
         events = authors[0].sources(sizes.single_events)
-        with timed_submission(report, consortium, "one POST each until final", len(events), 1_000, verify_seconds):
+        with timed_submission(report, consortium, "one POST each until final", len(events), 1_000, check_seconds):
             submit_each(authors[0].address, events, connections=8)
     if "receipts" in only:
         measure_receipts(report, consortium, kept)
@@ -350,7 +360,10 @@ def _grow(consortium: Consortium, authors: Sequence[Author], size: int) -> None:
         progress(f"log at {consortium.log_size(VOTERS[0])} events")
 
 
-PARTS = ("finality", "loaded", "sizes", "batch", "single", "composite", "receipts", "catch-up", "memory")
+PARTS = ("finality", "loaded", "sizes", "batch", "together", "single", "composite", "receipts", "catch-up", "memory")
+
+OF_THEIR_OWN = {"sizes", "together", "composite"}
+"""What stays in the nodes' memory or log and is no part of the rest."""
 
 
 def main() -> int:
