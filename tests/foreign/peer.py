@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -364,25 +364,33 @@ def read_header(encoded: bytes) -> Header:
     return Header(*rest)
 
 
-@dataclass
+def genesis_header(genesis: Genesis) -> bytes:
+    """The header before the first: known, never voted on."""
+    body_root, state_root = digest("block-body"), digest("state-empty")
+    numbers = [genesis.created_ms, body_root, 0, 0, root([]), state_root]
+    return pack(["block", 1, genesis.chain_id, 0, 0, 0, ZERO, ZERO, 0, *numbers])
+
+
 class Log:
     """What was fetched and held: events in order, and the header they lead to."""
 
-    genesis: Genesis
-    events: list[Event] = field(default_factory=list)
-    head: bytes = b""
-    height: int = 0
+    def __init__(self, genesis: Genesis) -> None:
+        self.genesis = genesis
+        self.events: list[Event] = []
+        self.head = genesis_header(genesis)
+
+    @property
+    def height(self) -> int:
+        return read_header(self.head).height
 
     def take(self, header: bytes, body: bytes, events: list[bytes]) -> None:
         """Append a ledger block, by the rules of ``apply`` that need no state."""
-        held = read_header(header)
+        held, before = read_header(header), read_header(self.head)
         require(held.chain_id == self.genesis.chain_id and held.epoch == 0, "a ledger block of this chain and epoch")
-        require(held.height == self.height + 1, "heights follow each other")
-        if self.head:
-            before = read_header(self.head)
-            require(held.parent == digest("block", self.head), "a header names its parent")
-            require(held.parent_view == before.view < held.view, "views rise")
-            require(held.timestamp_ms >= before.timestamp_ms, "time does not go back")
+        require(held.height == before.height + 1, "heights follow each other")
+        require(held.parent == digest("block", self.head), "a header names its parent")
+        require(held.parent_view == before.view < held.view, "views rise")
+        require(held.timestamp_ms >= before.timestamp_ms, "time does not go back")
         voters = self.genesis.voters
         require(held.leader == voters[(held.view - 1) % len(voters)].id, "its leader's turn")
         tag, leaves = unpack(body)
@@ -393,7 +401,7 @@ class Log:
         self.events += checked
         require(held.log_size == len(self.events), "the log grew by them")
         require(held.log_root == root([event.leaf for event in self.events]), "the log's root is RFC 9162's")
-        self.head, self.height = header, held.height
+        self.head = header
 
 
 # §18: receipts.

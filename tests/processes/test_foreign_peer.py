@@ -63,6 +63,13 @@ def test_foreign_peer_takes_part_and_is_told_what_it_does_wrong(tmp_path: Path) 
         log = (consortium.provisioned.members[dialled].directory / "node.log").read_text()
         for reason in ("closed_oversized", "frame of kind 9 on bulk", "frame of kind 1 on bulk"):
             assert reason in log
+        counted = consortium.client.get(consortium.provisioned.members[dialled].api_url + "/metrics").text
+        counts = dict(
+            line.split() for line in counted.splitlines() if not line.startswith("#") and line.count(" ") == 1
+        )
+        assert float(counts["countersign_network_requests_refused_total"]) == 7
+        assert float(counts["countersign_network_refused_handshakes_total"]) >= 1
+        assert float(counts["countersign_network_refused_strangers_total"]) >= 1
         assert all(consortium.status(name)["voting"] for name in VOTERS)
         assert consortium.post(dialled, source(consortium, "press", 99), 20).json()["status"] == "final"
     finally:
