@@ -11,8 +11,8 @@ Rules:
   (its sources, campaigns).
 - An identity key that left never returns: it is recorded as retired.
 - Under ``bls-threshold`` a role whose members, their keys or their quorum change gets a new group key, made by its new
-  members (``ceremony``): whoever left holds shares of nothing. A role that stays as it was may keep its key; the proof
-  of possession is made anew for every epoch.
+  members (``ceremony``): whoever left holds shares of nothing. A role that stays as it was may keep its key, and gets
+  none that another role had; the proof of possession is made anew for every epoch.
 
 ``check_change`` needs only the members of the epoch that ends; ``admit_change`` needs the state.
 """
@@ -57,12 +57,17 @@ def check_change(membership: Membership, before: Committee) -> None:
 
 
 def _check_new_group_keys(membership: Membership, before: Committee) -> None:
-    """Where a role is not what it was, no group key of the epoch before: its shares are in other hands."""
-    old_keys = {group.group_key for group in before.groups}
+    """No group key of the epoch before in other hands: a role keeps its own while it is what it was, and no other's."""
+    owners = {group.group_key: group.role for group in before.groups}
     for group in membership.groups:
+        owner = owners.get(group.group_key)
+        if owner is None:
+            continue
+        if owner is not group.role:
+            raise Rejected(Reason.BAD_MEMBERSHIP, f"the group key of {group.role.value} was that of {owner.value}")
         held = [(member.id, member.bls_key) for member in membership.members if member.role == group.role]
         same = held == [(member.id, member.bls_key) for member in before.role_members(group.role)]
-        if group.group_key in old_keys and not (same and group.threshold == before.threshold(group.role)):
+        if not (same and group.threshold == before.threshold(group.role)):
             raise Rejected(Reason.BAD_MEMBERSHIP, f"{group.role.value} changes and keeps its group key")
 
 
