@@ -16,6 +16,7 @@ import trio
 
 from consensus.codec import decode
 from consensus.event import MAX_ENTRY_BYTES, MAX_EVENT_BYTES, Entry, event_id, unpack
+from consensus.identifiers import Digest
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import ChallengeRecord
 from node import request_fields as fields
@@ -140,19 +141,24 @@ class Api:
 
     async def _post_event(self, call: Call) -> HttpReply:
         seconds = fields.wait_seconds(call.query)
-        encoded = await call.request.body(self._max_event_bytes)
+        identifier, leaf_hash = self._submit(await call.request.body(self._max_event_bytes))
+        call.request.release_body()
+        status = self._service.status_of(identifier)
+        if seconds and status.state is EventState.PENDING:
+            status = await self._service.wait_final(identifier, seconds)
+        if status.state is EventState.REJECTED and status.reason is not None:
+            raise Rejected(status.reason, status.detail)
+        return json_reply({**status_fields(identifier, status), "leaf_hash": leaf_hash.hex()}, 202)
+
+    def _submit(self, encoded: bytes) -> tuple[Digest, Digest]:
+        """Id and leaf hash of an event that was taken: all that is kept of it while its client waits."""
         try:
             event = self._service.submit(encoded)
         except Rejected as error:
             self._metrics.event_rejected(error.reason.value)
             raise
         self._metrics.event_submitted()
-        status = self._service.status_of(event.id)
-        if seconds and status.state is EventState.PENDING:
-            status = await self._service.wait_final(event.id, seconds)
-        if status.state is EventState.REJECTED and status.reason is not None:
-            raise Rejected(status.reason, status.detail)
-        return json_reply({**status_fields(event.id, status), "leaf_hash": event.leaf_hash.hex()}, 202)
+        return event.id, event.leaf_hash
 
     async def _post_batch(self, call: Call) -> HttpReply:
         events = split_batch(await call.request.body(self._max_body_bytes))
@@ -165,18 +171,16 @@ class Api:
 
     def _submit_one(self, encoded: bytes) -> dict[str, object]:
         try:
-            event = self._service.submit(encoded)
+            identifier, leaf_hash = self._submit(encoded)
         except Rejected as error:
-            self._metrics.event_rejected(error.reason.value)
             return {
                 "id": _id_of(encoded),
                 "status": EventState.REJECTED.value,
                 "error": error.reason.value,
                 "detail": error.detail,
             }
-        self._metrics.event_submitted()
-        status = status_fields(event.id, self._service.status_of(event.id))
-        return {**status, "leaf_hash": event.leaf_hash.hex()}
+        status = status_fields(identifier, self._service.status_of(identifier))
+        return {**status, "leaf_hash": leaf_hash.hex()}
 
     # Grants
 

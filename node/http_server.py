@@ -6,8 +6,9 @@ Rules:
 2. A connection's failure ends that connection alone; only ``InvariantBroken`` leaves ``serve_http``.
 3. Time is bounded: for the head, for the body as a whole, for each part of a reply the client takes, and
    between requests. Cancellation ends every connection at once, one whose client does not read included.
-4. Memory is bounded: head, body, the sum of all bodies being read, the number of connections. When there are so
-   many, the one that has been idle longest gives its place to the next (``places.py``).
+4. Memory is bounded: head, body, the sum of all bodies until their requests are answered, the sum of all replies until
+   they are taken, the number of connections. When there are so many, the one that has been idle longest gives its
+   place to the next (``places.py``).
 5. Path and query are taken literally. Nothing this interface names needs percent-encoding, so every resource
    has one spelling.
 
@@ -16,7 +17,9 @@ raise out of the whole server, and writes are shielded from cancellation.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +37,8 @@ log = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 64 << 10
 SEND_BYTES = 256 << 10
+SMALL_REPLY_BYTES = 16 << 10
+"""A reply up to this size is always sent: as many as there are connections hold little."""
 BACKLOG = 512
 CLOSING = ("connection", "close")
 
@@ -45,7 +50,9 @@ class HttpLimits:
     connections: int = 512
     head_bytes: int = 16 << 10
     bodies_bytes: int = 64 << 20
-    """All bodies that are being read, together."""
+    """All bodies of requests that are not answered yet, together."""
+    replies_bytes: int = 64 << 20
+    """All replies over ``SMALL_REPLY_BYTES`` that clients are taking, together; one that is alone may be larger."""
     head_seconds: float = 10.0
     body_seconds: float = 30.0
     send_seconds: float = 30.0
@@ -60,6 +67,29 @@ class _Server:
         self.limits = limits
         self.places = Places(limits.connections)
         self.held_bytes = 0
+        """Of bodies."""
+        self.replies_bytes: Counter[bytes] = Counter()
+        """By the network that is taking them."""
+
+    @contextmanager
+    def room_for(self, reply: HttpReply, network: bytes) -> Iterator[HttpReply]:
+        """The reply, held until the client has taken it, or a refusal where clients hold too much already.
+
+        One network may hold as much as is still free, so that one that takes nothing keeps no other out.
+        """
+        size_bytes = len(reply.body) if len(reply.body) > SMALL_REPLY_BYTES else 0
+        all_bytes = self.replies_bytes.total()
+        needed_bytes = all_bytes + self.replies_bytes[network] + size_bytes
+        if size_bytes and all_bytes and needed_bytes > self.limits.replies_bytes:
+            reply = reply_to(Rejected(Reason.OVERLOADED, "too many replies are being taken at once; retry"))
+            size_bytes = 0
+        self.replies_bytes[network] += size_bytes
+        try:
+            yield reply
+        finally:
+            self.replies_bytes[network] -= size_bytes
+            if not self.replies_bytes[network]:
+                del self.replies_bytes[network]
 
 
 class HttpRequest:
@@ -80,7 +110,7 @@ class HttpRequest:
             self.headers[key] = value.decode("latin-1")
 
     async def body(self, max_bytes: int) -> bytes:
-        """The whole body; asked for once.
+        """The whole body; asked for once. It counts as held until the request is answered, or ``release_body``.
 
         Raises:
             Rejected: ``OVERSIZED`` as soon as it is known to be; ``MALFORMED`` framing; ``OVERLOADED`` when all
@@ -88,6 +118,10 @@ class HttpRequest:
             SlowClient: it did not arrive in time.
         """
         return await self._connection.read_body(self.headers.get("content-length"), max_bytes)
+
+    def release_body(self) -> None:
+        """Nothing holds the body any more, though the request is not answered yet."""
+        self._connection.release_body()
 
 
 class AddressReport(Protocol):
@@ -144,6 +178,7 @@ class _Connection:
         self._limits = server.limits
         self._stream = stream
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
+        self._body_bytes = 0
 
     async def run(self) -> None:
         """Serve requests until the client, a limit or an error ends the connection."""
@@ -212,6 +247,7 @@ class _Connection:
                         await self._receive()
                     elif isinstance(event, h11.Data):
                         server.held_bytes += len(event.data)
+                        self._body_bytes += len(event.data)
                         body += event.data
                         if len(body) > max_bytes:
                             raise Rejected(Reason.OVERSIZED, f"a body over {max_bytes} bytes")
@@ -223,8 +259,11 @@ class _Connection:
             raise SlowClient(f"the body did not arrive in {self._limits.body_seconds:g} seconds") from None
         except h11.RemoteProtocolError as error:
             raise Rejected(Reason.MALFORMED, f"body: {error}") from error
-        finally:
-            server.held_bytes -= len(body)
+
+    def release_body(self) -> None:
+        """``HttpRequest.release_body``."""
+        self._server.held_bytes -= self._body_bytes
+        self._body_bytes = 0
 
     async def _answer(self, event: h11.Request) -> None:
         method = event.method.decode("ascii")
@@ -241,7 +280,10 @@ class _Connection:
         except Exception:  # the border to clients: a fault of ours costs one reply
             log.exception("request failed")
             reply = error_reply(500, HttpFault.INTERNAL, "see the node's log")
-        await self._send(method, reply)
+        finally:
+            self.release_body()
+        with self._server.room_for(reply, self._place.network) as reply:
+            await self._send(method, reply)
 
     async def _send(self, method: str, reply: HttpReply) -> None:
         headers = [

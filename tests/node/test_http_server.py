@@ -268,6 +268,57 @@ async def test_bodies_sent_at_once_are_bounded_together() -> None:
 
 
 @pytest.mark.trio
+async def test_body_counts_until_its_request_is_answered_or_nothing_holds_it() -> None:
+    held, leave = trio.Event(), trio.Event()
+
+    async def slow(request: HttpRequest) -> HttpReply:
+        await request.body(1_000)
+        if request.path == "/released":
+            request.release_body()
+        if request.path != "/quick":
+            held.set()
+            await leave.wait()
+        return HttpReply(200, b"done")
+
+    def post(path: str) -> bytes:
+        return f"POST {path} HTTP/1.1\r\n".encode() + HEAD + b"connection: close\r\ncontent-length: 600\r\n\r\n"
+
+    for path, meanwhile in (("/held", b"HTTP/1.1 429 "), ("/released", b"HTTP/1.1 200 ")):
+        held, leave = trio.Event(), trio.Event()
+        async with listening(handler=slow) as address, await trio.open_tcp_stream(*address_of(address)) as stream:
+            await stream.send_all(post(path) + bytes(600))
+            await held.wait()
+            assert (await exchange(address, post("/quick"), bytes(600))).startswith(meanwhile)
+            leave.set()
+            assert (await rest_of(stream)).startswith(b"HTTP/1.1 200 ")
+            assert (await exchange(address, post("/quick"), bytes(600))).startswith(b"HTTP/1.1 200 ")
+
+
+def address_of(address: Address) -> tuple[str, int]:
+    return address.host, address.port
+
+
+@pytest.mark.trio
+async def test_replies_that_are_not_taken_are_bounded_together_and_for_each_network() -> None:
+    asked = b"GET /large HTTP/1.1\r\n" + HEAD + b"connection: close\r\n\r\n"
+    roomy = replace(SMALL, replies_bytes=80 << 20)
+    async with listening(roomy) as address:
+        async with await trio.open_tcp_stream(address.host, address.port) as idle:
+            await idle.send_all(asked)
+            assert (await idle.receive_some(15)).startswith(b"HTTP/1.1 200 "), "the first is sent whatever its size"
+            assert (await exchange(address, asked)).startswith(b"HTTP/1.1 429 ")
+            await still_serves(address)
+            async with await trio.open_tcp_stream(address.host, address.port, local_address="127.0.0.2") as other:
+                await other.send_all(asked)
+                assert (await other.receive_some(15)).startswith(b"HTTP/1.1 200 "), "of another network"
+        answer = b""
+        with trio.fail_after(60):
+            while not answer.startswith(b"HTTP/1.1 200 "):
+                answer = await exchange(address, asked)
+        assert len(answer) > 32 << 20
+
+
+@pytest.mark.trio
 async def test_connection_over_the_limit_takes_the_place_of_the_one_idle_longest() -> None:
     async with listening(replace(SMALL, idle_seconds=60.0)) as address:
         streams = [await trio.open_tcp_stream(address.host, address.port) for _ in range(SMALL.connections)]
