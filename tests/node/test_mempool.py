@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import pytest
 from ledger_fixtures import MemoryLedger
 
+from consensus import portions as p
 from consensus.event import CheckedEvent
 from consensus.identifiers import MemberId
-from consensus.rejection import Rejected
+from consensus.membership import ED25519_LIST
+from consensus.rejection import Reason, Rejected
 from node.mempool import MAX_WAIT_MS, Mempool
 
 
@@ -47,6 +49,40 @@ def test_peers_bytes_are_shared_like_their_events() -> None:
     for event in events[:5]:
         pool.remove(event.leaf_hash)
     assert (len(pool), pool.held_bytes, list(pool.candidates())) == (0, 0, [])
+
+
+def test_event_that_unfolds_to_many_times_its_bytes_counts_more_once_much_waits() -> None:
+    memory = MemoryLedger(certificate_scheme=ED25519_LIST)
+    blocks = tuple(p.BlockWeight(f"{block:04}", 0) for block in range(1_000))
+    policies = [
+        memory.policy(classes=tuple(p.ClassRule(f"{number}-{rule}", 0, blocks) for rule in range(4)))
+        for number in range(12)
+    ]
+    size = len(policies[0].entry_bytes) + len(policies[0].portions_bytes)
+    pool = Mempool(1_000, 8 * size)
+    pool.add(policies[0], 0)
+    assert pool.held_bytes < 1.01 * size
+    taken = fill(pool, iter(policies[1:]), None)
+    assert 1 <= taken <= 4, "each counts as two and more"
+    ordinary = checked_sources(memory, 20)
+    roomy = Mempool(1_000, 1 << 20)
+    for event in ordinary:
+        roomy.add(event, 0)
+    assert roomy.held_bytes == sum(len(event.entry_bytes) + len(event.portions_bytes) for event in ordinary)
+
+
+def test_refusal_that_is_remembered_holds_nothing_of_the_event() -> None:
+    (event,) = checked_sources(MemoryLedger(certificate_scheme=ED25519_LIST), 1)
+    pool = Mempool(10, 1 << 20)
+    pool.add(event, 0)
+    try:
+        raise Rejected(Reason.DUPLICATE, "judged")
+    except Rejected as error:
+        pool.reject(event, error)
+    remembered = pool.rejection(event.id)
+    assert remembered is not None
+    assert (remembered.reason, remembered.detail) == (Reason.DUPLICATE, "judged")
+    assert remembered.__traceback__ is None
 
 
 def test_candidates_come_from_each_sender_in_turn_urgent_ones_first() -> None:
