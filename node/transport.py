@@ -10,7 +10,8 @@ adds what a permissioned network must not have. What the parts get wrong is put 
 - **Slots.** An accepted connection holds nothing once it ended; the stock swarm accepts 250 in its lifetime.
 - **Bounded reading.** A handshake reads at most ``HANDSHAKE_BYTES``; a Noise message is at most 65,535 bytes;
   ``BoundedYamux`` ends a connection which holds more unread bytes than its window allows (yamux only
-  warns). ``TcpConnection.read`` reads exactly: ``libp2p.io.utils.read_exactly`` gives up after 100.
+  warns), and far fewer before a stream is agreed on; a stream that is refused is forgotten at once.
+  ``TcpConnection.read`` reads exactly: ``libp2p.io.utils.read_exactly`` gives up after 100.
 - **Writes are never cancelled** but by closing the connection: a half-written Noise message wedges it.
   Closing is ``abort``: synchronous, without a farewell, for yamux's GO_AWAY waits for a lock which a writer
   to a stopped peer holds for ever.
@@ -65,6 +66,8 @@ MAX_NOISE_MESSAGE_BYTES = 65_535
 MAX_NEGOTIATION_READ_BYTES = 1024
 MAX_STREAMS_IN_NEGOTIATION = 8
 RECEIVE_BYTES = 256 * 1024
+NEGOTIATION_UNREAD_BYTES = 512 * 1024
+"""Unread bytes allowed before a stream is agreed on: one initial window, and what negotiating takes."""
 YAMUX_SLACK_BYTES = 1024 * 1024 + MAX_STREAMS_IN_NEGOTIATION * DEFAULT_WINDOW_SIZE
 """Unread bytes allowed above the window: one large frame of a foreign implementation, and idle streams."""
 
@@ -179,15 +182,15 @@ class RosterNoise(NoiseTransport):  # type: ignore[misc]
 class BoundedYamux(Yamux):  # type: ignore[misc]
     """Yamux that enforces a bound on unread bytes, sends no pings, and answers them off its reading task."""
 
-    def __init__(self, session: Any, peer_id: ID, *, is_initiator: bool, max_unread_bytes: int) -> None:
+    def __init__(self, session: Any, peer_id: ID, *, is_initiator: bool) -> None:
         super().__init__(session, peer_id, is_initiator=is_initiator)
-        self._max_unread_bytes = max_unread_bytes
+        self.max_unread_bytes = NEGOTIATION_UNREAD_BYTES
         self._pong_waits = False
         self.window_exceeded = False
 
     async def _read_data_body(self, length: int) -> bytes:
         unread_bytes = sum(map(len, self.stream_buffers.values()))
-        if unread_bytes + length > self._max_unread_bytes:
+        if unread_bytes + length > self.max_unread_bytes:
             self.window_exceeded = True
             raise WindowExceeded(f"{unread_bytes} bytes unread, {length} more announced")
         return bytes(await self.secured_conn.read(length))
@@ -303,12 +306,7 @@ async def connect(
         with trio.fail_after(handshake_seconds):
             session = await _secure(tcp, noise, peer_id, negotiation_seconds)
         async with trio.open_nursery() as nursery:
-            muxer = BoundedYamux(
-                session,
-                session.get_remote_peer(),
-                is_initiator=tcp.is_initiator,
-                max_unread_bytes=window_bytes + YAMUX_SLACK_BYTES,
-            )
+            muxer = BoundedYamux(session, session.get_remote_peer(), is_initiator=tcp.is_initiator)
             nursery.start_soon(_run_muxer, muxer, nursery.cancel_scope)
             accept: trio.MemorySendChannel[tuple[YamuxStream, str]]
             accept, accepted = trio.open_memory_channel(1)
@@ -323,6 +321,7 @@ async def connect(
                     communicator = MultiselectCommunicator(_NegotiatedStream(yamux_stream))
                     await MultiselectClient().select_one_of([protocol], communicator, negotiation_seconds)
                 established = Connection(tcp, yamux_stream, session.get_remote_peer(), protocol)
+                muxer.max_unread_bytes = window_bytes + YAMUX_SLACK_BYTES
                 await established.widen_window(window_bytes)
                 connection = established
             yield connection
@@ -405,8 +404,12 @@ async def _answer_streams(
 
 
 async def _reset(stream: YamuxStream) -> None:
+    """Refuse a stream, and forget it: yamux keeps one that holds unread bytes for a minute and more."""
+    muxer, stream_id = stream.conn, stream.stream_id
     try:
         await stream.reset()
+        muxer.stream_buffers.get(stream_id, bytearray()).clear()
+        await muxer._finalize_stream(stream, fully_closed=True)
     except Exception as error:  # the border to libp2p
         log.debug("stream already gone: %s", first_cause(error))
 

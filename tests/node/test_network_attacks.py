@@ -35,6 +35,7 @@ from node.link import FRAME_HEADER, FrameKind
 from node.network import Lane, Network, NetworkLimits, Received
 from node.transport import (
     HANDSHAKE_BYTES,
+    NEGOTIATION_UNREAD_BYTES,
     Connection,
     HandshakeFailed,
     Identity,
@@ -450,6 +451,48 @@ async def test_member_that_opens_streams_without_end_keeps_or_loses_its_own_conn
             await connection.send(frame(FrameKind.VOTES, b"after"))
             with trio.fail_after(30):
                 assert (await network.incoming.receive()).frame == b"after"
+        await assert_alive(network, victim, member)
+
+
+@pytest.mark.trio
+async def test_refused_streams_that_hold_unread_bytes_are_forgotten() -> None:
+    """Yamux keeps each for a minute and more, and looks through all of them for every frame."""
+    member, victim = make_parties(2)
+    muxers = []
+
+    async def hold(stream: trio.SocketStream) -> None:
+        noise = RosterNoise(Identity.from_seed(victim.seed), lambda _: True)
+        async with connect(stream, noise, None, [VOTES], window_bytes=1024 * 1024, handshake_seconds=30) as connection:
+            muxers.append(connection._stream.conn)
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_tcp, hold, victim.address[1])
+        async with attacker(Identity.from_seed(member.seed), victim) as connection:
+            last_id = 0
+            for number in range(100):
+                last_id = 2 * number + 101
+                for kind, flags, payload in ((1, 1, b""), (0, 0, b"x")):
+                    header = struct.pack("!BBHII", 0, kind, flags, last_id, len(payload))
+                    await connection._stream.conn._write_frame(header + payload)
+            await connection._stream.conn._write_frame(struct.pack("!BBHII", 0, 2, 1, 0, 7))
+            await until(lambda: muxers and len(muxers[0].streams) == 1)
+            with trio.fail_after(30):
+                await connection._stream.write(b"still there")
+                assert await muxers[0].read_stream(connection._stream.stream_id, 100) == b"still there"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_member_that_agrees_on_no_stream_can_have_little_unread() -> None:
+    async with victim_and_member() as (network, victim, member):
+        tcp, muxer, scope = await _muxed(victim, member)
+        stream = await muxer.open_stream()  # type: ignore[attr-defined]
+        announced = struct.pack("!BBHII", 0, 0, 0, stream.stream_id, NEGOTIATION_UNREAD_BYTES + 1)
+        await muxer._write_frame(announced)  # type: ignore[attr-defined]
+        await until(lambda: network.counters.refused_handshakes == 1, FAST.handshake_seconds / 2)
+        tcp.abort()
+        scope.cancel()
         await assert_alive(network, victim, member)
 
 
