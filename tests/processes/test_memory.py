@@ -9,20 +9,27 @@ from urllib.parse import urlsplit
 
 import pytest
 import trio
+from libp2p.io.exceptions import IOException
+from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
 from process_fixtures import MEMBERS, Processes, processes
 
 from consensus import portions as p
-from consensus.codec import encode
-from consensus.event import Kind
+from consensus.codec import decode, encode
+from consensus.event import MAX_ENTRY_BYTES, Entry, Kind, event_id, make_entry, pack, sign_entry, unpack
+from consensus.identifiers import MemberId, Role
+from consensus.keys import Ed25519SigningKey, Signer
 from node.config import load_config
+from node.http_server import HttpLimits
 from node.keystore import Keystore
-from node.link import FRAME_HEADER, FrameKind
-from node.messages import gossip_frames
+from node.link import FRAME_HEADER, REQUEST_NUMBER, FrameKind
+from node.messages import GetEvents, gossip_frames
 from node.transport import Connection, Identity, RosterNoise, connect, peer_id_of
 
 pytestmark = pytest.mark.processes
 
 MIB = 1 << 20
+LOST = (IOException, MuxedStreamError, MuxedConnError)
+"""What libp2p raises where a connection is lost."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,11 @@ class Victim:
     def peak_bytes(self) -> int:
         """The most that was resident since ``forget_peak``."""
         (line,) = (line for line in (self.process / "status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) << 10
+
+    def resident_bytes(self) -> int:
+        """What is resident now."""
+        (line,) = (line for line in (self.process / "status").read_text().splitlines() if line.startswith("VmRSS"))
         return int(line.split()[1]) << 10
 
     def forget_peak(self) -> None:
@@ -110,6 +122,26 @@ def large_event(consortium: Processes, number: int) -> bytes:
     return consortium.sign("council", Kind.POLICY, p.Portions(None, p.SaltedPortion(bytes(32), encode(policy)), None))
 
 
+def refused_for_good(consortium: Processes, signer: Signer, number: int) -> bytes:
+    """A source that is valid at no time, with as long a statement as there may be."""
+    claim = p.SourceClaim(
+        name="never", content_root=bytes(32), example_count=1, size_bytes=1, licence="CC0-1.0", rights_basis="owner",
+        purposes=("research",), content_class="text", valid_from_ms=1, valid_until_ms=1, statement="x" * 8_192,
+        overlap_sha256=b"", reserve_below=0,
+    )  # fmt: skip
+    portions = p.Portions(p.DataPortion(number.to_bytes(32, "big"), (p.DataItem(encode(claim)),)), None, None)
+    owner = MemberId(consortium.member("press").id)
+    entry = make_entry(consortium.provisioned.chain_id, Kind.SOURCE, owner, portions)
+    return pack(sign_entry(entry, owner, Role.DATA_SOURCE, signer), portions)
+
+
+def is_refused(victim: Victim, event: bytes) -> bool:
+    """Whether the node says so."""
+    identifier = event_id(decode(unpack(event).entry, Entry, MAX_ENTRY_BYTES)).hex()
+    found = victim.consortium.get(victim.name, f"/v1/events/{identifier}")
+    return found is not None and found["status"] == "rejected"
+
+
 def head(method: str, path: str, length: int = 0) -> bytes:
     return f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n".encode()
 
@@ -155,3 +187,46 @@ async def test_member_that_floods_events_that_unfold_holds_its_share_of_the_pool
                 await connection.send(FRAME_HEADER.pack(FrameKind.EVENTS, len(payload)) + payload)
             await connection.send(FRAME_HEADER.pack(FrameKind.HEARTBEAT, 0))
             await trio.sleep(2)
+
+
+@pytest.mark.trio
+async def test_events_that_were_refused_for_good_hold_their_reasons_alone(victim: Victim) -> None:
+    """Ten thousand refusals are remembered: with the events and what these were judged against, 3,000 took 85 MiB."""
+    held = victim.consortium.provisioned.members["press"]
+    signer = Ed25519SigningKey(Keystore.open(held.keystore, held.passphrase.read_bytes().strip()).secrets.identity_seed)
+    before = victim.resident_bytes()
+    async with bulk_connection(victim) as connection:
+        for start in range(0, 3_000, 500):
+            events = [refused_for_good(victim.consortium, signer, number) for number in range(start, start + 500)]
+            for payload in gossip_frames(events):
+                await connection.send(FRAME_HEADER.pack(FrameKind.EVENTS, len(payload)) + payload)
+            with trio.fail_after(60):
+                while not await trio.to_thread.run_sync(is_refused, victim, events[-1]):
+                    await connection.send(FRAME_HEADER.pack(FrameKind.HEARTBEAT, 0))
+                    await trio.sleep(0.1)
+    assert victim.resident_bytes() - before < 48 * MIB
+
+
+@pytest.mark.trio
+async def test_member_that_asks_without_end_and_reads_nothing_holds_what_it_may(victim: Victim) -> None:
+    asked = encode(GetEvents(tuple(number.to_bytes(32, "big") for number in range(4_096))))
+    with victim.grows_at_most(64 * MIB):
+        for _ in range(3):
+            async with bulk_connection(victim) as connection:
+                with suppress(*LOST):
+                    for number in range(200):
+                        payload = REQUEST_NUMBER.pack(number) + asked
+                        await connection.send(FRAME_HEADER.pack(FrameKind.REQUEST, len(payload)) + payload)
+            await trio.sleep(1.5)
+
+
+@pytest.mark.trio
+async def test_requests_that_are_never_finished_hold_what_bodies_and_heads_may(victim: Victim) -> None:
+    """Bodies that lack their last byte, and heads without an end, on more connections than there are places."""
+    limits = HttpLimits()
+    body = head("POST", "/v1/events/batch", 8 * MIB) + bytes(8 * MIB - 1)
+    unended = b"GET /v1/status HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 15_000
+    with victim.grows_at_most(limits.bodies_bytes + limits.connections * 3 * 32 * 1_024 + 32 * MIB):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(many, victim, 30, body, 4)
+            nursery.start_soon(many, victim, limits.connections + 50, unended, 4)
