@@ -61,9 +61,8 @@ class CompositeCampaign:
             outcome = StepOutcome(place.root, root, (p.BlockDelta(1, root),), root, 1, 1, root, (), 1)
             use = StepUse(frozenset(examples), {})
             profile = p.ClassProfile(CLASS, 0, (1_000,))
-            made.append(
-                self._recorder.step(self._permission, use, {presented.source: CLASS}, (profile,), outcome).encoded
-            )
+            (step,) = self._recorder.step(self._permission, use, {presented.source: CLASS}, (profile,), outcome)
+            made.append(step.encoded)
         return made
 
     def _opened(self) -> Sequence[bytes]:

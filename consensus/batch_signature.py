@@ -14,7 +14,7 @@ Whoever verifies the messages of a batch one after the other checks its signatur
 a bounded number. Which messages, and by whose key, is left to ``event.py`` and ``job_key.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from consensus.identifiers import DIGEST_BYTES, Tag, tagged_message
@@ -29,7 +29,7 @@ PLACE_BYTES = 8
 MAX_WAY_BYTES = PLACE_BYTES + DIGEST_BYTES * (MAX_BATCH - 1).bit_length()
 """The longest that a batch adds to a signature."""
 
-_SIGNATURE_BYTES = {
+_SIGNATURE_BYTES: Mapping[int, int] = {
     SignatureScheme.ED25519: ED25519_SIGNATURE_BYTES,
     SignatureScheme.ML_DSA_65: ML_DSA_65_SIGNATURE_BYTES,
 }
@@ -53,8 +53,8 @@ def sign_messages(key: Signer, messages: Sequence[bytes]) -> list[bytes]:
     return [b"".join((signature, index.to_bytes(4, "big"), size, *path)) for index, path in enumerate(paths)]
 
 
-def is_field_length(length: int, scheme: SignatureScheme) -> bool:
-    """A signature field of ``scheme`` can be so many bytes long."""
+def is_field_length(length: int, scheme: int) -> bool:
+    """A signature field of a known ``scheme`` can be so many bytes long."""
     way = length - _SIGNATURE_BYTES[scheme]
     return way == 0 or (PLACE_BYTES < way <= MAX_WAY_BYTES and (way - PLACE_BYTES) % DIGEST_BYTES == 0)
 
@@ -65,18 +65,18 @@ def verify_field(scheme: int, key: bytes, message: bytes, field: bytes) -> None:
     Raises:
         Rejected: ``BAD_KEY``, ``BAD_SIGNATURE``.
     """
-    length = _SIGNATURE_BYTES.get(scheme)  # type: ignore[call-overload]
+    length = _SIGNATURE_BYTES.get(scheme)
     if length is None or len(field) <= length:
         verify(scheme, key, message, field)
         return
+    if not is_field_length(len(field), scheme):
+        raise Rejected(Reason.BAD_SIGNATURE, f"a signature field of {len(field)} bytes, a length that none has")
     way = field[length:]
     _verify_root(scheme, key, way[4:PLACE_BYTES], _root_above(message, way), field[:length])
 
 
 def _root_above(message: bytes, way: bytes) -> bytes:
-    """The batch's root, as the way up from ``message`` gives it."""
-    if (len(way) - PLACE_BYTES) % DIGEST_BYTES or len(way) > MAX_WAY_BYTES:
-        raise Rejected(Reason.BAD_SIGNATURE, f"a signature followed by {len(way)} bytes, which are no way up a batch")
+    """The batch's root, as the way up from ``message`` gives it: its place in the batch, then the path."""
     index, size = int.from_bytes(way[:4], "big"), int.from_bytes(way[4:PLACE_BYTES], "big")
     if not 2 <= size <= MAX_BATCH:
         raise Rejected(Reason.BAD_SIGNATURE, f"a batch of {size} messages, expected 2 to {MAX_BATCH}")

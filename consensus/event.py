@@ -255,13 +255,8 @@ def sign_entries(entries: Sequence[Entry], signer_id: bytes, signer_role: str, s
     ]
 
 
-def sign_entry_as_job(entry: Entry, key: Signer) -> Entry:
-    """The entry with a job key's signature, the only one it may have."""
-    return sign_entries_as_job([entry], key)[0]
-
-
 def sign_entries_as_job(entries: Sequence[Entry], key: Signer) -> list[Entry]:
-    """As ``sign_entry_as_job``, all with one signature."""
+    """The entries with a job key's signature, the only one each may have; it is one for all of them."""
     fields = sign_as_job(key, [signature_message(entry, event_id(entry), JOB_SIGNER_ROLE) for entry in entries])
     identifier = job_key_id(key)
     return [

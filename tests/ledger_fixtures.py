@@ -22,7 +22,7 @@ from consensus.certificate import Certificate, certificate_message
 from consensus.certificate_schemes import scheme_for
 from consensus.codec import encode
 from consensus.epochs import EpochLink
-from consensus.event import CheckedEvent, Entry, Kind, check_event, make_entry, pack, sign_entry, sign_entry_as_job
+from consensus.event import CheckedEvent, Entry, Kind, check_event, make_entry, pack, sign_entries_as_job, sign_entry
 from consensus.evidence import EvidenceReport
 from consensus.identifiers import Digest, MemberId, View, tagged_hash
 from consensus.identifiers import Tag as DomainTag
@@ -517,7 +517,8 @@ class CampaignRun:
             attempt=self.attempt,
         )
         self.sequence += 1
-        return ledger.check(sign_entry_as_job(entry, self.job), portions)
+        (signed,) = sign_entries_as_job([entry], self.job)
+        return ledger.check(signed, portions)
 
     def grant(
         self,

@@ -5,14 +5,20 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import trio
+from libp2p.io.exceptions import IOException
+from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
 from nacl.signing import SigningKey
 
 from consensus.identifiers import MemberId
+from node.link import FRAME_HEADER
 from node.network import Network, NetworkLimits, Peer, RequestHandler
 from node.provision import free_ports
 from node.transport import Identity
 
 CHAIN = "c0" * 32
+LOST = (IOException, MuxedStreamError, MuxedConnError)
+"""What libp2p raises where a connection is lost."""
+
 FAST = NetworkLimits(
     heartbeat_seconds=0.2,
     silence_seconds=20.0,
@@ -39,6 +45,11 @@ class Party:
     def address(self) -> tuple[str, int]:
         host, port = self.peer.address.split(":")
         return host, int(port)
+
+
+def frame(kind: int, payload: bytes) -> bytes:
+    """What a link writes, for those who follow no rule."""
+    return FRAME_HEADER.pack(kind, len(payload)) + payload
 
 
 def make_parties(count: int) -> list[Party]:

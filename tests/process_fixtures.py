@@ -19,7 +19,7 @@ from consensus.identifiers import MemberId, Role
 from consensus.keys import signer_for
 from consensus.membership import Member, Parameters
 from consensus.portions import Portions
-from node.keystore import Keystore
+from node.keystore import Keystore, Secrets
 from node.provision import MemberRequest, Provisioned, provision
 
 MEMBERS = (
@@ -111,12 +111,15 @@ class Processes:
         """The genesis's entry of a member."""
         return next(member for member in self.provisioned.genesis.members if member.name == name)
 
+    def secrets(self, name: str) -> Secrets:
+        """What a member's keystore holds."""
+        held = self.provisioned.members[name]
+        return Keystore.open(held.keystore, held.passphrase.read_bytes().strip()).secrets
+
     def sign(self, name: str, kind: Kind, portions: Portions) -> bytes:
         """An event signed with a member's own keystore."""
-        held = self.provisioned.members[name]
         member = self.member(name)
-        secrets = Keystore.open(held.keystore, held.passphrase.read_bytes().strip()).secrets
-        signer = signer_for(member.scheme, secrets.identity_seed)  # type: ignore[arg-type]
+        signer = signer_for(member.scheme, self.secrets(name).identity_seed)  # type: ignore[arg-type]
         entry = make_entry(self.provisioned.chain_id, kind, MemberId(member.id), portions)
         return pack(sign_entry(entry, member.id, member.role, signer), portions)
 

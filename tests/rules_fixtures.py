@@ -19,8 +19,8 @@ from consensus.event import (
     Entry,
     check_event,
     pack,
+    sign_entries_as_job,
     sign_entry,
-    sign_entry_as_job,
 )
 from consensus.keys import Signer
 from consensus.membership import ED25519_LIST
@@ -126,7 +126,8 @@ def remade(
         return pack(entry, portions)
     if SHAPES[entry.kind].signed_by_job:
         job = job or run.job
-        return pack(sign_entry_as_job(entry, job), portions)
+        (signed,) = sign_entries_as_job([entry], job)
+        return pack(signed, portions)
     if signers is None:
         signers = [name for name, member in ledger.ids.items() if member in event.signers]
     return pack(signed_by(ledger, entry, signers), portions)

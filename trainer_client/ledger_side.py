@@ -44,7 +44,6 @@ from trainer_client.record import (
     Recorder,
     StepOutcome,
     StepUse,
-    refused_by_event,
 )
 from trainer_client.resumption import (
     RecordedPast,
@@ -262,15 +261,11 @@ class LedgerSide:
         self, grant: OpenGrant, use: StepUse, profiles: Sequence[p.ClassProfile], outcome: StepOutcome
     ) -> tuple[RecordedEvent, ...]:
         """The step's events, on disk: its refusals first, then itself."""
-        events = []
-        if refused := refused_by_event(use.refused):
-            events.append(self._recorder.refusal(grant.permission, refused))
-        step = self._recorder.step(grant.permission, use, self._classes, profiles, outcome)
-        events.append(step)
-        self._sent.append(SentStep(step.id, self.place.steps, grant.permission))
+        events = self._recorder.step(grant.permission, use, self._classes, profiles, outcome)
+        self._sent.append(SentStep(events[-1].id, self.place.steps, grant.permission))
         self._last_permission = grant.permission
         self._put(events)
-        return tuple(events)
+        return events
 
     def record_memorization_rollback(
         self, permission: Permission, step: Digest, signals: tuple[p.MemorizationSignal, ...]
@@ -435,10 +430,9 @@ class LedgerSide:
 
     def _put(self, events: Sequence[RecordedEvent]) -> None:
         """Put events; waits while the outbox is full, unless something was refused: they are discarded then."""
-        signed = [(event.id, event.encoded) for event in self._recorder.signed_together(events)]
         while True:
             try:
-                self._outbox.put(signed, WAIT_SECONDS)
+                self._outbox.put([(event.id, event.encoded) for event in events], WAIT_SECONDS)
             except OutboxFull:
                 if self.failure is not None:
                     return

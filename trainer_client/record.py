@@ -5,28 +5,17 @@ attempt, steps, parameter root, the last event that others chain to. Each method
 one happening and moves that place forward by exactly the rules of ``consensus/admission.py``; should the log
 refuse an event, ``move_to`` puts the recorder back to where the log stands.
 
-A step's refusals come as an event of their own, before the step, but for those of a source's reserve, which its claim
-names: the step counts them. Salts come from the caller (32 fresh random
-bytes each); what to record, and when, is left to ``governed.py``.
+A step comes with its refusals, as an event of their own before it, but for those of a source's reserve, which its
+claim names: the step counts them. Salts come from the caller (32 fresh random bytes each); what to record, and when, is
+left to ``governed.py``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from consensus import portions as p
 from consensus.codec import decode, encode
-from consensus.event import (
-    MAX_ENTRY_BYTES,
-    Entry,
-    Kind,
-    event_id,
-    make_entry,
-    pack,
-    pack_parts,
-    sign_entries_as_job,
-    sign_entry_as_job,
-    unpack,
-)
+from consensus.event import Entry, Kind, event_id, make_entry, pack, sign_entries_as_job
 from consensus.identifiers import ChainId, Digest, MemberId
 from consensus.job_key import job_key_id
 from consensus.keys import Signer
@@ -143,7 +132,7 @@ class Recorder:
     def open_campaign(self, terms: p.Campaign, manifest: Sequence[p.ManifestRange]) -> RecordedEvent:
         """The ``campaign`` event, sequence 0."""
         data = p.DataPortion(self._salts(), tuple(p.DataItem(encode(entry)) for entry in manifest))
-        event = self._signed(Kind.CAMPAIGN, p.Portions(data, None, self._salted(terms)), 0, 0)
+        (event,) = self._signed([(Kind.CAMPAIGN, p.Portions(data, None, self._salted(terms)))], 0, 0)
         self._place = Place(1, 0, 0, Digest(terms.base_root), event.id, None)
         return event
 
@@ -160,24 +149,6 @@ class Recorder:
         entry = self._entry(Kind.GRANT, portions, sequence, 0)
         return RecordedEvent(event_id(entry), Kind.GRANT, sequence, 0, pack(entry, portions))
 
-    def refusal(self, permission: Permission, refused: Mapping[Example, str]) -> RecordedEvent:
-        """Examples kept from the next step, each with its true reason."""
-        salt = self._salts()
-        grouped: dict[tuple[bytes, str], list[int]] = {}
-        for (source, example), reason in refused.items():
-            grouped.setdefault((source, reason), []).append(example)
-        items = tuple(
-            p.refusal_item(salt, number, source, reason, tuple(sorted(examples)))
-            for number, ((source, reason), examples) in enumerate(sorted(grouped.items()))
-        )
-        governance = p.RefusalGovernance(permission.grant, permission.policy, count_reasons(refused.values()))
-        portions = p.Portions(
-            p.DataPortion(salt, items),
-            self._salted(governance),
-            self._salted(p.RefusalOperation(self.place.steps + 1)),
-        )
-        return self._next(Kind.REFUSAL, portions)
-
     def step(
         self,
         permission: Permission,
@@ -185,64 +156,34 @@ class Recorder:
         classes: Mapping[bytes, str],
         profiles: Sequence[p.ClassProfile],
         outcome: StepOutcome,
-    ) -> RecordedEvent:
-        """One optimizer step. ``classes`` names each source's class; ``profiles`` are those it applied, in order of
-        class and entropy band."""
+    ) -> tuple[RecordedEvent, ...]:
+        """One optimizer step, after the refusal of examples kept from it, if any is told by an event of its own.
+
+        Both bear one signature, which every node then checks once. ``classes`` names each source's class; ``profiles``
+        are those it applied, in order of class and entropy band.
+
+        Raises:
+            InvariantBroken: the step starts from another root than the campaign stands at.
+        """
         place = self.place
-        salt = self._salts()
-        items = tuple(
-            p.use_item(
-                salt,
-                number,
-                source,
-                classes[source],
-                count_reasons(reason for (of, _), reason in use.refused.items() if of == source),
-                tuple(sorted(example for of, example in use.admitted if of == source)),
-            )
-            for number, source in enumerate(use.sources)
-        )
-        governance = p.StepGovernance(
-            grant=permission.grant,
-            policy=permission.policy,
-            index=place.steps + 1,
-            profiles=tuple(profiles),
-            presented=len(use.admitted) + len(use.refused),
-            admitted=len(use.admitted),
-            refused=count_reasons(use.refused.values()),
-            global_clip_nano=outcome.global_clip_nano,
-            skipped=outcome.skipped,
-        )
-        operation = p.StepOperation(
-            index=place.steps + 1,
-            previous=place.last_event,
-            root_before=outcome.root_before,
-            root_after=outcome.root_after,
-            deltas=outcome.deltas,
-            optimizer_digest=outcome.optimizer_digest,
-            learning_rate_nano=outcome.learning_rate_nano,
-            loss_micro=outcome.loss_micro,
-            rng_digest=outcome.rng_digest,
-            memorization=outcome.memorization,
-            accumulator_root=outcome.accumulator_root,
-            flushed=outcome.flushed,
-            carried=outcome.carried,
-            step_microseconds=outcome.step_microseconds,
-        )
         if outcome.root_before != place.root:
             raise InvariantBroken(
                 f"the step starts from {outcome.root_before.hex()}, the campaign stands at {place.root.hex()}"
             )
-        portions = p.Portions(p.DataPortion(salt, items), self._salted(governance), self._salted(operation))
-        event = self._next(Kind.STEP, portions)
+        told = []
+        if refused := refused_by_event(use.refused):
+            told.append((Kind.REFUSAL, self._refusal(permission, refused)))
+        told.append((Kind.STEP, self._step(permission, use, classes, profiles, outcome)))
+        events = self._signed(told, place.next_sequence, place.attempt)
         self._place = Place(
-            next_sequence=place.next_sequence + 1,
+            next_sequence=place.next_sequence + len(events),
             attempt=place.attempt,
             steps=place.steps + 1,
             root=outcome.root_after,
-            last_event=event.id,
+            last_event=events[-1].id,
             undo_root=outcome.root_before,
         )
-        return event
+        return events
 
     def rollback(
         self,
@@ -301,29 +242,88 @@ class Recorder:
         release = p.Release(self.place.root, self.place.steps, file_name, file_sha256)
         return self._next(Kind.RELEASE, p.Portions(None, None, self._salted(release)))
 
-    def signed_together(self, events: Sequence[RecordedEvent]) -> tuple[RecordedEvent, ...]:
-        """The same events under one signature, which every node then checks once; a single one as it is."""
-        if len(events) < 2:
-            return tuple(events)
-        wires = [unpack(event.encoded) for event in events]
-        signed = sign_entries_as_job([decode(wire.entry, Entry, MAX_ENTRY_BYTES) for wire in wires], self._signer)
-        return tuple(
-            replace(event, encoded=pack_parts(encode(entry), wire.portions))
-            for event, entry, wire in zip(events, signed, wires, strict=True)
+    def _refusal(self, permission: Permission, refused: Mapping[Example, str]) -> p.Portions:
+        salt = self._salts()
+        grouped: dict[tuple[bytes, str], list[int]] = {}
+        for (source, example), reason in refused.items():
+            grouped.setdefault((source, reason), []).append(example)
+        items = tuple(
+            p.refusal_item(salt, number, source, reason, tuple(sorted(examples)))
+            for number, ((source, reason), examples) in enumerate(sorted(grouped.items()))
         )
+        governance = p.RefusalGovernance(permission.grant, permission.policy, count_reasons(refused.values()))
+        operation = p.RefusalOperation(self.place.steps + 1)
+        return p.Portions(p.DataPortion(salt, items), self._salted(governance), self._salted(operation))
+
+    def _step(
+        self,
+        permission: Permission,
+        use: StepUse,
+        classes: Mapping[bytes, str],
+        profiles: Sequence[p.ClassProfile],
+        outcome: StepOutcome,
+    ) -> p.Portions:
+        place = self.place
+        salt = self._salts()
+        items = tuple(
+            p.use_item(
+                salt,
+                number,
+                source,
+                classes[source],
+                count_reasons(reason for (of, _), reason in use.refused.items() if of == source),
+                tuple(sorted(example for of, example in use.admitted if of == source)),
+            )
+            for number, source in enumerate(use.sources)
+        )
+        governance = p.StepGovernance(
+            grant=permission.grant,
+            policy=permission.policy,
+            index=place.steps + 1,
+            profiles=tuple(profiles),
+            presented=len(use.admitted) + len(use.refused),
+            admitted=len(use.admitted),
+            refused=count_reasons(use.refused.values()),
+            global_clip_nano=outcome.global_clip_nano,
+            skipped=outcome.skipped,
+        )
+        operation = p.StepOperation(
+            index=place.steps + 1,
+            previous=place.last_event,
+            root_before=outcome.root_before,
+            root_after=outcome.root_after,
+            deltas=outcome.deltas,
+            optimizer_digest=outcome.optimizer_digest,
+            learning_rate_nano=outcome.learning_rate_nano,
+            loss_micro=outcome.loss_micro,
+            rng_digest=outcome.rng_digest,
+            memorization=outcome.memorization,
+            accumulator_root=outcome.accumulator_root,
+            flushed=outcome.flushed,
+            carried=outcome.carried,
+            step_microseconds=outcome.step_microseconds,
+        )
+        return p.Portions(p.DataPortion(salt, items), self._salted(governance), self._salted(operation))
 
     def _next(self, kind: Kind, portions: p.Portions) -> RecordedEvent:
         place = self.place
-        event = self._signed(kind, portions, place.next_sequence, place.attempt)
+        (event,) = self._signed([(kind, portions)], place.next_sequence, place.attempt)
         self._place = Place(
             place.next_sequence + 1, place.attempt, place.steps, place.root, place.last_event, place.undo_root
         )
         return event
 
-    def _signed(self, kind: Kind, portions: p.Portions, sequence: int, attempt: int) -> RecordedEvent:
-        entry = self._entry(kind, portions, sequence, attempt)
-        signed = sign_entry_as_job(entry, self._signer)
-        return RecordedEvent(event_id(entry), kind, sequence, attempt, pack(signed, portions))
+    def _signed(
+        self, told: Sequence[tuple[Kind, p.Portions]], sequence: int, attempt: int
+    ) -> tuple[RecordedEvent, ...]:
+        """Events numbered from ``sequence``, under one signature."""
+        entries = [
+            self._entry(kind, portions, sequence + number, attempt) for number, (kind, portions) in enumerate(told)
+        ]
+        return tuple(
+            RecordedEvent(event_id(entry), entry.kind, entry.sequence, attempt, pack(entry, portions))
+            for entry, (_, portions) in zip(sign_entries_as_job(entries, self._signer), told, strict=True)
+        )
 
     def _entry(self, kind: Kind, portions: p.Portions, sequence: int, attempt: int) -> Entry:
         return make_entry(

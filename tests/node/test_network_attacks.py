@@ -15,17 +15,17 @@ from dataclasses import replace
 
 import pytest
 import trio
-from libp2p.io.exceptions import IOException
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
-from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.utils import encode_delim
 from network_fixtures import (
     CHAIN,
     FAST,
+    LOST,
     Party,
     connected_networks,
+    frame,
     make_parties,
     network_of,
     until,
@@ -48,15 +48,8 @@ from node.transport import (
 )
 
 VOTES, BULK = f"/countersign/1/{CHAIN}/votes", f"/countersign/1/{CHAIN}/bulk"
-LOST = (IOException, MuxedStreamError, MuxedConnError)
-"""What libp2p raises where a connection is lost."""
-
 WATCHFUL = replace(FAST, silence_seconds=1.0)
 STRANGER = Identity.from_seed(b"s" * 32)
-
-
-def frame(kind: int, payload: bytes) -> bytes:
-    return FRAME_HEADER.pack(kind, len(payload)) + payload
 
 
 @asynccontextmanager

@@ -11,7 +11,6 @@ import pytest
 from process_fixtures import MEMBERS, Processes, source
 
 from consensus.identifiers import Role
-from node.keystore import Keystore, Secrets
 from node.transport import peer_id_of
 
 pytestmark = pytest.mark.processes
@@ -99,11 +98,6 @@ def both_ways(directory: Path) -> Processes:
     raise AssertionError
 
 
-def secrets_of(consortium: Processes, name: str) -> Secrets:
-    held = consortium.provisioned.members[name]
-    return Keystore.open(held.keystore, held.passphrase.read_bytes().strip()).secrets
-
-
 def setting_of(consortium: Processes) -> dict[str, object]:
     """What the foreign implementation's operator would configure."""
     members = consortium.provisioned.members
@@ -113,13 +107,13 @@ def setting_of(consortium: Processes) -> dict[str, object]:
         "chain_id": consortium.provisioned.chain_id.hex(),
         "verifier": {
             "name": "guild",
-            "transport_seed": secrets_of(consortium, "guild").transport_seed.hex(),
+            "transport_seed": consortium.secrets("guild").transport_seed.hex(),
             "listen": network["guild"],
         },
         "addresses": network,
         "author": {
             "name": "library",
-            "identity_seed": secrets_of(consortium, "library").identity_seed.hex(),
+            "identity_seed": consortium.secrets("library").identity_seed.hex(),
             "api": members["library"].api_url,
         },
     }

@@ -9,8 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import trio
-from libp2p.io.exceptions import IOException
-from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
+from network_fixtures import LOST, frame
 from process_fixtures import MEMBERS, Processes, processes
 
 from consensus import portions as p
@@ -20,16 +19,13 @@ from consensus.identifiers import MemberId, Role
 from consensus.keys import Ed25519SigningKey, Signer
 from node.config import load_config
 from node.http_server import HttpLimits
-from node.keystore import Keystore
-from node.link import FRAME_HEADER, REQUEST_NUMBER, FrameKind
+from node.link import REQUEST_NUMBER, FrameKind
 from node.messages import GetEvents, gossip_frames
 from node.transport import Connection, Identity, RosterNoise, connect, peer_id_of
 
 pytestmark = pytest.mark.processes
 
 MIB = 1 << 20
-LOST = (IOException, MuxedStreamError, MuxedConnError)
-"""What libp2p raises where a connection is lost."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +48,14 @@ class Victim:
 
     def peak_bytes(self) -> int:
         """The most that was resident since ``forget_peak``."""
-        (line,) = (line for line in (self.process / "status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) << 10
+        return self._status_bytes("VmHWM")
 
     def resident_bytes(self) -> int:
         """What is resident now."""
-        (line,) = (line for line in (self.process / "status").read_text().splitlines() if line.startswith("VmRSS"))
+        return self._status_bytes("VmRSS")
+
+    def _status_bytes(self, field: str) -> int:
+        (line,) = (line for line in (self.process / "status").read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) << 10
 
     def forget_peak(self) -> None:
@@ -74,11 +72,6 @@ class Victim:
         assert self.consortium.get(self.name, "/v1/health") is not None, self.consortium.log(self.name)
 
 
-def seed_of(consortium: Processes, name: str) -> bytes:
-    held = consortium.provisioned.members[name]
-    return Keystore.open(held.keystore, held.passphrase.read_bytes().strip()).secrets.transport_seed
-
-
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
     """The node that all others dial, alone: nothing becomes final, and what waits goes on waiting."""
@@ -89,8 +82,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
 
 
 def transport_identity(consortium: Processes, name: str) -> Identity:
-    held = consortium.provisioned.members[name]
-    return Identity.from_seed(Keystore.open(held.keystore, held.passphrase.read_bytes().strip()).secrets.transport_seed)
+    return Identity.from_seed(consortium.secrets(name).transport_seed)
 
 
 @asynccontextmanager
@@ -184,25 +176,24 @@ async def test_member_that_floods_events_that_unfold_holds_its_share_of_the_pool
         async with bulk_connection(victim) as connection:
             for event in events:
                 (payload,) = gossip_frames([event])
-                await connection.send(FRAME_HEADER.pack(FrameKind.EVENTS, len(payload)) + payload)
-            await connection.send(FRAME_HEADER.pack(FrameKind.HEARTBEAT, 0))
+                await connection.send(frame(FrameKind.EVENTS, payload))
+            await connection.send(frame(FrameKind.HEARTBEAT, b""))
             await trio.sleep(2)
 
 
 @pytest.mark.trio
 async def test_events_that_were_refused_for_good_hold_their_reasons_alone(victim: Victim) -> None:
     """Ten thousand refusals are remembered: with the events and what these were judged against, 3,000 took 85 MiB."""
-    held = victim.consortium.provisioned.members["press"]
-    signer = Ed25519SigningKey(Keystore.open(held.keystore, held.passphrase.read_bytes().strip()).secrets.identity_seed)
+    signer = Ed25519SigningKey(victim.consortium.secrets("press").identity_seed)
     before = victim.resident_bytes()
     async with bulk_connection(victim) as connection:
         for start in range(0, 3_000, 500):
             events = [refused_for_good(victim.consortium, signer, number) for number in range(start, start + 500)]
             for payload in gossip_frames(events):
-                await connection.send(FRAME_HEADER.pack(FrameKind.EVENTS, len(payload)) + payload)
+                await connection.send(frame(FrameKind.EVENTS, payload))
             with trio.fail_after(60):
                 while not await trio.to_thread.run_sync(is_refused, victim, events[-1]):
-                    await connection.send(FRAME_HEADER.pack(FrameKind.HEARTBEAT, 0))
+                    await connection.send(frame(FrameKind.HEARTBEAT, b""))
                     await trio.sleep(0.1)
     assert victim.resident_bytes() - before < 48 * MIB
 
@@ -216,7 +207,7 @@ async def test_member_that_asks_without_end_and_reads_nothing_holds_what_it_may(
                 with suppress(*LOST):
                     for number in range(200):
                         payload = REQUEST_NUMBER.pack(number) + asked
-                        await connection.send(FRAME_HEADER.pack(FrameKind.REQUEST, len(payload)) + payload)
+                        await connection.send(frame(FrameKind.REQUEST, payload))
             await trio.sleep(1.5)
 
 

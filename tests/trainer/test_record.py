@@ -8,7 +8,8 @@ import pytest
 from fake_node import SALT, FakeNode
 
 from consensus import portions as p
-from consensus.event import Kind
+from consensus.codec import decode
+from consensus.event import MAX_ENTRY_BYTES, Entry, Kind, unpack
 from consensus.identifiers import Digest
 from consensus.keys import Ed25519SigningKey
 from consensus.policy import maximum_profile
@@ -96,8 +97,7 @@ class Scene:
             memorization=signals,
             step_microseconds=3,
         )
-        before = (self.recorder.refusal(permission, use.refused),) if use.refused else ()
-        return (*before, self.recorder.step(permission, use, self.classes, profiles, outcome))
+        return self.recorder.step(permission, use, self.classes, profiles, outcome)
 
     def agrees(self) -> None:
         """The recorder stands exactly where the log stands."""
@@ -155,15 +155,14 @@ def test_campaign_from_opening_to_release_is_admitted(scene: Scene) -> None:
     assert head.presented == head.admitted + head.refused
 
 
-def test_refusal_and_step_signed_together_are_admitted(scene: Scene) -> None:
-    permission = scene.grant()
-    events = scene.events(permission, scene.use(1), root(1))
+def test_refusal_and_step_bear_one_signature(scene: Scene) -> None:
+    events = scene.events(scene.grant(), scene.use(1), root(1))
     assert [event.kind for event in events] == [Kind.REFUSAL, Kind.STEP]
-    together = scene.recorder.signed_together(events)
-    assert [event.id for event in together] == [event.id for event in events]
-    assert all(one.encoded != other.encoded for one, other in zip(events, together, strict=True))
-    assert scene.recorder.signed_together(events[:1]) == events[:1]
-    scene.take(*together)
+    entries = [decode(unpack(event.encoded).entry, Entry, MAX_ENTRY_BYTES) for event in events]
+    refused, stepped = (entry.signatures[0].signature for entry in entries)
+    assert refused[:64] == stepped[:64]
+    assert (len(refused), len(stepped)) == (104, 104)
+    scene.take(*events)
     scene.agrees()
 
 
