@@ -35,11 +35,13 @@ class CastVote:
 class RequestProposal:
     """Build a ledger block on ``parent`` for ``view`` and answer ``Engine.own_proposal``.
 
-    With nothing to append it is an empty one: the engine asks only when a ledger block is due.
+    Where all events that wait are on the branch already, answer ``Engine.nothing_to_propose`` instead, unless the
+    ledger block ``may_be_empty``: then it is time for one.
     """
 
     view: View
     parent: Header
+    may_be_empty: bool
 
 
 @dataclass(frozen=True, slots=True)

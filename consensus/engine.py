@@ -19,11 +19,11 @@ Why no fork: two quorums share an honest voter in some role. If a ledger block i
 finalized, so ``v`` is never nullified, nothing else is notarized in it, and whoever notarizes above must,
 by the gap check, extend it.
 
-*When a ledger block is due*: at once while there is work; after half a timeout while the highest notarized
-ledger block is not final; ``heartbeat_ms`` after the last one otherwise. *When the timer runs*: while there
-is work, a message of this or a later view has been seen, the highest notarized ledger block is not final,
-or a heartbeat is due. Timeouts grow by half up to a cap with every view nullified after one, and go
-an eighth of the way back to where they began with every finalization.
+*When a ledger block is due*: at once while there is work that is not on its branch yet; after half the first
+timeout while the highest notarized ledger block is not final; ``heartbeat_ms`` after the last one otherwise. *When the
+timer runs*: while there is work, a message of this or a later view has been seen, the highest notarized ledger
+block is not final, or a heartbeat is due. Timeouts grow by half up to a cap with every view nullified after one,
+and go a quarter of the way back to where they began with every finalization.
 *On standstill*, two timeouts after the last finalization (whatever views ended meanwhile: others may have
 finalized what we lack) and then every timeout: repeat own votes that are not final yet, the
 own proposal with the certificates of its gap, and the certificate that led to this view; ask all for
@@ -171,6 +171,8 @@ class Engine:
         self._active_since_ms: int | None = None
         self._repeat_at_ms: int | None = None
         self._proposal_requested = False
+        self._nothing_above: Header | None = None
+        """The ledger block to extend on whose branch all is that waits, as the host said last."""
 
     @property
     def finalized(self) -> Header:
@@ -273,6 +275,17 @@ class Engine:
             self._vote(VoteKind.NOTARIZE, self.view, block.digest, proposal)
         return self._settle(now_ms)
 
+    def nothing_to_propose(self, request: RequestProposal, now_ms: int) -> list[Effect]:
+        """The answer to a ``RequestProposal`` that may not be empty: all that waits is on its branch already.
+
+        Asked again once ``work_available`` says that more waits, another ledger block is to be extended, or time asks.
+        """
+        if self.halted is not None or request.may_be_empty or request.view != self.view:
+            return []
+        self._proposal_requested = False
+        self._nothing_above = request.parent
+        return self._settle(now_ms)
+
     def block_verified(self, digest: Digest, verdict: Verdict, now_ms: int) -> list[Effect]:
         """The host's answer to ``VerifyBlock``."""
         block = self.branches.get(digest)
@@ -316,14 +329,20 @@ class Engine:
         return self._settle(now_ms)
 
     def work_available(self, now_ms: int) -> list[Effect]:
-        """Events wait to be appended: propose, or expect a proposal."""
+        """Events wait to be appended, or more of them: propose, or expect a proposal."""
         self._has_work = True
+        self._nothing_above = None
         return self._settle(now_ms)
 
     def work_exhausted(self, now_ms: int) -> list[Effect]:
         """No events wait."""
         self._has_work = False
         return self._settle(now_ms)
+
+    @property
+    def waits_for_work(self) -> bool:
+        """Whether it leads and proposed nothing since nothing new waited: ``work_available`` is news."""
+        return self._nothing_above is not None and self._is_to_propose()
 
     def peers_lost(self, members: Iterable[MemberId], now_ms: int) -> list[Effect]:
         """The members to whom the host had a link and has none now; replaces what it said before."""
@@ -577,8 +596,9 @@ class Engine:
         self._requested.clear()
         self._highest_certified = max(self._highest_certified, view)
         self._highest_notarized = max(self._highest_notarized, view)
-        # Slowly, or a machine that needs longer than the first timeout would waste every other view.
-        self._timeout_ms -= (self._timeout_ms - self.timing.timeout_ms + 7) // 8
+        # Slowly, or a machine that needs longer than the first timeout would waste every other view; not so slowly that
+        # one bad leader in three drives it to the cap: 1.5 ** 3 * 0.75 ** 6 < 1.
+        self._timeout_ms -= (self._timeout_ms - self.timing.timeout_ms + 3) // 4
         self._last_block_ms = self._now_ms
         self._repeat_at_ms = None
 
@@ -683,7 +703,7 @@ class Engine:
         parent = self._highest_parent()
         if parent is not None:
             self._proposal_requested = True
-            self._effects.append(RequestProposal(self.view, parent))
+            self._effects.append(RequestProposal(self.view, parent, self._due_empty_ms() <= self._now_ms))
 
     def _is_to_propose(self) -> bool:
         if self._proposal_requested or self.own is None or self.committee.leader(self.view).id != self.own:
@@ -712,12 +732,16 @@ class Engine:
 
     def _due_ms(self) -> int:
         """When the next ledger block is due."""
-        if self._has_work:
+        if self._has_work and (self._nothing_above is None or self._nothing_above != self._highest_parent()):
             return self._now_ms
+        return self._due_empty_ms()
+
+    def _due_empty_ms(self) -> int:
+        """When it is due even with no event."""
         heartbeat_ms = self._last_block_ms + self.timing.heartbeat_ms
         if self._tip_is_final():
             return heartbeat_ms
-        return min(heartbeat_ms, self._entered_ms + self._timeout_ms // 2)
+        return min(heartbeat_ms, self._entered_ms + self.timing.timeout_ms // 2)
 
     def _watch_time(self) -> None:
         heartbeat_ms = self._last_block_ms + self.timing.heartbeat_ms

@@ -121,25 +121,30 @@ class Proposals:
     # Ours
 
     def has_work(self) -> bool:
-        """Whether an event waits that is neither blocked nor in flight; by counting alone while many wait."""
-        bodies = [built.body.leaf_hashes for built in self._ledger.overlays.values()]
-        if len(self._mempool) > len(self._blocked) + sum(map(len, bodies)):
+        """Whether an event waits that is not blocked; by counting alone while many wait."""
+        if len(self._mempool) > len(self._blocked):
             return True
-        passed_over = self._blocked.union(*bodies)
-        return any(event.leaf_hash not in passed_over for event in self._mempool.candidates())
+        return any(event.leaf_hash not in self._blocked for event in self._mempool.candidates())
 
     def build(self, effect: RequestProposal, keys: VotingKeys) -> Proposal | None:
-        """A signed proposal of the events that wait; None if its parent is gone meanwhile."""
+        """A signed proposal of the events that wait; an empty one only if it may be, or if none can be admitted yet.
+
+        None where there is nothing to propose, or its parent is gone meanwhile.
+        """
         parent = self._ledger.state_of(effect.parent.digest)
         if parent is None:
             return None
         timestamp_ms = max(self._clock.now_ms(), parent.header.timestamp_ms)
         pressing = self._pressing(parent, timestamp_ms, self._parameters.censorship_ms // 2)
         passed_over = self._in_flight(parent) | self._blocked | {event.leaf_hash for event in pressing}
-        candidates = (event for event in self._mempool.candidates() if event.leaf_hash not in passed_over)
+        waiting = (event for event in self._mempool.candidates() if event.leaf_hash not in passed_over)
+        tried = islice(waiting, TRIED_PER_EVENT * self._parameters.max_block_events)
+        first = tuple(islice(tried, 1))
+        if not pressing and not first and not effect.may_be_empty:
+            return None
         built = build(
             parent,
-            chain(pressing, islice(candidates, TRIED_PER_EVENT * self._parameters.max_block_events)),
+            chain(pressing, first, tried),
             view=effect.view,
             leader=keys.member,
             timestamp_ms=timestamp_ms,

@@ -304,7 +304,7 @@ class Replica:
     async def _watch_intake(self) -> None:
         while True:
             arrived = self._intake.arrived
-            if len(self._mempool) and not self._had_work:
+            if len(self._mempool) and (not self._had_work or self.engine.waits_for_work):
                 self._tell_work()
             await arrived.wait()
 
@@ -425,9 +425,11 @@ class Replica:
         if self._voter is None or self._ended.is_set():
             return
         proposal = self._proposals.build(effect, self._voter.keys)
-        if proposal is not None:
+        if proposal is None:
+            self._do(self.engine.nothing_to_propose(effect, self._now_ms))
+        else:
             self._do(self.engine.own_proposal(proposal, self._now_ms))
-        self._tell_work()
+            self._tell_work()
 
     async def _verify(self, effect: VerifyBlock) -> None:
         digest = effect.proposal.digest

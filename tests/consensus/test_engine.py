@@ -136,12 +136,48 @@ def test_leader_with_work_proposes_at_once_and_casts_vote_and_proposal_together(
     host = Host(LEADER).do("start")
     assert host.asked(RequestProposal) == []
     host.do("work_available")
-    assert host.asked(RequestProposal) == [RequestProposal(View(1), GENESIS)]
+    assert host.asked(RequestProposal) == [RequestProposal(View(1), GENESIS, may_be_empty=False)]
     header, proposal = build(1)
     host.do("own_proposal", proposal)
     assert host.asked(CastVote) == [CastVote(NOTARIZE, View(1), header.digest, proposal)]
     host.do("own_proposal", build(1, leaf=b"b")[1])
     assert len(host.cast()) == 1
+
+
+def test_leader_whose_branch_has_all_that_waits_proposes_nothing_until_more_comes_or_time_asks():
+    header, proposal = build(1)
+    host = Host(IDS[1]).do("start").do("work_available").hear(proposal, notarization(header))
+    (asked,) = host.asked(RequestProposal)
+    assert asked == RequestProposal(View(2), header, may_be_empty=False)
+    assert not host.engine.waits_for_work
+    host.do("nothing_to_propose", asked).do("tick").hear(*votes(FINALIZE, 1, header.digest))
+    assert host.engine.waits_for_work
+    host.hear(certificate(header))
+    assert host.engine.finalized == header
+    assert host.asked(RequestProposal) == [asked]
+    assert host.do("work_available").asked(RequestProposal) == [asked, asked]
+    assert not host.engine.waits_for_work
+    host.do("nothing_to_propose", asked).do("work_exhausted")
+    host.wait(1_000)
+    assert host.asked(RequestProposal)[2:] == [RequestProposal(View(2), header, may_be_empty=True)]
+    assert host.do("nothing_to_propose", host.asked(RequestProposal)[-1]).asked(RequestProposal)[3:] == []
+
+
+def test_leader_that_had_nothing_for_one_branch_is_asked_again_for_another():
+    """What is on a branch that is left behind waits again."""
+    header, proposal = build(3)
+    host = Host(IDS[3]).do("start").do("work_available")
+    host.hear(nullification(1), nullification(2), proposal, notarization(header))
+    (asked,) = host.asked(RequestProposal)
+    host.do("nothing_to_propose", asked).hear(*(nullification(view) for view in range(4, 12)))
+    assert not host.engine.waits_for_work
+    child, grandchild = build(12, header), build(13, header)
+    host.hear(child[1], notarization(child[0]))
+    assert host.asked(RequestProposal) == [asked, RequestProposal(View(13), child[0], may_be_empty=False)]
+    host.do("nothing_to_propose", asked)
+    assert not host.engine.waits_for_work
+    host.do("own_proposal", grandchild[1])
+    assert host.cast()[-1] == (NOTARIZE, 13, grandchild[0].digest)
 
 
 def test_second_proposal_of_a_leader_gets_no_vote_and_becomes_evidence():
@@ -297,10 +333,23 @@ def test_timeouts_grow_with_views_that_timed_out_up_to_the_cap_and_fall_slowly_o
     for view, timeout_ms in ((1, 150), (2, 225), (3, 300), (4, 300)):
         host.wait(host.engine._timeout_ms).hear(nullification(view))
         assert host.engine._timeout_ms == timeout_ms
-    for view, timeout_ms in ((5, 275), (6, 253), (7, 233)):
+    for view, timeout_ms in ((5, 250), (6, 212), (7, 184)):
         header, _ = build(view)
         host.do("caught_up", header, certificate(header))
         assert host.engine._timeout_ms == timeout_ms
+
+
+def test_one_bad_leader_in_three_does_not_drive_timeouts_to_the_cap():
+    timing = Timing(timeout_ms=400, max_timeout_ms=30_000, heartbeat_ms=60_000)
+    host = follower(engine=Engine(VOTERS, FOLLOWER, timing, GENESIS, None)).do("work_available")
+    for cycle in range(20):
+        first = 1 + len(IDS) * cycle
+        for view in range(first, first + 3):
+            host.wait(host.engine._timeout_ms).hear(nullification(view))
+        for view in range(first + 3, first + len(IDS)):
+            header, _ = build(view)
+            host.do("caught_up", header, certificate(header))
+        assert host.engine._timeout_ms < 1_500
 
 
 def test_view_of_a_leader_out_of_reach_is_nullified_at_once_but_only_while_there_is_work():
@@ -340,7 +389,7 @@ def test_idle_leader_waits_for_the_heartbeat_and_idle_followers_nullify_a_dead_o
     leader, host = Host(LEADER).do("start"), follower()
     assert leader.asked(SetTimer) == host.asked(SetTimer) == [SetTimer(1_000)]
     assert leader.wait(999).asked(RequestProposal) == []
-    assert leader.wait(1).asked(RequestProposal) == [RequestProposal(View(1), GENESIS)]
+    assert leader.wait(1).asked(RequestProposal) == [RequestProposal(View(1), GENESIS, may_be_empty=True)]
     assert host.wait(1_000).cast() == []
     assert host.wait(100).cast() == [(NULLIFY, 1, ZERO_DIGEST)]
 
@@ -349,7 +398,7 @@ def test_leader_on_a_tip_that_is_not_final_proposes_after_half_a_timeout():
     header, proposal = build(1)
     host = Host(IDS[1]).do("start").hear(proposal, notarization(header))
     assert host.asked(RequestProposal) == []
-    assert host.wait(50).asked(RequestProposal) == [RequestProposal(View(2), header)]
+    assert host.wait(50).asked(RequestProposal) == [RequestProposal(View(2), header, may_be_empty=True)]
 
 
 def test_standstill_asks_and_the_asked_answer_once_with_what_is_missing():

@@ -82,7 +82,9 @@ class Desk:
         leader = self.ledger.committee.leader(View(view))
         secrets = self.memory.secrets[leader.name]
         keys = VotingKeys(leader.id, secrets.identity, secrets.identity)
-        made = self.proposals.build(RequestProposal(View(view), parent or self.ledger.final.header), keys)
+        made = self.proposals.build(
+            RequestProposal(View(view), parent or self.ledger.final.header, may_be_empty=True), keys
+        )
         assert made is not None
         return made, self.ledger.overlays[made.digest].events
 

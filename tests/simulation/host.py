@@ -27,7 +27,7 @@ from consensus.effect import (
     VerifyBlock,
 )
 from consensus.engine import Engine
-from consensus.identifiers import Digest, MemberId, View
+from consensus.identifiers import Digest, MemberId
 from consensus.rejection import Rejected
 from consensus.vote import Proposal, Vote, VoteKind
 
@@ -156,8 +156,8 @@ class Node:
         match effect:
             case CastVote():
                 self.later(pause, lambda: self.cast(effect))
-            case RequestProposal(view, parent):
-                self.later(pause, lambda: self.propose(view, parent))
+            case RequestProposal():
+                self.later(pause, lambda: self.propose(effect))
             case VerifyBlock(proposal):
                 self.later(pause, lambda: self.verify(proposal, simulation.random.random() < 0.05))
             case FetchBlock(block, sources):
@@ -209,8 +209,13 @@ class Node:
             self.store[proposal.digest] = proposal
         self.journal.append(vote)
 
-    def propose(self, view: View, parent: Header) -> None:
-        proposal = self.simulation.build(self.own, view, parent)
+    def propose(self, asked: RequestProposal) -> None:
+        """Where nothing need be proposed, now and then nothing is: more to append comes a little later."""
+        if self.simulation.plan.idle and not asked.may_be_empty and self.simulation.random.random() < 0.3:
+            self.step("nothing", lambda engine: engine.nothing_to_propose(asked, self.simulation.now_ms))
+            self.later(self.simulation.random.randint(1, DELAY_MS), self.work)
+            return
+        proposal = self.simulation.build(self.own, asked.view, asked.parent)
         self.step("propose", lambda engine: engine.own_proposal(proposal, self.simulation.now_ms))
 
     def verify(self, proposal: Proposal, missing: bool) -> None:

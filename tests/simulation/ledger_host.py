@@ -24,7 +24,7 @@ from consensus.effect import CastVote, Effect, Finalized, Message, PublishEviden
 from consensus.engine import Engine
 from consensus.event import CheckedEvent, Kind, check_event, make_entry, pack, pack_parts, sign_entry
 from consensus.evidence import Conviction, EvidenceReport, check_evidence
-from consensus.identifiers import Digest, MemberId, View
+from consensus.identifiers import Digest, MemberId
 from consensus.membership import Committee
 from consensus.portions import Portions, SaltedPortion
 from consensus.rejection import Reason, Rejected
@@ -244,16 +244,18 @@ class LedgerNode(Node):
             self.held_blocks.setdefault(vote.epoch, []).append((vote.view, held))
         self.journals.setdefault(vote.epoch, []).append(vote)
 
-    def propose(self, view: View, parent: Header) -> None:
+    def propose(self, asked: RequestProposal) -> None:
         if self.member is None or self.ended:
             return
         secrets = self.cryptography.secrets(self.member)
         keys = VotingKeys(self.member, secrets.identity, secrets.identity)
-        proposal = self.proposals.build(RequestProposal(view, parent), keys)
-        if proposal is not None:
+        proposal = self.proposals.build(asked, keys)
+        if proposal is None:
+            self.step("nothing", lambda engine: engine.nothing_to_propose(asked, self.simulation.now_ms))
+        else:
             self.simulation.built_by_correct(proposal, self.log.overlays[proposal.digest].events)
             self.step("propose", lambda engine: engine.own_proposal(proposal, self.simulation.now_ms))
-        self.tell_work()
+            self.tell_work()
 
     def verify(self, proposal: Proposal, missing: bool) -> None:
         header = decode_header(proposal.header, self.committee.chain_id)

@@ -28,14 +28,14 @@ PLAN = LedgerPlan(
     counts=(3, 1, 1),
     thresholds=(2, 1, 1),
     event_every_ms=60,
-    loss=0.2,
+    loss=0.35,
     heal_ms=6_000,
     end_ms=6_000,
     changes=tuple(Change(300 + 300 * number, rotate=("operator-1",)) for number in range(8)),
 )
 """Members change often, and nobody is a traitor."""
 
-SEARCHED_SEEDS = range(10, 40)
+SEARCHED_SEEDS = range(10, 30)
 """The earlier ones survive."""
 
 

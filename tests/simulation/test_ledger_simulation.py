@@ -139,6 +139,14 @@ def test_hosts_that_do_not_judge_ledger_blocks_are_found_out() -> None:
         run_until_found()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_event_takes_one_ledger_block_and_no_empty_one_after_it(seed: int) -> None:
+    """An empty one would cost everybody as much as the event did. Later some events wait that are not admissible."""
+    run = LedgerSimulation(seed, LedgerPlan(event_every_ms=1_000, end_ms=8_000)).run()
+    for node in run.nodes.values():
+        assert [header.event_count for header in node.ledger[1:3]] == [1, 1]
+
+
 @pytest.mark.parametrize("scheme", SCHEME_NEEDS)
 def test_ledgers_agree_under_every_certificate_scheme(scheme: str) -> None:
     plan = LedgerPlan(scheme=scheme, loss=0.1, crash=0.003, heal_ms=1_500, end_ms=4_000)
