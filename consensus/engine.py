@@ -172,7 +172,7 @@ class Engine:
         self._repeat_at_ms: int | None = None
         self._proposal_requested = False
         self._nothing_above: Header | None = None
-        """The ledger block to extend on whose branch all is that waits, as the host said last."""
+        """The ledger block to extend on whose branch all is that waits, as the host said in this view."""
 
     @property
     def finalized(self) -> Header:
@@ -278,7 +278,8 @@ class Engine:
     def nothing_to_propose(self, request: RequestProposal, now_ms: int) -> list[Effect]:
         """The answer to a ``RequestProposal`` that may not be empty: all that waits is on its branch already.
 
-        Asked again once ``work_available`` says that more waits, another ledger block is to be extended, or time asks.
+        Asked again once ``work_available`` says that more waits, another ledger block is to be extended, time asks, or
+        it leads another view.
         """
         if self.halted is not None or request.may_be_empty or request.view != self.view:
             return []
@@ -622,6 +623,7 @@ class Engine:
         self._entered_ms = self._now_ms
         self._active_since_ms = None
         self._proposal_requested = False
+        self._nothing_above = None
 
     def _follow_branches(self) -> None:
         """Get and verify what is notarized; finalize what is found valid."""

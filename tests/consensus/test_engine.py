@@ -169,7 +169,9 @@ def test_leader_that_had_nothing_for_one_branch_is_asked_again_for_another():
     host = Host(IDS[3]).do("start").do("work_available")
     host.hear(nullification(1), nullification(2), proposal, notarization(header))
     (asked,) = host.asked(RequestProposal)
-    host.do("nothing_to_propose", asked).hear(*(nullification(view) for view in range(4, 12)))
+    host.do("nothing_to_propose", asked)
+    assert host.engine.waits_for_work
+    host.hear(*(nullification(view) for view in range(4, 12)))
     assert not host.engine.waits_for_work
     child, grandchild = build(12, header), build(13, header)
     host.hear(child[1], notarization(child[0]))
@@ -178,6 +180,16 @@ def test_leader_that_had_nothing_for_one_branch_is_asked_again_for_another():
     assert not host.engine.waits_for_work
     host.do("own_proposal", grandchild[1])
     assert host.cast()[-1] == (NOTARIZE, 13, grandchild[0].digest)
+
+
+def test_leader_that_had_nothing_is_asked_again_in_the_next_view_it_leads():
+    """What came while others led was not told: the host had work already."""
+    header, proposal = build(3)
+    host = Host(IDS[3]).do("start").do("work_available")
+    host.hear(nullification(1), nullification(2), proposal, notarization(header))
+    (asked,) = host.asked(RequestProposal)
+    host.do("nothing_to_propose", asked).hear(*(nullification(view) for view in range(4, 13)))
+    assert host.asked(RequestProposal) == [asked, RequestProposal(View(13), header, may_be_empty=False)]
 
 
 def test_second_proposal_of_a_leader_gets_no_vote_and_becomes_evidence():
