@@ -342,7 +342,7 @@ class Engine:
 
     @property
     def waits_for_work(self) -> bool:
-        """Whether it leads and proposed nothing since nothing new waited: ``work_available`` is news."""
+        """Whether it leads and proposed nothing, since all that waited was on its branch: more is news to it."""
         return self._nothing_above is not None and self._is_to_propose()
 
     def peers_lost(self, members: Iterable[MemberId], now_ms: int) -> list[Effect]:
@@ -705,7 +705,8 @@ class Engine:
         parent = self._highest_parent()
         if parent is not None:
             self._proposal_requested = True
-            self._effects.append(RequestProposal(self.view, parent, self._due_empty_ms() <= self._now_ms))
+            may_be_empty = self._due_empty_ms() <= self._now_ms
+            self._effects.append(RequestProposal(self.view, parent, may_be_empty))
 
     def _is_to_propose(self) -> bool:
         if self._proposal_requested or self.own is None or self.committee.leader(self.view).id != self.own:

@@ -78,15 +78,18 @@ class Desk:
         return self
 
     def propose(self, view: int = 1, parent: Header | None = None) -> tuple[Proposal, tuple[CheckedEvent, ...]]:
-        """The leader's ledger block, whoever that is."""
+        """The leader's ledger block, whoever that is; an empty one where nothing new waits."""
+        made = self.build(view, parent, may_be_empty=True)
+        assert made is not None
+        return made, self.ledger.overlays[made.digest].events
+
+    def build(self, view: int, parent: Header | None, may_be_empty: bool) -> Proposal | None:
+        """What its leader proposes when asked."""
         leader = self.ledger.committee.leader(View(view))
         secrets = self.memory.secrets[leader.name]
         keys = VotingKeys(leader.id, secrets.identity, secrets.identity)
-        made = self.proposals.build(
-            RequestProposal(View(view), parent or self.ledger.final.header, may_be_empty=True), keys
-        )
-        assert made is not None
-        return made, self.ledger.overlays[made.digest].events
+        asked = RequestProposal(View(view), parent or self.ledger.final.header, may_be_empty)
+        return self.proposals.build(asked, keys)
 
     def judge(self, made: tuple[Proposal, tuple[CheckedEvent, ...]]) -> Verdict:
         proposal, events = made
@@ -131,6 +134,35 @@ def test_ledger_block_that_omits_what_it_could_append_is_refused(
     assert voter.hold(LATELY_MS, omitted).judge(made) is Verdict.VALID
     voter.mempool.remove(omitted.leaf_hash)
     assert voter.hold(LONG_AGO_MS, omitted).judge(made) is Verdict.REFUSED
+
+
+def test_leader_proposes_nothing_while_all_that_waits_is_on_its_branch(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    leader, _ = desks
+    first, second = (memory.source(LIBRARIAN, name) for name in ("first", "second"))
+    made, events = leader.hold(LATELY_MS, first).propose()
+    header = decode_header(made.header, memory.chain_id)
+    assert events == (first,)
+    assert leader.build(2, header, may_be_empty=False) is None
+    assert leader.propose(2, header)[1] == ()
+    assert leader.hold(LATELY_MS, second).build(2, header, may_be_empty=False) is not None
+    assert leader.propose(2, header)[1] == (second,)
+
+
+def test_leader_with_only_what_cannot_be_admitted_yet_tries_it_once(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    """Others have it, too, and would wait for the leader's ledger block until their timers fire."""
+    leader, _ = desks
+    source = memory.source(LIBRARIAN, "late")
+    leader.hold(LATELY_MS, memory.revocation(LIBRARIAN, source.id))
+    assert leader.proposals.has_work()
+    made = leader.build(1, None, may_be_empty=False)
+    assert made is not None
+    assert made.body.leaf_hashes == ()
+    assert not leader.proposals.has_work()
+    assert leader.build(1, None, may_be_empty=False) is None
 
 
 def test_revocation_that_waited_with_its_source_gets_in_one_ledger_block_later(
