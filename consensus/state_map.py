@@ -30,8 +30,8 @@ search for any key under it ends: had the prefix entries, that leaf would be one
 Maps are immutable; a change shares all untouched nodes with its origin, so each branch of the BFT round
 lays its own over the finalized one. Hashes of branches are filled in when a root or a proof is asked for, and before a
 change: a branch without one belongs to the batch of changes that made it, and the rest of that batch changes it
-in place, so that a batch copies and hashes each touched branch once. Loops, no recursion: depth is bounded by
-264, not by the interpreter.
+in place, so that a batch copies and hashes each touched branch once. A batch goes through its keys in order, each from
+where its way parts from the one before. Loops, no recursion: depth is bounded by 264, not by the interpreter.
 
 Left to others: what keys and values mean (``state.py``), storage (``node/store.py``), who certified the
 root.
@@ -96,17 +96,16 @@ each they take a third less."""
 _HASHED_BYTES = KEY_BYTES + DIGEST_BYTES
 
 
-@final
-class _Branch:
-    """``place`` is its bit's, of ``_PLACES``, so that a search does not take the bit apart at every branch."""
+class _Branch(Struct, eq=False, gc=False):
+    """``place`` is its bit's, of ``_PLACES``, so that a search does not take the bit apart at every branch.
 
-    __slots__ = ("digest", "left", "place", "right")
+    No cycle is ever made of branches, so the collector of cycles need not know them: they are most objects a node has.
+    """
 
-    def __init__(self, place: "_Place", left: "_Node", right: "_Node") -> None:
-        self.place = place
-        self.left = left
-        self.right = right
-        self.digest = _MISSING
+    place: "_Place"
+    left: "_Node"
+    right: "_Node"
+    digest: Digest = _MISSING
 
 
 _Node = _Leaf | _Branch
@@ -156,17 +155,18 @@ class StateMap:
     def set_many(self, changes: Mapping[bytes, bytes | None]) -> "StateMap":
         """The map after all ``changes``; None removes. The same map where nothing changes."""
         top, count = self._top, self._count
-        if top is not None:
-            _digest_of(top)  # now none of the nodes here is taken for one of the batch's own
-        for key in sorted(changes):
+        values: dict[bytes, bytes] = {}
+        for key, value in changes.items():
             _require_key(key)
-            value = changes[key]
             if value is None:
                 top, difference = _without(top, key)
+                count += difference
             elif len(value) > MAX_VALUE_BYTES:
                 raise InvariantBroken(f"a state value of {len(value)} bytes, at most {MAX_VALUE_BYTES} allowed")
             else:
-                top, difference = _with(top, key, value)
+                values[key] = value
+        if values:
+            top, difference = _with_all(top, values)
             count += difference
         return self if top is self._top else StateMap(top, count)
 
@@ -313,28 +313,66 @@ def _first_leaf(node: _Node) -> _Leaf:
     return node
 
 
-def _with(top: _Node | None, key: bytes, value: bytes) -> tuple[_Node, int]:
-    """The tree with ``key`` bound to ``value``, and by how many entries it grew."""
-    if top is None:
-        return _leaf(key, value), 1
-    above: list[_Branch] = []
-    node = top
-    while isinstance(node, _Branch):
-        above.append(node)
-        byte, mask, _ = node.place
-        node = node.right if key[byte] & mask else node.left
-    if node.startswith(key):
-        if node[_HASHED_BYTES:] == value:
-            return top, 0
-        return _rebuilt(above, key, _leaf(key, value)), 0
-    critical = _first_difference(node[:KEY_BYTES], key)
-    displaced: _Node = node
-    while above and above[-1].place[2] > critical:
-        displaced = above.pop()
-    leaf = _leaf(key, value)
-    place = _PLACES[critical]
-    branch = _Branch(place, displaced, leaf) if _bit(key, critical) else _Branch(place, leaf, displaced)
-    return _rebuilt(above, key, branch), 1
+def _with_all(top: _Node | None, values: Mapping[bytes, bytes]) -> tuple[_Node | None, int]:
+    """The tree with these keys bound to these values, and by how many entries it grew; the same where all were."""
+    if top is not None:
+        _digest_of(top)  # now none of its branches is taken for one of the batch's own
+    root, grown, changed = top, 0, False
+    way: list[_Branch] = []
+    """The branches above the last key, root first: all of them the batch's own."""
+    last = 0
+    for key in sorted(values):
+        number = int.from_bytes(key, "big")
+        parting = KEY_BITS - (last ^ number).bit_length()
+        while way and way[-1].place[2] > parting:
+            way.pop()
+        last = number
+        node: _Node | None = _step(way[-1], key) if way else root
+        goes_right = int(bool(way) and node is way[-1].right)
+        while isinstance(node, _Branch):
+            if node.digest:
+                node = _Branch(node.place, node.left, node.right)
+                if not way:
+                    root = node
+                elif goes_right:
+                    way[-1].right = node
+                else:
+                    way[-1].left = node
+            way.append(node)
+            byte, mask, _ = node.place
+            goes_right = key[byte] & mask
+            node = node.right if goes_right else node.left
+        leaf = _leaf(key, values[key])
+        if node == leaf:
+            continue
+        changed = True
+        new: _Node = leaf
+        if node is None:
+            grown += 1
+        elif not node.startswith(key):
+            critical = KEY_BITS - (int.from_bytes(node[:KEY_BYTES], "big") ^ number).bit_length()
+            displaced: _Node = node
+            while way and way[-1].place[2] > critical:
+                displaced = way.pop()
+            byte, mask, _ = place = _PLACES[critical]
+            new = _Branch(place, displaced, leaf) if key[byte] & mask else _Branch(place, leaf, displaced)
+            grown += 1
+        if not way:
+            root = new
+        else:
+            byte, mask, _ = way[-1].place
+            if key[byte] & mask:
+                way[-1].right = new
+            else:
+                way[-1].left = new
+        if isinstance(new, _Branch):
+            way.append(new)
+    return (root if changed else top), grown
+
+
+def _step(branch: _Branch, key: bytes) -> _Node:
+    byte, mask, _ = branch.place
+    return branch.right if key[byte] & mask else branch.left
 
 
 def _without(top: _Node | None, key: bytes) -> tuple[_Node | None, int]:
@@ -343,30 +381,18 @@ def _without(top: _Node | None, key: bytes) -> tuple[_Node | None, int]:
     node = top
     while isinstance(node, _Branch):
         above.append(node)
-        node = node.right if _bit(key, node.place[2]) else node.left
+        node = _step(node, key)
     if top is None or node is None or not node.startswith(key):
         return top, 0
     if not above:
         return None, -1
     parent = above.pop()
-    sibling = parent.left if _bit(key, parent.place[2]) else parent.right
-    return _rebuilt(above, key, sibling), -1
-
-
-def _rebuilt(above: list[_Branch], key: bytes, node: _Node) -> _Node:
-    """The branches ``above``, root first, with ``node`` where ``key`` leads: copies, but for those without a hash."""
+    rest = parent.left if _bit(key, parent.place[2]) else parent.right
     for branch in reversed(above):
-        place = branch.place
-        goes_right = key[place[0]] & place[1]
-        if not branch.digest:
-            # All above it were made by this batch, too.
-            if goes_right:
-                branch.right = node
-            else:
-                branch.left = node
-            return above[0]
-        node = _Branch(place, branch.left, node) if goes_right else _Branch(place, node, branch.right)
-    return node
+        byte, mask, _ = branch.place
+        goes_right = key[byte] & mask
+        rest = _Branch(branch.place, branch.left, rest) if goes_right else _Branch(branch.place, rest, branch.right)
+    return rest, -1
 
 
 # Hashes: the bytes of tagged_hash, with the constant parts joined beforehand (a test holds them equal).
@@ -409,13 +435,12 @@ def _digest_of(node: _Node) -> Digest:
             missing.append(left)
         if isinstance(right, _Branch) and not right.digest:
             missing.append(right)
+    starts, between = _BRANCH_STARTS, _DIGEST_LENGTH  # this is ``_branch_hash``, for the many
     for branch in reversed(missing):
         left, right = branch.left, branch.right
-        branch.digest = _branch_hash(
-            branch.place[2],
-            left.digest if isinstance(left, _Branch) else left[KEY_BYTES:_HASHED_BYTES],
-            right.digest if isinstance(right, _Branch) else right[KEY_BYTES:_HASHED_BYTES],
-        )
+        first = left.digest if isinstance(left, _Branch) else left[KEY_BYTES:_HASHED_BYTES]
+        second = right.digest if isinstance(right, _Branch) else right[KEY_BYTES:_HASHED_BYTES]
+        branch.digest = sha256(starts[branch.place[2]] + first + between + second).digest()  # type: ignore[assignment]
     return node.digest
 
 
