@@ -25,7 +25,7 @@ evaluation
 ``check_event`` does all that needs only the event and the members; ``admission.py`` does what needs state.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -46,7 +46,6 @@ from consensus.identifiers import (
     MemberId,
     Role,
     Tag,
-    tagged_hash,
     tagged_message,
     tagged_prefix,
 )
@@ -191,24 +190,26 @@ class CheckedEvent(NamedTuple):
 
 def event_id(entry: Entry) -> Digest:
     """Hash of the entry without its signatures."""
-    return tagged_hash(
-        Tag.EVENT,
-        encode(
-            Entry(
-                entry.version,
-                entry.chain_id,
-                entry.kind,
-                entry.author,
-                entry.campaign,
-                entry.sequence,
-                entry.attempt,
-                entry.data,
-                entry.governance,
-                entry.operation,
-                (),
-            )
-        ),
+    encoded = encode(
+        Entry(
+            entry.version,
+            entry.chain_id,
+            entry.kind,
+            entry.author,
+            entry.campaign,
+            entry.sequence,
+            entry.attempt,
+            entry.data,
+            entry.governance,
+            entry.operation,
+            (),
+        )
     )
+    return Digest(sha256(_ID_START + len(encoded).to_bytes(8, "big") + encoded).digest())
+
+
+_ID_START = tagged_prefix(Tag.EVENT)
+"""Of ``tagged_hash(Tag.EVENT, …)``, which every event needs."""
 
 
 def signature_message(entry: Entry, identifier: Digest, signer_role: str) -> bytes:
@@ -318,12 +319,38 @@ def check_event(encoded: bytes, committee: Committee) -> CheckedEvent:
 def check_parts(entry_bytes: bytes, portions_bytes: bytes, committee: Committee) -> CheckedEvent:
     """``check_event`` for an event whose two byte strings are already apart."""
     event = check_unsigned(entry_bytes, portions_bytes, committee)
+    _check_claims(event, committee)
+    return event
+
+
+def check_each(events: Iterable[SignedEvent], committee: Committee) -> list[CheckedEvent | Rejected]:
+    """``check_parts`` of each, in order; where one is refused, why.
+
+    The content of all is checked before the signatures of any: going to and fro between the two, a processor takes a
+    tenth longer over each.
+    """
+    checked: list[CheckedEvent | Rejected] = []
+    for wire in events:
+        try:
+            checked.append(check_unsigned(wire.entry, wire.portions, committee))
+        except Rejected as error:
+            checked.append(error)
+    for place, event in enumerate(checked):
+        if isinstance(event, CheckedEvent):
+            try:
+                _check_claims(event, committee)
+            except Rejected as error:
+                checked[place] = error
+    return checked
+
+
+def _check_claims(event: CheckedEvent, committee: Committee) -> None:
+    """What of ``check_event`` is left after ``check_unsigned``: signatures, and what evidence and memberships claim."""
     check_signatures(event.entry, event.id, committee)
     if isinstance(event.governance, EvidenceReport):
         check_evidence(event.governance, committee)
     if isinstance(event.governance, MembershipChange):
         check_change(event.governance.membership, committee)
-    return event
 
 
 def check_unsigned(entry_bytes: bytes, portions_bytes: bytes, committee: Committee) -> CheckedEvent:
@@ -394,12 +421,12 @@ def _decode_items(kind: Kind, portion: p.DataPortion | None, item_type: type[p.W
         raise Rejected(Reason.PORTION_MISMATCH, f"data portion of {kind.phrase}")
     if portion is None or item_type is None:
         return ()
-    if not portion.items or (kind in SINGLE_ITEM_KINDS and len(portion.items) != 1):
+    if len(portion.items) != 1 and (not portion.items or kind in SINGLE_ITEM_KINDS):
         raise Rejected(Reason.PORTION_MISMATCH, f"{len(portion.items)} items in {kind.phrase}")
     listed = sum([len(item.examples) for item in portion.items])
     if listed > p.MAX_EVENT_EXAMPLES:
         raise Rejected(Reason.OVERSIZED, f"{listed} examples in one event, at most {p.MAX_EVENT_EXAMPLES} allowed")
-    items = tuple(decode(item.content, item_type, p.MAX_PORTIONS_BYTES) for item in portion.items)
+    items = tuple([decode(item.content, item_type, p.MAX_PORTIONS_BYTES) for item in portion.items])
     for number, item in enumerate(items):
         if isinstance(item, _LISTING):
             p.check_examples(portion, number, item.examples_root)
@@ -431,7 +458,7 @@ def check_signatures(entry: Entry, identifier: Digest, committee: Committee) -> 
         Rejected: ``BAD_FIELD``, ``MISSING_SIGNATURE``, ``SURPLUS_SIGNATURE``, ``UNKNOWN_MEMBER``, ``BAD_SIGNATURE``.
     """
     signers = [held.signer for held in entry.signatures]
-    if signers != sorted(set(signers)):
+    if len(signers) > 1 and signers != sorted(set(signers)):
         raise Rejected(Reason.BAD_FIELD, "signatures are not in strictly increasing order of signer")
     if SHAPES[entry.kind].signed_by_job:
         if len(signers) != 1:

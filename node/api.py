@@ -1,7 +1,7 @@
 """The node's HTTP interface: submitting events, grants, the node's own state, and everything ``api_log.py`` reads.
 
-Bytes are taken untouched: what a client posts is what ``Service.submit`` checks and the log keeps. A request passes,
-in this order: ``auth.Gate``, the router, the strict reading of its query, its endpoint. Every refusal is
+Bytes are taken untouched: what a client posts is what ``Service.submit_each`` checks and the log keeps. A request
+passes, in this order: ``auth.Gate``, the router, the strict reading of its query, its endpoint. Every refusal is
 ``{"error", "detail"}``; every endpoint stands in ``/v1/openapi.json``.
 
 A batch is 4-byte big-endian length and event, repeated. Its framing is checked whole before the first event is
@@ -15,7 +15,7 @@ from dataclasses import replace
 import trio
 
 from consensus.codec import decode
-from consensus.event import MAX_ENTRY_BYTES, MAX_EVENT_BYTES, Entry, event_id, unpack
+from consensus.event import MAX_ENTRY_BYTES, MAX_EVENT_BYTES, CheckedEvent, Entry, event_id, unpack
 from consensus.identifiers import Digest
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import ChallengeRecord
@@ -27,6 +27,7 @@ from node.config import ApiSection, api_tokens
 from node.endpoints import Call, Endpoint, MethodNotAllowed, Router
 from node.errors_http import OCTETS, HttpFault, HttpReply, SlowClient, error_reply, json_reply, reply_to
 from node.http_server import AddressReport, HttpLimits, HttpRequest, serve_http
+from node.messages import in_turns
 from node.metrics import CONTENT_TYPE, Metrics
 from node.openapi import document
 from node.service import EventState, GrantStatus, Service
@@ -36,7 +37,6 @@ __all__ = ["Api", "serve"]
 VERSION = "1"
 MAX_BATCH_EVENTS = 4_096
 FRAME_LENGTH_BYTES = 4
-YIELD_EVERY = 16
 _UNMATCHED = "unmatched"
 
 
@@ -152,35 +152,38 @@ class Api:
 
     def _submit(self, encoded: bytes) -> tuple[Digest, Digest]:
         """Id and leaf hash of an event that was taken: all that is kept of it while its client waits."""
-        try:
-            event = self._service.submit(encoded)
-        except Rejected as error:
-            self._metrics.event_rejected(error.reason.value)
-            raise
-        self._metrics.event_submitted()
-        return event.id, event.leaf_hash
+        (answer,) = self._submit_each((encoded,))
+        if isinstance(answer, Rejected):
+            raise answer
+        return answer.id, answer.leaf_hash
+
+    def _submit_each(self, encoded: Sequence[bytes]) -> list[CheckedEvent | Rejected]:
+        answers = self._service.submit_each(encoded)
+        for answer in answers:
+            if isinstance(answer, Rejected):
+                self._metrics.event_rejected(answer.reason.value)
+            else:
+                self._metrics.event_submitted()
+        return answers
 
     async def _post_batch(self, call: Call) -> HttpReply:
         events = split_batch(await call.request.body(self._max_body_bytes))
         results: list[dict[str, object]] = []
-        for number, encoded in enumerate(events, start=1):
-            results.append(self._submit_one(encoded))
-            if number % YIELD_EVERY == 0:
-                await trio.lowlevel.checkpoint()
+        for turn in in_turns(events):
+            results += map(self._result, turn, self._submit_each(turn))
+            await trio.lowlevel.checkpoint()
         return json_reply({"results": results})
 
-    def _submit_one(self, encoded: bytes) -> dict[str, object]:
-        try:
-            identifier, leaf_hash = self._submit(encoded)
-        except Rejected as error:
+    def _result(self, encoded: bytes, answer: CheckedEvent | Rejected) -> dict[str, object]:
+        if isinstance(answer, Rejected):
             return {
                 "id": _id_of(encoded),
                 "status": EventState.REJECTED.value,
-                "error": error.reason.value,
-                "detail": error.detail,
+                "error": answer.reason.value,
+                "detail": answer.detail,
             }
-        status = status_fields(identifier, self._service.status_of(identifier))
-        return {**status, "leaf_hash": leaf_hash.hex()}
+        status = status_fields(answer.id, self._service.status_of(answer.id))
+        return {**status, "leaf_hash": answer.leaf_hash.hex()}
 
     # Grants
 

@@ -46,7 +46,6 @@ SLOW_SECONDS = 2.0
 """An answer that took longer is used, and another peer asked next: one that drips must not set the pace."""
 DISAPPOINTED_TURNS = 8
 """For how many turns an answer that disappointed counts."""
-EVENTS_BETWEEN_PAUSES = 64
 
 
 def serve_blocks(ledger: Ledger, request: GetBlocks, target_bytes: int | None = None) -> Blocks:
@@ -256,10 +255,9 @@ class CatchUp:
         await trio.to_thread.run_sync(chunk.check_certificate)
         for header, record in chunk.lacking():
             events: list[CheckedEvent] = []
-            for event in chunk.check_events(record):
-                events.append(event)
-                if len(events) % EVENTS_BETWEEN_PAUSES == 0:
-                    await trio.lowlevel.checkpoint()
+            for checked in chunk.check_events(record):
+                events += checked
+                await trio.lowlevel.checkpoint()
             if chunk.apply(header, record, events):
                 self.events_fetched += len(events)
                 self.blocks_fetched += 1

@@ -11,11 +11,11 @@ from itertools import pairwise
 from consensus.block import Body, Header, check_body, decode_header
 from consensus.certificate import Certificate, verify_certificate
 from consensus.codec import decode
-from consensus.event import CheckedEvent, check_event
+from consensus.event import CheckedEvent, check_each, unpack
 from consensus.identifiers import ChainId, Digest
 from consensus.rejection import CountersignError, Reason, Rejected
 from node.ledger import MAX_BODY_BYTES, MAX_CERTIFICATE_BYTES, Finalized, Ledger
-from node.messages import BlockRecord, Blocks
+from node.messages import BlockRecord, Blocks, in_turns
 
 
 class CertifiedInvalid(CountersignError):
@@ -76,14 +76,20 @@ class Chunk:
             if header.height > self._ledger.final.header.height:
                 yield header, record
 
-    def check_events(self, record: BlockRecord) -> Iterator[CheckedEvent]:
-        """The events of a ledger block, each once it is checked.
+    def check_events(self, record: BlockRecord) -> Iterator[list[CheckedEvent]]:
+        """The events of a ledger block, once they are checked, a turn's at a time.
 
         Raises:
             Rejected: as ``check_event``.
         """
-        for encoded in record.events:
-            yield check_event(encoded, self._ledger.committee)
+        for turn in in_turns(record.events):
+            wires = [unpack(encoded) for encoded in turn]
+            checked: list[CheckedEvent] = []
+            for event in check_each(wires, self._ledger.committee):
+                if isinstance(event, Rejected):
+                    raise event
+                checked.append(event)
+            yield checked
 
     def apply(self, header: Header, record: BlockRecord, events: list[CheckedEvent]) -> bool:
         """Keep a ledger block as a branch; False if it is on the log meanwhile.

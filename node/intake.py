@@ -8,19 +8,19 @@ woken when its ledger block is durable.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 
 import trio
 
-from consensus.event import CheckedEvent, check_event, check_parts, pack_parts, unpack
+from consensus.event import CheckedEvent, SignedEvent, check_each, check_event, check_parts, pack_parts, unpack
 from consensus.identifiers import Digest, MemberId
 from consensus.merkle import leaf_hash
 from consensus.rejection import Reason, Rejected
 from node.clock import Clock
 from node.ledger import Ledger
 from node.mempool import Mempool
-from node.messages import gossip_frames, unpack_gossip
+from node.messages import in_turns, pack_gossip, unpack_gossip
 from node.network import Lane, Network
 
 log = logging.getLogger("countersign.intake")
@@ -59,19 +59,34 @@ class Intake:
         Raises:
             Rejected: the rule it breaks, ``DUPLICATE`` if it is on the log, ``OVERLOADED``.
         """
-        try:
-            event, added = self._take(encoded)
-        except Rejected as error:
-            self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
-            raise
-        if added:
-            self._tell_arrival()
-            self._submitted_ms[event.id] = self._clock.monotonic_ms()
-            if len(self._submitted_ms) > 4 * FINALITY_SAMPLES:
-                self._submitted_ms.popitem(last=False)
-            self._outgoing.append(encoded)
-            self._outgoing_wake.set()
-        return event
+        (answer,) = self.submit_each((encoded,))
+        if isinstance(answer, Rejected):
+            raise answer
+        return answer
+
+    def submit_each(self, encoded: Sequence[bytes]) -> list[CheckedEvent | Rejected]:
+        """``submit`` of a few events, in order; where one is refused, why."""
+        answers: list[CheckedEvent | Rejected] = []
+        for event, one in zip(self._check_each(encoded), encoded, strict=True):
+            answer = event
+            if isinstance(event, CheckedEvent):
+                try:
+                    if self._pool(event, None):
+                        self._pass_on(event, one)
+                except Rejected as error:
+                    answer = error
+            if isinstance(answer, Rejected):
+                self.refused[answer.reason.value] = self.refused.get(answer.reason.value, 0) + 1
+            answers.append(answer)
+        return answers
+
+    def _pass_on(self, event: CheckedEvent, encoded: bytes) -> None:
+        self._tell_arrival()
+        self._submitted_ms[event.id] = self._clock.monotonic_ms()
+        if len(self._submitted_ms) > 4 * FINALITY_SAMPLES:
+            self._submitted_ms.popitem(last=False)
+        self._outgoing.append(encoded)
+        self._outgoing_wake.set()
 
     def receive(self, sender: MemberId, frame: bytes) -> int:
         """Take gossip; returns how many events were new. Bad ones are counted, the rest taken.
@@ -79,16 +94,53 @@ class Intake:
         Raises:
             Rejected: ``MALFORMED``, ``OVERSIZED`` for what is no frame of ``pack_gossip``.
         """
+        news = self._news(sender, unpack_gossip(frame))
         taken = 0
-        for encoded in unpack_gossip(frame):
+        for event in check_each(news, self._ledger.committee):
+            if isinstance(event, Rejected):
+                self._refuse(sender, event)
+                continue
             try:
-                taken += self._take_copy(encoded, sender)
+                taken += self._pool(event, sender)
             except Rejected as error:
-                self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
-                self._network.complain(sender, error)
+                self._refuse(sender, error)
         if taken:
             self._tell_arrival()
         return taken
+
+    def _news(self, sender: MemberId, copies: Iterable[bytes]) -> list[SignedEvent]:
+        """What of a peer's gossip is to be checked.
+
+        The check is most of what an event costs, so what is known is not checked again, and what there is no room for
+        not at all: a peer that repeats what is true, or sends without end, has that for nothing.
+        """
+        news: dict[bytes, SignedEvent] = {}
+        size_bytes = 0
+        for encoded in copies:
+            try:
+                self._check_size(encoded)
+                wire = unpack(encoded)
+                leaf = leaf_hash(wire.entry)
+                if leaf in news or self._is_known(leaf):
+                    continue
+                wire_bytes = len(wire.entry) + len(wire.portions)
+                self._mempool.require_room(wire_bytes, sender, (len(news), size_bytes))
+                news[leaf] = wire
+                size_bytes += wire_bytes
+            except Rejected as error:
+                self._refuse(sender, error)
+        return list(news.values())
+
+    def _is_known(self, leaf: Digest) -> bool:
+        return (
+            leaf in self._fetched
+            or self._mempool.get(leaf) is not None
+            or self._ledger.store.index_of_leaf(leaf) is not None
+        )
+
+    def _refuse(self, sender: MemberId, error: Rejected) -> None:
+        self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
+        self._network.complain(sender, error)
 
     def take_fetched(self, encoded: bytes, sender: MemberId, asked: Container[bytes]) -> CheckedEvent:
         """An event that a peer was asked for: pooled, so that it is not checked again when it comes by gossip.
@@ -117,7 +169,7 @@ class Intake:
         """Take back what the vote journal kept: events of ledger blocks this member voted for."""
         for encoded in events:
             try:
-                self._take(encoded)
+                self._pool(self.check(encoded), None)
             except Rejected as error:
                 log.warning("an event of the vote journal is refused: %s", error)
         self._tell_arrival()
@@ -131,21 +183,17 @@ class Intake:
         self._check_size(encoded)
         return check_event(encoded, self._ledger.committee)
 
-    def _take(self, encoded: bytes) -> tuple[CheckedEvent, bool]:
-        event = self.check(encoded)
-        return event, self._pool(event, None)
-
-    def _take_copy(self, encoded: bytes, sender: MemberId) -> bool:
-        """One event of a peer's gossip. Its check is most of its cost, so what is known is not checked again, and what
-        there is no room for not at all: a peer that repeats what is true, or sends without end, has that for nothing.
-        """
-        self._check_size(encoded)
-        wire = unpack(encoded)
-        leaf = leaf_hash(wire.entry)
-        if leaf in self._fetched or self._mempool.get(leaf) or self._ledger.store.index_of_leaf(leaf) is not None:
-            return False
-        self._mempool.require_room(len(wire.entry) + len(wire.portions), sender)
-        return self._pool(check_parts(wire.entry, wire.portions, self._ledger.committee), sender)
+    def _check_each(self, encoded: Sequence[bytes]) -> list[CheckedEvent | Rejected]:
+        answers: dict[int, CheckedEvent | Rejected] = {}
+        wires: dict[int, SignedEvent] = {}
+        for place, one in enumerate(encoded):
+            try:
+                self._check_size(one)
+                wires[place] = unpack(one)
+            except Rejected as error:
+                answers[place] = error
+        answers.update(zip(wires, check_each(wires.values(), self._ledger.committee), strict=True))
+        return [answers[place] for place in range(len(encoded))]
 
     def _pool(self, event: CheckedEvent, sender: MemberId | None) -> bool:
         """False if it is here, or on the log, already."""
@@ -176,17 +224,17 @@ class Intake:
             self._outgoing_wake = trio.Event()
             while self._outgoing:
                 waiting, self._outgoing = self._outgoing, []
-                for frame in gossip_frames(waiting):
-                    self._network.broadcast(Lane.EVENTS, frame)
+                for turn in in_turns(waiting):
+                    self._network.broadcast(Lane.EVENTS, pack_gossip(turn))
                     await trio.lowlevel.checkpoint()
 
     async def offer(self, peer: MemberId) -> None:
         """Send a peer that came (back) what waits here."""
         waiting = (pack_parts(event.entry_bytes, event.portions_bytes) for event in tuple(self._mempool.candidates()))
-        for frame in gossip_frames(waiting):
+        for turn in in_turns(waiting):
             if peer not in self._network.connected:
                 return
-            self._network.send(peer, Lane.EVENTS, frame)
+            self._network.send(peer, Lane.EVENTS, pack_gossip(turn))
             await trio.lowlevel.checkpoint()
 
     def appended(self, events: tuple[CheckedEvent, ...]) -> None:

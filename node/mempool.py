@@ -120,20 +120,21 @@ class Mempool:
             self._urgent.add(event.leaf_hash)
         return True
 
-    def require_room(self, size_bytes: int, sender: MemberId | None) -> None:
+    def require_room(self, size_bytes: int, sender: MemberId | None, ahead: tuple[int, int] = (0, 0)) -> None:
         """There is room for an event of this size that ``sender`` brings, None for a client of this node.
+
+        ``ahead``: how many events, of how many bytes, the same sender brings that are to be taken before it.
 
         Raises:
             Rejected: ``OVERLOADED`` when the pool, or the sender's share of it, is full.
         """
-        share = self._shares.get(sender)
-        taken_events, taken_bytes = (
-            (0, 0) if share is None or sender is None else (len(share.waiting), share.held_bytes)
-        )
-        if (
-            len(self._waiting) + taken_events >= self._max_events
-            or self._held_bytes + taken_bytes + size_bytes > self._max_bytes
-        ):
+        events, held_bytes = len(self._waiting) + ahead[0], self._held_bytes + ahead[1]
+        if sender is not None:
+            share = self._shares.get(sender)
+            if share is not None:
+                events, held_bytes = events + len(share.waiting), held_bytes + share.held_bytes
+            events, held_bytes = events + ahead[0], held_bytes + ahead[1]
+        if events >= self._max_events or held_bytes + size_bytes > self._max_bytes:
             raise Rejected(
                 Reason.OVERLOADED, f"{len(self._waiting)} events of {self._held_bytes} bytes wait; slow down and retry"
             )

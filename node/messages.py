@@ -25,8 +25,10 @@ ANSWER_TARGET_BYTES = 2 << 20
 """What a server aims at in one answer; one ledger block may be more."""
 MAX_ONWARD_HEADERS = 1_024
 
-GOSSIP_EVENTS = 32
-GOSSIP_BYTES = 256 << 10
+TURN_EVENTS = 32
+TURN_BYTES = 64 << 10
+"""How many events a node checks before it looks at votes again: no more than takes it a few milliseconds, tens of them
+for steps that list thousands of examples. A frame of gossip has so many."""
 
 
 class GetBlocks(Wire, frozen=True, tag="get-blocks"):
@@ -196,34 +198,34 @@ def pack_gossip(events: list[bytes]) -> bytes:
     return b"".join(len(event).to_bytes(4, "big") + event for event in events)
 
 
-def gossip_frames(events: Iterable[bytes]) -> Iterator[bytes]:
-    """Signed events as frames of ``pack_gossip``, each within ``GOSSIP_EVENTS`` and, but for one large event,
-    ``GOSSIP_BYTES``.
+def in_turns(events: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Signed events in order, as many at a time as a node handles before it looks at anything else: within
+    ``TURN_EVENTS`` and, but for one large event, ``TURN_BYTES``.
     """
-    batch: list[bytes] = []
+    turn: list[bytes] = []
     size_bytes = 0
     for event in events:
-        if batch and (len(batch) == GOSSIP_EVENTS or size_bytes + len(event) > GOSSIP_BYTES):
-            yield pack_gossip(batch)
-            batch, size_bytes = [], 0
-        batch.append(event)
+        if turn and (len(turn) == TURN_EVENTS or size_bytes + len(event) > TURN_BYTES):
+            yield turn
+            turn, size_bytes = [], 0
+        turn.append(event)
         size_bytes += len(event) + 4
-    if batch:
-        yield pack_gossip(batch)
+    if turn:
+        yield turn
 
 
 def unpack_gossip(frame: bytes) -> list[bytes]:
     """The signed events of a frame of ``pack_gossip``.
 
     Raises:
-        Rejected: ``MALFORMED``; ``OVERSIZED`` for more than ``GOSSIP_EVENTS``: a frame of a million empty events
+        Rejected: ``MALFORMED``; ``OVERSIZED`` for more than ``TURN_EVENTS``: a frame of a million empty events
             would hold the node up for seconds.
     """
     events: list[bytes] = []
     position = 0
     while position < len(frame):
-        if len(events) == GOSSIP_EVENTS:
-            raise Rejected(Reason.OVERSIZED, f"more than {GOSSIP_EVENTS} events in a frame")
+        if len(events) == TURN_EVENTS:
+            raise Rejected(Reason.OVERSIZED, f"more than {TURN_EVENTS} events in a frame")
         end = position + 4 + int.from_bytes(frame[position : position + 4], "big")
         if len(frame) < position + 4 or end > len(frame):
             raise Rejected(Reason.MALFORMED, f"frame ends inside an event at byte {position}")

@@ -50,6 +50,9 @@ PROPOSALS_KEPT = 128
 TRIED_PER_EVENT = 4
 """For each event a ledger block may have, how many that wait are tried: one full of events that cannot be admitted yet
 must not take longer than the view."""
+BUILT_WITHIN_MS = 100
+"""How long a leader takes over a ledger block. All others take as long to judge it and vote on nothing else meanwhile;
+of steps that list thousands of examples one of a thousand events would take seconds."""
 SETTLE_AFTER_MS = 1_000
 SETTLED_AT_ONCE = 256
 SETTLED_WHILE_MOVING = 16
@@ -138,7 +141,7 @@ class Proposals:
         pressing = self._pressing(parent, timestamp_ms, self._parameters.censorship_ms // 2)
         passed_over = self._in_flight(parent) | self._blocked | {event.leaf_hash for event in pressing}
         waiting = (event for event in self._mempool.candidates() if event.leaf_hash not in passed_over)
-        tried = islice(waiting, TRIED_PER_EVENT * self._parameters.max_block_events)
+        tried = self._for_a_while(islice(waiting, TRIED_PER_EVENT * self._parameters.max_block_events))
         first = tuple(islice(tried, 1))
         if not pressing and not first and not effect.may_be_empty:
             return None
@@ -158,6 +161,14 @@ class Proposals:
         self.remember(proposal)
         self._unsent.add(proposal.digest)
         return proposal
+
+    def _for_a_while(self, events: Iterable[CheckedEvent]) -> Iterator[CheckedEvent]:
+        """The first of these, as far as there is time to try them."""
+        end_ms = self._clock.monotonic_ms() + BUILT_WITHIN_MS
+        for event in events:
+            yield event
+            if self._clock.monotonic_ms() >= end_ms:
+                return
 
     def _in_flight(self, state: LedgerState) -> set[bytes]:
         """Leaf hashes on the branch above the finalized head."""

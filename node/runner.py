@@ -11,6 +11,7 @@ import gc
 import logging
 import signal
 import statistics
+from collections.abc import Sequence
 
 import trio
 
@@ -274,17 +275,29 @@ class Node:
         """The grant desk."""
         return self.desk
 
+    def submit_each(self, encoded: Sequence[bytes]) -> list[CheckedEvent | Rejected]:
+        """Take a few events from a client; where one is refused, the first rule broken or ``OVERLOADED``.
+
+        Raises:
+            Unavailable: the node has halted, or does not know its whole log yet.
+        """
+        self._require_taking()
+        return self._intake.submit_each(encoded)
+
     def submit(self, encoded: bytes) -> CheckedEvent:
-        """Take an event from a client.
+        """Take one event.
 
         Raises:
             Rejected: the first rule broken; ``OVERLOADED``.
-            Unavailable: the node has halted, or does not know its whole log yet.
+            Unavailable: as ``submit_each``.
         """
+        self._require_taking()
+        return self._intake.submit(encoded)
+
+    def _require_taking(self) -> None:
         if self.replica.halted:
             raise Unavailable(f"the node has halted: {self.replica.halted}")
         self._ledger.require_whole()  # or an event on the log already might be refused as its own duplicate
-        return self._intake.submit(encoded)
 
     def status_of(self, event_id: Digest) -> EventStatus:
         """What became of an event.

@@ -5,13 +5,14 @@ that what an answer reads is never half of two ledger blocks. Rules of admission
 owner's rules for countersigning in whoever implements ``GrantDesk``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from consensus.event import CheckedEvent
 from consensus.identifiers import Digest, Role
-from consensus.rejection import Reason
+from consensus.rejection import Reason, Rejected
 from consensus.state import ChallengeRecord
 from node.custody import CustodyDesk
 from node.ledger import Ledger
@@ -206,12 +207,12 @@ class Service(Protocol):
     def custody(self) -> CustodyDesk:
         """What this node keeps of campaigns' files."""
 
-    def submit(self, encoded: bytes) -> CheckedEvent:
-        """Check a signed event, keep it for the next ledger block and pass it on. An event already pending or
-        final is taken again without effect.
+    def submit_each(self, encoded: Sequence[bytes]) -> list[CheckedEvent | Rejected]:
+        """Check a few signed events, keep them for the next ledger block and pass them on; in order, where one is
+        refused, the first rule it breaks or ``OVERLOADED`` when too much waits. An event already pending or final is
+        taken again without effect.
 
         Raises:
-            Rejected: the first rule broken; ``OVERLOADED`` when too much waits.
             Unavailable: the node cannot take events now (it halted or is catching up).
         """
 

@@ -6,7 +6,7 @@ members of the fixture. What waits for finality elsewhere is final here before t
 
 import copy
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -178,6 +178,15 @@ class InstantNode:
         if self.ledger.store.index_of_event(event.id) is None and self.mempool.add(event, 0) and not self.held:
             self.seal(event)
         return event
+
+    def submit_each(self, encoded: Sequence[bytes]) -> list[CheckedEvent | Rejected]:
+        answers: list[CheckedEvent | Rejected] = []
+        for one in encoded:
+            try:
+                answers.append(self.submit(one))
+            except Rejected as error:
+                answers.append(error)
+        return answers
 
     def seal(self, event: CheckedEvent) -> None:
         """Append a pending event, or refuse it."""

@@ -22,7 +22,9 @@ from consensus.event import (
     Kind,
     SignedEvent,
     add_signature,
+    check_each,
     check_event,
+    check_parts,
     check_signature,
     check_unsigned,
     event_id,
@@ -90,6 +92,29 @@ def test_honest_event_of_each_kind_passes(kind: Kind) -> None:
     assert checked == event
     assert checked.id == event_id(event.entry)
     assert pack(event.entry, event.portions) == wire(event)
+
+
+def test_events_checked_together_are_judged_each_for_itself() -> None:
+    forged = [
+        sign_entry(EVENTS[kind].entry, EVENTS[kind].entry.author, "data-source", STRANGER)
+        for kind in (Kind.SOURCE, Kind.REVOCATION)
+    ]
+    wires = [unpack(wire(event)) for event in EVENTS.values()]
+    wires[3:3] = [unpack(pack(entry, EVENTS[Kind.SOURCE].portions)) for entry in forged]
+    wires.append(SignedEvent(b"", b""))
+    alone: list[CheckedEvent | Reason] = []
+    for one in wires:
+        try:
+            alone.append(check_parts(one.entry, one.portions, COMMITTEE))
+        except Rejected as error:
+            alone.append(error.reason)
+    together = [one.reason if isinstance(one, Rejected) else one for one in check_each(wires, COMMITTEE)]
+    assert together == alone
+    assert [one for one in alone if isinstance(one, Reason)] == [
+        Reason.BAD_SIGNATURE,
+        Reason.PORTION_MISMATCH,
+        Reason.MALFORMED,
+    ]
 
 
 # Who signs

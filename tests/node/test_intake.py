@@ -1,6 +1,6 @@
 """The pool's door: what is known, or has no room, costs a peer's frame and no check."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -8,9 +8,10 @@ from ledger_fixtures import MemoryLedger
 from network_fixtures import make_parties, network_of
 from snapshot_fixtures import written
 
-from consensus.event import CheckedEvent, check_parts, pack_parts
+from consensus.event import CheckedEvent, SignedEvent, check_each, pack_parts
 from consensus.identifiers import MemberId
 from consensus.membership import Committee
+from consensus.rejection import Rejected
 from node import intake
 from node.clock import SystemClock
 from node.intake import Intake
@@ -40,11 +41,11 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The entries whose signatures were checked, in order."""
     entries: list[bytes] = []
 
-    def check(entry: bytes, portions: bytes, committee: Committee) -> CheckedEvent:
-        entries.append(entry)
-        return check_parts(entry, portions, committee)
+    def check(events: Sequence[SignedEvent], committee: Committee) -> list[CheckedEvent | Rejected]:
+        entries.extend(event.entry for event in events)
+        return check_each(events, committee)
 
-    monkeypatch.setattr(intake, "check_parts", check)
+    monkeypatch.setattr(intake, "check_each", check)
     return entries
 
 
@@ -54,8 +55,12 @@ def door(ledger: Ledger, max_events: int) -> Intake:
     return Intake(ledger, pool, network_of(parties[0], parties), SystemClock(), 1 << 20)
 
 
+def packed(event: CheckedEvent) -> bytes:
+    return pack_parts(event.entry_bytes, event.portions_bytes)
+
+
 def frame(*events: CheckedEvent) -> bytes:
-    return pack_gossip([pack_parts(event.entry_bytes, event.portions_bytes) for event in events])
+    return pack_gossip([packed(event) for event in events])
 
 
 @pytest.mark.trio
@@ -80,3 +85,19 @@ async def test_events_of_a_peer_whose_share_is_full_are_refused_unchecked(
     assert len(checked) == 4
     assert intake.refused == {"overloaded": 26}
     assert intake.receive(MemberId(b"o" * 32), frame(*events[4:])) == 2
+
+
+@pytest.mark.trio
+async def test_each_of_a_few_events_has_its_own_answer(memory: MemoryLedger, ledger: Ledger) -> None:
+    intake = door(ledger, 2)
+    events = [packed(memory.source("data-source-1", f"source {number}")) for number in range(3)]
+    answers = intake.submit_each([events[0], b"nothing", bytes(2 << 20), events[0], *events[1:]])
+    assert [answer.reason.value if isinstance(answer, Rejected) else "taken" for answer in answers] == [
+        "taken",
+        "malformed",
+        "oversized",
+        "taken",
+        "taken",
+        "overloaded",
+    ]
+    assert intake.refused == {"malformed": 1, "oversized": 1, "overloaded": 1}

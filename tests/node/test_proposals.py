@@ -23,7 +23,7 @@ from node.intake import Intake
 from node.ledger import Ledger
 from node.mempool import Mempool
 from node.messages import Events, GetEvents, pack_gossip
-from node.proposals import ARRIVAL_SECONDS, Proposals
+from node.proposals import ARRIVAL_SECONDS, BUILT_WITHIN_MS, Proposals
 from node.store import Store
 from node.voter import VotingKeys
 
@@ -32,16 +32,19 @@ LONG_AGO_MS, LATELY_MS, NOW_MS = 0, 50_000, 50_500
 
 
 class Clock:
-    """Stands still."""
+    """Stands still, or goes on by ``tick_ms`` each time it is asked how long something takes."""
 
     def __init__(self, unix_ms: int) -> None:
         self._unix_ms = unix_ms
+        self._monotonic_ms = NOW_MS
+        self.tick_ms = 0
 
     def now_ms(self) -> int:
         return self._unix_ms
 
     def monotonic_ms(self) -> int:
-        return NOW_MS
+        self._monotonic_ms += self.tick_ms
+        return self._monotonic_ms
 
 
 class Peers:
@@ -68,9 +71,15 @@ class Desk:
         self.memory = memory
         self.ledger = Ledger(Store.open(directory, memory.chain_id, create=True), memory.genesis)
         self.mempool = Mempool(1_000, 1 << 24)
-        clock, self.peers = Clock(memory.genesis.created_ms + NOW_MS), Peers()
-        self.intake = Intake(self.ledger, self.mempool, self.peers, clock, 1 << 20)  # type: ignore[arg-type]
-        self.proposals = Proposals(self.ledger, self.peers, self.mempool, self.intake, clock)  # type: ignore[arg-type]
+        self.clock, self.peers = Clock(memory.genesis.created_ms + NOW_MS), Peers()
+        self.intake = Intake(self.ledger, self.mempool, self.peers, self.clock, 1 << 20)  # type: ignore[arg-type]
+        self.proposals = Proposals(
+            self.ledger,
+            self.peers,  # type: ignore[arg-type]
+            self.mempool,
+            self.intake,
+            self.clock,
+        )
 
     def hold(self, since_ms: int, *events: CheckedEvent) -> "Desk":
         for event in events:
@@ -163,6 +172,26 @@ def test_leader_with_only_what_cannot_be_admitted_yet_tries_it_once(
     assert made.body.leaf_hashes == ()
     assert not leader.proposals.has_work()
     assert leader.build(1, None, may_be_empty=False) is None
+
+
+def test_leader_stops_at_what_it_has_when_events_take_long_to_try(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    leader, voter = desks
+    events = [memory.source(LIBRARIAN, f"source {number}") for number in range(3)]
+    leader.hold(LATELY_MS, *events)
+    leader.clock.tick_ms = BUILT_WITHIN_MS // 2
+    made = leader.propose()
+    assert [event.id for event in made[1]] == [event.id for event in events[:2]]
+    assert voter.judge(made) is Verdict.VALID
+
+
+def test_urgent_events_are_appended_however_long_they_take(memory: MemoryLedger, desks: tuple[Desk, Desk]) -> None:
+    leader, _ = desks
+    urgent = policies(memory, 3)
+    leader.hold(LONG_AGO_MS, *urgent)
+    leader.clock.tick_ms = 2 * BUILT_WITHIN_MS
+    assert {event.id for event in leader.propose()[1]} == {event.id for event in urgent}
 
 
 def test_revocation_that_waited_with_its_source_gets_in_one_ledger_block_later(

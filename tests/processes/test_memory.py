@@ -20,7 +20,7 @@ from consensus.keys import Ed25519SigningKey, Signer
 from node.config import load_config
 from node.http_server import HttpLimits
 from node.link import REQUEST_NUMBER, FrameKind
-from node.messages import GetEvents, gossip_frames
+from node.messages import GetEvents, in_turns, pack_gossip
 from node.transport import Connection, Identity, RosterNoise, connect, peer_id_of
 
 pytestmark = pytest.mark.processes
@@ -175,7 +175,7 @@ async def test_member_that_floods_events_that_unfold_holds_its_share_of_the_pool
     with victim.grows_at_most(400 * MIB):
         async with bulk_connection(victim) as connection:
             for event in events:
-                (payload,) = gossip_frames([event])
+                payload = pack_gossip([event])
                 await connection.send(frame(FrameKind.EVENTS, payload))
             await connection.send(frame(FrameKind.HEARTBEAT, b""))
             await trio.sleep(2)
@@ -189,7 +189,7 @@ async def test_events_that_were_refused_for_good_hold_their_reasons_alone(victim
     async with bulk_connection(victim) as connection:
         for start in range(0, 3_000, 500):
             events = [refused_for_good(victim.consortium, signer, number) for number in range(start, start + 500)]
-            for payload in gossip_frames(events):
+            for payload in map(pack_gossip, in_turns(events)):
                 await connection.send(frame(FrameKind.EVENTS, payload))
             with trio.fail_after(60):
                 while not await trio.to_thread.run_sync(is_refused, victim, events[-1]):

@@ -397,7 +397,7 @@ class LedgerNode(Node):
     def _take_chunk(self, chunk: Chunk) -> None:
         chunk.check_certificate()
         for header, record in chunk.lacking():
-            chunk.apply(header, record, list(chunk.check_events(record)))
+            chunk.apply(header, record, [event for checked in chunk.check_events(record) for event in checked])
         self.appended(chunk.commit())
 
     # Finality
