@@ -132,6 +132,7 @@ class CatchUp:
         self._network = network
         self._appended = appended
         self._lock = trio.Lock()
+        self._applying = trio.Lock()
         self._turns: Counter[MemberId] = Counter()
         self.blocks_fetched = 0
         self.events_fetched = 0
@@ -149,6 +150,14 @@ class CatchUp:
     async def idle(self) -> None:
         """Until nothing is being fetched."""
         async with self._lock:
+            return
+
+    async def applied(self) -> None:
+        """Until the answer of a peer that is being applied, if one is, is: what it brings need not be fetched as well.
+
+        None keeps others waiting by this: only true ledger blocks take long to apply.
+        """
+        async with self._applying:
             return
 
     async def reach(self, height: int) -> None:
@@ -253,16 +262,17 @@ class CatchUp:
         """Check and apply a chunk; ``pending`` is as in ``Chunk``."""
         chunk = Chunk(self._ledger, blocks, first_height, pending)
         await trio.to_thread.run_sync(chunk.check_certificate)
-        for header, record in chunk.lacking():
-            events: list[CheckedEvent] = []
-            for checked in chunk.check_events(record):
-                events += checked
-                await trio.lowlevel.checkpoint()
-            if chunk.apply(header, record, events):
-                self.events_fetched += len(events)
-                self.blocks_fetched += 1
-                await trio.lowlevel.checkpoint()
-        appended = chunk.commit()
+        async with self._applying:
+            for header, record in chunk.lacking():
+                events: list[CheckedEvent] = []
+                for checked in chunk.check_events(record):
+                    events += checked
+                    await trio.lowlevel.checkpoint()
+                if chunk.apply(header, record, events):
+                    self.events_fetched += len(events)
+                    self.blocks_fetched += 1
+                    await trio.lowlevel.checkpoint()
+            appended = chunk.commit()
         if appended:
             self._appended(appended)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import trio
 
-from consensus.block import decode_header
+from consensus.block import Header, decode_header
 from consensus.branches import Verdict
 from consensus.certificate import BadCertificateShares, Certificate, certificate_message, verify_certificate
 from consensus.codec import decode, encode
@@ -433,8 +433,16 @@ class Replica:
 
     async def _verify(self, effect: VerifyBlock) -> None:
         digest = effect.proposal.digest
+        if await self._is_overtaken(effect.header):
+            return
         verdict = await self._proposals.verdict(effect.proposal, effect.header, (MemberId(effect.header.leader),))
         self._do(self.engine.block_verified(digest, verdict, self._now_ms))
+
+    async def _is_overtaken(self, header: Header) -> bool:
+        """Whether what a peer has beyond our log has brought this ledger block; the engine learns of it by
+        ``caught_up``."""
+        await self.catch_up.applied()
+        return header.height <= self._ledger.final.header.height
 
     async def _fetch(self, effect: FetchBlock) -> None:
         known = self._proposals.get(effect.block)
@@ -444,6 +452,8 @@ class Replica:
                 self._do(self.engine.receive(*found, self._now_ms))
             return
         header = check_proposal(known, self._committee)
+        if await self._is_overtaken(header):
+            return
         verdict = await self._proposals.verdict(known, header, effect.sources)
         if verdict is not Verdict.MISSING:
             self._do(self.engine.block_verified(effect.block, verdict, self._now_ms))

@@ -10,9 +10,11 @@ from ledger_fixtures import MemoryLedger
 from snapshot_fixtures import Answer, honest, served, written
 
 from consensus.codec import decode, encode
+from consensus.event import CheckedEvent
 from node.catchup import CatchUp
+from node.chunk import Chunk
 from node.ledger import Ledger
-from node.messages import MAX_ANSWER_BYTES, Blocks, GetBlocks, Request
+from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks, Request
 from node.store import Store
 
 pytestmark = pytest.mark.trio
@@ -92,3 +94,24 @@ async def test_server_with_one_large_answer_after_another_is_followed_to_its_end
         )
     assert empty.final.digest == full.final.digest
     assert server.asked > 3
+
+
+async def test_whoever_waits_for_what_is_being_applied_finds_it_on_the_log(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applying = trio.Event()
+
+    class Seen(Chunk):
+        def check_events(self, record: BlockRecord) -> Iterator[list[CheckedEvent]]:
+            applying.set()
+            return super().check_events(record)
+
+    monkeypatch.setattr("node.catchup.Chunk", Seen)
+    async with served([Server(full, True).answer]) as network, trio.open_nursery() as nursery:
+        catch_up = CatchUp(empty, network, lambda appended: None)
+        await catch_up.applied()
+        nursery.start_soon(catch_up.from_peer, network.in_own_order(network.connected)[0])
+        await applying.wait()
+        assert empty.final.header.height == 0
+        await catch_up.applied()
+        assert empty.final.header.height > 0
