@@ -12,6 +12,7 @@ Without these exceptions what has waited through a long partition would be refus
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
@@ -47,6 +48,9 @@ MOST_ARRIVAL_SECONDS = 0.2
 ask for what is on its way costs both sides more than anything else they do. For all, half of a view's default timeout:
 a member that trickles a leader's events to the others must not make its views fail."""
 PROPOSALS_KEPT = 128
+FINAL_KEPT = 32
+"""Of those whose ledger block is final, for peers a second or two behind; others have it from the log. Full ones take
+100 KB each."""
 TRIED_PER_EVENT = 4
 """For each event a ledger block may have, how many that wait are tried: one full of events that cannot be admitted yet
 must not take longer than the view."""
@@ -72,6 +76,7 @@ class Proposals:
         self._clock = clock
         self._parameters = ledger.genesis.parameters
         self._proposals: dict[Digest, Proposal] = {}
+        self._final: deque[Digest] = deque()
         self._unsent: set[Digest] = set()
         """Those of ours that are not sent, hence perhaps not on disk yet."""
         self._blocked: set[Digest] = set()
@@ -182,6 +187,9 @@ class Proposals:
     def appended(self, blocks: Iterable[Finalized]) -> None:
         """These are on the log: their events wait no more, and what was blocked may be tried again."""
         for block in blocks:
+            self._final.append(block.header.digest)
+            if len(self._final) > FINAL_KEPT:
+                self._proposals.pop(self._final.popleft(), None)
             for event in block.events:
                 self._mempool.remove(event.leaf_hash)
             if block.events:

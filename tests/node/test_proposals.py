@@ -20,7 +20,7 @@ from consensus.portions import BlockWeight, ClassRule
 from consensus.rejection import Rejected
 from consensus.vote import Proposal
 from node.intake import Intake
-from node.ledger import Ledger
+from node.ledger import Finalized, Ledger
 from node.mempool import Mempool
 from node.messages import Events, GetEvents, pack_gossip
 from node.proposals import ARRIVAL_SECONDS, BUILT_WITHIN_MS, Proposals
@@ -417,3 +417,12 @@ def test_proposal_that_may_not_be_on_disk_yet_is_served_to_nobody(desks: tuple[D
     assert desk.proposals.served(ours.digest) is None
     desk.proposals.sent(ours.digest)
     assert desk.proposals.served(ours.digest) is ours
+
+
+def test_proposals_long_on_the_log_are_forgotten(desks: tuple[Desk, Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    desk, _ = desks
+    monkeypatch.setattr("node.proposals.FINAL_KEPT", 1)
+    made = [desk.propose(view)[0] for view in (1, 2, 3)]
+    for proposal in made[:2]:
+        desk.proposals.appended([Finalized(decode_header(proposal.header, desk.memory.chain_id), ())])
+    assert [desk.proposals.get(proposal.digest) is proposal for proposal in made] == [False, True, True]
