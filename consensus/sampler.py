@@ -66,9 +66,11 @@ def presented_by_source(
         last = bisect_left(indexes, end, first)
         if last > first:
             shift = entry.first - (end - entry.count)
-            found.setdefault(entry.source, array("Q")).extend([index + shift for index in indexes[first:last]])
+            examples = [index + shift for index in indexes[first:last]] if shift else indexes[first:last]
+            held = found.get(entry.source)
+            found[entry.source] = array("Q", examples if held is None else sorted((*held, *examples)))
         first = last
-    return {source: array("Q", sorted(examples)) for source, examples in found.items()}
+    return found
 
 
 def is_among(presented: Mapping[bytes, "array[int]"], source: bytes, example: int) -> bool:
