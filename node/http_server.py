@@ -223,6 +223,8 @@ class _Connection:
         if event is h11.NEED_DATA:
             with trio.fail_after(self._limits.idle_seconds):
                 await self._receive()
+            event = self._http.next_event()
+        if event is h11.NEED_DATA:
             with trio.fail_after(self._limits.head_seconds):
                 while (event := self._http.next_event()) is h11.NEED_DATA:
                     await self._receive()
@@ -238,27 +240,31 @@ class _Connection:
         if self._http.they_are_waiting_for_100_continue:
             await self._write(self._http.send(h11.InformationalResponse(status_code=100, headers=[])))
         body = bytearray()
-        server = self._server
         try:
+            if self._take_body(body, max_bytes):
+                return bytes(body)
             with trio.fail_after(self._limits.body_seconds):
                 while True:
-                    event = self._http.next_event()
-                    if event is h11.NEED_DATA:
-                        await self._receive()
-                    elif isinstance(event, h11.Data):
-                        server.held_bytes += len(event.data)
-                        self._body_bytes += len(event.data)
-                        body += event.data
-                        if len(body) > max_bytes:
-                            raise Rejected(Reason.OVERSIZED, f"a body over {max_bytes} bytes")
-                        if server.held_bytes > self._limits.bodies_bytes:
-                            raise Rejected(Reason.OVERLOADED, "too many bodies are being sent at once; retry")
-                    else:
+                    await self._receive()
+                    if self._take_body(body, max_bytes):
                         return bytes(body)
         except trio.TooSlowError:
             raise SlowClient(f"the body did not arrive in {self._limits.body_seconds:g} seconds") from None
         except h11.RemoteProtocolError as error:
             raise Rejected(Reason.MALFORMED, f"body: {error}") from error
+
+    def _take_body(self, body: bytearray, max_bytes: int) -> bool:
+        """Add to ``body`` what has arrived; whether that was the end of it."""
+        server = self._server
+        while isinstance(event := self._http.next_event(), h11.Data):
+            server.held_bytes += len(event.data)
+            self._body_bytes += len(event.data)
+            body += event.data
+            if len(body) > max_bytes:
+                raise Rejected(Reason.OVERSIZED, f"a body over {max_bytes} bytes")
+            if server.held_bytes > self._limits.bodies_bytes:
+                raise Rejected(Reason.OVERLOADED, "too many bodies are being sent at once; retry")
+        return event is not h11.NEED_DATA
 
     def release_body(self) -> None:
         """``HttpRequest.release_body``."""
