@@ -21,6 +21,7 @@ from pathlib import Path
 
 from composite import EXAMPLES_A_STEP, CompositeCampaign
 from consortium import (
+    ASKED_AGAIN_SECONDS,
     BATCH_EVENTS,
     Author,
     Consortium,
@@ -216,7 +217,7 @@ def measure_catch_up(report: Report, consortium: Consortium, name: str) -> None:
         first = consortium.log_size(name)
         started = time.perf_counter()
         while (now := consortium.log_size(name)) < size:
-            time.sleep(0.01)
+            time.sleep(ASKED_AGAIN_SECONDS)
         seconds = time.perf_counter() - started
     report.rate(f"catch-up of a new node to {size} events", (now - first) / seconds, "events/s", at_least(6_000), load)
     roots = {str(consortium.status(member)["log_root"]) for member in (VOTERS[0], name)}
