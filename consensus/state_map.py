@@ -282,11 +282,6 @@ def _bit(key: bytes, bit: int) -> int:
     return 1 if key[byte] & mask else 0
 
 
-def _first_difference(one: bytes, other: bytes) -> int:
-    """The first bit at which two different keys differ."""
-    return KEY_BITS - (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).bit_length()
-
-
 def _search(top: _Node, key: bytes) -> _Leaf:
     """The leaf at which a search for ``key`` ends."""
     node = top

@@ -155,10 +155,11 @@ class CatchUp:
     async def applied(self) -> None:
         """Until the answer of a peer that is being applied, if one is, is: what it brings need not be fetched as well.
 
-        None keeps others waiting by this: only true ledger blocks take long to apply.
+        No server keeps others waiting by this for longer than one answer of its takes to be found wrong.
         """
-        async with self._applying:
-            return
+        if self._applying.locked():
+            async with self._applying:
+                return
 
     async def reach(self, height: int) -> None:
         """Apply finalized ledger blocks until the log is at ``height`` at least.
