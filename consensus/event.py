@@ -46,6 +46,7 @@ from consensus.identifiers import (
     MemberId,
     Role,
     Tag,
+    tagged_hash,
     tagged_message,
     tagged_prefix,
 )
@@ -190,26 +191,24 @@ class CheckedEvent(NamedTuple):
 
 def event_id(entry: Entry) -> Digest:
     """Hash of the entry without its signatures."""
-    encoded = encode(
-        Entry(
-            entry.version,
-            entry.chain_id,
-            entry.kind,
-            entry.author,
-            entry.campaign,
-            entry.sequence,
-            entry.attempt,
-            entry.data,
-            entry.governance,
-            entry.operation,
-            (),
-        )
+    return tagged_hash(Tag.EVENT, encode(_bearing(entry, ())))
+
+
+def _bearing(entry: Entry, signatures: tuple[EventSignature, ...]) -> Entry:
+    """The entry with these signatures in place of its own."""
+    return Entry(
+        entry.version,
+        entry.chain_id,
+        entry.kind,
+        entry.author,
+        entry.campaign,
+        entry.sequence,
+        entry.attempt,
+        entry.data,
+        entry.governance,
+        entry.operation,
+        signatures,
     )
-    return Digest(sha256(_ID_START + len(encoded).to_bytes(8, "big") + encoded).digest())
-
-
-_ID_START = tagged_prefix(Tag.EVENT)
-"""Of ``tagged_hash(Tag.EVENT, …)``, which every event needs."""
 
 
 def signature_message(entry: Entry, identifier: Digest, signer_role: str) -> bytes:
@@ -268,20 +267,7 @@ def sign_entries_as_job(entries: Sequence[Entry], key: Signer) -> list[Entry]:
 def add_signature(entry: Entry, signature: EventSignature) -> Entry:
     """The entry with this signature, in signer order. A signer's earlier signature is replaced."""
     others = [held for held in entry.signatures if held.signer != signature.signer]
-    signatures = tuple(sorted([*others, signature], key=lambda held: held.signer))
-    return Entry(
-        entry.version,
-        entry.chain_id,
-        entry.kind,
-        entry.author,
-        entry.campaign,
-        entry.sequence,
-        entry.attempt,
-        entry.data,
-        entry.governance,
-        entry.operation,
-        signatures,
-    )
+    return _bearing(entry, tuple(sorted([*others, signature], key=lambda held: held.signer)))
 
 
 def pack(entry: Entry, portions: p.Portions) -> bytes:
@@ -421,7 +407,7 @@ def _decode_items(kind: Kind, portion: p.DataPortion | None, item_type: type[p.W
         raise Rejected(Reason.PORTION_MISMATCH, f"data portion of {kind.phrase}")
     if portion is None or item_type is None:
         return ()
-    if len(portion.items) != 1 and (not portion.items or kind in SINGLE_ITEM_KINDS):
+    if not portion.items or (kind in SINGLE_ITEM_KINDS and len(portion.items) != 1):
         raise Rejected(Reason.PORTION_MISMATCH, f"{len(portion.items)} items in {kind.phrase}")
     listed = sum([len(item.examples) for item in portion.items])
     if listed > p.MAX_EVENT_EXAMPLES:

@@ -105,8 +105,7 @@ class SourceClaim(Wire, frozen=True):
     reserve_below: Natural
 
     def __post_init__(self) -> None:
-        if self.overlap_sha256:
-            _require_whole(self.overlap_sha256)
+        _require_whole(self.overlap_sha256)
 
 
 class SourceRevocation(Wire, frozen=True):

@@ -323,20 +323,15 @@ def _with_all(top: _Node | None, values: Mapping[bytes, bytes]) -> tuple[_Node |
             way.pop()
         last = number
         node: _Node | None = _step(way[-1], key) if way else root
-        goes_right = int(bool(way) and node is way[-1].right)
         while isinstance(node, _Branch):
             if node.digest:
                 node = _Branch(node.place, node.left, node.right)
-                if not way:
-                    root = node
-                elif goes_right:
-                    way[-1].right = node
+                if way:
+                    _lead(way[-1], key, node)
                 else:
-                    way[-1].left = node
+                    root = node
             way.append(node)
-            byte, mask, _ = node.place
-            goes_right = key[byte] & mask
-            node = node.right if goes_right else node.left
+            node = _step(node, key)
         leaf = _leaf(key, values[key])
         if node == leaf:
             continue
@@ -352,14 +347,10 @@ def _with_all(top: _Node | None, values: Mapping[bytes, bytes]) -> tuple[_Node |
             byte, mask, _ = place = _PLACES[critical]
             new = _Branch(place, displaced, leaf) if key[byte] & mask else _Branch(place, leaf, displaced)
             grown += 1
-        if not way:
-            root = new
+        if way:
+            _lead(way[-1], key, new)
         else:
-            byte, mask, _ = way[-1].place
-            if key[byte] & mask:
-                way[-1].right = new
-            else:
-                way[-1].left = new
+            root = new
         if isinstance(new, _Branch):
             way.append(new)
     return (root if changed else top), grown
@@ -368,6 +359,15 @@ def _with_all(top: _Node | None, values: Mapping[bytes, bytes]) -> tuple[_Node |
 def _step(branch: _Branch, key: bytes) -> _Node:
     byte, mask, _ = branch.place
     return branch.right if key[byte] & mask else branch.left
+
+
+def _lead(branch: _Branch, key: bytes, node: _Node) -> None:
+    """Put ``node`` where ``key`` leads from a branch of the batch's own."""
+    byte, mask, _ = branch.place
+    if key[byte] & mask:
+        branch.right = node
+    else:
+        branch.left = node
 
 
 def _without(top: _Node | None, key: bytes) -> tuple[_Node | None, int]:
@@ -430,12 +430,13 @@ def _digest_of(node: _Node) -> Digest:
             missing.append(left)
         if isinstance(right, _Branch) and not right.digest:
             missing.append(right)
-    starts, between = _BRANCH_STARTS, _DIGEST_LENGTH  # this is ``_branch_hash``, for the many
     for branch in reversed(missing):
         left, right = branch.left, branch.right
-        first = left.digest if isinstance(left, _Branch) else left[KEY_BYTES:_HASHED_BYTES]
-        second = right.digest if isinstance(right, _Branch) else right[KEY_BYTES:_HASHED_BYTES]
-        branch.digest = sha256(starts[branch.place[2]] + first + between + second).digest()  # type: ignore[assignment]
+        branch.digest = _branch_hash(
+            branch.place[2],
+            left.digest if isinstance(left, _Branch) else left[KEY_BYTES:_HASHED_BYTES],
+            right.digest if isinstance(right, _Branch) else right[KEY_BYTES:_HASHED_BYTES],
+        )
     return node.digest
 
 

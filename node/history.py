@@ -25,7 +25,7 @@ from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from node.chunk import decode_chain
 from node.epoch_end import Certified
 from node.ledger import MAX_BODY_BYTES, Ledger, entry_writes
-from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks
+from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks, in_turns
 from node.network import Network
 from node.pace import Pace
 from node.store_layout import BlockWrite, History
@@ -34,7 +34,6 @@ log = logging.getLogger("countersign.history")
 
 REQUEST_SECONDS = 10.0
 ASKED_AGAIN_SECONDS = 1.0
-EVENTS_BETWEEN_PAUSES = 64
 
 
 class HistoryFill:
@@ -117,11 +116,10 @@ class HistoryFill:
         check_body(header, body)
         committee = self._ledger.epochs.of(header.epoch).committee
         events: list[CheckedEvent] = []
-        for number, encoded in enumerate(record.events, start=1):
-            parts = unpack(encoded)
-            events.append(check_unsigned(parts.entry, parts.portions, committee))
-            if number % EVENTS_BETWEEN_PAUSES == 0:
-                await trio.lowlevel.checkpoint()
+        for turn in in_turns(record.events):
+            for parts in map(unpack, turn):
+                events.append(check_unsigned(parts.entry, parts.portions, committee))
+            await trio.lowlevel.checkpoint()
         if tuple(event.leaf_hash for event in events) != body.leaf_hashes:
             raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
         return body, events

@@ -76,7 +76,7 @@ class Intake:
                 except Rejected as error:
                     answer = error
             if isinstance(answer, Rejected):
-                self.refused[answer.reason.value] = self.refused.get(answer.reason.value, 0) + 1
+                self._count(answer)
             answers.append(answer)
         return answers
 
@@ -138,8 +138,11 @@ class Intake:
             or self._ledger.store.index_of_leaf(leaf) is not None
         )
 
+    def _count(self, refusal: Rejected) -> None:
+        self.refused[refusal.reason.value] = self.refused.get(refusal.reason.value, 0) + 1
+
     def _refuse(self, sender: MemberId, error: Rejected) -> None:
-        self.refused[error.reason.value] = self.refused.get(error.reason.value, 0) + 1
+        self._count(error)
         self._network.complain(sender, error)
 
     def take_fetched(self, encoded: bytes, sender: MemberId, asked: Container[bytes]) -> CheckedEvent:
@@ -252,7 +255,7 @@ class Intake:
         """This can never be admitted: say so to whoever waits."""
         self._mempool.reject(event, why)
         self._submitted_ms.pop(event.id, None)
-        self.refused[why.reason.value] = self.refused.get(why.reason.value, 0) + 1
+        self._count(why)
         self._tell(event.id)
 
     async def wait(self, event_id: Digest) -> None:

@@ -130,10 +130,9 @@ class Mempool:
         """
         events, held_bytes = len(self._waiting) + ahead[0], self._held_bytes + ahead[1]
         if sender is not None:
-            share = self._shares.get(sender)
-            if share is not None:
-                events, held_bytes = events + len(share.waiting), held_bytes + share.held_bytes
-            events, held_bytes = events + ahead[0], held_bytes + ahead[1]
+            share = self._shares.get(sender) or _Share()
+            events += len(share.waiting) + ahead[0]
+            held_bytes += share.held_bytes + ahead[1]
         if events >= self._max_events or held_bytes + size_bytes > self._max_bytes:
             raise Rejected(
                 Reason.OVERLOADED, f"{len(self._waiting)} events of {self._held_bytes} bytes wait; slow down and retry"

@@ -25,10 +25,13 @@ ANSWER_TARGET_BYTES = 2 << 20
 """What a server aims at in one answer; one ledger block may be more."""
 MAX_ONWARD_HEADERS = 1_024
 
-TURN_EVENTS = 32
+MAX_GOSSIP_EVENTS = 32
+"""In one frame: a rule between members. What a node takes in one turn is its own choice, and never more."""
+
+TURN_EVENTS = MAX_GOSSIP_EVENTS
 TURN_BYTES = 64 << 10
 """How many events a node checks before it looks at votes again: no more than takes it a few milliseconds, tens of them
-for steps that list thousands of examples. A frame of gossip has so many."""
+for steps that list thousands of examples."""
 
 
 class GetBlocks(Wire, frozen=True, tag="get-blocks"):
@@ -218,14 +221,14 @@ def unpack_gossip(frame: bytes) -> list[bytes]:
     """The signed events of a frame of ``pack_gossip``.
 
     Raises:
-        Rejected: ``MALFORMED``; ``OVERSIZED`` for more than ``TURN_EVENTS``: a frame of a million empty events
+        Rejected: ``MALFORMED``; ``OVERSIZED`` for more than ``MAX_GOSSIP_EVENTS``: a frame of a million empty events
             would hold the node up for seconds.
     """
     events: list[bytes] = []
     position = 0
     while position < len(frame):
-        if len(events) == TURN_EVENTS:
-            raise Rejected(Reason.OVERSIZED, f"more than {TURN_EVENTS} events in a frame")
+        if len(events) == MAX_GOSSIP_EVENTS:
+            raise Rejected(Reason.OVERSIZED, f"more than {MAX_GOSSIP_EVENTS} events in a frame")
         end = position + 4 + int.from_bytes(frame[position : position + 4], "big")
         if len(frame) < position + 4 or end > len(frame):
             raise Rejected(Reason.MALFORMED, f"frame ends inside an event at byte {position}")

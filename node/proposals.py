@@ -33,7 +33,7 @@ from node.clock import Clock
 from node.intake import Intake
 from node.ledger import Finalized, Ledger
 from node.mempool import Mempool
-from node.messages import Events, FoundProposal, GetEvents, GetProposal
+from node.messages import Events, FoundProposal, GetEvents, GetProposal, in_turns
 from node.network import Network
 from node.voter import HeldBlock, VotingKeys
 
@@ -77,6 +77,7 @@ class Proposals:
         self._parameters = ledger.genesis.parameters
         self._proposals: dict[Digest, Proposal] = {}
         self._final: deque[Digest] = deque()
+        """Of the last final ledger blocks, oldest first: those whose proposals are kept."""
         self._unsent: set[Digest] = set()
         """Those of ours that are not sent, hence perhaps not on disk yet."""
         self._blocked: set[Digest] = set()
@@ -318,9 +319,11 @@ class Proposals:
             asked = frozenset(missing)
             try:
                 answer = await self._network.request(peer, encode(GetEvents(tuple(missing))), FETCH_SECONDS)
-                for encoded in decode(answer, Events, 2 * MAX_BLOCK_BYTES).events:
-                    event = self._intake.take_fetched(encoded, peer, asked)
-                    found[event.leaf_hash] = event
+                for turn in in_turns(decode(answer, Events, 2 * MAX_BLOCK_BYTES).events):
+                    for encoded in turn:
+                        event = self._intake.take_fetched(encoded, peer, asked)
+                        found[event.leaf_hash] = event
+                    await trio.lowlevel.checkpoint()
             except (Unavailable, Rejected) as error:
                 log.debug("events from %s: %s", peer.hex()[:16], error)
         if any(leaf not in found for leaf in leaves):

@@ -36,7 +36,7 @@ from node.catchup import CatchUp, serve_blocks
 from node.journal import Journal, VoteMark, VoteRecord
 from node.ledger import MAX_CERTIFICATE_BYTES, Ledger
 from node.messages import (
-    TURN_EVENTS,
+    MAX_GOSSIP_EVENTS,
     BlockRecord,
     Blocks,
     GetBlocks,
@@ -131,12 +131,12 @@ async def test_member_that_floods_with_bad_signatures_is_cut_off_and_costs_no_mo
         rogue.gossip(forged)
         await goes_on(consortium, nodes, 2)
         limits = nodes[0].network.limits
-        assert max(checked) <= limits.max_complaints + TURN_EVENTS + 60
+        assert max(checked) <= limits.max_complaints + MAX_GOSSIP_EVENTS + 60
         for node, checked_before, closed_before in zip(nodes, checked, closed, strict=True):
             # On a busy machine it comes back more than once meanwhile: each connection costs a frame.
             connections = 1 + node.network.counters.closed_bad_content - closed_before
             more = sum(node.replica._intake.refused.values()) - checked_before
-            assert more <= connections * (TURN_EVENTS + 60)
+            assert more <= connections * (MAX_GOSSIP_EVENTS + 60)
         assert event.id
 
 
