@@ -93,6 +93,10 @@ from consensus.vote import (
 )
 
 LOOKAHEAD_VIEWS = 64
+MAX_UNFINAL_BLOCKS = 1_000
+"""How far notarized ledger blocks may run ahead of the finalized one. What one certificate makes final has to fit what
+stores and peers take (1,024); where all of a role must vote, one that withholds its finalize votes decides how far.
+"""
 MAX_ANSWER_MESSAGES = 128
 DECIDED = (Status.VALID, Status.REFUSED, Status.INVALID)
 
@@ -406,10 +410,14 @@ class Engine:
         if vote.voter == self.own and not self._decided_to_cast(state, vote):
             self._halt(f"a vote of ours for view {vote.view} that our journal lacks")
             return
-        self._absence.heard(MemberId(vote.voter), View(vote.view))
+        self._hear(MemberId(vote.voter), View(vote.view))
         evidence = state.tally.add(vote)
         if evidence is not None:
             self._effects.append(PublishEvidence(evidence))
+
+    def _hear(self, member: MemberId, view: View) -> None:
+        """A sign of life; of views far ahead it says no more than of the next each may lead."""
+        self._absence.heard(member, min(view, View(self.view + len(self.committee.voters))))
 
     def _on_proposal(self, proposal: Proposal) -> None:
         header = decode_header(proposal.header, self.committee.chain_id)
@@ -420,7 +428,7 @@ class Engine:
         if not self._in_window(header.view):
             return
         self._highest_seen = max(self._highest_seen, View(header.view))
-        self._absence.heard(MemberId(header.leader), View(header.view))
+        self._hear(MemberId(header.leader), View(header.view))
         state = self._round(View(header.view))
         if state.proposal is None:
             state.proposal = proposal
@@ -613,7 +621,8 @@ class Engine:
             self._entry = state.notarization
         elif state is not None and state.nullification is not None:
             self._entry = state.nullification
-            if self._active_since_ms is not None and self._now_ms >= self._active_since_ms + self._timeout_ms:
+            waited = self._active_since_ms is not None and self._now_ms >= self._active_since_ms + self._timeout_ms
+            if waited and self._expects_block():
                 self._timeout_ms = min(self._timeout_ms * 3 // 2, self.timing.max_timeout_ms)
         elif self._pending is not None:
             self._entry = self._pending
@@ -671,7 +680,7 @@ class Engine:
             return
         if block.status == Status.INVALID or not self._may_follow(block.header):
             self._nullify(state)
-        elif not self._extends_certified(block.header):
+        elif not self._extends_certified(block.header) or self._is_too_far(block.header.height):
             return
         elif block.status == Status.VALID:
             self._vote(VoteKind.NOTARIZE, self.view, block.digest)
@@ -695,6 +704,9 @@ class Engine:
                 return False
         return self._gap_nullified(View(header.parent_view), View(header.view))
 
+    def _is_too_far(self, height: int) -> bool:
+        return height > self.finalized.height + MAX_UNFINAL_BLOCKS
+
     def _nullify(self, state: _Round) -> None:
         if self._may_nullify(state):
             self._vote(VoteKind.NULLIFY, self.view, ZERO_DIGEST)
@@ -703,7 +715,7 @@ class Engine:
         if not self._is_to_propose() or self._due_ms() > self._now_ms:
             return
         parent = self._highest_parent()
-        if parent is not None:
+        if parent is not None and not self._is_too_far(parent.height + 1):
             self._proposal_requested = True
             may_be_empty = self._due_empty_ms() <= self._now_ms
             self._effects.append(RequestProposal(self.view, parent, may_be_empty))
@@ -746,14 +758,14 @@ class Engine:
             return heartbeat_ms
         return min(heartbeat_ms, self._entered_ms + self.timing.timeout_ms // 2)
 
+    def _expects_block(self) -> bool:
+        """Whether we know ourselves why there should be one: that others vote, of this view or later ones, is none."""
+        heartbeat_ms = self._last_block_ms + self.timing.heartbeat_ms
+        return self._has_work or not self._tip_is_final() or heartbeat_ms <= self._now_ms
+
     def _watch_time(self) -> None:
         heartbeat_ms = self._last_block_ms + self.timing.heartbeat_ms
-        is_active = (
-            self._has_work
-            or not self._tip_is_final()
-            or self._highest_seen >= self.view
-            or heartbeat_ms <= self._now_ms
-        )
+        is_active = self._expects_block() or self._highest_seen >= self.view
         deadlines = [self._due_ms()] if self._is_to_propose() else []
         if not is_active:
             self._active_since_ms = self._repeat_at_ms = None

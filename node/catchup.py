@@ -18,17 +18,18 @@ from collections.abc import Callable, Iterator
 import msgspec
 import trio
 
-from consensus.block import Header, decode_header
+from consensus.block import decode_header
 from consensus.codec import decode, encode
 from consensus.event import CheckedEvent
 from consensus.identifiers import MemberId
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import RETIRED_TABLE, RetiredMember, read_record
-from node.chunk import CertifiedInvalid, Chunk
+from node.chunk import CertifiedInvalid, Chunk, Pending
 from node.epoch_end import Certified
 from node.ledger import MAX_CERTIFICATE_BYTES, Finalized, Ledger
 from node.messages import (
     ANSWER_TARGET_BYTES,
+    MAX_ANSWER_BLOCKS,
     MAX_ANSWER_BYTES,
     MAX_ONWARD_HEADERS,
     BlockRecord,
@@ -59,7 +60,7 @@ def serve_blocks(ledger: Ledger, request: GetBlocks, target_bytes: int | None = 
     certified = epoch = 0
     size_bytes = 0
     height = request.from_height
-    while height <= head_height:
+    while height <= head_height and len(records) < MAX_ANSWER_BLOCKS:
         header, body, events = ledger.block(height)
         header_epoch = decode_header(header, ledger.genesis.chain_id).epoch
         if header_epoch != epoch and records:
@@ -208,7 +209,7 @@ class CatchUp:
         before_height = self._ledger.final.header.height
         self._turns[peer] += 1
         turns = self._turns[peer]
-        pending: list[Header] = []
+        pending = Pending()
         height = before_height + 1
         answer = await self._ask(peer, height)
         while answer is not None:
@@ -259,7 +260,7 @@ class CatchUp:
         self._turns[peer] += DISAPPOINTED_TURNS
         log.info("ledger blocks from %s: %s", peer.hex()[:16], why)
 
-    async def _apply(self, blocks: Blocks, first_height: int, pending: list[Header]) -> None:
+    async def _apply(self, blocks: Blocks, first_height: int, pending: Pending) -> None:
         """Check and apply a chunk; ``pending`` is as in ``Chunk``."""
         chunk = Chunk(self._ledger, blocks, first_height, pending)
         await trio.to_thread.run_sync(chunk.check_certificate)

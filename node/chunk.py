@@ -6,6 +6,7 @@ committed. Where to pause between steps, and whom to ask next, is left to ``catc
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from consensus.block import Body, Header, check_body, decode_header
@@ -17,6 +18,9 @@ from consensus.rejection import CountersignError, Reason, Rejected
 from node.ledger import MAX_BODY_BYTES, MAX_CERTIFICATE_BYTES, Finalized, Ledger
 from node.messages import BlockRecord, Blocks, in_turns
 
+MAX_PENDING_BYTES = 256 << 20
+"""What may lie applied under one certificate: four times what a node keeps waiting by default."""
+
 
 class CertifiedInvalid(CountersignError):
     """A quorum certified a ledger block that breaks the rules: nothing after it can be trusted."""
@@ -24,6 +28,9 @@ class CertifiedInvalid(CountersignError):
 
 def decode_chain(blocks: Blocks, first_height: int, chain_id: ChainId) -> list[Header]:
     """The headers of an answer that has ledger blocks: from the height asked for on, each the parent of the next.
+
+    All are of one epoch: by a certificate of the next one they would be final, too, but nobody could show it by the
+    members of their own.
 
     Raises:
         Rejected: they are not; as ``decode_header``.
@@ -35,17 +42,37 @@ def decode_chain(blocks: Blocks, first_height: int, chain_id: ChainId) -> list[H
     for before, after in pairwise(headers):
         if (after.parent, after.height) != (before.digest, before.height + 1):
             raise Rejected(Reason.BAD_BLOCK, f"ledger block {after.height} does not follow the one before")
+        if after.epoch != before.epoch:
+            raise Rejected(
+                Reason.WRONG_EPOCH, f"ledger block {after.height} is of epoch {after.epoch}, after another's"
+            )
     return headers
+
+
+@dataclass(slots=True)
+class Pending:
+    """Ledger blocks of one peer that are applied and not committed yet, for want of what makes them final."""
+
+    headers: list[Header] = field(default_factory=list)
+    size_bytes: int = 0
+    promised: bytes = b""
+    """Digest of the certified ledger block that they lead up to: what comes next leads up to it, too, or reaches it."""
+
+    def clear(self) -> None:
+        """They are on the log."""
+        self.headers.clear()
+        self.size_bytes, self.promised = 0, b""
 
 
 class Chunk:
     """An answer with ledger blocks, on its way into the log."""
 
-    def __init__(self, ledger: Ledger, blocks: Blocks, first_height: int, pending: list[Header]) -> None:
-        """``pending`` are headers applied and not committed yet, for want of a certificate; it is added to and cleared.
+    def __init__(self, ledger: Ledger, blocks: Blocks, first_height: int, pending: Pending) -> None:
+        """``pending`` is what earlier answers of this peer left; it is added to and cleared.
 
         Raises:
-            Rejected: the headers do not chain from our log to the certificate's; its signature is unchecked.
+            Rejected: the headers do not chain from our log to the certificate's, or ever farther without an end
+                (``OVERSIZED`` for more than ``MAX_PENDING_BYTES``); the certificate's signature is unchecked.
         """
         self._ledger = ledger
         self._blocks = blocks
@@ -56,6 +83,12 @@ class Chunk:
         first, last = self._headers[0], self._headers[-1]
         if self._certificate.block != last.digest or self._certificate.view != last.view:
             raise Rejected(Reason.BAD_CERTIFICATE, "the certificate is not the last ledger block's")
+        if blocks.onward and pending.promised not in (b"", last.digest):
+            raise Rejected(
+                Reason.BAD_CERTIFICATE, "what was promised to be final is passed over for a later certificate"
+            )
+        if pending.size_bytes > MAX_PENDING_BYTES:
+            raise Rejected(Reason.OVERSIZED, f"{pending.size_bytes} bytes of ledger blocks under one certificate")
         if first.height > ledger.final.header.height and ledger.state_of(Digest(first.parent)) is None:
             raise Rejected(Reason.BAD_BLOCK, f"ledger block {first.height} does not follow our log")
 
@@ -72,7 +105,8 @@ class Chunk:
         for header, record in zip(self._headers, self._blocks.blocks, strict=False):
             if self._ended_height:
                 return
-            self._pending.append(header)
+            self._pending.headers.append(header)
+            self._pending.size_bytes += sum(map(len, record.events))
             if header.height > self._ledger.final.header.height:
                 yield header, record
 
@@ -119,8 +153,9 @@ class Chunk:
     def commit(self) -> tuple[Finalized, ...]:
         """Append what the certificate makes final; nothing while that is not all here yet."""
         if self._blocks.onward and not self._ended_height:
+            self._pending.promised = self._headers[-1].digest
             return ()
         carriers = [header for header in self._headers if self._ended_height and header.height > self._ended_height]
-        appended = self._ledger.commit([*self._pending, *carriers], self._certificate, ())
+        appended = self._ledger.commit([*self._pending.headers, *carriers], self._certificate, ())
         self._pending.clear()
         return appended

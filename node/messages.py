@@ -23,6 +23,7 @@ MAX_REQUEST_BYTES = 1 << 20
 MAX_ANSWER_BYTES = 4 << 20
 ANSWER_TARGET_BYTES = 2 << 20
 """What a server aims at in one answer; one ledger block may be more."""
+MAX_ANSWER_BLOCKS = 4_096
 MAX_ONWARD_HEADERS = 1_024
 
 MAX_GOSSIP_EVENTS = 32
@@ -55,7 +56,7 @@ class Blocks(Wire, frozen=True, tag="blocks"):
     they show that these ledger blocks are final, and the rest is asked for next.
     """
 
-    blocks: Annotated[tuple[BlockRecord, ...], Meta(max_length=4_096)]
+    blocks: Annotated[tuple[BlockRecord, ...], Meta(max_length=MAX_ANSWER_BLOCKS)]
     onward: Annotated[
         tuple[Annotated[bytes, Meta(max_length=MAX_HEADER_BYTES)], ...], Meta(max_length=MAX_ONWARD_HEADERS)
     ]

@@ -441,3 +441,53 @@ def test_observer_follows_and_never_votes():
     host = Host(None).do("start").hear(proposal, notarization(header), certificate(header)).wait(5_000).wait(5_000)
     assert host.engine.finalized == header
     assert host.cast() == []
+
+
+def notarized_run(host, length):
+    """A run of notarized ledger blocks none of which is final."""
+    parent, run = GENESIS, []
+    for view in range(1, length + 1):
+        parent, proposal = build(view, parent)
+        host.hear(proposal, notarization(parent))
+        run.append(parent)
+    return run
+
+
+def test_notarized_ledger_blocks_run_no_farther_ahead_of_the_final_one_than_one_certificate_may_reach(monkeypatch):
+    monkeypatch.setattr("consensus.engine.MAX_UNFINAL_BLOCKS", 3)
+    host = follower()
+    run = notarized_run(host, 3)
+    header, proposal = build(4, run[-1])
+    host.hear(proposal)
+    assert (NOTARIZE, 4, header.digest) not in host.cast()
+    host.hear(certificate(run[0]))
+    assert host.engine.finalized == run[0]
+    assert (NOTARIZE, 4, header.digest) in host.cast()
+
+
+def test_leader_of_a_view_too_far_ahead_waits_for_finality_and_proposes_then(monkeypatch):
+    monkeypatch.setattr("consensus.engine.MAX_UNFINAL_BLOCKS", 3)
+    host = Host(IDS[3]).do("start").do("work_available")
+    run = notarized_run(host, 3)
+    assert host.engine.view == 4
+    assert host.asked(RequestProposal) == []
+    host.hear(certificate(run[0]))
+    assert [asked.parent for asked in host.asked(RequestProposal)] == [run[-1]]
+
+
+def test_votes_of_one_voter_for_views_to_come_make_no_idle_node_more_patient():
+    """It nullifies with the others, or a view that they are in would last; it waits no longer for the next for that."""
+    host = follower()
+    for view in range(1, 9):
+        host.hear(vote(NULLIFY, view + 40)).wait(101).hear(nullification(view))
+        assert host.engine.view == view + 1
+    host.do("work_available").wait(100)
+    assert host.cast()[-1] == (NULLIFY, 9, ZERO_DIGEST)
+
+
+def test_vote_far_ahead_is_no_sign_of_life_for_more_than_one_turn_of_leaders():
+    turn = len(IDS)
+    host = follower().do("work_available").hear(vote(NULLIFY, 60, voter=LEADER))
+    host.hear(*(nullification(view) for view in range(1, 3 * turn + 1)))
+    assert VOTERS.leader(View(3 * turn + 1)).id == LEADER
+    assert host.cast()[-1] == (NULLIFY, 3 * turn + 1, ZERO_DIGEST)

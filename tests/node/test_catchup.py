@@ -11,13 +11,13 @@ from snapshot_fixtures import Answer, honest, served, written
 
 from consensus.codec import decode, encode
 from consensus.event import CheckedEvent
-from node.catchup import CatchUp
-from node.chunk import Chunk
+from consensus.membership import ED25519_LIST
+from consensus.rejection import Reason, Rejected
+from node.catchup import CatchUp, serve_blocks
+from node.chunk import Chunk, Pending
 from node.ledger import Ledger
-from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks, Request
+from node.messages import MAX_ANSWER_BLOCKS, MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks, Request
 from node.store import Store
-
-pytestmark = pytest.mark.trio
 
 HEIGHT = 24
 
@@ -64,6 +64,7 @@ class Server:
         return encode(Blocks(blocks, (), certificate, head_height))
 
 
+@pytest.mark.trio
 @pytest.mark.parametrize("promises_more", [True, False])
 async def test_server_that_drips_true_ledger_blocks_sets_no_pace(
     full: Ledger, empty: Ledger, promises_more: bool
@@ -83,6 +84,7 @@ async def test_server_that_drips_true_ledger_blocks_sets_no_pace(
     assert dripping.asked <= 2
 
 
+@pytest.mark.trio
 async def test_server_with_one_large_answer_after_another_is_followed_to_its_end(
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +98,7 @@ async def test_server_with_one_large_answer_after_another_is_followed_to_its_end
     assert server.asked > 3
 
 
+@pytest.mark.trio
 async def test_whoever_waits_for_what_is_being_applied_finds_it_on_the_log(
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,3 +118,66 @@ async def test_whoever_waits_for_what_is_being_applied_finds_it_on_the_log(
         assert empty.final.header.height == 0
         await catch_up.applied()
         assert empty.final.header.height > 0
+
+
+@pytest.mark.trio
+async def test_server_that_promises_an_end_and_never_comes_to_it_is_left(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part is certified by a ledger block after it, farther each time: nothing could ever be committed."""
+    monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
+    truth = honest(full)
+    asked: list[int] = []
+
+    async def answer(request: Request) -> bytes:
+        encoded = await truth(request)
+        if not isinstance(request, GetBlocks):
+            return encoded
+        asked.append(request.from_height)
+        held = decode(encoded, Blocks, MAX_ANSWER_BYTES)
+        end = request.from_height + len(held.blocks)
+        if end > HEIGHT:
+            return encode(Blocks((), (), b"", HEIGHT))
+        header, certificate = told().certified[end - 1]
+        return encode(Blocks(held.blocks, (header,), certificate, HEIGHT))
+
+    async with served([answer]) as network:
+        peer = network.in_own_order(network.connected)[0]
+        assert not await CatchUp(empty, network, lambda appended: None).from_peer(peer)
+    assert len(asked) <= 3
+    assert 0 < len(empty.overlays) < HEIGHT // 2
+
+
+def test_what_lies_applied_under_one_certificate_is_bounded(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.chunk.MAX_PENDING_BYTES", 1_000)
+    pending = Pending()
+    for first_height, reason in ((1, None), (3, None), (5, Reason.OVERSIZED)):
+        header, body, events = full.block(first_height)
+        next_header, next_body, next_events = full.block(first_height + 1)
+        records = (BlockRecord(header, body, tuple(events)), BlockRecord(next_header, next_body, tuple(next_events)))
+        onward = tuple(full.store.header(height) or b"" for height in range(first_height + 2, HEIGHT + 1))
+        blocks = Blocks(records, onward, told().certified[-1][1], HEIGHT)
+        if reason is not None:
+            with pytest.raises(Rejected) as refusal:
+                Chunk(empty, blocks, first_height, pending)
+            assert refusal.value.reason is reason
+            return
+        chunk = Chunk(empty, blocks, first_height, pending)
+        for lacking, record in chunk.lacking():
+            chunk.apply(lacking, record, [event for turn in chunk.check_events(record) for event in turn])
+        assert chunk.commit() == ()
+
+
+def test_answer_holds_no_more_ledger_blocks_than_one_is_read_with(tmp_path: Path) -> None:
+    """Half a day without events is more empty ledger blocks than one answer may have, in a tenth of its bytes."""
+    idle = MemoryLedger({"data-source": 1, "governance": 1, "operator": 1}, certificate_scheme=ED25519_LIST)
+    for _ in range(MAX_ANSWER_BLOCKS + 4):
+        idle.seal()
+    full = written(idle, tmp_path / "idle")
+    answer = serve_blocks(full, GetBlocks(1))
+    assert decode(encode(answer), Blocks, MAX_ANSWER_BYTES) == answer
+    assert len(answer.blocks) == MAX_ANSWER_BLOCKS
+    assert len(serve_blocks(full, GetBlocks(MAX_ANSWER_BLOCKS + 1)).blocks) == 4
+    full.store.close()

@@ -603,6 +603,15 @@ def with_other_portions(held: Blocks) -> Blocks:
     return msgspec.structs.replace(held, blocks=tuple(records))
 
 
+def certified_in_the_next_epoch(held: Blocks) -> Blocks:
+    """The end of an epoch, shown to be final by the members of the next one: so it is, and no link says it."""
+    end = ending_height(told())
+    terminal, (onward, certificate) = told().certified[end - 1][0], told().certified[end]
+    if not held.blocks or terminal not in [record.header for record in held.blocks]:
+        return held
+    return msgspec.structs.replace(held, onward=(onward,), certificate=certificate)
+
+
 LIES: dict[str, Lie] = {
     "noise": noise,
     "no links": about_snapshots(lambda held: msgspec.structs.replace(held, links=())),
@@ -630,6 +639,7 @@ LIES: dict[str, Lie] = {
         )
     ),
     "other portions": about_blocks(with_other_portions),
+    "onward into the next epoch": about_blocks(certified_in_the_next_epoch),
     "onward to nowhere": about_blocks(
         lambda held: msgspec.structs.replace(held, onward=(held.blocks[0].header,) * 3) if held.blocks else held
     ),

@@ -31,7 +31,7 @@ from consensus.rejection import Reason, Rejected
 from consensus.state import EVIDENCE_TABLE
 from consensus.state_map import StateMap
 from consensus.vote import Proposal, Vote, VoteKind, check_proposal
-from node.chunk import CertifiedInvalid, Chunk
+from node.chunk import CertifiedInvalid, Chunk, Pending
 from node.intake import Intake
 from node.ledger import Finalized as Appended
 from node.ledger import Ledger
@@ -376,7 +376,7 @@ class LedgerNode(Node):
     def _from_peer(self, peer: MemberId) -> bool:
         """Apply what a peer has beyond our log, chunk by chunk; whether the log grew."""
         before_height = self.log.final.header.height
-        height, pending = before_height + 1, []
+        height, pending = before_height + 1, Pending()
         while (answer := self.simulation.blocks_from(peer, self, GetBlocks(height))) is not None:
             try:
                 blocks = decode(answer, Blocks, MAX_ANSWER_BYTES)
