@@ -37,9 +37,10 @@ from msgspec import Meta, Struct
 from consensus import key_generation as dkg
 from consensus.codec import decode, encode
 from consensus.identifiers import VOTING_ROLES, Digest, Role, Tag, tagged_hash, tagged_message
-from consensus.keys import verify
+from consensus.keys import check_sealing_key, verify
 from consensus.membership import (
     GENESIS_EPOCH,
+    MAX_GENESIS_BYTES,
     MAX_MEMBERS,
     VERSION,
     Genesis,
@@ -58,6 +59,8 @@ from consensus.rejection import Reason, Rejected
 from consensus.threshold import GroupKeys
 
 MAX_MESSAGE_BYTES = 262_144
+MAX_INVITATION_BYTES = MAX_GENESIS_BYTES + MAX_MESSAGE_BYTES
+"""One to a refresh holds a whole membership beside the names."""
 SEALED_BYTES = 32 + 16
 """A dealt value and the authenticator of the box it is sealed in."""
 
@@ -185,7 +188,7 @@ def decode_invitation(encoded: bytes) -> Invitation:
         Rejected: ``BAD_MEMBERSHIP`` for repeated names, missing roles or quorums no genesis may have, and for a refresh
             of other members than those invited, or of no dealt key; as ``check_membership``; as ``codec.decode``.
     """
-    invitation = decode(encoded, Invitation, MAX_MESSAGE_BYTES)
+    invitation = decode(encoded, Invitation, MAX_INVITATION_BYTES)
     scheme_needs(invitation.certificate_scheme)
     names = [invited.name for invited in invitation.members]
     if len(set(names)) != len(names):
@@ -413,6 +416,7 @@ class Transcript:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"{sender} joined with other keys: a refresh changes no member")
         try:
             check_member_keys(join.member, self.invitation.certificate_scheme, self.invitation.nonce)
+            check_sealing_key(join.box_key)
         except Rejected as error:
             raise _told(f"the join of {sender}", error) from error
 

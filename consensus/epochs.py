@@ -32,9 +32,9 @@ from consensus.membership import (
     Member,
     Membership,
     check_genesis,
-    check_membership,
 )
-from consensus.membership_change import membership_digest, succeeded
+from consensus.membership_change import check_change, membership_digest, succeeded
+from consensus.merkle import EMPTY_ROOT
 from consensus.portions import Wire
 from consensus.rejection import Reason, Rejected
 from consensus.state import EPOCH_HEAD_KEY, EpochHead, read_record
@@ -65,12 +65,13 @@ EpochLinks = Annotated[tuple[EpochLink, ...], Meta(max_length=MAX_LINKS)]
 class EpochKeys:
     """One epoch as a verifier knows it. Its events have log indexes from ``first_index`` to before ``end_size``.
 
-    ``end_root`` is the log's root at that size. Both are None of the newest epoch known.
+    ``first_root`` and ``end_root`` are the log's roots at these sizes. The newest epoch known has no end: None.
     """
 
     committee: Committee
     scheme: CertificateScheme
     first_index: int
+    first_root: Digest
     succeeded: Mapping[MemberId, MemberId]
     """Whom of the epoch before each new member followed, by the new one's id."""
     end_size: int | None = None
@@ -136,7 +137,7 @@ class Anchor:
 
         Raises:
             Rejected: ``WRONG_EPOCH`` for a link that is not the next; ``BAD_MEMBERSHIP`` for a membership other than
-                the certified one; ``BAD_PROOF``; as ``verify_header`` and ``check_membership``.
+                the certified one; ``BAD_PROOF``; as ``verify_header`` and ``check_change``.
         """
         known = self
         for link in links:
@@ -159,11 +160,12 @@ class Anchor:
         membership = decode(link.membership, Membership, MAX_GENESIS_BYTES)
         if membership.epoch != head.epoch or membership_digest(self.chain_id, membership) != head.membership:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"not the members that epoch {header.epoch} certified")
-        check_membership(membership, self.genesis.certificate_scheme, self.genesis.nonce)
-        ended = replace(ending, end_size=header.log_size, end_root=Digest(header.log_root))
+        check_change(membership, ending.committee)
+        size, root = header.log_size, Digest(header.log_root)
+        ended = replace(ending, end_size=size, end_root=root)
         scheme = scheme_for(self.genesis, membership, ending.committee)
         followed = succeeded(ending.committee.members, membership.members)
-        begun = EpochKeys(scheme.committee, scheme, header.log_size, followed)
+        begun = EpochKeys(scheme.committee, scheme, size, root, followed)
         return replace(self, epochs=(*self.epochs[:-1], ended, begun))
 
 
@@ -185,7 +187,7 @@ def anchor(genesis: Genesis, pinned: ChainId) -> Anchor:
         )
     check_genesis(genesis)
     scheme = scheme_for(genesis)
-    return Anchor(chain_id, genesis, (EpochKeys(scheme.committee, scheme, 0, {}),))
+    return Anchor(chain_id, genesis, (EpochKeys(scheme.committee, scheme, 0, EMPTY_ROOT, {}),))
 
 
 def verify_header(trusted: Anchor, encoded_header: bytes, encoded_certificate: bytes) -> Header:
@@ -227,12 +229,13 @@ def has_pinned(pin: Pin, header: Header) -> bool:
 
 
 def _check_within(keys: EpochKeys, header: Header) -> None:
-    """The header's log lies within its epoch, and ends it with the same log as the link did."""
+    """The header's log lies within its epoch, and begins and ends it with the same log as the links did."""
     end = keys.end_size
     if header.log_size < keys.first_index or (end is not None and header.log_size > end):
         raise Rejected(
             Reason.WRONG_EPOCH,
             f"log size {header.log_size} in epoch {header.epoch}, which reaches from {keys.first_index} to {end}",
         )
-    if header.log_size == end and header.log_root != keys.end_root:
-        raise Rejected(Reason.BAD_CERTIFICATE, f"two logs of size {end} are certified in epoch {header.epoch}")
+    for size, root in ((keys.first_index, keys.first_root), (end, keys.end_root)):
+        if header.log_size == size and header.log_root != root:
+            raise Rejected(Reason.BAD_CERTIFICATE, f"another log of size {size} is certified in epoch {header.epoch}")

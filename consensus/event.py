@@ -52,7 +52,7 @@ from consensus.identifiers import (
 )
 from consensus.job_key import MAX_JOB_SIGNATURE_BYTES, job_key_id, sign_as_job, verify_job_signature
 from consensus.keys import Signer
-from consensus.membership import Committee
+from consensus.membership import MAX_SIGNERS, Committee
 from consensus.membership_change import MembershipChange, check_change
 from consensus.merkle import leaf_hash
 from consensus.rejection import Reason, Rejected
@@ -161,7 +161,7 @@ class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, ta
     data: p.OptionalBytes32
     governance: p.OptionalBytes32
     operation: p.OptionalBytes32
-    signatures: Annotated[tuple[EventSignature, ...], Meta(max_length=64)]
+    signatures: Annotated[tuple[EventSignature, ...], Meta(max_length=MAX_SIGNERS)]
 
 
 class SignedEvent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

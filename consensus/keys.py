@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import (
     MLDSA65PrivateKey,
     MLDSA65PublicKey,
 )
-from nacl.bindings import crypto_core_ed25519_is_valid_point, crypto_sign_open
-from nacl.exceptions import BadSignatureError
+from nacl.bindings import crypto_core_ed25519_is_valid_point, crypto_scalarmult, crypto_sign_open
+from nacl.exceptions import BadSignatureError, CryptoError
 from nacl.signing import SigningKey
 
 from consensus.rejection import Reason, Rejected
@@ -200,6 +200,19 @@ def check_public_key(scheme: int, key: bytes) -> None:
         _check_key_length(key, ML_DSA_65_KEY_BYTES)
     else:
         raise Rejected(Reason.BAD_KEY, f"signature scheme {scheme} is unknown")
+
+
+def check_sealing_key(key: bytes) -> None:
+    """``key`` is an X25519 public key that a secret can be shared with: no point of small order (RFC 7748 §6.1).
+
+    Raises:
+        Rejected: ``BAD_KEY``.
+    """
+    try:
+        crypto_scalarmult(bytes(SEED_BYTES), key)
+    except CryptoError as error:
+        # Every secret is a multiple of the cofactor, so with such a point each of them shares zero.
+        raise Rejected(Reason.BAD_KEY, f"{key.hex()} is an X25519 public key of small order") from error
 
 
 def verify(scheme: int, key: bytes, message: bytes, signature: bytes) -> None:

@@ -20,7 +20,7 @@ generation is left to ``key_generation``, certificates to ``certificate``, the c
 ``epochs``, the genesis file people read to ``genesis``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated
@@ -36,6 +36,14 @@ VERSION = 1
 GENESIS_EPOCH = 0
 MAX_MEMBERS = 256
 MAX_GENESIS_BYTES = 1_048_576
+MAX_SIGNERS = 64
+"""Of one event."""
+MAX_SIGNERS_BYTES = 65_000
+"""What they and their signatures take of an entry's 65,535 bytes, a frame of 38 for each."""
+_SIGNER_BYTES: Mapping[int, int] = {
+    keys.SignatureScheme.ED25519: keys.ED25519_SIGNATURE_BYTES + 38,
+    keys.SignatureScheme.ML_DSA_65: keys.ML_DSA_65_SIGNATURE_BYTES + 38,
+}
 
 BLS_THRESHOLD = "bls-threshold"
 ED25519_LIST = "ed25519"
@@ -351,6 +359,7 @@ def check_membership(membership: Membership, certificate_scheme: str, nonce: byt
     needs = scheme_needs(certificate_scheme)
     _check_quorums(membership)
     _check_members(membership, certificate_scheme, nonce)
+    _check_change_fits(membership)
     if needs.group_keys:
         _check_groups(membership, nonce)
     elif membership.groups:
@@ -396,6 +405,21 @@ def _check_quorums(membership: Membership) -> None:
                 Reason.BAD_MEMBERSHIP,
                 f"threshold {entry.threshold} of {n} {entry.role.value} members: expected n/2 < t <= n",
             )
+
+
+def _check_change_fits(membership: Membership) -> None:
+    """Whoever signs, a quorum of every role fits one event: else these members could never be changed."""
+    signers, size_bytes = 0, 0
+    for entry in membership.thresholds:
+        signed = sorted(_SIGNER_BYTES[member.scheme] for member in membership.members if member.role == entry.role)
+        signers += entry.threshold
+        size_bytes += sum(signed[-entry.threshold :])
+    if signers > MAX_SIGNERS or size_bytes > MAX_SIGNERS_BYTES:
+        raise Rejected(
+            Reason.BAD_MEMBERSHIP,
+            f"a change of members takes {signers} signatures of {size_bytes} bytes together: one event holds"
+            f" {MAX_SIGNERS}, of {MAX_SIGNERS_BYTES} bytes",
+        )
 
 
 def _check_members(membership: Membership, certificate_scheme: str, nonce: bytes) -> None:
@@ -446,10 +470,13 @@ def _check_groups(membership: Membership, nonce: bytes) -> None:
 
 
 def _check_no_key_in_two_roles(membership: Membership) -> None:
-    """With shares in common, whoever holds one role would hold part of another."""
+    """With shares in common, whoever holds one role would hold part of another; dealt ones are no member's own key."""
     seen: set[bytes] = set()
+    member_keys = {member.bls_key for member in membership.members if member.bls_key}
     for group in membership.groups:
         own = {group.group_key, *group.share_keys}
+        if group.threshold < len(group.share_keys) and own & member_keys:
+            raise Rejected(Reason.BAD_MEMBERSHIP, f"a key of {group.role.value} is also a member's own BLS key")
         if seen & own:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"a key of {group.role.value} appears in two roles")
         seen |= own

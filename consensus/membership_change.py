@@ -9,7 +9,7 @@ Rules:
   One that keeps its key stays the same member whatever its other keys. One that joins under the name and in the role of
   one that leaves *succeeds* it: the same member under another identity key, which answers for what the old one signed
   (its sources, campaigns).
-- An identity key that left never returns: it is recorded as retired.
+- An identity key that left never returns, for whatever use: it is recorded as retired.
 - Under ``bls-threshold`` a role whose members, their keys or their quorum change gets a new group key, made by its new
   members (``ceremony``): whoever left holds shares of nothing. A role that stays as it was may keep its key, and gets
   none that another role had; the proof of possession is made anew for every epoch.
@@ -22,7 +22,8 @@ from collections.abc import Iterable
 from consensus import portions as p
 from consensus.codec import encode
 from consensus.identifiers import ChainId, Digest, MemberId, Tag, tagged_hash
-from consensus.membership import Committee, Member, Membership, check_membership
+from consensus.keys import SignatureScheme
+from consensus.membership import Committee, Member, Membership, check_membership, member_id
 from consensus.rejection import Reason, Rejected
 from consensus.state import EPOCH_HEAD_KEY, RETIRED_TABLE, EpochHead, RetiredMember, StateView
 
@@ -88,15 +89,27 @@ def admit_change(view: StateView, membership: Membership, event: Digest, timesta
     if head is not None and head.epoch >= membership.epoch:
         raise Rejected(Reason.WRONG_EPOCH, f"the members of epoch {head.epoch} are on the log already")
     staying = {member.id for member in membership.members}
-    for member in membership.members:
-        if view.find(RETIRED_TABLE + member.id, RetiredMember) is not None:
-            raise Rejected(Reason.BAD_MEMBERSHIP, f"the identity key of {member.name} was retired and cannot return")
     successors = {old: new for new, old in succeeded(before.members, membership.members).items()}
     for member in before.members:
         if member.id not in staying:
             view.put(RETIRED_TABLE + member.id, RetiredMember(before.epoch, successors.get(member.id, b"")))
+    for member in membership.members:
+        for use, key in _named_like_identities(member):
+            if view.find(RETIRED_TABLE + key, RetiredMember) is not None:
+                raise Rejected(
+                    Reason.BAD_MEMBERSHIP,
+                    f"the {use} key of {member.name} was an identity key that is retired: it cannot return",
+                )
     digest = membership_digest(before.chain_id, membership)
     view.put(EPOCH_HEAD_KEY, EpochHead(membership.epoch, digest, event, timestamp_ms))
+
+
+def _named_like_identities(member: Member) -> Iterable[tuple[str, MemberId]]:
+    """A member's Ed25519 keys, as the ids they would have as identities."""
+    yield "identity", member.id
+    for use, key in (("transport", member.transport_key), ("log", member.log_key)):
+        if key:
+            yield use, member_id(SignatureScheme.ED25519, key)
 
 
 def holder(view: StateView, member: bytes) -> bytes:

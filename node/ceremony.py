@@ -18,7 +18,15 @@ from typing import TypeVar
 import msgspec
 
 from consensus import bls
-from consensus.ceremony import MAX_MESSAGE_BYTES, Invitation, Join, SignedMessage, Transcript, decode_invitation
+from consensus.ceremony import (
+    MAX_INVITATION_BYTES,
+    MAX_MESSAGE_BYTES,
+    Invitation,
+    Join,
+    SignedMessage,
+    Transcript,
+    decode_invitation,
+)
 from consensus.codec import decode, encode
 from consensus.genesis import genesis_to_json
 from consensus.keys import SignatureScheme, signer_for
@@ -268,7 +276,7 @@ def _round_of(body: bytes) -> str:
 
 def _told(file: Path, read: Callable[[bytes], T]) -> T:
     """What a file holds; what is wrong with it is told with its name."""
-    with open_regular(file, 2 * MAX_MESSAGE_BYTES) as (opened, size_bytes):
+    with open_regular(file, MAX_INVITATION_BYTES) as (opened, size_bytes):
         content = opened.read(size_bytes)
     try:
         return read(content)

@@ -362,6 +362,26 @@ def test_key_taken_from_another_member_proves_no_possession() -> None:
         refused(reason, joined.transcript)
 
 
+SMALL_ORDER = [
+    bytes(32),
+    b"\x01" + bytes(31),
+    bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"),
+    bytes.fromhex("5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157"),
+    bytes.fromhex("ec" + 30 * "ff" + "7f"),
+    bytes.fromhex("ed" + 30 * "ff" + "7f"),
+    bytes.fromhex("ee" + 30 * "ff" + "7f"),
+]
+"""X25519 points whose shared secret is zero whatever the other's secret (the list of cr.yp.to/ecdh.html)."""
+
+
+@pytest.mark.parametrize("key", SMALL_ORDER, ids=bytes.hex)
+def test_join_that_nothing_can_be_sealed_to_names_its_sender(key: bytes) -> None:
+    table = Table().round(without=[LAST])
+    table.says(LAST, replace(table.due(LAST), box_key=key))
+    error = refused(Reason.BAD_KEY, table.transcript)
+    assert LAST in error.detail
+
+
 def test_messages_out_of_turn_are_refused() -> None:
     table = Table().round()
     commit = table.due(FIRST)

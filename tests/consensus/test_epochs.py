@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from consensus_fixtures import make_genesis
 from epoch_fixtures import begin_epoch, change_event, next_membership
 from ledger_fixtures import HOSPITAL, LIBRARIAN, OPERATOR, MemoryLedger, Story, begin
 
@@ -11,7 +12,7 @@ from consensus.certificate import decode_certificate
 from consensus.codec import decode, encode
 from consensus.effect import CastVote
 from consensus.engine import Engine, Timing
-from consensus.epochs import Anchor, EpochLink, Pin, anchor
+from consensus.epochs import Anchor, EpochLink, Pin, anchor, verify_header
 from consensus.event import CheckedEvent
 from consensus.identifiers import VOTING_ROLES, Digest, View
 from consensus.membership import (
@@ -22,6 +23,7 @@ from consensus.membership import (
     Membership,
     committee,
 )
+from consensus.membership_change import membership_digest
 from consensus.predicates import Answer, Predicate, verify
 from consensus.receipt import Receipt, StateReceipt, verify_receipt, verify_state_receipt
 from consensus.rejection import Reason, Rejected
@@ -127,6 +129,20 @@ def test_change_without_a_quorum_of_one_role_is_refused(role: str) -> None:
     assert change_event(ledger, membership, voters).entry.author == ledger.ids[voters[0]]
 
 
+def test_largest_quorum_that_a_genesis_may_ask_for_fits_the_event_that_changes_it() -> None:
+    largest = MemoryLedger({"data-source": 1, "governance": 24, "operator": 1}, certificate_scheme=ML_DSA_65_LIST)
+    membership = changed(largest, add={"auditor": "verifier"})
+    names = ["data-source-1", *(f"governance-{number}" for number in range(1, 18)), "operator-1"]
+    assert len(names) == 19
+    event = change_event(largest, membership, names)
+    assert len(event.entry_bytes) > 60_000
+    largest.seal(event)
+    with pytest.raises(Rejected, match="20 signatures"):
+        make_genesis({"data-source": 1, "governance": 26, "operator": 1}, certificate_scheme=ML_DSA_65_LIST)
+    with pytest.raises(Rejected, match="65 signatures"):
+        make_genesis({"data-source": 1, "governance": 93, "operator": 1}, certificate_scheme=ED25519_LIST)
+
+
 def changed(ledger: MemoryLedger, **options: object) -> Membership:
     return next_membership(ledger.genesis, ledger.committee, ledger.secrets, **options)[0]  # type: ignore[arg-type]
 
@@ -169,6 +185,22 @@ def test_retired_identity_key_never_returns() -> None:
     )
     returned = msgspec.structs.replace(membership, members=members, thresholds=thresholds)
     with refused(Reason.BAD_MEMBERSHIP):
+        ledger.seal(change_event(ledger, returned))
+
+
+@pytest.mark.parametrize("use", ["transport", "log"])
+@pytest.mark.parametrize("when", ["with the change that retires it", "later"])
+def test_retired_identity_key_returns_for_no_other_use(use: str, when: str) -> None:
+    ledger = MemoryLedger(COUNTS, certificate_scheme=ED25519_LIST)
+    retired = next(member for member in ledger.genesis.members if member.name == HOSPITAL)
+    if when == "later":
+        begin_epoch(ledger, remove=[HOSPITAL])
+        membership = changed(ledger)
+    else:
+        membership = changed(ledger, remove=[HOSPITAL])
+    first = msgspec.structs.replace(membership.members[0], **{f"{use}_key": retired.identity_key})
+    returned = msgspec.structs.replace(membership, members=(first, *membership.members[1:]))
+    with pytest.raises(Rejected, match=f"the {use} key of {first.name} was an identity key that is retired"):
         ledger.seal(change_event(ledger, returned))
 
 
@@ -346,6 +378,35 @@ def test_header_by_retired_keys_beyond_the_end_of_their_epoch_is_refused() -> No
     ):
         with refused(reason):
             verify_receipt(trust(true), receipt_at(other, 0, header, certificate, true.all_links))
+
+
+def test_header_that_begins_an_epoch_with_another_log_is_refused() -> None:
+    """Members of an epoch that make a second log of the size at which it began deny what made them its members."""
+    ledger = MemoryLedger(COUNTS, certificate_scheme=ED25519_LIST)
+    ledger.seal(ledger.source(LIBRARIAN, "first"))
+    begin_epoch(ledger, add={"newcomer": "operator"})
+    known = trust(ledger).follow(ledger.all_links)
+    carrier = msgspec.structs.replace(ledger.ledger.header, epoch=1, view=1)
+    verify_header(known, encode(carrier), ledger.certify(carrier))
+    other = msgspec.structs.replace(carrier, log_root=bytes(32))
+    with refused(Reason.BAD_CERTIFICATE):
+        verify_header(known, encode(other), ledger.certify(other))
+
+
+def test_link_to_members_that_may_not_follow_is_refused_whoever_certified_it() -> None:
+    ledger = MemoryLedger(COUNTS, certificate_scheme=ED25519_LIST)
+    ledger.seal(ledger.source(LIBRARIAN, "first"))
+    membership = changed(ledger, add={"newcomer": "operator"})
+    moved = [
+        msgspec.structs.replace(member, role="verifier", log_key=b"") if member.name == HOSPITAL else member
+        for member in membership.members
+    ]
+    swapped = decode(encode(msgspec.structs.replace(membership, members=tuple(moved))), Membership, 1 << 20)
+    head = EpochHead(1, membership_digest(ledger.chain_id, swapped), bytes(32), ledger.now_ms)
+    ledger.collude([], {EPOCH_HEAD_KEY: encode(head)})
+    link = EpochLink(encode(swapped), ledger.header, ledger.certificate, ledger.state.prove(EPOCH_HEAD_KEY))
+    with pytest.raises(Rejected, match=f"{HOSPITAL} changes role"):
+        trust(ledger).follow([link])
 
 
 def test_bundle_without_its_links_is_refused() -> None:

@@ -260,6 +260,13 @@ def test_group_of_another_size_or_threshold_is_refused():
     refused(with_group(0, threshold=4), Reason.BAD_MEMBERSHIP, "expected 3 of 4")
 
 
+def test_dealt_share_that_is_also_its_members_own_key_is_refused():
+    share = SECRETS["data-source-1"].key_share
+    possession = bls.prove_possession(share, member_possession_context(GENESIS.nonce, GENESIS.members[0].id))
+    reused = with_member(0, bls_key=GENESIS.groups[0].share_keys[0], bls_possession=possession)
+    refused(reused, Reason.BAD_MEMBERSHIP, "own BLS key")
+
+
 def test_role_keys_shared_between_roles_are_refused():
     """Two roles under one polynomial, proved for both: whoever holds one role's shares holds both roles."""
     counts = {"data-source": 3, "governance": 3, "operator": 1}
