@@ -13,7 +13,7 @@ Without these exceptions what has waited through a long partition would be refus
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import chain, islice
 
 import trio
@@ -42,6 +42,8 @@ log = logging.getLogger("countersign.proposals")
 MAX_PROPOSAL_BYTES = 1 << 20
 MAX_BLOCK_BYTES = 2 << 20
 FETCH_SECONDS = 5.0
+SILENT_SECONDS = 0.3
+"""After which the next peer is asked as well: a view does not wait for those who say nothing."""
 ARRIVAL_SECONDS = 0.1
 MOST_ARRIVAL_SECONDS = 0.2
 """How long a proposal waits for its next event to arrive by gossip, and for all, before those missing are asked for: to
@@ -63,6 +65,22 @@ SETTLED_WHILE_MOVING = 16
 """Of a backlog that is being appended most events wait for their turn, not for what will never be."""
 MOVING_MS = 2_000
 """How long after events were appended the others count as such a backlog: several views."""
+
+
+async def ask_in_turn(peers: Iterable[MemberId], ask: Callable[[MemberId], Awaitable[bool]]) -> None:
+    """Ask one peer after the other, the next one also once the last is silent, until one has what is wanted."""
+    async with trio.open_nursery() as nursery:
+
+        async def answered_by(peer: MemberId, answered: trio.Event) -> None:
+            if await ask(peer):
+                nursery.cancel_scope.cancel()
+            answered.set()
+
+        for peer in peers:
+            answered = trio.Event()
+            nursery.start_soon(answered_by, peer, answered)
+            with trio.move_on_after(SILENT_SECONDS):
+                await answered.wait()
 
 
 class Proposals:
@@ -311,11 +329,12 @@ class Proposals:
                 if len(found) > before:
                     patience.deadline = min(latest, trio.current_time() + ARRIVAL_SECONDS)
                 await arrived.wait()
-        for peer in self._askable(sources):
+
+        async def ask(peer: MemberId) -> bool:
             missing = [leaf for leaf in leaves if leaf not in found and self._mempool.get(leaf) is None]
             found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
             if not missing:
-                break
+                return True
             asked = frozenset(missing)
             try:
                 answer = await self._network.request(peer, encode(GetEvents(tuple(missing))), FETCH_SECONDS)
@@ -326,28 +345,38 @@ class Proposals:
                     await trio.lowlevel.checkpoint()
             except (Unavailable, Rejected) as error:
                 log.debug("events from %s: %s", peer.hex()[:16], error)
+            return all(leaf in found for leaf in leaves)
+
+        await ask_in_turn(self._askable(sources), ask)
         if any(leaf not in found for leaf in leaves):
             return None
         return [found[leaf] for leaf in leaves]
 
     async def fetch(self, block: Digest, sources: Iterable[MemberId]) -> tuple[Proposal, MemberId] | None:
         """A proposal by its ledger block's digest and the peer that had it; None if nobody has."""
-        for peer in self._askable(sources):
+        held: list[tuple[Proposal, MemberId]] = []
+
+        async def ask(peer: MemberId) -> bool:
             try:
                 answer = await self._network.request(peer, encode(GetProposal(block)), FETCH_SECONDS)
                 found = decode(answer, FoundProposal, MAX_PROPOSAL_BYTES).proposal
                 if not found:
-                    continue
+                    return False
                 proposal = decode(found, Proposal, MAX_PROPOSAL_BYTES)
                 check_proposal(proposal, self._ledger.committee)
                 if proposal.digest != block:
                     raise Rejected(Reason.BAD_BLOCK, "another ledger block than the one asked for")
             except (Unavailable, Rejected) as error:
                 log.debug("proposal from %s: %s", peer.hex()[:16], error)
-                continue
-            self.remember(proposal)
-            return proposal, peer
-        return None
+                return False
+            held.append((proposal, peer))
+            return True
+
+        await ask_in_turn(self._askable(sources), ask)
+        if not held:
+            return None
+        self.remember(held[0][0])
+        return held[0]
 
     def _askable(self, sources: Iterable[MemberId]) -> list[MemberId]:
         connected = self._network.connected

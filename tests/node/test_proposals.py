@@ -17,13 +17,13 @@ from consensus.event import CheckedEvent, pack_parts
 from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import ED25519_LIST, Parameters
 from consensus.portions import BlockWeight, ClassRule
-from consensus.rejection import Rejected
+from consensus.rejection import Rejected, Unavailable
 from consensus.vote import Proposal
 from node.intake import Intake
 from node.ledger import Finalized, Ledger
 from node.mempool import Mempool
-from node.messages import Events, GetEvents, pack_gossip
-from node.proposals import ARRIVAL_SECONDS, BUILT_WITHIN_MS, Proposals
+from node.messages import Events, FoundProposal, GetEvents, GetProposal, pack_gossip
+from node.proposals import ARRIVAL_SECONDS, BUILT_WITHIN_MS, SILENT_SECONDS, Proposals
 from node.store import Store
 from node.voter import VotingKeys
 
@@ -408,6 +408,37 @@ async def test_fetched_event_larger_than_gossip_allows_is_judged_and_never_propo
     assert verdict is Verdict.INVALID
     assert len(voter.mempool) == 0
     assert len(voter.hold(LATELY_MS, memory.source(LIBRARIAN, "own")).propose(2)[1]) == 1
+
+
+@pytest.mark.trio
+async def test_holders_that_say_nothing_delay_a_ledger_block_by_a_moment_each(
+    memory: MemoryLedger,
+    desks: tuple[Desk, Desk],
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    leader, voter = desks
+    withheld = memory.source(LIBRARIAN, "withheld")
+    proposal, _ = leader.hold(LATELY_MS, withheld).propose()
+    silent, honest = [MemberId(bytes([number]) * 32) for number in range(3)], MemberId(bytes([9]) * 32)
+
+    async def request(member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
+        if member in silent:
+            await trio.sleep(timeout_seconds)
+            raise Unavailable("no answer")
+        if isinstance(decode(payload, GetEvents | GetProposal, 1 << 20), GetProposal):  # type: ignore[arg-type]
+            return encode(FoundProposal(encode(proposal)))
+        return encode(Events((packed(withheld),)))
+
+    monkeypatch.setattr(voter.peers, "request", request)
+    voter.peers.connected = frozenset([*silent, honest])
+
+    header = decode_header(proposal.header, memory.chain_id)
+    most_seconds = ARRIVAL_SECONDS + len(silent) * SILENT_SECONDS + 0.01
+    with trio.fail_after(most_seconds):
+        assert await voter.proposals.verdict(proposal, header, silent) is Verdict.VALID
+    with trio.fail_after(most_seconds):
+        assert await voter.proposals.fetch(proposal.digest, silent) == (proposal, honest)
 
 
 def test_proposal_that_may_not_be_on_disk_yet_is_served_to_nobody(desks: tuple[Desk, Desk]) -> None:
