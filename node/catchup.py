@@ -135,6 +135,7 @@ class CatchUp:
         self._lock = trio.Lock()
         self._applying = trio.Lock()
         self._turns: Counter[MemberId] = Counter()
+        self._paused_for = ""
         self.blocks_fetched = 0
         self.events_fetched = 0
 
@@ -191,7 +192,9 @@ class CatchUp:
             try:
                 joined = await self._join()
             except Unavailable as error:
-                log.info("beginning at a snapshot pauses: %s", error)
+                if str(error) != self._paused_for:  # every peer that comes finds the same
+                    self._paused_for = str(error)
+                    log.info("beginning at a snapshot pauses: %s", error)
                 return False
             return await self._from_peer(peer) or joined
 

@@ -74,7 +74,7 @@ class Intake:
                     if self._pool(event, None):
                         self._pass_on(event, one)
                 except Rejected as error:
-                    answer = error
+                    answer = _told(error)
             if isinstance(answer, Rejected):
                 self._count(answer)
             answers.append(answer)
@@ -194,7 +194,7 @@ class Intake:
                 self._check_size(one)
                 wires[place] = unpack(one)
             except Rejected as error:
-                answers[place] = error
+                answers[place] = _told(error)
         answers.update(zip(wires, check_each(wires.values(), self._ledger.committee), strict=True))
         return [answers[place] for place in range(len(encoded))]
 
@@ -271,3 +271,8 @@ class Intake:
         waiter = self._waiters.pop(event_id, None)
         if waiter is not None:
             waiter.set()
+
+
+def _told(error: Rejected) -> Rejected:
+    """As an answer. Its traceback holds the frames that hold it, and the event: a cycle, until it is collected."""
+    return error.with_traceback(None)

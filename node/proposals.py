@@ -259,12 +259,13 @@ class Proposals:
         self.clocks_ahead_ms[leader] = ahead_ms
         if abs(ahead_ms) > self._parameters.max_clock_skew_ms:
             log.warning(
-                "ledger block of view %d by %s is %d ms %s our clock, at most %d allowed: one of the two is wrong",
+                "ledger block of view %d by %s is %d ms %s our clock, at most %d allowed: one clock is wrong, %s",
                 header.view,
                 leader,
                 abs(ahead_ms),
                 "ahead of" if ahead_ms > 0 else "behind",
                 self._parameters.max_clock_skew_ms,
+                "its or ours" if ahead_ms > 0 else "or it comes from before an outage",
             )
             return Verdict.REFUSED
         if self._censored(parent, header, events, size_bytes):
