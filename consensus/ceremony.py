@@ -12,12 +12,16 @@ channel. Then, in rounds, each message signed by its sender's identity key:
 4. *complain*, *answer*: a member whose value from a dealer is missing from the polynomial that dealer revealed says so;
    the dealer must show that value to all (Gennaro, Jarecki, Krawczyk and Rabin, *Secure Distributed Key Generation for
    Discrete-Log Based Cryptosystems*, §3). A value that fits is used, one that does not convicts the dealer. If the
-   complaint was false, a value the complainer knew already is known to all: nothing is lost.
+   complaint was false, a value the complainer knew already is known to all: nothing is lost. Nothing but a wrong value
+   convicts: whoever shows its complaint to the dealer alone, or late, makes it answer what others were not shown, or
+   again, and no more. A member that confirms says that its values are good, so its complaint awaits no answer: the
+   dealer may have finished, and have no seed left to answer from.
 5. *confirm*: the member's part in the joint proof of possession of its role's key, where roles have one.
 
 Every message names the digest of all messages of the round before it, so that members who were shown different
-messages find out at the next. Two messages of one round by one member are ``equivocation``; a bad dealer is named by
-``BadDealing``. Either ends the ceremony: it is begun anew, without that member.
+messages find out at the next. Two messages of one round by one member are ``equivocation``; but for answers, which add
+up, and of two values for one recipient one is wrong. A bad dealer is named by ``BadDealing``. Either ends the ceremony:
+it is begun anew, without that member.
 
 A ceremony may *refresh* the role keys of an epoch instead of making new ones: the invitation holds that epoch's whole
 membership, everybody joins as the member it is there, dealt keys get new shares under the same key
@@ -146,7 +150,7 @@ class Complain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True,
 
 
 class Answer(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ceremony-answer"):
-    """Round 4: the values a dealer dealt to those who complain, in order of recipient, for all to see."""
+    """Round 4: the values a dealer dealt to those who complain, for all to see. Who complains later gets another."""
 
     deals: Bytes32
     shares: Annotated[tuple[dkg.DealtShare, ...], Meta(min_length=1, max_length=MAX_MEMBERS)]
@@ -160,7 +164,7 @@ class Confirm(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, 
 
 
 Body = Join | Commit | Deal | Complain | Answer | Confirm
-B = TypeVar("B", Join, Commit, Deal, Complain, Answer, Confirm)
+B = TypeVar("B", Join, Commit, Deal, Complain, Confirm)
 ROUNDS: tuple[type[Body], ...] = (Join, Commit, Deal, Complain, Answer, Confirm)
 _DEALING: tuple[type[Body], ...] = (Commit, Deal, Complain, Answer)
 
@@ -233,8 +237,7 @@ class Transcript:
         """
         self.invitation = invitation
         self._roles = {invited.name: invited.role for invited in invitation.members}
-        self._said: dict[type[Body], dict[str, Body]] = {kind: {} for kind in ROUNDS}
-        self._bodies: dict[tuple[type[Body], str], bytes] = {}
+        self._said: dict[type[Body], dict[str, dict[bytes, Body]]] = {kind: {} for kind in ROUNDS}
         opened = [_opened(message) for message in messages]
         for message, body in sorted(opened, key=lambda pair: ROUNDS.index(type(pair[1]))):
             self._take(message, body)
@@ -244,12 +247,18 @@ class Transcript:
 
     def said(self, kind: type[B], role: Role | None = None) -> dict[str, B]:
         """Bodies of one round by sender, in the roster's order; of one role's members if given."""
-        held = self._said[kind]
         return {
             name: body
             for name in self._roles
-            if name in held and role in (None, self._roles[name]) and isinstance(body := held[name], kind)
+            if role in (None, self._roles[name])
+            for body in self._said[kind].get(name, {}).values()
+            if isinstance(body, kind)
         }
+
+    def answers(self, role: Role) -> dict[str, dict[int, dkg.DealtShare]]:
+        """Values shown to all, by dealer and recipient, whether or not the complaints are here."""
+        names = self.invitation.role_members(role)
+        return {name: {share.recipient: share for share in self._shown(name)} for name in names}
 
     def member(self, name: str) -> Member:
         """A member that has joined.
@@ -280,7 +289,7 @@ class Transcript:
             rounds: tuple[type[Body], ...] = (Commit, Deal) if self.is_dealt(role) else ()
             found = next((held for kind in rounds if (held := self.missing(kind, members))), ())
             if not found and self.is_dealt(role):
-                found = self.missing(Answer, tuple(sorted(self.accused(role))))
+                found = self.unanswered(role)
             waits += found or self.missing(Confirm, members)
         return tuple(waits)
 
@@ -395,12 +404,13 @@ class Transcript:
             verify(member.scheme, member.identity_key, tagged_message(Tag.CEREMONY, message.body), message.signature)
         except Rejected as error:
             raise _told(f"the {_name(kind)} of {sender}", error) from error
-        held = self._bodies.setdefault((kind, sender), message.body)
-        if held != message.body:
+        held = self._said[kind].setdefault(sender, {})
+        held[message.body] = body
+        # A dealer answers again whenever another complaint reaches it. The values themselves say whether it lies.
+        if len(held) > 1 and kind is not Answer:
             raise Rejected(
                 Reason.EQUIVOCATION, f"{sender} signed two different messages of round {_name(kind)}: begin without it"
             )
-        self._said[kind][sender] = body
 
     def _check_join(self, sender: str, join: Join) -> None:
         if join.invitation != self.invitation.digest:
@@ -460,12 +470,10 @@ class Transcript:
             for name, deal in self.said(Deal, role).items():
                 if len(deal.sealed) != len(names):
                     raise dkg.BadDealing(names.index(name) + 1, f"it sealed {len(deal.sealed)} of {len(names)} values")
-            for name, answer in self.said(Answer, role).items():
-                dealer = names.index(name) + 1
-                asked = self.accused(role).get(name, ())
-                if tuple(share.recipient for share in answer.shares) != asked:
-                    raise dkg.BadDealing(dealer, f"it answers others than the complaints of {list(asked)}")
-                for share in answer.shares:
+            for dealer, name in enumerate(names, start=1):
+                # Whether a complaint is here that asks for them says nothing of the dealer: whoever complained chose
+                # whom it told. Sorted, so that whoever has the same messages is told the same.
+                for share in sorted(self._shown(name), key=encode):
                     dkg.check_dealt_share(ceremony, share.recipient, dealer, reveals[dealer], share)
         except dkg.BadDealing as error:
             raise dkg.BadDealing(error.dealer, f"that is {names[error.dealer - 1]}: {error.why}") from error
@@ -480,6 +488,20 @@ class Transcript:
             for dealer in complaint.dealers:
                 accused.setdefault(names[dealer - 1], []).append(names.index(name) + 1)
         return {name: tuple(complainers) for name, complainers in accused.items()}
+
+    def unanswered(self, role: Role) -> tuple[Awaited, ...]:
+        """Whose answers are awaited, by a member that has not confirmed; empty where none is."""
+        names, answers, confirmed = self.invitation.role_members(role), self.answers(role), self.said(Confirm, role)
+        dealers = tuple(
+            dealer
+            for dealer, complainers in sorted(self.accused(role).items())
+            if any(index not in answers[dealer] and names[index - 1] not in confirmed for index in complainers)
+        )
+        return (Awaited(_name(Answer), dealers),) if dealers else ()
+
+    def _shown(self, dealer: str) -> set[dkg.DealtShare]:
+        answers = self._said[Answer].get(dealer, {}).values()
+        return {share for answer in answers if isinstance(answer, Answer) for share in answer.shares}
 
     def missing(self, kind: type[Body], members: tuple[str, ...]) -> tuple[Awaited, ...]:
         """Whose message of a round is not here; empty where all are."""
@@ -497,8 +519,8 @@ class Transcript:
                     )
 
     def _check_over(self, role: Role, kind: type[Body], field: str, expected: Digest) -> None:
-        for name, body in self._said[kind].items():
-            if self._roles[name] == role and getattr(body, field) != expected:
+        for name, bodies in self._said[kind].items():
+            if self._roles[name] == role and any(getattr(body, field) != expected for body in bodies.values()):
                 raise Rejected(
                     Reason.WRONG_CHAIN,
                     f"the {_name(kind)} of {name} is over other messages than those here: somebody showed you and it "
@@ -510,7 +532,9 @@ class Transcript:
             raise Rejected(
                 Reason.CEREMONY_INCOMPLETE, f"waiting for the {missing.round} of {', '.join(missing.members)}"
             )
-        return tagged_hash(Tag.CEREMONY, what.encode(), before, *(self._bodies[kind, name] for name in members))
+        return tagged_hash(
+            Tag.CEREMONY, what.encode(), before, *(body for name in members for body in self._said[kind][name])
+        )
 
 
 def _opened(message: bytes) -> tuple[SignedMessage, Body]:

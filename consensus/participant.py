@@ -161,8 +161,7 @@ class Participant:
         """The member's share of its role's key, or its own BLS secret where roles have none, once it can be known.
 
         Raises:
-            Rejected: ``CEREMONY_INCOMPLETE``.
-            BadDealing: a dealer's value is bad and no answer mends it.
+            Rejected: ``CEREMONY_INCOMPLETE``, also for a value that is bad and whose dealer's answer is not here.
         """
         needs = scheme_needs(self.invitation.certificate_scheme)
         if self._own is None or not needs.group_keys or not transcript.is_dealt(self.role):
@@ -171,7 +170,14 @@ class Participant:
         dealt = self._dealt_to_us(transcript)
         dealt.update(self._answers_to_us(transcript))
         before = None if self._refreshed is None else self._own
-        return dkg.check_dealt_shares(self._ceremony, self._index, transcript.reveals(self.role), dealt, before)
+        try:
+            return dkg.check_dealt_shares(self._ceremony, self._index, transcript.reveals(self.role), dealt, before)
+        except dkg.BadDealing as error:
+            # Answers that are here fit. Once we have confirmed nobody else awaits one: only we know that we lost it.
+            dealer = self.invitation.role_members(self.role)[error.dealer - 1]
+            raise Rejected(
+                Reason.CEREMONY_INCOMPLETE, f"waiting for what {dealer} answers to {self.name}: {error.why}"
+            ) from error
 
     def _kept_secret(self, member: Member, share: bls.Secret | None) -> bls.Secret | None:
         if member.identity_key != self.identity.public_key:
@@ -222,10 +228,11 @@ class Participant:
             bad = self._bad_dealers(transcript)
             if bad:
                 return self._signed(Complain(transcript.deals(role), bad))
-        asked = transcript.accused(role).get(self.name)
-        if asked and self.name not in transcript.said(Answer):
+        shown = transcript.answers(role)[self.name]
+        asked = [index for index in transcript.accused(role).get(self.name, ()) if index not in shown]
+        if asked:
             return self._signed(Answer(transcript.deals(role), tuple(dealer.share_for(index) for index in asked)))
-        if self.name in transcript.said(Confirm) or transcript.missing(Answer, tuple(transcript.accused(role))):
+        if self.name in transcript.said(Confirm) or transcript.unanswered(role):
             return None
         return self._signed(Confirm(transcript.deals(role), self._possession_share(transcript)))
 
@@ -251,8 +258,6 @@ class Participant:
         members = self.invitation.role_members(self.role)
         opened = {}
         for name, deal in transcript.said(Deal, self.role).items():
-            if len(deal.sealed) < self._index:
-                continue
             try:
                 value = crypto_box_open_easy(
                     deal.sealed[self._index - 1],
@@ -268,10 +273,9 @@ class Participant:
 
     def _answers_to_us(self, transcript: Transcript) -> Mapping[int, dkg.DealtShare]:
         return {
-            share.dealer: share
-            for answer in transcript.said(Answer, self.role).values()
-            for share in answer.shares
-            if share.recipient == self._index
+            shown[self._index].dealer: shown[self._index]
+            for shown in transcript.answers(self.role).values()
+            if self._index in shown
         }
 
     def _seal(self, transcript: Transcript, recipient: str, value: bytes) -> bytes:

@@ -1,8 +1,9 @@
 """A ceremony as files in a folder that members pass around: by mail, on a stick, in a shared directory.
 
-``invitation.ceremony`` and one file for each message, ``ROUND-NAME.ceremony``. Names of files mean nothing: what
-counts is what is in them, and two files with different messages of one member and round convict it. Every file is read
-once, in bounded memory, and only if it is a regular file; nothing that is there is ever overwritten.
+``invitation.ceremony`` and one file for each message, ``ROUND-NAME.ceremony``, with a part of its digest where a member
+may have several in a round: answers. Names of files mean nothing: what counts is what is in them, and two files with
+different messages of one member and round, other than answers, convict it. Every file is read once, in bounded memory,
+and only if it is a regular file; nothing that is there is ever overwritten.
 
 What must not leave the member's machine is in its keystore: the seed of all its keys until the ceremony is over, and
 over which commitments it has dealt, which is on disk before the deal is.
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +43,7 @@ INVITATION_FILE = "invitation.ceremony"
 GENESIS_FILE = "genesis.json"
 MAX_FILES = 8 * MAX_MEMBERS
 MAX_MEMBERSHIP_BYTES = MAX_GENESIS_BYTES
+ANSWER = "answer"
 NOT_A_MESSAGE = frozenset({INVITATION_FILE})
 
 T = TypeVar("T")
@@ -261,7 +264,11 @@ def _first_secrets(seed: bytes, keep: Secrets | None) -> Secrets:
 
 def _write(path: Path, message: bytes) -> Path:
     held = decode(message, SignedMessage, 2 * MAX_MESSAGE_BYTES)
-    file = path / f"{_round_of(held.body)}-{held.sender}{SUFFIX}"
+    said = _round_of(held.body)
+    # By what it says and not by a count: a dealer that lost its first answer would give a later one the first's name,
+    # and whoever has the first would take the later one for a copy.
+    apart = f"-{sha256(held.body).hexdigest()[:8]}" if said == ANSWER else ""
+    file = path / f"{said}-{held.sender}{apart}{SUFFIX}"
     if file.exists():
         raise ConfigError(f"{file}: expected no such file, found one whose message is another's: move it away and look")
     write_new(file, message)

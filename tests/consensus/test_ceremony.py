@@ -11,6 +11,7 @@ from consensus import key_generation as dkg
 from consensus.ceremony import (
     ROUNDS,
     Answer,
+    Awaited,
     Body,
     Commit,
     Complain,
@@ -30,7 +31,7 @@ from consensus.identifiers import VOTING_ROLES, Digest, Role, Tag, View, tagged_
 from consensus.keys import SignatureScheme
 from consensus.membership import SCHEME_NEEDS, Parameters, RoleThreshold, check_genesis, committee
 from consensus.membership_change import check_change
-from consensus.participant import Participant, hold_ceremony, member_seeds
+from consensus.participant import Participant, derive_seed, hold_ceremony, member_seeds
 from consensus.rejection import Reason, Rejected
 from consensus.threshold import combine_shares
 
@@ -172,12 +173,29 @@ def test_each_round_waits_for_every_member_and_says_for_whom() -> None:
     assert_signs(table)
 
 
+def test_what_is_asked_of_a_ceremony_too_early_is_refused() -> None:
+    table = Table()
+    refused(Reason.CEREMONY_INCOMPLETE, lambda: table.transcript().member(FIRST))
+    refused(Reason.CEREMONY_INCOMPLETE, lambda: table.transcript().roster)
+    refused(Reason.CEREMONY_INCOMPLETE, lambda: table.members[FIRST].secret(table.round().transcript()))
+
+
 def test_participant_is_a_function_of_its_seed() -> None:
     one, other = Table(), Table()
     for _ in range(4):
         one.round()
         other.round()
     assert one.messages == other.messages
+    secrets = one.members[FIRST].secrets(one.transcript())
+    again = other.members[FIRST].secret(other.transcript())
+    assert secrets.key_share is not None
+    assert again is not None
+    assert secrets.key_share.to_bytes() == again.to_bytes()
+    assert (secrets.identity_seed, secrets.log_seed) == (
+        member_seeds(seed(FIRST)).identity,
+        member_seeds(seed(FIRST)).log,
+    )
+    refused(Reason.BAD_KEY, lambda: Participant(one.invitation, FIRST, bytes(31)))
     assert "secret" not in repr(one.members[FIRST])
 
 
@@ -284,6 +302,152 @@ def test_false_complaint_delays_and_convicts_nobody() -> None:
     table.says(LAST, Complain(table.transcript().deals(Role.DATA_SOURCE), (1, 2)))
     table.round(without=[LAST]).round().round()
     assert_signs(table)
+
+
+def without(kind: type[Body], table: Table) -> list[bytes]:
+    """What a member has who got no message of one kind."""
+    return [
+        message
+        for message in table.messages
+        if not isinstance(decode(decode(message, SignedMessage, 1 << 20).body, Body, 1 << 20), kind)  # type: ignore[arg-type]
+    ]
+
+
+def complained(false: Iterable[str] = (), of: int = 1) -> Table:
+    """All have dealt well, and some complain of a dealer all the same."""
+    table = Table().round().round().round()
+    for name in false:
+        table.says(name, Complain(table.transcript().deals(Role.DATA_SOURCE), (of,)))
+    return table
+
+
+def twice_spoiled() -> Table:
+    """The second member dealt badly to both others; the first complains and has its answer, the last comes later."""
+    table = Table().round().round()
+    table.says(SECOND, spoiled(spoiled(table.due(SECOND), 1), 3)).round(without=[SECOND]).round(without=[LAST, SECOND])
+    assert list(table.transcript().accused(Role.DATA_SOURCE).values()) == [(1,)]
+    return table.says(SECOND, table.due(SECOND))
+
+
+def test_answer_without_its_complaint_convicts_nobody() -> None:
+    """A traitor complains to the dealer alone; the others get the answer, and perhaps the complaint later."""
+    table = complained(false=[LAST])
+    table.says(FIRST, table.due(FIRST))
+    shown = Transcript(table.invitation, without(Complain, table))
+    assert {awaited.round for awaited in shown.awaited()} == {"confirm"}
+    confirmed = table.members[SECOND].next_message(shown)
+    assert confirmed is not None
+    table.messages.append(confirmed)
+    assert_signs(table.held())
+    late = [*without(Complain, table), *table.messages]
+    made = Transcript(table.invitation, without(Complain, table)).genesis()
+    assert made == Transcript(table.invitation, late).genesis() == Transcript(table.invitation, late[::-1]).genesis()
+
+
+def test_value_shown_to_all_that_nobody_asked_for_is_checked_and_otherwise_ignored() -> None:
+    table = complained()
+    ceremony, deals = table.invitation.key_ceremony(Role.DATA_SOURCE), table.transcript().deals(Role.DATA_SOURCE)
+    dealer = dkg.Dealer(ceremony, 1, derive_seed(seed(FIRST), "bls"))
+    good = Answer(deals, (dealer.share_for(200), dealer.share_for(3)))
+    wrong = Answer(deals, (replace(dealer.share_for(2), value=bytes(31) + b"\x05"),))
+    assert_signs(table.says(FIRST, good).held())
+    error = refused(Reason.BAD_DEALING, table.says(FIRST, wrong).transcript)
+    assert f"that is {FIRST}: its share for 2 is not on the polynomial" in error.detail
+
+
+def test_dealer_answers_a_complaint_that_came_after_its_answer() -> None:
+    table = twice_spoiled()
+    complaint = table.due(LAST)
+    assert isinstance(complaint, Complain)
+    table.says(LAST, complaint)
+    assert table.transcript().awaited()[0] == Awaited("answer", (SECOND,))
+    again = table.due(SECOND)
+    assert isinstance(again, Answer)
+    assert [share.recipient for share in again.shares] == [3]
+    assert_signs(table.says(SECOND, again).held())
+    made = table.transcript().genesis()
+    assert Transcript(table.invitation, reversed(table.messages * 2)).genesis() == made
+    # Both answers as one, as a dealer makes it that lost the first.
+    table.messages = without(Answer, table)
+    both = table.due(SECOND)
+    assert isinstance(both, Answer)
+    assert [share.recipient for share in both.shares] == [1, 3]
+    assert table.says(SECOND, both).says(SECOND, again).transcript().genesis() == made
+
+
+@pytest.mark.parametrize("which", [1, 3], ids=["first answer", "second answer"])
+def test_dealer_that_answers_one_complaint_well_and_one_badly_is_convicted(which: int) -> None:
+    table = twice_spoiled()
+    answers = table.transcript().answers(Role.DATA_SOURCE)[SECOND]
+    table.round(without=[SECOND])
+    last = table.due(SECOND)
+    assert isinstance(last, Answer)
+    good = {**answers, 3: last.shares[0]}
+    table.messages = without(Answer, table)
+    for recipient, share in good.items():
+        shown = replace(share, value=bytes(31) + b"\x05") if recipient == which else share
+        table.says(SECOND, Answer(last.deals, (shown,)))
+    for messages in (table.messages, table.messages[::-1], without(Complain, table)):
+        error = refused(Reason.BAD_DEALING, lambda messages=messages: Transcript(table.invitation, messages))
+        assert f"that is {SECOND}: its share for {which} is not on the polynomial" in error.detail
+
+
+def test_dealer_that_shows_two_values_to_one_member_is_convicted_by_the_wrong_one_though_all_have_confirmed() -> None:
+    table = twice_spoiled()
+    deals, right = table.transcript().deals(Role.DATA_SOURCE), table.transcript().answers(Role.DATA_SOURCE)[SECOND][1]
+    table.held()
+    table.says(SECOND, Answer(deals, (replace(right, value=bytes(31) + b"\x05"),)))
+    for messages in (table.messages, table.messages[::-1]):
+        error = refused(Reason.BAD_DEALING, lambda messages=messages: Transcript(table.invitation, messages))
+        assert f"that is {SECOND}: its share for 1 is not on the polynomial" in error.detail
+
+
+def test_complaint_of_a_member_that_confirms_awaits_no_answer() -> None:
+    """Its confirmation says that its values are good. A dealer that has finished has no seed to answer with."""
+    table = Table().held()
+    made = table.transcript().genesis()
+    table.says(LAST, Complain(table.transcript().deals(Role.DATA_SOURCE), (1, 2)))
+    for messages in (table.messages, table.messages[::-1]):
+        transcript = Transcript(table.invitation, messages)
+        assert transcript.awaited() == ()
+        assert transcript.genesis() == made
+    assert isinstance(table.due(FIRST), Answer)
+    # Also while others have not confirmed: they wait for no answer.
+    early = complained().round(without=[FIRST])
+    early.says(LAST, Complain(early.transcript().deals(Role.DATA_SOURCE), (2,)))
+    assert early.transcript().awaited() == (Awaited("confirm", (FIRST,)),)
+    assert isinstance(early.due(FIRST), Confirm)
+    assert early.says(FIRST, early.due(FIRST)).transcript().genesis() == made
+
+
+def test_complainer_that_never_confirms_is_who_is_awaited_once_it_has_its_answer() -> None:
+    table = complained(false=[LAST])
+    assert table.transcript().awaited()[0] == Awaited("answer", (FIRST,))
+    for _ in range(3):
+        table.round(without=[LAST])
+    assert table.transcript().awaited() == (Awaited("confirm", (LAST,)),)
+    assert LAST in refused(Reason.CEREMONY_INCOMPLETE, table.transcript().genesis).detail
+
+
+def test_complainer_that_has_confirmed_and_lost_its_answer_waits_for_it() -> None:
+    table = twice_spoiled().held()
+    kept = table.messages
+    table.messages = without(Answer, table)
+    assert table.transcript().awaited() == ()
+    error = refused(Reason.CEREMONY_INCOMPLETE, lambda: table.members[FIRST].secret(table.transcript()))
+    assert f"waiting for what {SECOND} answers to {FIRST}: " in error.detail
+    assert isinstance(table.due(SECOND), Answer)
+    table.messages = kept
+    assert_signs(table)
+
+
+def test_dealer_that_seals_too_few_values_is_named() -> None:
+    table = Table().round().round()
+    deal = table.due(LAST)
+    assert isinstance(deal, Deal)
+    table.says(LAST, replace(deal, sealed=deal.sealed[:2])).round(without=[LAST])
+    error = refused(Reason.BAD_DEALING, table.transcript)
+    assert f"that is {LAST}: it sealed 2 of 3 values" in error.detail
 
 
 @pytest.mark.parametrize("dealers", [(2, 1), (1, 1), (4,)])
@@ -439,6 +603,7 @@ def test_refresh_keeps_every_role_key_under_new_shares_and_may_follow_the_epoch(
     invitation = decode_invitation(encode(refreshing(before)))
     table = Table(invitation, before).held()
     after = table.transcript().membership()
+    refused(Reason.WRONG_EPOCH, table.transcript().genesis)
     check_change(after, committee(genesis))
     assert after.members == genesis.members
     assert [group.group_key for group in after.groups] == [group.group_key for group in genesis.groups]

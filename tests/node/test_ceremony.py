@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from node_fixtures import running, until
 
-from consensus.ceremony import Commit, SignedMessage
+from consensus.ceremony import Commit, Complain, SignedMessage
 from consensus.codec import decode, encode
 from consensus.genesis import genesis_from_json, genesis_to_json
 from consensus.identifiers import Role, Tag, tagged_message
@@ -189,6 +189,51 @@ def test_dealer_that_changes_its_commitment_after_a_deal_gets_no_second_one(part
     refused = run("ceremony", "contribute", own, *partners.secrets("library"), code=1).output
     assert "dealt over other commitments before" in refused
     assert not (own / "deal-library.ceremony").exists()
+
+
+def falsely_complained(partners: Partners, name: str) -> tuple[str, bytes]:
+    """The file in which a member complains of library, whose value to it is good."""
+    deals = folders.read_folder(partners.folder("library")).transcript().deals(Role.DATA_SOURCE)
+    body = encode(Complain(deals, (1,)))
+    key = Ed25519SigningKey(partners.keystore(name).secrets.identity_seed)
+    message = SignedMessage(name, body, key.sign(tagged_message(Tag.CEREMONY, body)))
+    return f"complain-{name}.ceremony", encode(message)
+
+
+def test_complaints_shown_to_the_dealer_alone_one_after_the_other_convict_nobody(partners: Partners) -> None:
+    partners.join()
+    for _ in range(2):
+        partners.contribute()
+    own = partners.folder("library")
+    for name in ("archive", "press"):
+        file, complaint = falsely_complained(partners, name)
+        (own / file).write_bytes(complaint)
+        wrote = run("ceremony", "contribute", own, *partners.secrets("library")).output
+        assert wrote.count("answer-library-") == 1
+        assert "wrote" not in run("ceremony", "contribute", own, *partners.secrets("library")).output
+    answers = sorted(own.glob("answer-library-*.ceremony"))
+    assert len(answers) == 2
+    for answer in answers:
+        shutil.copy(answer, partners.folder("press"))
+    run("ceremony", "contribute", partners.folder("press"), *partners.secrets("press"))
+    assert "awaited: confirm of " in run("ceremony", "status", partners.folder("press")).output
+    partners.post()
+    partners.contribute()
+    partners.contribute()
+    chain = partners.finish()
+    assert "checked: every message" in run("ceremony", "verify", partners.folder("guild"), "--chain-id", chain).output
+
+
+def test_false_complaint_after_all_confirmed_keeps_nobody_from_finishing(partners: Partners) -> None:
+    partners.join()
+    for _ in range(3):
+        partners.contribute()
+    run("ceremony", "finish", partners.folder("library"), *partners.secrets("library"))
+    file, complaint = falsely_complained(partners, "archive")
+    for name in partners.members:
+        (partners.folder(name) / file).write_bytes(complaint)
+    assert "nothing is awaited" in run("ceremony", "status", partners.folder("guild")).output
+    run("ceremony", "verify", partners.folder("guild"), "--chain-id", partners.finish())
 
 
 def test_join_of_another_invitation_than_the_one_read_out_makes_no_keys(partners: Partners) -> None:

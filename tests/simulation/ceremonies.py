@@ -250,7 +250,7 @@ class BadDealer(Seat):
             if self.participant.dealt_over and due is not None:
                 return self._spoilt(transcript)
             return due
-        if transcript.accused(role).get(self.name) and self.name not in transcript.said(Answer):
+        if transcript.accused(role).get(self.name) and not transcript.answers(role)[self.name]:
             ceremony = self.ceremony.invitation.key_ceremony(role)
             shares = tuple(
                 dkg.DealtShare(ceremony.id, self.index, at, self.BAD) for at in transcript.accused(role)[self.name]
