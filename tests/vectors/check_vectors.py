@@ -1,20 +1,32 @@
-"""Checks the golden vectors without a line of the implementation: hashlib, struct, json and an Ed25519 library.
+"""Checks the golden vectors without a line of the implementation: hashlib, struct, json and libraries for signatures.
 
     python tests/vectors/check_vectors.py FOLDER
 
 Written from the specification, so that a mistake made twice the same way is made by two people. A vector
-that does not hold raises; the number of checked cases is printed.
+that does not hold raises, and so does one that must be refused and is not, or for another reason; the number of
+checked cases is printed.
 """
 
 import hashlib
 import json
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from blspy import G1Element, G2Element, PopSchemeMPL
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PublicKey
+from nacl.exceptions import BadSignatureError
 from nacl.signing import VerifyKey
 
 ROUNDS = 6
+VOTING_ROLES = ("data-source", "governance", "operator")
+FIELD = 0x1A0111EA397FE69A4B1BA7B6434BACD764774B84F38512BF6730D2A0F6B0F6241EABFFFEB153FFFFB9FEFFFFFFFFAAAB
+ORDER = 0x73EDA753299D7D483339D80809A1D80553BDA402FFFE5BFEFFFFFFFF00000001
+"""Of BLS12-381: the field's size, and the order of the groups of keys and signatures."""
+
+Judge = Callable[[dict], None]
 
 
 def check(found: object, expected: object, what: str) -> None:
@@ -135,6 +147,117 @@ def path(leaves: list[bytes], index: int) -> list[bytes]:
     if index < split:
         return [*path(leaves[:split], index), tree(leaves[split:])]
     return [*path(leaves[split:], index - split), tree(leaves[:split])]
+
+
+# What must be refused, and why.
+
+
+class Refused(Exception):
+    """An input breaks a rule; the argument is the rule's name."""
+
+
+def refuse_if(broken: bool, reason: str) -> None:
+    if broken:
+        raise Refused(reason)
+
+
+def expect(judge: Judge, case: dict) -> None:
+    """What carries a reason is refused for it; all else is accepted."""
+    found = ""
+    try:
+        judge(case)
+    except Refused as refused:
+        found = refused.args[0]
+    check(found, case.get("reason", ""), case["what"])
+
+
+def decoded(encoded: bytes) -> object:
+    """``unpack`` for bytes that may be anything."""
+    try:
+        value, end = read(encoded, 0)
+    except (IndexError, KeyError, UnicodeDecodeError, struct.error):
+        raise Refused("malformed") from None
+    refuse_if(end != len(encoded), "malformed")
+    refuse_if(pack(value) != encoded, "non-canonical")
+    return value
+
+
+def octets(least: int, most: int | None = None) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, bytes) and least <= len(value) <= (least if most is None else most)
+
+
+def text(least: int, most: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, str) and least <= len(value) <= most
+
+
+def natural(least: int = 0, most: int = 2**53 - 1) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def fields(value: object, tag: str, *fits: Callable[[object], bool]) -> list:
+    """The fields behind the tag, of the right number and kinds."""
+    refuse_if(not isinstance(value, list) or len(value) != 1 + len(fits) or value[0] != tag, "malformed")
+    assert isinstance(value, list)
+    refuse_if(not all(fit(field) for fit, field in zip(fits, value[1:], strict=True)), "malformed")
+    return value[1:]
+
+
+# BLS12-381. Points come from a library; what is done with them is told by section 6.
+
+
+def point_of(kind: type, encoded: bytes, size: int, reason: str) -> object:
+    refuse_if(len(encoded) != size, reason)
+    try:
+        point = kind.from_bytes(encoded)
+    except ValueError:
+        raise Refused(reason) from None
+    refuse_if(point == kind(), reason)
+    return point
+
+
+def key_of(encoded: bytes) -> G1Element:
+    return point_of(G1Element, encoded, 48, "bad-key")
+
+
+def verify_bls(key: G1Element, signed: bytes, signature: bytes, reason: str) -> None:
+    point = point_of(G2Element, signature, 96, reason)
+    refuse_if(not PopSchemeMPL.verify(key, signed, point), reason)
+
+
+def times(scalar: int, point: G1Element | G2Element) -> G1Element | G2Element:
+    total = type(point)()
+    for digit in f"{scalar % ORDER:b}":
+        total = total + total
+        if digit == "1":
+            total = total + point
+    return total
+
+
+def total_of(points: list) -> G1Element | G2Element:
+    total = type(points[0])()
+    for point in points:
+        total = total + point
+    return total
+
+
+def interpolated(points: dict[int, G1Element | G2Element], at: int = 0) -> G1Element | G2Element:
+    """Lagrange in the exponent: the value at ``at`` of the polynomial through ``points`` by index."""
+    terms = []
+    for index, point in points.items():
+        over, under = 1, 1
+        for other in points:
+            if other != index:
+                over, under = over * (at - other) % ORDER, under * (index - other) % ORDER
+        terms.append(times(over * pow(under, -1, ORDER), point))
+    return total_of(terms)
+
+
+def on_twist(encoded: bytes) -> bool:
+    """Whether compressed bytes name a point of G2's curve, in whatever subgroup: x³ + 4(1 + u) has a root."""
+    x1, x0 = int.from_bytes(bytes([encoded[0] & 0x1F]) + encoded[1:48], "big"), int.from_bytes(encoded[48:], "big")
+    squared = (x0 * x0 - x1 * x1, 2 * x0 * x1)
+    y0, y1 = squared[0] * x0 - squared[1] * x1 + 4, squared[0] * x1 + squared[1] * x0 + 4
+    return pow(y0 * y0 + y1 * y1, (FIELD - 1) // 2, FIELD) == 1
 
 
 # The files.
@@ -365,6 +488,106 @@ def check_audit(case: dict) -> None:
     check(sorted(case["first_step"] + step for step in chosen), case["picked"], "picked steps")
 
 
+def verify_identity(scheme: int, key: bytes, signed: bytes, signature: bytes, reason: str) -> None:
+    refuse_if(len(signature) != {1: 64, 2: 3_309}[scheme], reason)
+    try:
+        if scheme == 1:
+            VerifyKey(key).verify(signed, signature)
+        else:
+            MLDSA65PublicKey.from_public_bytes(key).verify(signature, signed)
+    except (BadSignatureError, InvalidSignature):
+        raise Refused(reason) from None
+
+
+def member_id(member: list) -> bytes:
+    return tagged(name("member"), bytes([member[2]]), member[3])
+
+
+def voters_of(genesis: list) -> list[list]:
+    return [member for member in genesis[6] if member[1] in VOTING_ROLES]
+
+
+def require_quorum(genesis: list, signers: list[list]) -> None:
+    for role, needed in genesis[7]:
+        refuse_if(sum(signer[1] == role for signer in signers) < needed, "quorum-not-reached")
+
+
+def verify_threshold(genesis: list, signed: bytes, payload: bytes) -> None:
+    verify_bls(total_of([key_of(group[2]) for group in genesis[8]]), signed, payload, "bad-certificate")
+
+
+def verify_multisignature(genesis: list, signed: bytes, payload: bytes) -> None:
+    bitmap, signature = fields(decoded(payload), "multisignature", octets(1, 32), octets(96))
+    voters = voters_of(genesis)
+    marked = [place for place in range(8 * len(bitmap)) if bitmap[place // 8] >> place % 8 & 1]
+    refuse_if(len(bitmap) != (len(voters) + 7) // 8 or marked[-1:] >= [len(voters)], "bad-certificate")
+    signers = [voters[place] for place in marked]
+    require_quorum(genesis, signers)
+    verify_bls(total_of([key_of(signer[6]) for signer in signers]), signed, signature, "bad-certificate")
+
+
+def verify_list(genesis: list, signed: bytes, payload: bytes) -> None:
+    (listed,) = fields(decoded(payload), "signature-list", lambda value: isinstance(value, list) and len(value) > 0)
+    for entry in listed:
+        fields(["", *entry], "", natural(0, 255), octets(64, 3_309))
+    voters, places = voters_of(genesis), [place for place, _ in listed]
+    refuse_if(places != sorted(set(places)) or places[-1] >= len(voters), "bad-certificate")
+    require_quorum(genesis, [voters[place] for place in places])
+    for place, signature in listed:
+        verify_identity(voters[place][2], voters[place][3], signed, signature, "bad-certificate")
+
+
+PAYLOADS = {
+    "bls-threshold": verify_threshold,
+    "bls-multisig": verify_multisignature,
+    "ed25519": verify_list,
+    "ml-dsa-65": verify_list,
+}
+
+
+def check_certificates(case: dict) -> None:
+    """Certificates under one genesis, by the certificate scheme it chose."""
+    genesis, chain_id = unpack(bytes.fromhex(case["genesis"])), tagged(name("genesis"), bytes.fromhex(case["genesis"]))
+    check(chain_id.hex(), case["chain_id"], "chain id")
+
+    def judge(trial: dict) -> None:
+        text = lambda value: isinstance(value, str) and 1 <= len(value) <= 32  # noqa: E731
+        shape = (text, natural(1), octets(32), natural(), octets(1, 848_928))
+        scheme, view, block, epoch, payload = fields(
+            decoded(bytes.fromhex(trial["certificate"])), "certificate", *shape
+        )
+        refuse_if(scheme != genesis[5], "bad-certificate")
+        refuse_if(epoch != 0, "wrong-epoch")
+        signed = message(name("certificate"), chain_id, struct.pack(">Q", epoch), struct.pack(">Q", view), block)
+        check(signed.hex(), trial.get("message", signed.hex()), "certificate message")
+        PAYLOADS[scheme](genesis, signed, payload)
+        if "shares" in trial:
+            check_shares(genesis, signed, [bytes.fromhex(share) for share in trial["shares"]], payload)
+
+    for trial in (*case["accepted"], *case["refused"]):
+        expect(judge, trial)
+        if "subgroup" in trial["what"]:
+            check(on_twist(unpack(bytes.fromhex(trial["certificate"]))[-1][-96:]), True, "a point of the curve")
+
+
+def check_shares(genesis: list, signed: bytes, shares: list[bytes], payload: bytes) -> None:
+    """Every voter's share is its own, and any t of a role make the same role signature."""
+    voters, parts = voters_of(genesis), []
+    for role, needed, group_key, share_keys, _ in genesis[8]:
+        held = {}
+        for voter, share in zip(voters, shares, strict=True):
+            if voter[1] == role:
+                held[len(held) + 1] = point_of(G2Element, share, 96, "bad-share")
+                verify_bls(key_of(share_keys[len(held) - 1]), signed, share, "bad-share")
+        summed = needed == len(held)
+        first = total_of([*held.values()]) if summed else interpolated(dict([*held.items()][:needed]))
+        last = first if summed else interpolated(dict([*held.items()][-needed:]))
+        check(bytes(first), bytes(last), "role signature by other members")
+        verify_bls(key_of(group_key), signed, bytes(first), "bad-share")
+        parts.append(first)
+    check(bytes(total_of(parts)), payload, "sum of the role signatures")
+
+
 CHECKS = {
     "tagged_hash": check_hash,
     "portions": check_portions,
@@ -379,6 +602,7 @@ CHECKS = {
     "accumulators": check_window,
     "epochs": check_epoch,
     "audits": check_audit,
+    "certificates": check_certificates,
 }
 
 

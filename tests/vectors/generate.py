@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import agreement
 import msgspec
 
 from consensus import portions as p
@@ -394,6 +395,7 @@ FILES = {
     "accumulators": windows,
     "epochs": epochs,
     "audits": audits,
+    "certificates": agreement.certificates,
 }
 
 

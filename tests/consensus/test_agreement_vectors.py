@@ -1,0 +1,77 @@
+"""The golden vectors of what members agree by, held to this code: it accepts what it must, and says why it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from consensus.certificate import certificate_message, decode_certificate, verify_certificate
+from consensus.certificate_schemes import scheme_for
+from consensus.codec import decode
+from consensus.identifiers import Digest, View
+from consensus.membership import BLS_THRESHOLD, MAX_GENESIS_BYTES, SCHEME_NEEDS, Genesis, check_genesis
+from consensus.rejection import Rejected
+
+VECTORS = Path(__file__).parents[1] / "vectors"
+
+
+def held(name: str) -> list[dict]:
+    return json.loads((VECTORS / f"{name}.json").read_text())
+
+
+def trials(name: str) -> list[object]:
+    """Every case of a file beside what it shares with its neighbours."""
+    return [
+        pytest.param(shared, case, id=f"{place}-{case['what'].replace(' ', '-')}")
+        for place, shared in enumerate(held(name))
+        for case in (*shared["accepted"], *shared["refused"])
+    ]
+
+
+def assert_as_told(case: dict, judge: Callable[[], object]) -> None:
+    """A case with a reason is refused for it, any other is not refused."""
+    found = ""
+    try:
+        judge()
+    except Rejected as rejected:
+        found = rejected.reason.value
+    assert found == case.get("reason", "")
+
+
+def genesis_of(shared: dict) -> Genesis:
+    genesis = decode(bytes.fromhex(shared["genesis"]), Genesis, MAX_GENESIS_BYTES)
+    check_genesis(genesis)
+    assert genesis.chain_id.hex() == shared["chain_id"]
+    return genesis
+
+
+def test_every_certificate_scheme_has_vectors_of_both_kinds() -> None:
+    assert {shared["scheme"] for shared in held("certificates")} == set(SCHEME_NEEDS)
+    for shared in held("certificates"):
+        assert shared["accepted"]
+        assert {"bad-certificate", "malformed"} <= {case["reason"] for case in shared["refused"]}
+    assert (VECTORS / "certificates.json").stat().st_size < 400_000
+
+
+@pytest.mark.parametrize(("shared", "case"), trials("certificates"))
+def test_certificates(shared: dict, case: dict) -> None:
+    genesis, encoded = genesis_of(shared), bytes.fromhex(case["certificate"])
+    scheme = scheme_for(genesis)
+    assert_as_told(case, lambda: verify_certificate(scheme, genesis.chain_id, decode_certificate(encoded)))
+    if "reason" not in case:
+        made = decode_certificate(encoded)
+        message = certificate_message(genesis.chain_id, made.epoch, View(made.view), Digest(made.block))
+        assert message.hex() == case["message"]
+
+
+def test_shares_of_a_threshold_certificate_are_their_voters_own_and_combine_to_it() -> None:
+    (shared,) = [shared for shared in held("certificates") if shared["scheme"] == BLS_THRESHOLD]
+    scheme, (case,) = scheme_for(genesis_of(shared)), shared["accepted"]
+    message, voters = bytes.fromhex(case["message"]), scheme.committee.voters
+    shares = {voter.id: bytes.fromhex(share) for voter, share in zip(voters, case["shares"], strict=True)}
+    for voter, share in shares.items():
+        scheme.verify_share(voter, message, share)
+    payload = decode_certificate(bytes.fromhex(case["certificate"])).signature
+    for left_out in voters[:3]:
+        assert scheme.combine(message, {who: share for who, share in shares.items() if who != left_out.id}) == payload
