@@ -6,12 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from consensus import bls
 from consensus.certificate import certificate_message, decode_certificate, verify_certificate
 from consensus.certificate_schemes import scheme_for
 from consensus.codec import decode
-from consensus.identifiers import Digest, View
-from consensus.membership import BLS_THRESHOLD, MAX_GENESIS_BYTES, SCHEME_NEEDS, Genesis, check_genesis
+from consensus.identifiers import Digest, Role, Tag, View, tagged_message
+from consensus.membership import BLS_THRESHOLD, MAX_GENESIS_BYTES, SCHEME_NEEDS, Genesis, check_genesis, member_id
 from consensus.rejection import Rejected
+from consensus.threshold import (
+    GroupKeys,
+    check_group_keys,
+    combine_shares,
+    group_possession_context,
+    member_possession_context,
+)
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 
@@ -75,3 +83,28 @@ def test_shares_of_a_threshold_certificate_are_their_voters_own_and_combine_to_i
     payload = decode_certificate(bytes.fromhex(case["certificate"])).signature
     for left_out in voters[:3]:
         assert scheme.combine(message, {who: share for who, share in shares.items() if who != left_out.id}) == payload
+
+
+def judge_possession(kind: str, case: dict) -> None:
+    nonce, proof = bytes.fromhex(case["nonce"]), bytes.fromhex(case["proof"])
+    if kind == "member":
+        identity = member_id(case["scheme"], bytes.fromhex(case["identity_key"]))
+        bls.verify_possession(bytes.fromhex(case["key"]), member_possession_context(nonce, identity), proof)
+        return
+    key, context = bytes.fromhex(case["group_key"]), group_possession_context(nonce, case["epoch"], Role(case["role"]))
+    if kind == "part":
+        bls.verify_possession_share(bytes.fromhex(case["share_key"]), key, context, proof)
+        return
+    check_group_keys(GroupKeys(case["threshold"], key, tuple(bytes.fromhex(share) for share in case["share_keys"])))
+    bls.verify_possession(key, context, proof)
+    if "parts" in case:
+        assert context.hex() == case["context"]
+        assert tagged_message(Tag.POSSESSION, key, context).hex() == case["message"]
+        parts = {index: bytes.fromhex(part) for index, part in enumerate(case["parts"], start=1)}
+        assert combine_shares(case["threshold"], len(parts), parts) == proof
+
+
+@pytest.mark.parametrize(("shared", "case"), trials("possession"))
+def test_proofs_of_possession(shared: dict, case: dict) -> None:
+    assert shared["domain"].encode() == bls._POSSESSION_DOMAIN
+    assert_as_told(case, lambda: judge_possession(shared["kind"], case))

@@ -22,6 +22,7 @@ FILES = (
     "job_keys",
     "log_tree",
     "portions",
+    "possession",
     "reserve",
     "sampler",
     "state_map",

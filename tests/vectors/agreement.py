@@ -1,7 +1,7 @@
-"""The golden vectors of what members agree by: certificates. Written by ``generate.py``.
+"""The golden vectors of what members agree by: certificates and keys. Written by ``generate.py``.
 
-Each file holds what is accepted and, beside it, what must be refused, each with one fault and the name of the rule
-that it breaks.
+Each file holds what must be refused, each with one fault and the name of the rule that it breaks, and what is
+accepted. The latter stands last: a test turns the last digit of each file, and that must not go unseen.
 
 ML-DSA-65 signatures differ each time they are made. So that the rest of the file can be compared byte by byte, those
 of the committed file are taken again wherever they still verify.
@@ -27,19 +27,28 @@ from consensus.certificate import (
 from consensus.certificate_schemes import scheme_for
 from consensus.codec import decode, encode
 from consensus.genesis import MemberPlan, generate_genesis
-from consensus.identifiers import ChainId, Digest, Role, View
+from consensus.identifiers import ChainId, Digest, Role, Tag, View, tagged_message
 from consensus.keys import ML_DSA_65_SIGNATURE_BYTES, MlDsa65SigningKey, SignatureScheme, verify
 from consensus.listed_certificates import ListedSignature, SignatureList
-from consensus.membership import BLS_MULTISIG, BLS_THRESHOLD, ED25519_LIST, ML_DSA_65_LIST, Genesis
+from consensus.membership import BLS_MULTISIG, BLS_THRESHOLD, ED25519_LIST, ML_DSA_65_LIST, Genesis, member_id
 from consensus.participant import MemberSecrets
 from consensus.rejection import Rejected
+from consensus.threshold import (
+    GroupKeys,
+    check_group_keys,
+    combine_shares,
+    group_possession_context,
+    lagrange_weights,
+    member_possession_context,
+)
 
 Case = dict[str, object]
 Refusals = Iterator[tuple[str, bytes]]
 
 VIEW = View(7)
+KEY_OUTSIDE_SUBGROUP = bytes.fromhex("8123456789abcdef" + "0123456789abcdef" * 5)
 OUTSIDE_SUBGROUP = bytes.fromhex("8123456789abcdef" + "0123456789abcdef" * 11)
-"""A point of G2's curve: the one of the Ethereum vectors."""
+"""Points of the curves of G1 and G2: those of the Ethereum vectors."""
 INFINITY = b"\xc0" + bytes(95)
 
 
@@ -194,11 +203,11 @@ def certificates() -> list[Case]:
                 "scheme": scheme,
                 "genesis": encode(signing.genesis).hex(),
                 "chain_id": signing.genesis.chain_id.hex(),
-                "accepted": accepted,
                 "refused": [
                     refusal(what, partial(signing.accepts, bad), certificate=bad.hex())
                     for what, bad in (*_altered(signing, quorum), *_PAYLOADS[scheme](signing, quorum))
                 ],
+                "accepted": accepted,
             }
         )
     return cases
@@ -313,3 +322,204 @@ _PAYLOADS: dict[str, Callable[[Signing, tuple[int, ...]], Refusals]] = {
     ED25519_LIST: _list_refusals,
     ML_DSA_65_LIST: _list_refusals,
 }
+
+
+DOMAIN = "COUNTERSIGN-V1_POSSESSION_BLS12381G2_XMD:SHA-256_SSWU_RO_"
+"""Of hashing to the curve, for proofs of possession alone."""
+
+
+def possession() -> list[Case]:
+    """Proofs of possession of members' own keys, of role keys, and members' parts in the latter."""
+    return [_member_proofs(), _group_proofs(), _group_parts()]
+
+
+def _member_proofs() -> Case:
+    nonce, identity = octets("nonce"), octets("identity")
+    secret, other = bls.secret_from_seed(octets("bls")), bls.secret_from_seed(octets("another bls"))
+    key = bls.public_key(secret)
+    context = member_possession_context(nonce, member_id(1, identity))
+    role_context = group_possession_context(nonce, 0, Role.OPERATOR)
+    proof, message = bls.prove_possession(secret, context), tagged_message(Tag.POSSESSION, key, context)
+    base = {"nonce": nonce, "scheme": 1, "identity_key": identity, "key": key, "proof": proof}
+
+    def refused(what: str, **changes: object) -> Case:
+        case = {**base, **changes}
+        return refusal(what, partial(accept_member_proof, **case), **_hexed(case))
+
+    accept_member_proof(**base)
+    return {
+        "kind": "member",
+        "domain": DOMAIN,
+        "refused": [
+            refused("of another chain", nonce=octets("another nonce")),
+            refused("of another member", identity_key=octets("another identity")),
+            refused("of another identity scheme", scheme=2),
+            refused("of another key", key=bls.public_key(other)),
+            refused("by another secret", proof=bls.possession_share(other, key, context)),
+            refused("of a group", proof=bls.prove_possession(secret, role_context)),
+            refused("hashed to the curve as certificates are", proof=bls.sign(secret, message)),
+            refused("over the key alone", proof=bls.prove_possession(secret, b"")),
+            refused("a proof a byte short", proof=proof[:-1]),
+            refused("proof at infinity", proof=INFINITY),
+            refused("proof outside the subgroup", proof=OUTSIDE_SUBGROUP),
+            refused("a key a byte short", key=key[:-1]),
+            refused("key at infinity", key=b"\xc0" + bytes(47)),
+            refused("key outside the subgroup", key=KEY_OUTSIDE_SUBGROUP),
+        ],
+        "accepted": [
+            {"what": "of a member", **_hexed({**base, "context": context, "message": message})},
+        ],
+    }
+
+
+def _group(role: Role, needed: int, count: int) -> tuple[GroupKeys, list[bls.Secret]]:
+    """A role's key as a ceremony makes it, and the members' secrets."""
+    drawn = [bls.secret_from_seed(octets("group", role.value, number)) for number in range(count)]
+    shares = drawn
+    if needed < count:
+        polynomial = [secret.scalar for secret in drawn[:needed]]
+        values = [sum(part * at**power for power, part in enumerate(polynomial)) for at in range(1, count + 1)]
+        shares = [bls.Secret(value % bls.GROUP_ORDER) for value in values]
+    keys = tuple(bls.public_key(share) for share in shares)
+    whole = bls.public_key(drawn[0]) if needed < count else bls.aggregate_public_keys(keys)
+    return GroupKeys(needed, whole, keys), shares
+
+
+def _proved(role: Role, needed: int, count: int, epoch: int) -> dict[str, object]:
+    group, secrets = _group(role, needed, count)
+    context = group_possession_context(octets("nonce"), epoch, role)
+    parts = [bls.possession_share(secret, group.group_key, context) for secret in secrets]
+    return {
+        "nonce": octets("nonce"),
+        "epoch": epoch,
+        "role": role.value,
+        "threshold": needed,
+        "group_key": group.group_key,
+        "share_keys": list(group.share_keys),
+        "proof": combine_shares(needed, count, dict(enumerate(parts, 1))),
+        "context": context,
+        "message": tagged_message(Tag.POSSESSION, group.group_key, context),
+        "parts": parts,
+    }
+
+
+def _group_proofs() -> Case:
+    dealt, summed = _proved(Role.DATA_SOURCE, 2, 3, 0), _proved(Role.GOVERNANCE, 2, 2, 0)
+    accepted = {
+        "two of three": dealt,
+        "three of four": _proved(Role.OPERATOR, 3, 4, 5),
+        "two of two": summed,
+        "one of one": _proved(Role.OPERATOR, 1, 1, 0),
+    }
+
+    def refused(what: str, base: dict[str, object], **changes: object) -> Case:
+        case = {**{name: value for name, value in base.items() if name in GROUP_FIELDS}, **changes}
+        return refusal(what, partial(accept_group_proof, **case), **_hexed(case))
+
+    for case in accepted.values():
+        accept_group_proof(**{name: value for name, value in case.items() if name in GROUP_FIELDS})
+    first, second, third = _octet_list(dealt["share_keys"])
+    own = _octet_list(summed["share_keys"])
+    foreign = bls.public_key(bls.secret_from_seed(octets("foreign")))
+    whole, degree = _octets(dealt["group_key"]), _proved(Role.DATA_SOURCE, 3, 4, 0)
+    zero = lagrange_weights([1, 2])
+    at_zero = bls.weighted_public_key_sum([(zero.numerators[index], key) for index, key in enumerate(own, 1)])
+    return {
+        "kind": "group",
+        "domain": DOMAIN,
+        "refused": [
+            refused("another group key", dealt, group_key=foreign),
+            refused("the last share key off the polynomial", dealt, share_keys=[first, second, foreign]),
+            refused("the first share key off the polynomial", dealt, share_keys=[foreign, second, third]),
+            refused("share keys in another order", dealt, share_keys=[second, first, third]),
+            refused("a share key twice", dealt, share_keys=[first, first, third]),
+            refused("a polynomial of a higher degree", {**degree, "threshold": 2}),
+            refused("t < n, keys added up", dealt, group_key=bls.aggregate_public_keys([first, second, third])),
+            refused("t = n, not the sum", summed, group_key=foreign),
+            refused("t = n, interpolated", summed, group_key=at_zero),
+            refused("more needed than there are", summed, threshold=3),
+            refused("a share key at infinity", dealt, share_keys=[first, second, b"\xc0" + bytes(47)]),
+            refused("group_key outside the subgroup", dealt, group_key=KEY_OUTSIDE_SUBGROUP),
+            refused("of another epoch", dealt, epoch=1),
+            refused("of another role", dealt, role=Role.OPERATOR.value),
+            refused("of another chain", dealt, nonce=octets("another nonce")),
+            refused("parts added up, where t < n", dealt, proof=bls.aggregate_signatures(_octet_list(dealt["parts"]))),
+            refused("of a member", dealt, proof=_member_proof_as_group(whole)),
+            refused("proof at infinity", dealt, proof=INFINITY),
+        ],
+        "accepted": [{"what": what, **_hexed(case)} for what, case in accepted.items()],
+    }
+
+
+def _member_proof_as_group(key: bytes) -> bytes:
+    """The role's secret, if one had it, signing as if it were a member's."""
+    secret = bls.secret_from_seed(octets("group", Role.DATA_SOURCE.value, 0))
+    assert bls.public_key(secret) == key
+    return bls.prove_possession(secret, member_possession_context(octets("nonce"), member_id(1, octets("identity"))))
+
+
+def _group_parts() -> Case:
+    dealt = _proved(Role.DATA_SOURCE, 2, 3, 0)
+    keys, parts = _octet_list(dealt["share_keys"]), _octet_list(dealt["parts"])
+    base = {name: dealt[name] for name in ("nonce", "epoch", "role", "group_key")}
+    base |= {"share_key": keys[0], "proof": parts[0]}
+    secret = _group(Role.DATA_SOURCE, 2, 3)[1][0]
+    context, other = _octets(dealt["context"]), bls.public_key(bls.secret_from_seed(octets("foreign")))
+
+    def refused(what: str, **changes: object) -> Case:
+        case = {**base, **changes}
+        return refusal(what, partial(accept_part, **case), **_hexed(case))
+
+    accept_part(**base)
+    return {
+        "kind": "part",
+        "domain": DOMAIN,
+        "refused": [
+            refused("by another member", proof=parts[1]),
+            refused("for another group key", proof=bls.possession_share(secret, other, context)),
+            refused("for the share key itself", proof=bls.prove_possession(secret, context)),
+            refused("of another epoch", epoch=1),
+            refused("share_key outside the subgroup", share_key=KEY_OUTSIDE_SUBGROUP),
+        ],
+        "accepted": [{"what": "of the first of three", **_hexed(base)}],
+    }
+
+
+GROUP_FIELDS = ("nonce", "epoch", "role", "threshold", "group_key", "share_keys", "proof")
+
+
+def accept_member_proof(nonce: bytes, scheme: int, identity_key: bytes, key: bytes, proof: bytes) -> None:
+    """Raises ``Rejected`` unless ``proof`` is one of a member's own key."""
+    bls.verify_possession(key, member_possession_context(nonce, member_id(scheme, identity_key)), proof)
+
+
+def accept_group_proof(
+    nonce: bytes, epoch: int, role: str, threshold: int, group_key: bytes, share_keys: list[bytes], proof: bytes
+) -> None:
+    """Raises ``Rejected`` unless the share keys fit the group key and ``proof`` is one of it."""
+    check_group_keys(GroupKeys(threshold, group_key, tuple(share_keys)))
+    bls.verify_possession(group_key, group_possession_context(nonce, epoch, Role(role)), proof)
+
+
+def accept_part(nonce: bytes, epoch: int, role: str, group_key: bytes, share_key: bytes, proof: bytes) -> None:
+    """Raises ``Rejected`` unless ``proof`` is the part of ``share_key`` in a proof of ``group_key``."""
+    bls.verify_possession_share(share_key, group_key, group_possession_context(nonce, epoch, Role(role)), proof)
+
+
+def _octets(value: object) -> bytes:
+    assert isinstance(value, bytes)
+    return value
+
+
+def _octet_list(value: object) -> list[bytes]:
+    assert isinstance(value, list)
+    return value
+
+
+def _hexed(case: Mapping[str, object]) -> Case:
+    def readable(value: object) -> object:
+        if isinstance(value, list):
+            return [readable(item) for item in value]
+        return value.hex() if isinstance(value, bytes) else value
+
+    return {name: readable(value) for name, value in case.items()}

@@ -252,12 +252,19 @@ def interpolated(points: dict[int, G1Element | G2Element], at: int = 0) -> G1Ele
     return total_of(terms)
 
 
-def on_twist(encoded: bytes) -> bool:
-    """Whether compressed bytes name a point of G2's curve, in whatever subgroup: x³ + 4(1 + u) has a root."""
-    x1, x0 = int.from_bytes(bytes([encoded[0] & 0x1F]) + encoded[1:48], "big"), int.from_bytes(encoded[48:], "big")
-    squared = (x0 * x0 - x1 * x1, 2 * x0 * x1)
-    y0, y1 = squared[0] * x0 - squared[1] * x1 + 4, squared[0] * x1 + squared[1] * x0 + 4
-    return pow(y0 * y0 + y1 * y1, (FIELD - 1) // 2, FIELD) == 1
+def is_square(real: int, imaginary: int = 0) -> bool:
+    """In the field, or in its extension by a root of -1, where the norm decides."""
+    norm = real * real + imaginary * imaginary if imaginary else real
+    return pow(norm, (FIELD - 1) // 2, FIELD) == 1
+
+
+def on_curve(encoded: bytes) -> bool:
+    """Whether a compressed x has a y, in whatever subgroup: x³ + 4 in G1's field, x³ + 4(1 + u) in G2's."""
+    high = int.from_bytes(bytes([encoded[0] & 0x1F]) + encoded[1:48], "big")
+    if len(encoded) == 48:
+        return is_square(high**3 + 4)
+    low = int.from_bytes(encoded[48:], "big")
+    return is_square(low**3 - 3 * low * high**2 + 4, (3 * low**2 * high - high**3 + 4) % FIELD)
 
 
 # The files.
@@ -567,7 +574,7 @@ def check_certificates(case: dict) -> None:
     for trial in (*case["accepted"], *case["refused"]):
         expect(judge, trial)
         if "subgroup" in trial["what"]:
-            check(on_twist(unpack(bytes.fromhex(trial["certificate"]))[-1][-96:]), True, "a point of the curve")
+            check(on_curve(unpack(bytes.fromhex(trial["certificate"]))[-1][-96:]), True, "a point of the curve")
 
 
 def check_shares(genesis: list, signed: bytes, shares: list[bytes], payload: bytes) -> None:
@@ -588,6 +595,73 @@ def check_shares(genesis: list, signed: bytes, shares: list[bytes], payload: byt
     check(bytes(total_of(parts)), payload, "sum of the role signatures")
 
 
+def verify_possession(share_key: bytes, claimed_key: bytes, context: bytes, domain: str, proof: bytes) -> bytes:
+    """One equation of pairings, and the message: e(share key, hashed) = e(generator, proof)."""
+    share, _ = key_of(share_key), key_of(claimed_key)
+    point = point_of(G2Element, proof, 96, "bad-proof-of-possession")
+    signed = message(name("proof-of-possession"), claimed_key, context)
+    hashed = G2Element.from_message(signed, domain.encode())
+    refuse_if(share.pair(hashed) != G1Element.generator().pair(point), "bad-proof-of-possession")
+    return signed
+
+
+def check_group(needed: int, group_key: bytes, share_keys: list[bytes]) -> None:
+    refuse_if(not 1 <= needed <= len(share_keys), "bad-membership")
+    whole, shares = key_of(group_key), {index: key_of(key) for index, key in enumerate(share_keys, 1)}
+    refuse_if(len(set(share_keys)) != len(share_keys), "bad-membership")
+    if needed == len(share_keys):
+        refuse_if(total_of([*shares.values()]) != whole, "bad-membership")
+        return
+    first = {index: shares[index] for index in range(1, needed + 1)}
+    refuse_if(interpolated(first) != whole, "bad-membership")
+    for index, share in shares.items():
+        refuse_if(interpolated(first, index) != share, "bad-membership")
+
+
+def group_context(nonce: bytes, epoch: int, role: str) -> bytes:
+    return tagged(name("proof-of-possession"), b"group", nonce, struct.pack(">Q", epoch), role.encode())
+
+
+def check_possession(case: dict) -> None:
+    """Proofs of possession of a member's own key, of a group's key, and a member's part in the latter."""
+
+    def judge(trial: dict) -> None:
+        held = {key: bytes.fromhex(value) for key, value in trial.items() if key in byte_fields}
+        if case["kind"] == "member":
+            identity = tagged(name("member"), bytes([trial["scheme"]]), held["identity_key"])
+            context = tagged(name("proof-of-possession"), b"member", held["nonce"], identity)
+            share_key = claimed = held["key"]
+        else:
+            context = group_context(held["nonce"], trial["epoch"], trial["role"])
+            claimed = held["group_key"]
+            share_key = held.get("share_key", claimed)
+        if case["kind"] == "group":
+            check_group(trial["threshold"], claimed, [bytes.fromhex(key) for key in trial["share_keys"]])
+        signed = verify_possession(share_key, claimed, context, case["domain"], held["proof"])
+        check(context.hex(), trial.get("context", context.hex()), "context of a proof of possession")
+        check(signed.hex(), trial.get("message", signed.hex()), "message of a proof of possession")
+        if "parts" in trial:
+            parts = {index: bytes.fromhex(part) for index, part in enumerate(trial["parts"], 1)}
+            for index, key in enumerate(trial["share_keys"], 1):
+                verify_possession(bytes.fromhex(key), claimed, context, case["domain"], parts[index])
+            check(combined(trial["threshold"], parts).hex(), trial["proof"], "joint proof of possession")
+
+    byte_fields = {"nonce", "identity_key", "key", "group_key", "share_key", "proof"}
+    for trial in (*case["accepted"], *case["refused"]):
+        expect(judge, trial)
+        for field in byte_fields & set(trial):
+            if f"{field} outside the subgroup" == trial["what"]:
+                check(on_curve(bytes.fromhex(trial[field])), True, "a point of the curve")
+
+
+def combined(needed: int, signatures: dict[int, bytes]) -> bytes:
+    """The signature that a group's parts make: their sum, or the value at zero where fewer than all are needed."""
+    points = {index: point_of(G2Element, signature, 96, "bad-share") for index, signature in signatures.items()}
+    if needed == len(points):
+        return bytes(total_of([*points.values()]))
+    return bytes(interpolated({index: points[index] for index in sorted(points)[:needed]}))
+
+
 CHECKS = {
     "tagged_hash": check_hash,
     "portions": check_portions,
@@ -603,6 +677,7 @@ CHECKS = {
     "epochs": check_epoch,
     "audits": check_audit,
     "certificates": check_certificates,
+    "possession": check_possession,
 }
 
 

@@ -396,6 +396,7 @@ FILES = {
     "epochs": epochs,
     "audits": audits,
     "certificates": agreement.certificates,
+    "possession": agreement.possession,
 }
 
 
