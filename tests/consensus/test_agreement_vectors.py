@@ -10,8 +10,17 @@ from consensus import bls
 from consensus.certificate import certificate_message, decode_certificate, verify_certificate
 from consensus.certificate_schemes import scheme_for
 from consensus.codec import decode
+from consensus.evidence import EvidenceReport, Offence, check_evidence
 from consensus.identifiers import Digest, Role, Tag, View, tagged_message
-from consensus.membership import BLS_THRESHOLD, MAX_GENESIS_BYTES, SCHEME_NEEDS, Genesis, check_genesis, member_id
+from consensus.membership import (
+    BLS_THRESHOLD,
+    MAX_GENESIS_BYTES,
+    SCHEME_NEEDS,
+    Genesis,
+    check_genesis,
+    committee,
+    member_id,
+)
 from consensus.rejection import Rejected
 from consensus.threshold import (
     GroupKeys,
@@ -108,3 +117,19 @@ def judge_possession(kind: str, case: dict) -> None:
 def test_proofs_of_possession(shared: dict, case: dict) -> None:
     assert shared["domain"].encode() == bls._POSSESSION_DOMAIN
     assert_as_told(case, lambda: judge_possession(shared["kind"], case))
+
+
+def test_every_offence_has_a_vector() -> None:
+    (shared,) = held("evidence")
+    assert {case["convicts"][1] for case in shared["accepted"]} == {offence.value for offence in Offence}
+
+
+@pytest.mark.parametrize(("shared", "case"), trials("evidence"))
+def test_evidence(shared: dict, case: dict) -> None:
+    def judge() -> None:
+        report = decode(bytes.fromhex(case["report"]), EvidenceReport, 65_536)
+        found = check_evidence(report, committee(genesis_of(shared)))
+        assert [found.member.hex(), found.offence.value, found.epoch, found.view] == case["convicts"]
+        assert found.digest.hex() == case["digest"]
+
+    assert_as_told(case, judge)

@@ -19,6 +19,7 @@ FILES = (
     "certificates",
     "epochs",
     "events",
+    "evidence",
     "job_keys",
     "log_tree",
     "portions",
@@ -36,7 +37,7 @@ def run(program: str, folder: Path, hash_seed: str = "0") -> subprocess.Complete
         env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

@@ -662,6 +662,80 @@ def combined(needed: int, signatures: dict[int, bytes]) -> bytes:
     return bytes(interpolated({index: points[index] for index in sorted(points)[:needed]}))
 
 
+VOTE = (
+    natural(1, 1), octets(32), natural(), natural(1, 3), natural(1), octets(32), octets(32), octets(0, 3_309),
+    octets(0, 8_192),
+)  # fmt: skip
+HEADER = (
+    natural(1, 1), octets(32), natural(), natural(), natural(), octets(32), octets(32), natural(), natural(),
+    octets(32), natural(0, 4_096), natural(), octets(32), octets(32),
+)  # fmt: skip
+NULLIFY, FINALIZE = 2, 3
+
+
+def convict_by_votes(genesis: list, chain_id: bytes, first: object, second: object) -> list:
+    """Whom two votes convict of what: member, offence, epoch, view."""
+    one, other = (fields(vote, "vote", *VOTE) for vote in (first, second))
+    _, chain, epoch, kind, view, block, voter, _, _ = one
+    refuse_if((chain, epoch, view, voter) != (other[1], other[2], other[4], other[6]), "no-conflict")
+    if kind == other[3]:
+        refuse_if(block == other[5], "no-conflict")
+        offence = {1: "two-notarize-votes", NULLIFY: "", FINALIZE: "two-finalize-votes"}[kind]
+    else:
+        refuse_if({kind, other[3]} != {NULLIFY, FINALIZE}, "no-conflict")
+        offence = "nullify-and-finalize"
+    for vote in (one, other):
+        refuse_if(vote[2] != 0, "wrong-epoch")
+        refuse_if(vote[1] != chain_id, "wrong-chain")
+        refuse_if((vote[3] == NULLIFY) != (vote[5] == bytes(32)), "bad-vote")
+        refuse_if(vote[7] != b"" and vote[3] != FINALIZE, "bad-vote")
+        members = {member_id(member): member for member in genesis[6]}
+        refuse_if(voter not in members, "unknown-member")
+        refuse_if(members[voter][1] not in VOTING_ROLES, "wrong-role")
+        signed = message(name("vote"), pack(["vote", *vote[:-1], b""]))
+        verify_identity(members[voter][2], members[voter][3], signed, vote[8], "bad-signature")
+    return [voter, offence, epoch, view]
+
+
+def convict_by_proposals(genesis: list, chain_id: bytes, first: object, second: object) -> list:
+    held = [fields(signed, "signed-header", octets(0, 1_024), octets(0, 8_192)) for signed in (first, second)]
+    headers = [fields(decoded(header), "block", *HEADER) for header, _ in held]
+    for header in headers:
+        refuse_if(header[1] != chain_id, "wrong-chain")
+    places = [(header[2], header[4], header[5]) for header in headers]
+    refuse_if(places[0] != places[1] or headers[0] == headers[1], "no-conflict")
+    for header, (encoded, signature) in zip(headers, held, strict=True):
+        _, _, epoch, height, view, leader, _, parent_view = header[:8]
+        refuse_if(epoch != 0, "wrong-epoch")
+        refuse_if(height == 0 or view == 0 or parent_view >= view, "bad-block")
+        voters = voters_of(genesis)
+        leading = voters[(view - 1) % len(voters)]
+        refuse_if(leader != member_id(leading), "wrong-author")
+        signed = message(name("proposal"), tagged(name("block"), encoded))
+        verify_identity(leading[2], leading[3], signed, signature, "bad-signature")
+    return [places[0][2], "two-proposals", places[0][0], places[0][1]]
+
+
+def check_evidence(case: dict) -> None:
+    """Pairs of messages that one member signed: who is convicted of what, and who is not."""
+    genesis, chain_id = unpack(bytes.fromhex(case["genesis"])), tagged(name("genesis"), bytes.fromhex(case["genesis"]))
+    check(chain_id.hex(), case["chain_id"], "chain id")
+
+    def judge(trial: dict) -> None:
+        report = decoded(bytes.fromhex(trial["report"]))
+        refuse_if(not isinstance(report, list) or len(report) != 1 or not isinstance(report[0], list), "malformed")
+        kinds = {"vote-evidence": convict_by_votes, "proposal-evidence": convict_by_proposals}
+        refuse_if(len(report[0]) != 3 or report[0][0] not in kinds, "malformed")
+        found = kinds[report[0][0]](genesis, chain_id, *report[0][1:])
+        convicted = [found[0].hex(), *found[1:]]
+        check(convicted, trial.get("convicts", convicted), "whom evidence convicts of what")
+        digest = tagged(name("evidence"), found[0], struct.pack(">Q", found[2]), found[1].encode()).hex()
+        check(digest, trial.get("digest", digest), "what the state files a conviction under")
+
+    for trial in (*case["accepted"], *case["refused"]):
+        expect(judge, trial)
+
+
 CHECKS = {
     "tagged_hash": check_hash,
     "portions": check_portions,
@@ -678,6 +752,7 @@ CHECKS = {
     "audits": check_audit,
     "certificates": check_certificates,
     "possession": check_possession,
+    "evidence": check_evidence,
 }
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import agreement
+import contradictions
 import msgspec
 
 from consensus import portions as p
@@ -397,6 +398,7 @@ FILES = {
     "audits": audits,
     "certificates": agreement.certificates,
     "possession": agreement.possession,
+    "evidence": contradictions.evidence,
 }
 
 
