@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from consensus import bls
+from consensus.ceremony import Transcript, decode_invitation
 from consensus.certificate import certificate_message, decode_certificate, verify_certificate
 from consensus.certificate_schemes import scheme_for
-from consensus.codec import decode
+from consensus.codec import decode, encode
 from consensus.evidence import EvidenceReport, Offence, check_evidence
 from consensus.identifiers import Digest, Role, Tag, View, tagged_message
 from consensus.membership import (
@@ -133,3 +134,25 @@ def test_evidence(shared: dict, case: dict) -> None:
         assert found.digest.hex() == case["digest"]
 
     assert_as_told(case, judge)
+
+
+@pytest.mark.parametrize(("shared", "case"), trials("ceremony"))
+def test_founding_ceremonies(shared: dict, case: dict) -> None:
+    invitation = decode_invitation(bytes.fromhex(shared["invitation"]))
+    before = shared["accepted"][0]["messages"][: case.get("after", 0)]
+    messages = [bytes.fromhex(message) for message in (*before, *case["messages"])]
+    assert_as_told(case, lambda: Transcript(invitation, messages).genesis())
+    if "reason" in case:
+        return
+    transcript = Transcript(invitation, reversed(messages * 2))
+    genesis = transcript.genesis()
+    check_genesis(genesis)
+    found = (invitation.digest.hex(), transcript.roster.hex(), encode(genesis).hex(), genesis.chain_id.hex())
+    assert found == (case["invitation_digest"], case["roster"], case["genesis"], case["chain_id"])
+    for told in case["roles"]:
+        role = Role(told["role"])
+        assert invitation.key_ceremony(role).id.hex() == told["key_ceremony_id"]
+        assert transcript.group(role).group_key.hex() == told["group_key"]
+        if "deals" in told:
+            assert transcript.commitments(role).hex() == told["commitments"]
+            assert transcript.deals(role).hex() == told["deals"]

@@ -16,6 +16,7 @@ FILES = (
     "audits",
     "batch_signatures",
     "blocks",
+    "ceremony",
     "certificates",
     "epochs",
     "events",

@@ -17,7 +17,8 @@ from pathlib import Path
 from blspy import G1Element, G2Element, PopSchemeMPL
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PublicKey
-from nacl.exceptions import BadSignatureError
+from nacl.bindings import crypto_box_open_easy
+from nacl.exceptions import BadSignatureError, CryptoError
 from nacl.signing import VerifyKey
 
 ROUNDS = 6
@@ -736,6 +737,208 @@ def check_evidence(case: dict) -> None:
         expect(judge, trial)
 
 
+ROUNDS_OF_CEREMONY = ("join", "commit", "deal", "complain", "answer", "confirm")
+
+
+class Founding:
+    """A founding ceremony under ``bls-threshold``: what was said, checked, and what it makes."""
+
+    def __init__(self, invitation: bytes, messages: list[bytes], domain: str) -> None:
+        self.terms, self.domain = unpack(invitation), domain
+        self.digest = tagged(name("ceremony"), b"invitation", invitation)
+        _, _, _, self.nonce, _, _, self.invited, self.thresholds, _, self.epoch, _ = self.terms
+        self.bodies: dict[tuple[str, str], bytes] = {}
+        self.said: dict[str, dict[str, list]] = {kind: {} for kind in ROUNDS_OF_CEREMONY}
+        opened = []
+        for encoded in messages:
+            sender, body, signature = fields(
+                decoded(encoded), "ceremony-message", text(1, 64), octets(1, 262_144), octets(64, 3_309)
+            )
+            value = decoded(body)
+            opened.append((value[0].removeprefix("ceremony-"), sender, body, value, signature))
+        for said in sorted(opened, key=lambda one: ROUNDS_OF_CEREMONY.index(one[0])):
+            self.take(*said)
+        names = [sender for sender, _ in self.invited]
+        self.require("join", names)
+        self.roster = self.digest_of("roster", self.digest, "join", names)
+        self.groups = [self.group(*threshold) for threshold in self.thresholds]
+        for kind in ROUNDS_OF_CEREMONY[1:]:
+            refuse_if(any([sender, "verifier"] in self.invited for sender in self.said[kind]), "bad-field")
+
+    def take(self, kind: str, sender: str, body: bytes, value: list, signature: bytes) -> None:
+        roles = dict(self.invited)
+        refuse_if(sender not in roles, "unknown-member")
+        if kind == "join":
+            _, invitation, member, _ = value
+            refuse_if(invitation != self.digest, "wrong-chain")
+            refuse_if(member[:2] != [sender, roles[sender]], "bad-membership")
+            if member[1] in VOTING_ROLES:
+                context = tagged(name("proof-of-possession"), b"member", self.nonce, member_id(member))
+                verify_possession(member[6], member[6], context, self.domain, member[7])
+        else:
+            refuse_if(sender not in self.said["join"], "ceremony-incomplete")
+            member = self.said["join"][sender][2]
+        verify_identity(member[2], member[3], message(name("ceremony"), body), signature, "bad-signature")
+        refuse_if(self.bodies.setdefault((kind, sender), body) != body, "equivocation")
+        self.said[kind][sender] = value
+
+    def require(self, kind: str, names: list[str]) -> None:
+        refuse_if(any(sender not in self.said[kind] for sender in names), "ceremony-incomplete")
+
+    def digest_of(self, what: str, before: bytes, kind: str, names: list[str]) -> bytes:
+        self.require(kind, names)
+        return tagged(name("ceremony"), what.encode(), before, *(self.bodies[kind, sender] for sender in names))
+
+    def over(self, kind: str, names: list[str], digest: bytes) -> list[list]:
+        """What these members said in a round, which names what was said before."""
+        found = [self.said[kind][sender] for sender in names if sender in self.said[kind]]
+        refuse_if(any(value[1] != digest for value in found), "wrong-chain")
+        return found
+
+    def group(self, role: str, needed: int) -> dict:
+        """A role's key and its proof of possession, with the digests on the way."""
+        names = [sender for sender, held in self.invited if held == role]
+        counted = (struct.pack(">I", needed), struct.pack(">I", len(names)))
+        made = {"role": role, "names": names}
+        made["id"] = tagged(name("dkg-ceremony"), self.nonce, struct.pack(">Q", self.epoch), role.encode(), *counted)
+        if needed == len(names):
+            for kind in ROUNDS_OF_CEREMONY[1:5]:
+                refuse_if(any(sender in self.said[kind] for sender in names), "bad-field")
+            keys = [key_of(self.said["join"][sender][2][6]) for sender in names]
+            whole, last = total_of(keys), self.roster
+        else:
+            keys, whole, last = self.deal(made, role, needed, names)
+        self.over("confirm", names, last)
+        self.require("confirm", names)
+        parts, context = {}, group_context(self.nonce, self.epoch, role)
+        for index, sender in enumerate(names, 1):
+            _, ceremony, dealer, group_key, part = self.said["confirm"][sender][2]
+            refuse_if((ceremony, dealer, group_key) != (made["id"], index, bytes(whole)), "bad-dealing")
+            try:
+                verify_possession(bytes(keys[index - 1]), group_key, context, self.domain, part)
+            except Refused:
+                raise Refused("bad-dealing") from None
+            parts[index] = part
+        made |= {"key": bytes(whole), "share_keys": [bytes(key) for key in keys], "needed": needed}
+        made["possession"] = combined(needed, parts)
+        verify_possession(made["key"], made["key"], context, self.domain, made["possession"])
+        return made
+
+    def deal(self, made: dict, role: str, needed: int, names: list[str]) -> tuple[list, G1Element, bytes]:
+        """Share keys and key of a role whose key is dealt, and the digest of its deals."""
+        self.over("commit", names, self.roster)
+        made["commitments"] = self.digest_of(f"commitments {role}", self.roster, "commit", names)
+        self.over("deal", names, made["commitments"])
+        made["deals"] = self.digest_of(f"deals {role}", made["commitments"], "deal", names)
+        polynomials = []
+        for index, sender in enumerate(names, 1):
+            (_, _, reveal, sealed), commitment = self.said["deal"][sender], self.said["commit"][sender][2]
+            committed = tagged(name("dkg-commitment"), pack(reveal))
+            refuse_if(commitment != ["dkg-commitment", made["id"], index, committed], "bad-dealing")
+            _, ceremony, dealer, coefficients, point, response = reveal
+            refuse_if((ceremony, dealer, len(coefficients)) != (made["id"], index, needed), "bad-dealing")
+            challenge = tagged(
+                name("dkg-proof-of-knowledge"), made["id"], struct.pack(">I", index), coefficients[0], point
+            )
+            polynomial = [key_of(coefficient) for coefficient in coefficients]
+            left = times(int.from_bytes(response, "big"), G1Element.generator())
+            right = key_of(point) + times(int.from_bytes(challenge, "big"), polynomial[0])
+            refuse_if(left != right or int.from_bytes(response, "big") >= ORDER, "bad-dealing")
+            refuse_if(len(sealed) != len(names), "bad-dealing")
+            polynomials.append(polynomial)
+        made["polynomials"] = polynomials
+        made["answers"] = self.answers(made, names)
+        summed = [total_of([polynomial[power] for polynomial in polynomials]) for power in range(needed)]
+        keys = [value_at(summed, index) for index in range(1, len(names) + 1)]
+        return keys, summed[0], made["deals"]
+
+    def answers(self, made: dict, names: list[str]) -> dict[tuple[int, int], int]:
+        """Values shown in the open, by dealer and recipient: exactly those complained of."""
+        asked: dict[int, list[int]] = {}
+        self.over("complain", names, made["deals"])
+        for index, sender in enumerate(names, 1):
+            dealers = self.said["complain"].get(sender, [0, 0, []])[2]
+            refuse_if(dealers != sorted(set(dealers)) or dealers[-1:] > [len(names)], "bad-field")
+            for dealer in dealers:
+                asked.setdefault(dealer, []).append(index)
+        self.over("answer", names, made["deals"])
+        shown = {}
+        for dealer, sender in enumerate(names, 1):
+            if sender not in self.said["answer"]:
+                continue
+            shares = self.said["answer"][sender][2]
+            refuse_if([share[3] for share in shares] != asked.get(dealer, []), "bad-dealing")
+            for _, ceremony, by, recipient, value in shares:
+                scalar = int.from_bytes(value, "big")
+                fits = times(scalar, G1Element.generator()) == value_at(made["polynomials"][dealer - 1], recipient)
+                refuse_if((ceremony, by) != (made["id"], dealer) or not fits or scalar >= ORDER, "bad-dealing")
+                shown[dealer, recipient] = scalar
+        self.require("answer", [names[dealer - 1] for dealer in asked])
+        return shown
+
+    def genesis(self) -> bytes:
+        _, version, log, nonce, created, scheme, invited, thresholds, parameters, _, _ = self.terms
+        members = [self.said["join"][sender][2] for sender, _ in invited]
+        parts = ("role", "needed", "key", "share_keys", "possession")
+        groups = [[made[part] for part in parts] for made in self.groups]
+        return pack(["genesis", version, log, nonce, created, scheme, members, thresholds, groups, parameters])
+
+
+def value_at(polynomial: list, index: int) -> G1Element:
+    return total_of([times(index**power, coefficient) for power, coefficient in enumerate(polynomial)])
+
+
+def check_ceremony(case: dict) -> None:
+    """A founding ceremony from its messages: every digest on the way, and the genesis it ends in."""
+    invitation = bytes.fromhex(case["invitation"])
+    secrets = {sender: bytes.fromhex(secret) for sender, secret in case["box_secrets"].items()}
+    honest = [bytes.fromhex(encoded) for encoded in case["accepted"][0]["messages"]]
+
+    def judge(trial: dict) -> None:
+        said = [bytes.fromhex(encoded) for encoded in trial["messages"]]
+        held = Founding(invitation, honest[: trial.get("after", 0)] + said, case["domain"])
+        genesis = held.genesis()
+        if "reason" in trial:
+            return
+        check(held.digest.hex(), trial["invitation_digest"], "invitation digest")
+        check(held.roster.hex(), trial["roster"], "roster")
+        check(genesis.hex(), trial["genesis"], "genesis")
+        check(tagged(name("genesis"), genesis).hex(), trial["chain_id"], "chain id")
+        for made, told in zip(held.groups, trial["roles"], strict=True):
+            found = {"role": made["role"], "key_ceremony_id": made["id"].hex()}
+            if "deals" in made:
+                found |= {"commitments": made["commitments"].hex(), "deals": made["deals"].hex()}
+                found["nonces"], found["shares"] = open_boxes(held, made, secrets)
+            found |= {"group_key": made["key"].hex(), "share_keys": [key.hex() for key in made["share_keys"]]}
+            check({**found, "possession": made["possession"].hex()}, told, f"keys of {made['role']}")
+
+    for trial in (*case["accepted"], *case["refused"]):
+        expect(judge, trial)
+
+
+def open_boxes(held: Founding, made: dict, secrets: dict[str, bytes]) -> tuple[list[list[str]], list[str]]:
+    """The nonces of the sealed values by dealer and recipient, and the share that the values of each recipient make."""
+    nonces, shares = [], [0] * len(made["names"])
+    for dealer, sender in enumerate(made["names"], 1):
+        row = []
+        for recipient, receiver in enumerate(made["names"], 1):
+            parts = (b"box", held.roster, sender.encode(), receiver.encode())
+            nonce = tagged(name("ceremony"), *parts)[:24]
+            row.append(nonce.hex())
+            sealed, box_key = held.said["deal"][sender][3][recipient - 1], held.said["join"][sender][3]
+            try:
+                scalar = int.from_bytes(crypto_box_open_easy(sealed, nonce, box_key, secrets[receiver]), "big")
+            except CryptoError:
+                scalar = made["answers"][dealer, recipient]
+            fits = times(scalar, G1Element.generator()) == value_at(made["polynomials"][dealer - 1], recipient)
+            check(fits, True, "a dealt value")
+            shares[recipient - 1] = (shares[recipient - 1] + scalar) % ORDER
+        nonces.append(row)
+    for share, key in zip(shares, made["share_keys"], strict=True):
+        check(bytes(times(share, G1Element.generator())), key, "share key of a share")
+    return nonces, [share.to_bytes(32, "big").hex() for share in shares]
+
+
 CHECKS = {
     "tagged_hash": check_hash,
     "portions": check_portions,
@@ -753,6 +956,7 @@ CHECKS = {
     "certificates": check_certificates,
     "possession": check_possession,
     "evidence": check_evidence,
+    "ceremony": check_ceremony,
 }
 
 

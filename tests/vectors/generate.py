@@ -13,6 +13,7 @@ from pathlib import Path
 
 import agreement
 import contradictions
+import founding
 import msgspec
 
 from consensus import portions as p
@@ -399,6 +400,7 @@ FILES = {
     "certificates": agreement.certificates,
     "possession": agreement.possession,
     "evidence": contradictions.evidence,
+    "ceremony": founding.ceremony,
 }
 
 
