@@ -1,4 +1,4 @@
-"""The golden vectors of what members agree by, held to this code: it accepts what it must, and says why it refuses."""
+"""The golden vectors of what must be refused, held to this code: it accepts what it must, and says why it refuses."""
 
 import json
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from consensus.membership import (
     member_id,
 )
 from consensus.rejection import Rejected
+from consensus.state_map import MapProof, PrefixProof, verify_map_proof, verify_prefix_proof
 from consensus.threshold import (
     GroupKeys,
     check_group_keys,
@@ -156,3 +157,25 @@ def test_founding_ceremonies(shared: dict, case: dict) -> None:
         if "deals" in told:
             assert transcript.commitments(role).hex() == told["commitments"]
             assert transcript.deals(role).hex() == told["deals"]
+
+
+def pairs(entries: list[list[str]]) -> tuple[tuple[bytes, bytes], ...]:
+    return tuple((bytes.fromhex(key), bytes.fromhex(value)) for key, value in entries)
+
+
+@pytest.mark.parametrize("shared", held("state_map"), ids=lambda shared: f"{len(shared['entries'])}-entries")
+def test_proofs_of_keys_and_prefixes_and_of_their_absence(shared: dict) -> None:
+    root, entries = bytes.fromhex(shared["root"]), pairs(shared["entries"])
+
+    def judge(case: dict) -> None:
+        path = tuple((bit, bytes.fromhex(sibling)) for bit, sibling in case["path"])
+        if "prefix" in case:
+            prefix = bytes.fromhex(case["prefix"])
+            found = verify_prefix_proof(root, prefix, PrefixProof(pairs(case["found"]), path))
+            assert found == tuple(entry for entry in entries if entry[0].startswith(prefix))
+            return
+        key, leaf_key, leaf_value = (bytes.fromhex(case[name]) for name in ("key", "leaf_key", "leaf_value"))
+        assert verify_map_proof(root, key, MapProof(leaf_key, leaf_value, path)) == dict(entries).get(key)
+
+    for case in (*shared["proofs"], *shared["prefixes"], *shared["refused"]):
+        assert_as_told(case, lambda case=case: judge(case))

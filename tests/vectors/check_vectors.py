@@ -308,6 +308,10 @@ def check_portions(case: dict) -> None:
         check(tagged(name("portion"), kind, role.encode(), *held).hex(), case[field], f"{field} commitment")
 
 
+PORTIONS = {"policy": "g", "source": "d", "step": "dgo", "custody": "g"}
+"""Whether an event of the kind has a data, a governance and an operation portion."""
+
+
 def check_event(case: dict) -> None:
     encoded = bytes.fromhex(case["entry"])
     entry = unpack(encoded)
@@ -322,9 +326,12 @@ def check_event(case: dict) -> None:
     )
     check(signed.hex(), case["message"], "signed message")
     ((signer, signature),) = entry[-1]
-    check(signer.hex(), case["public_key"], "signer")
+    key = bytes.fromhex(case["public_key"])
+    check(signer, key if case["role"] == "job" else tagged(name("member"), b"\x01", key), "signer")
+    check(entry[4] == signer, case["role"] != "job", "author")
+    check([part != b"" for part in entry[8:11]], [part in PORTIONS[kind] for part in "dgo"], "portions of the kind")
     check(signature.hex(), case["signature"], "signature")
-    VerifyKey(signer).verify(signed, signature)
+    VerifyKey(key).verify(signed, signature)
 
 
 def check_job_key(case: dict) -> None:
@@ -367,7 +374,7 @@ def check_block(case: dict) -> None:
 
 
 def check_tree(case: dict) -> None:
-    check(tree([leaf(f"entry {n}".encode()) for n in range(case["size"])]).hex(), case["root"], "log root")
+    check(tree([leaf(bytes.fromhex(entry)) for entry in case["entries"]]).hex(), case["root"], "log root")
 
 
 def bit_of(key: bytes, bit: int) -> int:
@@ -385,23 +392,61 @@ def state_root(entries: list[tuple[bytes, bytes]]) -> bytes:
     return tagged(name("state-node"), struct.pack(">H", bit), state_root(sides[0]), state_root(sides[1]))
 
 
+def folded(node: bytes, asked: bytes, path: list) -> bytes:
+    """The root that a path from the root down leads to, on the side that the asked key takes."""
+    bits = [bit for bit, _ in path]
+    refuse_if(bits != sorted(set(bits)), "bad-proof")
+    for bit, sibling in reversed(path):
+        other = bytes.fromhex(sibling)
+        pair = (other, node) if bit_of(asked, bit) else (node, other)
+        node = tagged(name("state-node"), struct.pack(">H", bit), *pair)
+    return node
+
+
+def proved_key(root: str, key: bytes, leaf_key: bytes, leaf_value: bytes, path: list) -> bytes | None:
+    """The value of a key, or None where it is proved absent."""
+    if not leaf_key:
+        refuse_if(bool(leaf_value or path) or root != tagged(name("state-empty")).hex(), "bad-proof")
+        return None
+    refuse_if(any(bit_of(key, bit) != bit_of(leaf_key, bit) for bit, _ in path), "bad-proof")
+    refuse_if(folded(tagged(name("state-leaf"), leaf_key, leaf_value), key, path).hex() != root, "bad-proof")
+    return leaf_value if leaf_key == key else None
+
+
+def proved_prefix(root: str, prefix: bytes, found: list[tuple[bytes, bytes]], path: list) -> list[tuple[bytes, bytes]]:
+    """All entries under a prefix; none where the one foreign leaf proves it."""
+    if len(found) == 0 or (len(found) == 1 and not found[0][0].startswith(prefix)):
+        padded = prefix + bytes(33 - len(prefix))
+        refuse_if(proved_key(root, padded, *(found[0] if found else (b"", b"")), path) is not None, "bad-proof")
+        return []
+    keys = [key for key, _ in found]
+    refuse_if(keys != sorted(set(keys)) or not all(key.startswith(prefix) for key in keys), "bad-proof")
+    refuse_if(any(bit >= 8 * len(prefix) for bit, _ in path), "bad-proof")
+    refuse_if(folded(state_root(found), prefix, path).hex() != root, "bad-proof")
+    return found
+
+
+def pairs(entries: list) -> list[tuple[bytes, bytes]]:
+    return [(bytes.fromhex(key), bytes.fromhex(value)) for key, value in entries]
+
+
 def check_state(case: dict) -> None:
-    entries = [(bytes.fromhex(key), bytes.fromhex(value)) for key, value in case["entries"]]
-    check(state_root(entries).hex(), case["root"], "state root")
-    for proof in case["proofs"]:
-        key, leaf_key = bytes.fromhex(proof["key"]), bytes.fromhex(proof["leaf_key"])
-        check(proof["present"], key in dict(entries), "presence")
-        if not leaf_key:
-            check(entries, [], "entries of an empty map")
-            continue
-        check(leaf_key == key, proof["present"], "leaf of the proof")
-        node = tagged(name("state-leaf"), leaf_key, bytes.fromhex(proof["leaf_value"]))
-        for bit, sibling in reversed(proof["path"]):
-            check(bit_of(key, bit), bit_of(leaf_key, bit), "way to the leaf")
-            other = bytes.fromhex(sibling)
-            pair = (other, node) if bit_of(key, bit) else (node, other)
-            node = tagged(name("state-node"), struct.pack(">H", bit), *pair)
-        check(node.hex(), case["root"], "root of the proof")
+    entries, root = pairs(case["entries"]), case["root"]
+    check(state_root(entries).hex(), root, "state root")
+
+    def judge(trial: dict) -> None:
+        if "prefix" in trial:
+            prefix = bytes.fromhex(trial["prefix"])
+            found = proved_prefix(root, prefix, pairs(trial["found"]), trial["path"])
+            check(found, [entry for entry in entries if entry[0].startswith(prefix)], "entries under a prefix")
+            return
+        key, leaf_key, leaf_value = (bytes.fromhex(trial[field]) for field in ("key", "leaf_key", "leaf_value"))
+        value = proved_key(root, key, leaf_key, leaf_value, trial["path"])
+        check(value, dict(entries).get(key), "value of a key")
+        check(trial["present"], value is not None, "presence")
+
+    for trial in (*case["proofs"], *case["prefixes"], *case["refused"]):
+        expect(judge, {"what": "state proof", **trial})
 
 
 def check_sample(case: dict) -> None:

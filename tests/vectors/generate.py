@@ -9,6 +9,8 @@ The files are committed; a test regenerates them under two hash seeds and compar
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import agreement
@@ -27,6 +29,7 @@ from consensus.codec import encode
 from consensus.epochs import EpochLink
 from consensus.event import (
     JOB_SIGNER_ROLE,
+    SHAPES,
     VERSION,
     Entry,
     Kind,
@@ -41,13 +44,13 @@ from consensus.genesis import MemberPlan, generate_genesis
 from consensus.identifiers import ChainId, Role, Tag, View, tagged_hash, tagged_message
 from consensus.job_key import job_key_id
 from consensus.keys import Ed25519SigningKey, SignatureScheme, signer_for
-from consensus.membership import ED25519_LIST, Membership, committee
+from consensus.membership import ED25519_LIST, Membership, committee, member_id
 from consensus.membership_change import MembershipChange, membership_digest
 from consensus.merkle import leaf_hash, root_of
 from consensus.reserve import bound_of, lot
 from consensus.sampler import presented_examples, presented_indexes
 from consensus.state import EPOCH_HEAD_KEY
-from consensus.state_map import StateMap
+from consensus.state_map import MapProof, PrefixProof, StateMap, verify_map_proof, verify_prefix_proof
 from consensus.transition import build, genesis_state
 from consensus.vote import Vote, VoteKind, vote_message
 
@@ -120,12 +123,16 @@ def events() -> list[Case]:
         (Kind.STEP, JOB_SIGNER_ROLE),
         (Kind.CUSTODY, "verifier"),
     ):
-        key = Ed25519SigningKey(octets("seed", kind.value))
-        campaign = octets("campaign") if kind in (Kind.STEP, Kind.CUSTODY) else bytes(32)
-        entry = Entry(
-            VERSION, octets("chain"), kind, octets("author"), campaign, 7, 300, octets("data"), b"", octets("op"), ()
-        )
-        signed = sign_entry(entry, key.public_key, role, key)
+        key, shape = Ed25519SigningKey(octets("seed", kind.value)), SHAPES[kind]
+        member = member_id(key.scheme, key.public_key)
+        author, signer = (octets("author"), key.public_key) if role == JOB_SIGNER_ROLE else (member, member)
+        committed = [
+            octets(part) if held else b""
+            for part, held in (("data", shape.data), ("gov", shape.governance), ("op", shape.operation))
+        ]
+        place = (octets("campaign"), 7, 300) if shape.in_campaign else (bytes(32), 0, 0)
+        entry = Entry(VERSION, octets("chain"), kind, author, *place, *committed, ())
+        signed = sign_entry(entry, signer, role, key)
         cases.append(
             {
                 "entry": encode(signed).hex(),
@@ -212,15 +219,17 @@ def blocks() -> list[Case]:
 
 
 def trees() -> list[Case]:
-    """RFC 9162 roots over the leaf entries ``entry 0`` to ``entry n - 1``."""
+    """RFC 9162 roots over log entries."""
+    sizes = (0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 64, 100)
+    listed = [[f"entry {number}".encode() for number in range(size)] for size in sizes]
     return [
-        {"size": size, "root": root_of([leaf_hash(f"entry {n}".encode()) for n in range(size)]).hex()}
-        for size in (0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 64, 100)
+        {"entries": [entry.hex() for entry in entries], "root": root_of([leaf_hash(entry) for entry in entries]).hex()}
+        for entries in listed
     ]
 
 
 def states() -> list[Case]:
-    """State maps: entries, root, and a proof of each of three keys, one of them absent."""
+    """State maps: entries, root, proofs of keys and prefixes, one of each absent, and proofs that must be refused."""
     cases: list[Case] = []
     for count in (0, 1, 2, 9, 40):
         entries = {bytes([1 + n % 3]) + octets("key", n): f"value {n}".encode() for n in range(count)}
@@ -237,14 +246,63 @@ def states() -> list[Case]:
                     "path": [[bit, sibling.hex()] for bit, sibling in proof.path],
                 }
             )
+        prefixes = [b"", b"\x01", b"\x02" + octets("key", 1)[:1], b"\x07"]
         cases.append(
             {
+                "refused": [_refused_proof(state, *bad) for bad in _bad_proofs(state)] if count == 40 else [],
                 "entries": [[key.hex(), value.hex()] for key, value in sorted(entries.items())],
                 "root": state.root.hex(),
+                "prefixes": [_prefix_proof(prefix, state.prove_prefix(prefix)) for prefix in prefixes],
                 "proofs": proofs,
             }
         )
     return cases
+
+
+def _prefix_proof(prefix: bytes, proof: PrefixProof) -> Case:
+    return {
+        "prefix": prefix.hex(),
+        "found": [[key.hex(), value.hex()] for key, value in proof.entries],
+        "path": [[bit, sibling.hex()] for bit, sibling in proof.path],
+    }
+
+
+def _bad_proofs(state: StateMap) -> Iterator[tuple[str, bytes, MapProof | PrefixProof]]:
+    """What a proof says, of a key or of a prefix, and why it must be refused."""
+    (key, value), (other, other_value) = list(state.items())[:2]
+    proof, elsewhere = state.prove(key), state.prove(other)
+    turned = ((proof.path[0][0], octets("sibling")), *proof.path[1:])
+    change = msgspec.structs.replace
+    yield "another value", key, change(proof, leaf_value=other_value)
+    yield "another sibling", key, change(proof, path=turned)
+    yield "a branch left out", key, change(proof, path=proof.path[1:])
+    yield "branches in another order", key, change(proof, path=proof.path[::-1])
+    yield "the leaf of another key, said to be absent", other, change(proof, leaf_key=key, leaf_value=value)
+    yield "the proof of the empty map", key, MapProof(b"", b"", ())
+    yield (
+        "an absent key said to be present",
+        b"\x02" + octets("absent"),
+        change(state.prove(b"\x02" + octets("absent")), leaf_key=b"\x02" + octets("absent")),
+    )
+    prefix = b"\x01"
+    whole = state.prove_prefix(prefix)
+    yield "an entry under the prefix left out", prefix, change(whole, entries=whole.entries[:-1])
+    yield "entries in another order", prefix, change(whole, entries=whole.entries[::-1])
+    yield "an entry twice", prefix, change(whole, entries=(whole.entries[0], *whole.entries))
+    yield "an entry of another prefix", prefix, change(whole, entries=(*whole.entries, (b"\x02" + bytes(32), b"value")))
+    yield "no entry where there are some", prefix, change(whole, entries=())
+    yield "one of its entries as a foreign leaf", b"\x01\x00", PrefixProof(((other, other_value),), elsewhere.path)
+    yield "a branch inside what it proves", prefix, PrefixProof(((key, value),), proof.path)
+
+
+def _refused_proof(state: StateMap, what: str, asked: bytes, proof: MapProof | PrefixProof) -> Case:
+    path = [[bit, sibling.hex()] for bit, sibling in proof.path]
+    if isinstance(proof, PrefixProof):
+        judged = partial(verify_prefix_proof, state.root, asked, proof)
+        return agreement.refusal(what, judged, **_prefix_proof(asked, proof))
+    judged_key = partial(verify_map_proof, state.root, asked, proof)
+    leaf = {"leaf_key": proof.leaf_key.hex(), "leaf_value": proof.leaf_value.hex()}
+    return agreement.refusal(what, judged_key, key=asked.hex(), **leaf, path=path)
 
 
 def samples() -> list[Case]:
