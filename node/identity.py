@@ -8,6 +8,7 @@ of who joins, which has nothing else. Which of them counts is decided by the mem
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from node.verify import read_pin
 
 log = logging.getLogger("countersign")
 
+_LATER_KEYSTORE = re.compile(r"(.+)\.epoch-([1-9][0-9]{0,8})((?:\.[^.]+)?)")
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -36,6 +39,15 @@ class Identity:
 def epoch_keystore(base: Path, epoch: int) -> Path:
     """Where a member's secrets from an epoch on are looked for, beside its first keystore."""
     return base.with_name(f"{base.stem}.epoch-{epoch}{base.suffix}")
+
+
+def first_keystore(path: Path) -> tuple[Path, int] | None:
+    """The inverse of ``epoch_keystore``: beside which first keystore a node looks for ``path``, and in which epoch.
+
+    None where no node looks for a file of that name in a later epoch.
+    """
+    named = _LATER_KEYSTORE.fullmatch(path.name)
+    return None if named is None else (path.with_name(named[1] + named[3]), int(named[2]))
 
 
 def later_keystores(base: Path) -> dict[int, Path]:
@@ -85,10 +97,9 @@ def identity_in(config: NodeConfig, members: Committee, first: Identity) -> Iden
     signer = signer_for(SignatureScheme(member.scheme), secrets.identity_seed)
     transport_key = Ed25519SigningKey(secrets.transport_seed).public_key
     if (signer.public_key, transport_key) != (member.identity_key, member.transport_key):
-        return (
-            f"expected the keys {member.name} has in epoch {members.epoch} in {epoch_keystore(base, members.epoch)}, "
-            "found none that are"
-        )
+        expected = epoch_keystore(base, members.epoch)
+        found = "found others" if expected.exists() else "which is missing: put it there and start the node again"
+        return f"expected the keys {member.name} has in epoch {members.epoch} in {expected}, {found}"
     return Identity(member, signer, secrets)
 
 

@@ -242,4 +242,8 @@ def open_voter(identity: Identity, ledger: Ledger, keystore: Path, data_director
 def _without_share(keystore: Path, epoch: int, found: str) -> str:
     if epoch == GENESIS_EPOCH and not later_keystores(keystore):
         raise ConfigError(f"{keystore}: {found}")
-    return f"{epoch_keystore(keystore, epoch)}: {found}; put it there and start the node again"
+    expected = epoch_keystore(keystore, epoch)
+    if epoch != GENESIS_EPOCH and not expected.exists():
+        # What was found wrong is in an older keystore, which need not have it.
+        found = f"missing; with the secrets in it this member votes in epoch {epoch}"
+    return f"{expected}: {found}; put it there and start the node again"

@@ -6,7 +6,6 @@ from pathlib import Path
 import click
 
 from consensus.ceremony import Invitation, Invited, Join, Transcript
-from consensus.genesis import genesis_to_json
 from consensus.identifiers import VOTING_ROLES, Role
 from consensus.keys import SignatureScheme
 from consensus.membership import (
@@ -30,8 +29,8 @@ from node.ceremony import (
     join,
     read_folder,
     result_file,
+    result_of,
     write_invitation,
-    write_result,
 )
 from node.clock import SystemClock
 from node.commands.fields import hex_argument
@@ -44,6 +43,7 @@ from node.commands.network import (
     threshold_option,
 )
 from node.commands.output import print_json, print_table
+from node.identity import epoch_keystore, first_keystore
 from node.keystore import MODERATE_COST, Keystore, read_passphrase
 from node.provision import MemberRequest, check_roles
 
@@ -194,6 +194,8 @@ def ceremony_join(
     keep = None if kept_path is None else Keystore.open(kept_path, passphrase).secrets
     written = join(folder, name, invitation, keystore_path, passphrase, scheme, MODERATE_COST, keep)
     click.echo(f"wrote {written}: send it to the other members")
+    if kept_path is not None:
+        _warn_of_name(keystore_path, kept_path, read_folder(folder).invitation.epoch)
     _print_awaited(read_folder(folder).transcript())
 
 
@@ -262,6 +264,7 @@ def ceremony_finish(folder: Path, keystore_path: Path, passphrase_file: Path | N
             f"members of epoch {made.epoch}: {file}\n\nA quorum of every role now signs it with countersign membership "
             f"sign; {name} keeps {keystore_path} beside its first keystore."
         )
+        _say_who_finds(keystore_path, made.epoch)
         return
     _print_genesis(folder, made)
     click.echo(
@@ -272,31 +275,85 @@ def ceremony_finish(folder: Path, keystore_path: Path, passphrase_file: Path | N
 
 @ceremony.command("verify")
 @_FOLDER
-@click.option("--chain-id", metavar="HEX", callback=hex_argument, help="Refuse any other chain.")
+@click.option("--chain-id", metavar="HEX", callback=hex_argument, help="At the founding: refuse any other chain.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def ceremony_verify(folder: Path, chain_id: str | None, as_json: bool) -> None:
     """Check a whole ceremony again, from its files alone, and that genesis.json is what it ends in.
 
-    For anybody who was not there. Exit code 0 when it is so, 1 when it is not.
+    Of a later epoch: that epoch-N.membership is. For anybody who was not there. Nothing is written. Exit code 0 when it
+    is so, or that file is not there, which is said; 1 when it is not.
 
     \b
-    Example:
+    Examples:
       countersign ceremony verify founding --chain-id CHAIN_ID
+      countersign ceremony verify second
     """
-    genesis = read_folder(folder).transcript().genesis()
-    if chain_id is not None and genesis.chain_id.hex() != chain_id:
-        raise Rejected(Reason.WRONG_CHAIN, f"this ceremony ends in chain {genesis.chain_id.hex()}, not {chain_id}")
-    file, encoded = folder / GENESIS_FILE, genesis_to_json(genesis)
-    if file.exists():
-        if not holds(file, encoded):
-            raise Rejected(Reason.WRONG_CHAIN, f"{file} is not the genesis this ceremony ends in")
-    else:
-        write_result(folder, genesis)
+    transcript = read_folder(folder).transcript()
+    if chain_id is not None and transcript.invitation.epoch != GENESIS_EPOCH:
+        raise click.UsageError(
+            f"--chain-id: expected a founding ceremony, found one of epoch {transcript.invitation.epoch}, "
+            "whose members are of whatever chain signs them"
+        )
+    made = result_of(transcript)
+    if isinstance(made, Genesis) and chain_id is not None and made.chain_id.hex() != chain_id:
+        raise Rejected(Reason.WRONG_CHAIN, f"this ceremony ends in chain {made.chain_id.hex()}, not {chain_id}")
+    file, encoded = result_file(folder, made)
+    there = file.exists()
+    if there and not holds(file, encoded):
+        wrong, what = (Reason.WRONG_CHAIN, "genesis") if isinstance(made, Genesis) else (Reason.BAD_FIELD, "membership")
+        raise Rejected(wrong, f"{file} is not the {what} this ceremony ends in")
     if as_json:
-        print_json({"chain_id": genesis.chain_id.hex(), "genesis": str(file), "members": len(genesis.members)})
+        named = str(file) if there else None
+        if isinstance(made, Genesis):
+            print_json({"chain_id": made.chain_id.hex(), "genesis": named, "members": len(made.members)})
+        else:
+            print_json({"epoch": made.epoch, "membership": named, "members": len(made.members)})
         return
-    _print_genesis(folder, genesis)
-    click.echo(f"\nchecked: every message of {len(genesis.members)} members, and that {file} is what they end in")
+    if isinstance(made, Genesis):
+        _print_genesis(folder, made)
+    else:
+        needed = {entry.role: str(entry.threshold) for entry in made.thresholds}
+        click.echo(f"epoch  {made.epoch}\n")
+        rows = [
+            (member.name, member.role.value, needed.get(member.role, "none: it does not vote"), member.id.hex())
+            for member in made.members
+        ]
+        print_table(("member", "role", "needed of its role", "id"), rows)
+    ends = (
+        f"and that {file} is what they end in" if there else f"{file} is missing: countersign ceremony finish writes it"
+    )
+    click.echo(f"\nchecked: every message of {len(made.members)} members{',' if there else ';'} {ends}")
+
+
+def _warn_of_name(keystore: Path, kept: Path, epoch: int) -> None:
+    """A keystore that its node does not find is a member that does not vote, known only once the change is final."""
+    later = first_keystore(kept)
+    expected = epoch_keystore(kept if later is None else later[0], epoch)
+    if expected.absolute() != keystore.absolute():
+        click.echo(
+            f"warning: the node that has {kept} looks for {expected} in epoch {epoch}: {keystore} must be there "
+            "by then, under that name",
+            err=True,
+        )
+
+
+def _say_who_finds(keystore: Path, epoch: int) -> None:
+    found = first_keystore(keystore)
+    if found is None or found[1] != epoch:
+        click.echo(
+            f"warning: no node looks for {keystore}: beside library.keystore it looks for "
+            f"{epoch_keystore(Path('library.keystore'), epoch)}, in epoch {epoch}; rename it so",
+            err=True,
+        )
+        return
+    first = found[0]
+    click.echo(f"A node finds it whose node.keystore is {first}, and no other.")
+    if not first.exists():
+        click.echo(
+            f"warning: there is no {first}: so it is with a member that joins; the keystore of one that stays is "
+            "there under another name, which decides the name of this one",
+            err=True,
+        )
 
 
 def _print_awaited(transcript: Transcript) -> None:

@@ -24,6 +24,11 @@ from node.commands.output import print_json, print_table
 from node.commands.submission import deliver
 from node.provision import MemberRequest, check_roles
 
+_KEYSTORE_RULE = (
+    "STEM.SUFFIX is what\nnode.keystore of its node.toml names, and goes on naming: beside library.keystore its node "
+    "looks for\nlibrary.epoch-{}.keystore, and for no other file."
+)
+
 _CONFIG = click.option(
     "--config", "config_path", type=click.Path(path_type=Path), required=True, help="The member's configuration file."
 )
@@ -106,7 +111,7 @@ def membership_invite(
         default = before.threshold(role) if same else default_threshold(len(now))
         kept.append(RoleThreshold(role, thresholds.get(role, default)))
     _invite(folder, own.genesis, before.epoch + 1, invited, tuple(kept), None)
-    click.echo("and with --keep KEYSTORE.json if it stays who it is.")
+    click.echo(f"and with --keep STEM.SUFFIX if it stays who it is. {_KEYSTORE_RULE.format(before.epoch + 1)}")
 
 
 @membership.command("refresh")
@@ -129,7 +134,9 @@ def membership_refresh(folder: Path, config_path: Path) -> None:
     thresholds = tuple(RoleThreshold(role, before.threshold(role)) for role in VOTING_ROLES)
     now = Membership(before.epoch, before.members, thresholds, before.groups)
     _invite(folder, own.genesis, before.epoch + 1, invited, thresholds, now)
-    click.echo("and with --keep and the keystore whose share it votes with now.")
+    click.echo(
+        f"and with --keep and the keystore whose share it votes with now. {_KEYSTORE_RULE.format(before.epoch + 1)}"
+    )
 
 
 def _invite(
@@ -155,7 +162,7 @@ def _invite(
     write_invitation(folder, invitation)
     click.echo(f"epoch   {invitation.epoch}\ndigest  {invitation.digest.hex()}\n")
     print_table(("member", "role"), [(one.name, one.role.value) for one in invited])
-    later = f"KEYSTORE.epoch-{invitation.epoch}.json"
+    later = f"STEM.epoch-{invitation.epoch}.SUFFIX"
     click.echo(
         f"\nSend {folder} to every member, and read them the digest by another channel. Each then joins with\n"
         f"  countersign ceremony join {folder} --as NAME --invitation {invitation.digest.hex()} --keystore {later}"

@@ -1,5 +1,6 @@
 """The founding ceremony as its users hold it: commands, folders of their own, and a postman between them."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -372,3 +373,78 @@ def test_key_share_is_never_printed_or_left_in_the_folder(partners: Partners) ->
         secrets = partners.keystore(name).secrets
         for secret in (secrets.identity_seed, secrets.transport_seed, secrets.log_seed, secrets.bls_share):
             assert secret is None or secret not in everything
+
+
+def second_epoch(partners: Partners) -> Path:
+    """The folder of a ceremony of epoch 1 that nobody has joined yet, without roles whose keys are dealt."""
+    folder = partners.root / "second"
+    first = folders.read_folder(partners.folder("council")).invitation
+    folders.write_invitation(folder, msgspec.structs.replace(first, epoch=1))
+    return folder
+
+
+def finish_second(partners: Partners, folder: Path, keystores: dict[str, Path]) -> dict[str, str]:
+    """Hold it, each with the identity it has; what joining and finishing said, by member."""
+    digest = folders.read_folder(folder).invitation.digest.hex()
+    said = {}
+    for name, keystore in keystores.items():
+        _, kept, *passphrase = partners.secrets(name)
+        options = ("--invitation", digest, "--keystore", keystore, "--keep", kept, *passphrase)
+        said[name] = run("ceremony", "join", folder, "--as", name, *options).output
+    for name, keystore in keystores.items():
+        run("ceremony", "contribute", folder, "--keystore", keystore, *partners.secrets(name)[2:])
+    for name, keystore in keystores.items():
+        said[name] += run("ceremony", "finish", folder, "--keystore", keystore, *partners.secrets(name)[2:]).output
+    return said
+
+
+def test_a_later_epochs_keystore_that_its_node_will_not_find_is_told(tmp_path: Path) -> None:
+    partners = Partners(tmp_path, SMALL)
+    partners.join()
+    partners.contribute()
+    partners.finish()
+    folder = second_epoch(partners)
+    names = {"library": "keystore.epoch-1.json", "press": "keystore.epoch-1.keystore", "council": "next.json",
+             "laboratory": "keystore.epoch-2.json"}  # fmt: skip
+    said = finish_second(partners, folder, {name: tmp_path / name / file for name, file in names.items()})
+    assert "warning" not in said["library"]
+    assert f"node.keystore is {tmp_path}/library/keystore.json, and no other" in said["library"]
+    for name in ("press", "council", "laboratory"):
+        own = tmp_path / name
+        assert f"{own}/keystore.json looks for {own}/keystore.epoch-1.json in epoch 1" in said[name]
+    assert f"there is no {tmp_path}/press/keystore.keystore" in said["press"]
+    for name in ("council", "laboratory"):
+        assert f"no node looks for {tmp_path / name / names[name]}" in said[name]
+        assert "library.epoch-1.keystore" in said[name]
+
+
+def test_verify_checks_a_ceremony_of_a_later_epoch(tmp_path: Path) -> None:
+    partners = Partners(tmp_path, SMALL)
+    partners.join()
+    partners.contribute()
+    chain = partners.finish()
+    folder = second_epoch(partners)
+    assert "ceremony-incomplete" in run("ceremony", "verify", folder, code=1).output
+    finish_second(partners, folder, {name: tmp_path / name / "keystore.epoch-1.json" for name in SMALL})
+    made = folder / "epoch-1.membership"
+    said = run("ceremony", "verify", folder).output
+    assert said.startswith("epoch  1\n")
+    assert f"checked: every message of 4 members, and that {made} is what they end in" in said
+    document = json.loads(run("ceremony", "verify", folder, "--json").output)
+    assert document == {"epoch": 1, "membership": str(made), "members": 4}
+    assert "expected a founding ceremony" in run("ceremony", "verify", folder, "--chain-id", chain, code=2).output
+    made.write_bytes(made.read_bytes() + b"\0")
+    assert f"{made} is not the membership this ceremony ends in" in run("ceremony", "verify", folder, code=1).output
+
+
+def test_verify_writes_nothing_and_says_what_is_missing(tmp_path: Path) -> None:
+    partners = Partners(tmp_path, SMALL)
+    partners.join()
+    partners.contribute()
+    chain = partners.finish()
+    folder = partners.folder("press")
+    (folder / "genesis.json").unlink()
+    said = run("ceremony", "verify", folder, "--chain-id", chain).output
+    assert f"checked: every message of 4 members; {folder}/genesis.json is missing" in said
+    assert json.loads(run("ceremony", "verify", folder, "--json").output)["genesis"] is None
+    assert not (folder / "genesis.json").exists()

@@ -87,8 +87,10 @@ def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
         assert consortium.post("library", source(consortium, "library", 1), 30).json()["status"] == "final"
 
         folder, config = tmp_path / "second", {name: members[name].config for name in (*NOW, "archive")}
-        run("membership", "invite", folder, "--config", config["library"], "--add", "archive:data-source",
-            "--remove", "press")  # fmt: skip
+        told = run("membership", "invite", folder, "--config", config["library"], "--add", "archive:data-source",
+                   "--remove", "press")  # fmt: skip
+        assert "--keystore STEM.epoch-1.SUFFIX\nand with --keep STEM.SUFFIX if it stays who it is" in told
+        assert "beside library.keystore its node looks for\nlibrary.epoch-1.keystore" in told
         invited = read_folder(folder).invitation.digest.hex()
         secrets = next_secrets(consortium, NEXT)
         for name in NEXT:
