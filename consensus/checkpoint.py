@@ -267,6 +267,10 @@ def split_verifier_key(encoded: str) -> tuple[str, bytes]:
     Raises:
         Rejected: ``BAD_CHECKPOINT`` when it is malformed or its id is wrong.
     """
+    if encoded.count("+") < 2:
+        raise _rejected(
+            f"a verifier key {encoded[:80]!a}, expected NAME+ID+KEY: an ID of 8 hexadecimal digits, and KEY in base64"
+        )
     name, _, rest = encoded.partition("+")
     stated_id, _, typed_key_text = rest.partition("+")
     typed_key = _strict_base64(typed_key_text)

@@ -13,7 +13,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -274,6 +274,8 @@ def _readable(message: str, table: dict[str, object]) -> str:
     missing = _MISSING.fullmatch(text)
     if missing is not None:
         return f"{'.'.join(filter(None, (key, missing[1])))}: required, found none"
+    if text.startswith("Invalid enum value"):
+        text = f"expected one of {', '.join(_permitted(key))}"
     if "found" not in text and not key.startswith("api.tokens"):
         found: object = table
         for part in key.split("."):
@@ -283,6 +285,14 @@ def _readable(message: str, table: dict[str, object]) -> str:
     for pattern, wording in _WORDED.items():
         text = text.replace(f"`str` matching regex {pattern!r}", wording)
     return f"{key or 'file'}: {text[:1].lower()}{text[1:].replace('`', '')}"
+
+
+def _permitted(key: str) -> tuple[str, ...]:
+    """The values of a key that has a few of them."""
+    kind: object = NodeConfig
+    for part in key.split("."):
+        kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == part)  # type: ignore[arg-type]
+    return get_args(kind)
 
 
 def _check_together(path: Path, config: NodeConfig) -> None:

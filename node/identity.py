@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from consensus.cosignature import parse_witness_key
 from consensus.epochs import Pin
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import Role
@@ -147,6 +148,11 @@ def load_pin(config: NodeConfig, genesis: Genesis) -> Pin | None:
     node = config.node
     if node.checkpoint is None:
         return None
+    for number, witness in enumerate(node.witnesses, start=1):
+        try:
+            parse_witness_key(witness)
+        except Rejected as error:
+            raise ConfigError(f"node.witnesses: key {number}: {error.detail}") from error
     try:
         return read_pin(node.checkpoint, genesis.name, node.witnesses, node.witnesses_needed)[0]
     except Rejected as error:

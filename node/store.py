@@ -67,6 +67,13 @@ REPAIRING_DIRECTORY = "repairing"
 """Where ``repair.py`` makes the database that replaces a damaged one."""
 _REPAIR = "run 'countersign log repair'"
 _CHECK = "run 'countersign log fsck', then 'countersign log repair'"
+_UNWRITABLE = {
+    "No space left on device": "free space there and start again",
+    "Disk quota exceeded": "free space there and start again",
+    "Read-only file system": "make it writable and start again",
+    "Permission denied": "make it writable and start again",
+}
+"""What an operating system says of a disk that did not take a write, in RocksDB's words: nothing is damaged by it."""
 
 
 class Store:
@@ -128,7 +135,7 @@ class Store:
             try:
                 database = open_database(path / "rocksdb", create, access)
             except InvariantBroken as error:
-                raise InvariantBroken(f"{error}: {_CHECK}") from error
+                raise InvariantBroken(f"{error}: {_advice(str(error), _CHECK)}") from error
             store = cls(path, lock, database)
             store._identify(chain_id, create)
             store._load_head()
@@ -401,6 +408,10 @@ class Store:
 
     def _load_head(self) -> None:
         """Read the head; it, the newest header and the newest entry belong together."""
+
+        def damaged(found: str) -> InvariantBroken:
+            return InvariantBroken(f"{self._directory}: {found}: {_CHECK}")
+
         encoded = self._get("meta", HEAD_KEY)
         self._head = head = None if encoded is None else Head.decode(encoded)
         history = self._get("meta", HISTORY_KEY)
@@ -408,14 +419,14 @@ class Store:
         height = -1 if head is None else head.height
         size = 0 if head is None else head.log_size
         if height >= 0 and self.header(height) is None:
-            raise InvariantBroken(f"{self._directory}: head is {height}, its header is missing")
+            raise damaged(f"head is {height}, its header is missing")
         if self.header(height + 1) is not None:
-            raise InvariantBroken(f"{self._directory}: head is {height}, found header {height + 1}")
+            raise damaged(f"head is {height}, found header {height + 1}")
         filled = self._history is None or size > self._history.base_size
         if size > 0 and filled and self.entry(size - 1) is None:
-            raise InvariantBroken(f"{self._directory}: log size is {size}, its last entry is missing")
+            raise damaged(f"log size is {size}, its last entry is missing")
         if self.entry(size) is not None:
-            raise InvariantBroken(f"{self._directory}: log size is {size}, found entry {size}")
+            raise damaged(f"log size is {size}, found entry {size}")
 
     def _check_writable(self) -> None:
         if self._failure is not None:
@@ -467,11 +478,15 @@ class Store:
             raise error
         if poisons:
             self._failure = f"{what}: {error}"
-        hint = f": {_CHECK}" if "Corruption" in str(error) else ""
-        raise InvariantBroken(f"{self._directory}: {what} failed: {error}{hint}") from error
+        advice = _advice(str(error), _CHECK if "Corruption" in str(error) else "")
+        raise InvariantBroken(f"{self._directory}: {what} failed: {error}{advice and ': '}{advice}") from error
 
 
 __all__ = ["BlockWrite", "EntryWrite", "Head", "Store"]
+
+
+def _advice(error: str, otherwise: str) -> str:
+    return next((advice for said, advice in _UNWRITABLE.items() if said in error), otherwise)
 
 
 def _check_order(head: Head | None, block: BlockWrite) -> None:

@@ -8,10 +8,12 @@ Whatever a file holds, it is read once, in bounded memory where it may be large,
 file: a pipe or a device has no end. Weights are read by the strict reader of ``node/weights.py``.
 
 Exit codes: 0 yes; 1 no, or refused (a bundle that is malformed, altered, incomplete or another chain's, a
-file that cannot be read); 2 unknown, because something the answer needs is not disclosed or not given.
+file that cannot be read); 2 unknown, because something the answer needs is not disclosed or not given, or because the
+question was wrongly typed: digits or a key that are none, a file that is not there.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import DIGEST_BYTES, ChainId
 from consensus.predicates import Answer, Predicate, ReleasedFile, Verdict, predicate_named, verify
 from consensus.rejection import Reason, Rejected
+from node.commands.fields import hex_argument
 from node.commands.output import printable
 from node.files import open_regular
 from node.weights import read_weights
@@ -37,11 +40,26 @@ LATEST_PRINTABLE_MS = 253_402_300_799_999
 """The end of the year 9999, the last that a calendar date is printed for."""
 
 
+def _digest_typed(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    return value and str(hex_argument(context, parameter, value))
+
+
+def _witness_keys(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    for witness in value:
+        try:
+            parse_witness_key(witness)
+        except Rejected as error:
+            raise click.BadParameter(error.detail, context, parameter) from error
+    return value
+
+
 @click.command("verify")
 @click.argument("predicate", metavar="PREDICATE")
 @click.option("--bundle", "bundle_path", required=True, type=click.Path(path_type=Path), help="The bundle file.")
 @click.option("--genesis", "genesis_path", required=True, type=click.Path(path_type=Path), help="genesis.json.")
-@click.option("--chain-id", "chain_id", required=True, help="The pinned chain id, 64 hex digits: what you trust.")
+@click.option(
+    "--chain-id", required=True, callback=hex_argument, help="The pinned chain id, 64 hex digits: what you trust."
+)
 @click.option(
     "--weights",
     "weights",
@@ -49,10 +67,15 @@ LATEST_PRINTABLE_MS = 253_402_300_799_999
     type=click.Path(path_type=Path),
     help="For delta-exact: a .safetensors file; default ../release/*.safetensors beside the bundle's folder.",
 )
-@click.option("--campaign", default="", help="Refuse a bundle about another campaign (hex).")
-@click.option("--source", default="", help="Refuse a bundle about another source (hex).")
-@click.option("--event", default="", help="Refuse a bundle about another event (hex).")
-@click.option("--earlier", default="", help="For consistent: refuse another earlier ledger block (digest, hex).")
+@click.option("--campaign", default="", callback=_digest_typed, help="Refuse a bundle about another campaign (hex).")
+@click.option("--source", default="", callback=_digest_typed, help="Refuse a bundle about another source (hex).")
+@click.option("--event", default="", callback=_digest_typed, help="Refuse a bundle about another event (hex).")
+@click.option(
+    "--earlier",
+    default="",
+    callback=_digest_typed,
+    help="For consistent: refuse another earlier ledger block (digest, hex).",
+)
 @click.option(
     "--checkpoint",
     "checkpoint_path",
@@ -64,6 +87,7 @@ LATEST_PRINTABLE_MS = 253_402_300_799_999
     "witnesses",
     multiple=True,
     metavar="KEY",
+    callback=_witness_keys,
     help="Verifier key (C2SP) of a witness you trust, of any type: one of them must have signed the checkpoint.",
 )
 @click.option(
@@ -102,6 +126,16 @@ def verify_command(
       countersign verify delta-exact --bundle bundles/delta-exact.bundle --genesis genesis.json \\
         --chain-id 9691603b15437d1ae2fe384ba7552431dba59652775d8cb79e37e37c313cd1d6
     """
+    for option, paths in (
+        ("--bundle", (bundle_path,)),
+        ("--genesis", (genesis_path,)),
+        ("--weights", weights),
+        ("--checkpoint", () if checkpoint_path is None else (checkpoint_path,)),
+    ):
+        for path in paths:
+            # Of one that is there and cannot be read the bundle is refused.
+            if not os.path.lexists(path):
+                raise click.UsageError(f"{option} {path}: no such file", context)
     subjects = {"campaign": campaign, "source": source, "event": event, "earlier": earlier}
     try:
         checked = check_files(

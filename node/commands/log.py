@@ -11,6 +11,7 @@ from consensus.checkpoint import encode_verifier_key, note_text, parse_checkpoin
 from consensus.epochs import Anchor, Pin, anchor
 from consensus.event import Kind, check_event, pack_parts
 from consensus.membership import Genesis
+from consensus.predicates import SUBJECTS, Predicate, predicate_named
 from consensus.receipt import verify_receipt
 from consensus.rejection import Reason, Rejected
 from node.client import PAGE_EVENTS, EventRow, NodeClient
@@ -214,6 +215,9 @@ def log_prove(
         raise click.UsageError("give either EVENT_ID or --predicate")
     if event_id is not None and checkpoint_path is not None:
         raise click.UsageError("a receipt is held against no checkpoint: use --predicate included --event EVENT_ID")
+    if predicate is not None:
+        about = {"campaign": campaign, "source": source, "event": about_event, "earlier": earlier}
+        _check_subjects(predicate_named(predicate), {name for name, value in about.items() if value is not None})
     check_output(out)
     config = load_config(config_path)
     trusted = anchor(load_genesis(config), config.node.pinned_chain)
@@ -239,6 +243,13 @@ def log_prove(
     for name, value in said.items():
         click.echo(f"{name.replace('_', ' '):14} {value}")
     click.echo(f"{'kept in':14} {out} ({len(proof)} bytes)")
+
+
+def _check_subjects(predicate: Predicate, given: set[str]) -> None:
+    needed = {*SUBJECTS[predicate], *(("earlier",) if predicate is Predicate.CONSISTENT else ())}
+    if given != needed:
+        expected, found = (" and ".join(f"--{name}" for name in sorted(names)) or "none" for names in (needed, given))
+        raise click.UsageError(f"--predicate {predicate.value}: expected {expected} beside it, found {found}")
 
 
 def _log_keys(config_path: Path, config: NodeConfig, genesis: Genesis) -> dict[str, bytes]:

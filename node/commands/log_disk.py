@@ -31,8 +31,8 @@ _CONFIG = click.option(
 def log_fsck(config_path: Path, as_json: bool) -> None:
     """Recompute everything a stopped node has on disk, and name what is damaged.
 
-    Every header, certificate, event, tree node and state value, from genesis on. Nothing is changed. Exit code 0
-    when all is as it should be, 1 when something is not.
+    Every header, certificate, event, tree node and state value, from genesis on. Nothing is changed but the
+    file lock. Exit code 0 when all is as it should be, 1 when something is not.
 
     \b
     Example:

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 import msgspec
 
-from consensus.codec import encode
+from consensus.codec import decode, encode
 from consensus.event import CheckedEvent, Kind, check_event, make_entry
 from consensus.identifiers import MemberId, Role
 from consensus.membership import Member
 from consensus.policy import AUTHOR_SCHEMES, check_policy
-from consensus.portions import BandRule, BlockWeight, ClassRule, Policy, Portions, SaltedPortion
-from consensus.rejection import ConfigError
+from consensus.portions import MAX_PORTIONS_BYTES, BandRule, BlockWeight, ClassRule, Policy, Portions, SaltedPortion
+from consensus.rejection import ConfigError, Rejected
 from node.commands.connection import connect, node_options
 from node.commands.member import LocalMember, load_member, read_event, signed_by
 from node.commands.output import print_json, printable, utc
@@ -146,8 +146,8 @@ def read_policy(path: Path, members: Sequence[Member] = ()) -> Policy:
     """The policy of a ``policy.toml``; auditors it names are of ``members``.
 
     Raises:
-        ConfigError: missing, not TOML, an unknown or missing key, or an auditor that is no member.
-        Rejected: ``BAD_FIELD`` where its values make no policy.
+        ConfigError: missing, not TOML, an unknown or missing key, an auditor that is no member, or values that make no
+            policy.
     """
     try:
         file = msgspec.convert(read_toml(path, "a policy"), PolicyFile)
@@ -184,7 +184,12 @@ def read_policy(path: Path, members: Sequence[Member] = ()) -> Policy:
         momentum=file.momentum,
         rationale=file.rationale,
     )
-    check_policy(made)
+    try:
+        # The bounds of numbers and texts are those of the wire form.
+        decode(encode(made), Policy, MAX_PORTIONS_BYTES)
+        check_policy(made)
+    except (Rejected, OverflowError) as error:
+        raise ConfigError(f"{path}: {error}") from error
     return made
 
 

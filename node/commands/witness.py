@@ -25,6 +25,7 @@ from consensus.epochs import Anchor, anchor
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 from node.commands.connection import connect, node_options
+from node.commands.fields import hex_argument
 from node.commands.output import print_json, utc
 from node.config import load_config
 from node.files import PRIVATE_MODE, open_regular, read_private, require_absent, write_new, write_output
@@ -91,7 +92,9 @@ def witness_key(name: str, out: Path, scheme: str, as_json: bool) -> None:
 @witness.command("cosign")
 @node_options
 @click.option("--genesis", "genesis_path", type=click.Path(path_type=Path), help="genesis.json, with --url.")
-@click.option("--chain-id", help="The pinned chain id, with --url: 64 hex digits, what you trust.")
+@click.option(
+    "--chain-id", callback=hex_argument, help="The pinned chain id, with --url: 64 hex digits, what you trust."
+)
 @_KEY
 @click.option(
     "--checkpoint",

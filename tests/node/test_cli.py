@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import stat
@@ -320,6 +321,18 @@ def test_a_node_whose_port_is_taken_says_so_in_one_line(tmp_path: Path) -> None:
         refused(2, f"api.listen: cannot listen on {council.api}", "node", "run", "--config", council.config)
 
 
+def test_a_bundle_is_asked_for_with_what_its_predicate_is_about(consortium: Provisioned, tmp_path: Path) -> None:
+    prove = ("log", "prove", "--config", consortium.members["library"].config, "--out", tmp_path / "b", "--predicate")
+    for predicate, given, message in (
+        ("evidence", (), "--predicate evidence: expected --event beside it, found none"),
+        ("evidence", ("--campaign", "ab" * 32), "expected --event beside it, found --campaign"),
+        ("source-unused", (), "expected --campaign and --source beside it, found none"),
+        ("consistent", (), "expected --earlier beside it, found none"),
+    ):
+        asked = run(*prove, predicate, *given)
+        assert (asked.exit_code, message in asked.stderr) == (2, True), asked.stderr
+
+
 # source
 
 
@@ -548,19 +561,22 @@ def test_what_is_no_policy_or_no_policy_event_is_refused(consortium: Provisioned
     policy_path.write_text(POLICY.replace("licences", "licenses"))
     refused(2, "unknown field `licenses`", *sign, "--policy", policy_path)
     policy_path.write_text('revocation = "perhaps"\n' + POLICY)
-    refused(1, "bad-field: revocation is 'perhaps'", *sign, "--policy", policy_path)
+    refused(2, f"{policy_path}: bad-field: revocation is 'perhaps'", *sign, "--policy", policy_path)
     policy_path.write_text('momentum = "keep"\n' + POLICY)
-    refused(1, "bad-field: momentum is 'keep'", *sign, "--policy", policy_path)
+    refused(2, f"{policy_path}: bad-field: momentum is 'keep'", *sign, "--policy", policy_path)
     policy_path.write_text("entropy_edges_milli = [3000, 1500]\n" + POLICY)
-    refused(1, "bad-field: edges of entropy bands: expected rising", *sign, "--policy", policy_path)
+    refused(2, f"{policy_path}: bad-field: edges of entropy bands: expected rising", *sign, "--policy", policy_path)
     policy_path.write_text("entropy_edges_milli = [0.5]\n" + POLICY)
     refused(2, "Expected `int`, got `float`", *sign, "--policy", policy_path)
     policy_path.write_text("entropy_edges_milli = [1500]\n" + POLICY + BAND.format(band=2))
-    refused(1, "bad-field: class open has rules for entropy bands (2,)", *sign, "--policy", policy_path)
+    refused(2, f"{policy_path}: bad-field: class open has rules for entropy bands (2,)", *sign, "--policy", policy_path)
     policy_path.write_text(POLICY + BAND.format(band=0))
-    refused(1, "bad-field: class open has rules for entropy bands (0,)", *sign, "--policy", policy_path)
+    refused(2, f"{policy_path}: bad-field: class open has rules for entropy bands (0,)", *sign, "--policy", policy_path)
     policy_path.write_text("entropy_edges_milli = [1500]\n" + POLICY + BAND.format(band=1).replace("blocks", "block"))
     refused(2, "unknown field `block`", *sign, "--policy", policy_path)
+    for number in ("1001", "-1", str(10**30)):
+        policy_path.write_text(re.sub("default_weight_permille = .*", f"default_weight_permille = {number}", POLICY))
+        refused(2, f"error: config: {policy_path}: ", *sign, "--policy", policy_path)
     content.write_bytes(b"x")
     options = ("--name", "x", "--salt-file", str(tmp_path / "s"), *CLAIM)
     assert sign_source(consortium, content, claim, *options).exit_code == 0

@@ -91,6 +91,18 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
         (MINIMAL + '[api]\nmax_body_bytes = "8"\n', "api.max_body_bytes: expected int, got str"),
         (MINIMAL + "[countersign]\nauto = 1\n", "countersign.auto: expected bool, got int"),
         (MINIMAL + "[limits]\nmempool_events = 0\n", "limits.mempool_events: expected int >= 1"),
+        (
+            MINIMAL.replace("[network]", 'log_level = "verbose"\n[network]'),
+            "node.log_level: expected one of debug, info, warning, error, found 'verbose'",
+        ),
+        (
+            MINIMAL.replace("[network]", 'log_format = "xml"\n[network]'),
+            "node.log_format: expected one of text, json, found 'xml'",
+        ),
+        (
+            MINIMAL.replace("[network]", 'sync = "fast"\n[network]'),
+            "node.sync: expected one of replay, snapshot, found 'fast'",
+        ),
         (MINIMAL + "limits = 3\n", "unknown key network.limits"),
         ("limits = 3\n" + MINIMAL, "limits: expected object, got int"),
         (MINIMAL.replace(CHAIN, "AB" * 32), "node.chain_id: expected 64 lower-case hexadecimal digits"),

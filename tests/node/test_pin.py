@@ -164,7 +164,7 @@ def test_checkpoint_of_a_configuration_is_one_of_this_log_and_of_its_witnesses(t
     for fields, words in (
         ({"witnesses": (other,)}, "none of 1 signatures"),
         ({"witnesses": (key, other), "witnesses_needed": 2}, "2 of the witnesses are needed"),
-        ({"witnesses": ("nonsense",)}, "verifier key id"),
+        ({"witnesses": ("nonsense",)}, r"node\.witnesses: key 1: a verifier key 'nonsense', expected NAME\+ID\+KEY"),
     ):
         with pytest.raises(ConfigError, match=words):
             load_pin(config_with(tmp_path, checkpoint=path, **fields), genesis)

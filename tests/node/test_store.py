@@ -24,6 +24,7 @@ from rocksdict import AccessType, Options, Rdict
 import node.store
 from consensus.identifiers import ChainId, Digest, Height
 from consensus.rejection import ConfigError, InvariantBroken
+from node import store_layout
 from node.store import BlockWrite, EntryWrite, Head, Store
 
 CHAIN, OTHER = ChainId(b"C" * 32), ChainId(b"D" * 32)
@@ -313,8 +314,37 @@ def test_head_without_its_header_is_refused(tmp_path: Path) -> None:
         (3, 10, "found entry 10"),
     ):
         rewrite_meta(tmp_path, b"head", Head(Height(height), sha("x"), size, b"").encode())
-        with pytest.raises(InvariantBroken, match=message):
+        with pytest.raises(InvariantBroken, match=f"{message}: run 'countersign log fsck', then"):
             Store.open(tmp_path, CHAIN, create=False)
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        (
+            "IO error: No space left on device: While appending to file: /d/000011.sst",
+            "free space there and start again",
+        ),
+        ("IO error: While open a file for random read: Read-only file system", "make it writable and start again"),
+        ("Corruption: block checksum mismatch", "run 'countersign log fsck', then 'countersign log repair'"),
+    ],
+)
+def test_advice_is_for_what_the_disk_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, advice: str
+) -> None:
+    filled(tmp_path)
+
+    def failing(*_: object, **__: object) -> None:
+        raise Exception(said)
+
+    with Store.open(tmp_path, CHAIN, create=False) as store, pytest.raises(InvariantBroken) as caught:  # noqa: SIM117
+        with store._translated("sync"):
+            failing()
+    assert str(caught.value).endswith(f": {advice}")
+    monkeypatch.setattr(store_layout, "Rdict", failing)
+    with pytest.raises(InvariantBroken) as caught:
+        Store.open(tmp_path, CHAIN, create=False)
+    assert str(caught.value).endswith(f"the database does not open: {said}: {advice}")
 
 
 def test_database_that_lost_its_current_file_is_not_created_anew(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_chain_id_in_any_other_spelling_is_refused(house: Path, tale: Story, spe
     arguments = command(house, tale, "delta-exact")
     arguments[arguments.index("--chain-id") + 1] = chain
     result = answered(arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "lower-case hex" in result.stderr
 
 

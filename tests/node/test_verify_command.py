@@ -139,10 +139,21 @@ def test_genesis_of_another_chain_is_refused_naming_both(house: Path) -> None:
     assert told().ledger.chain_id.hex() in result.output
 
 
-@pytest.mark.parametrize("chain_id", ["ab", "AB" * 32, "0x" + "ab" * 31, "g" * 64])
+@pytest.mark.parametrize("chain_id", [" ", "ab", "AB" * 32, "0x" + "ab" * 31, "g" * 64])
 def test_chain_id_that_is_none_is_refused(house: Path, chain_id: str) -> None:
     result = verified(house, "delta-exact", chain_id=chain_id)
-    assert (result.exit_code, "refused: malformed" in result.output) == (1, True)
+    assert (result.exit_code, "64 lower-case hexadecimal digits" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("subject", ["--campaign", "--source", "--event", "--earlier"])
+def test_subject_that_is_no_digest_was_wrongly_asked_about(house: Path, subject: str) -> None:
+    result = verified(house, "delta-exact", subject, "abc")
+    assert (result.exit_code, "64 lower-case hexadecimal digits" in result.output) == (2, True)
+
+
+def test_witness_key_that_is_none_is_told_its_form(house: Path) -> None:
+    result = verified(house, "delta-exact", "--witness", "abc")
+    assert (result.exit_code, "expected NAME+ID+KEY" in result.output) == (2, True)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 500, -1])
@@ -174,10 +185,10 @@ def test_oversized_bundle_is_refused(house: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("missing", ["bundles/delta-exact", "genesis.json"])
-def test_file_that_cannot_be_read_is_refused_by_name(house: Path, missing: str) -> None:
+def test_file_that_is_not_there_was_wrongly_asked_about(house: Path, missing: str) -> None:
     (house / missing).unlink()
     result = verified(house, "delta-exact")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert missing in result.output
 
 
