@@ -28,6 +28,14 @@ NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 """What a file system says that has no hard links."""
 
 
+_UNWRITABLE = {
+    errno.EACCES: "make it writable",
+    errno.EROFS: "make it writable",
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there",
+}
+
+
 class DirectoryLock:
     """An exclusive ``flock`` on a directory's ``lock`` file, until ``release`` or the process ends."""
 
@@ -39,10 +47,18 @@ class DirectoryLock:
         """Lock ``directory`` without waiting.
 
         Raises:
-            ConfigError: another process holds it; names its process id.
+            ConfigError: another process holds it; names its process id. Or the disk takes no write.
         """
         path = directory / "lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_MODE)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_MODE)
+        except OSError as error:
+            advice = _UNWRITABLE.get(error.errno or 0)
+            if advice is None:
+                raise
+            raise ConfigError(
+                f"{path}: expected to write it, found: {error.strerror}: {advice} and start again"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

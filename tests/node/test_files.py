@@ -13,6 +13,7 @@ from consensus.rejection import ConfigError
 from node.files import (
     MAX_TOML_BYTES,
     PRIVATE_MODE,
+    DirectoryLock,
     check_output,
     keep_private,
     read_toml,
@@ -153,3 +154,21 @@ def test_what_is_no_table_or_has_no_end_is_refused_by_name(tmp_path: Path) -> No
         require_folder(path)
     require_folder(tmp_path)
     require_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EROFS, "lock: expected to write it, found: Read-only file system: make it writable and start again"),
+        (errno.ENOSPC, "lock: expected to write it, found: No space left on device: free space there and start again"),
+    ],
+)
+def test_lock_on_a_disk_that_takes_no_write_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    def refuse(path: Path, *_: object) -> int:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ConfigError, match=message):
+        DirectoryLock.acquire(tmp_path)
