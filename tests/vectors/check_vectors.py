@@ -17,7 +17,7 @@ from pathlib import Path
 from blspy import G1Element, G2Element, PopSchemeMPL
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PublicKey
-from nacl.bindings import crypto_box_open_easy
+from nacl.bindings import crypto_box_open_easy, crypto_scalarmult
 from nacl.exceptions import BadSignatureError, CryptoError
 from nacl.signing import VerifyKey
 
@@ -793,6 +793,7 @@ class Founding:
         self.digest = tagged(name("ceremony"), b"invitation", invitation)
         _, _, _, self.nonce, _, _, self.invited, self.thresholds, _, self.epoch, _ = self.terms
         self.bodies: dict[tuple[str, str], bytes] = {}
+        self.answered: list[tuple[str, list]] = []
         self.said: dict[str, dict[str, list]] = {kind: {} for kind in ROUNDS_OF_CEREMONY}
         opened = []
         for encoded in messages:
@@ -814,17 +815,24 @@ class Founding:
         roles = dict(self.invited)
         refuse_if(sender not in roles, "unknown-member")
         if kind == "join":
-            _, invitation, member, _ = value
+            _, invitation, member, box_key = value
             refuse_if(invitation != self.digest, "wrong-chain")
             refuse_if(member[:2] != [sender, roles[sender]], "bad-membership")
             if member[1] in VOTING_ROLES:
                 context = tagged(name("proof-of-possession"), b"member", self.nonce, member_id(member))
                 verify_possession(member[6], member[6], context, self.domain, member[7])
+            try:
+                crypto_scalarmult(bytes(32), box_key)
+            except CryptoError:
+                raise Refused("bad-key") from None
         else:
             refuse_if(sender not in self.said["join"], "ceremony-incomplete")
             member = self.said["join"][sender][2]
         verify_identity(member[2], member[3], message(name("ceremony"), body), signature, "bad-signature")
-        refuse_if(self.bodies.setdefault((kind, sender), body) != body, "equivocation")
+        if kind == "answer":
+            self.answered.append((sender, value))
+        else:
+            refuse_if(self.bodies.setdefault((kind, sender), body) != body, "equivocation")
         self.said[kind][sender] = value
 
     def require(self, kind: str, names: list[str]) -> None:
@@ -898,27 +906,25 @@ class Founding:
         return keys, summed[0], made["deals"]
 
     def answers(self, made: dict, names: list[str]) -> dict[tuple[int, int], int]:
-        """Values shown in the open, by dealer and recipient: exactly those complained of."""
-        asked: dict[int, list[int]] = {}
+        """Values shown in the open, by dealer and recipient: all fit, whoever asked for them."""
+        asked: list[tuple[int, int]] = []
         self.over("complain", names, made["deals"])
         for index, sender in enumerate(names, 1):
             dealers = self.said["complain"].get(sender, [0, 0, []])[2]
             refuse_if(dealers != sorted(set(dealers)) or dealers[-1:] > [len(names)], "bad-field")
-            for dealer in dealers:
-                asked.setdefault(dealer, []).append(index)
-        self.over("answer", names, made["deals"])
+            asked += [(dealer, index) for dealer in dealers if sender not in self.said["confirm"]]
         shown = {}
-        for dealer, sender in enumerate(names, 1):
-            if sender not in self.said["answer"]:
+        for sender, (_, deals, shares) in self.answered:
+            if sender not in names:
                 continue
-            shares = self.said["answer"][sender][2]
-            refuse_if([share[3] for share in shares] != asked.get(dealer, []), "bad-dealing")
+            refuse_if(deals != made["deals"], "wrong-chain")
+            dealer = names.index(sender) + 1
             for _, ceremony, by, recipient, value in shares:
                 scalar = int.from_bytes(value, "big")
                 fits = times(scalar, G1Element.generator()) == value_at(made["polynomials"][dealer - 1], recipient)
                 refuse_if((ceremony, by) != (made["id"], dealer) or not fits or scalar >= ORDER, "bad-dealing")
                 shown[dealer, recipient] = scalar
-        self.require("answer", [names[dealer - 1] for dealer in asked])
+        refuse_if(any(pair not in shown for pair in asked), "ceremony-incomplete")
         return shown
 
     def genesis(self) -> bytes:

@@ -105,8 +105,31 @@ def ceremony() -> list[Case]:
             "domain": DOMAIN,
             "box_secrets": secrets,
             "refused": _refused(honest),
-            "accepted": [_accepted("all keep the rules", honest), _accepted("a value that does not open", complained)],
+            "accepted": [
+                _accepted("all keep the rules", honest),
+                _accepted("a value that does not open", complained),
+                *_complained_falsely(honest),
+            ],
         }
+    ]
+
+
+def _complained_falsely(honest: Table) -> list[Case]:
+    """Complaints of a dealer that kept the rules: it answers each, and nothing is lost."""
+    deals = honest.transcript.deals(Role.DATA_SOURCE)
+    late = Table()
+    late.messages = [*honest.messages, honest.signed(LAST, Complain(deals, (2,)))]
+    twice = Table().rounds(3)
+    for name in (LAST, FIRST):
+        twice.says(name, Complain(deals, (2,)))
+        twice.says(SECOND, twice.due(SECOND))
+    twice.rounds(1)
+    unasked = Table()
+    unasked.messages = [message for message in twice.messages if b"ceremony-complain" not in message]
+    return [
+        _accepted("a complaint by who confirmed, which awaits no answer", late),
+        _accepted("a second complaint, and a second answer", twice),
+        _accepted("answers to complaints that were shown to the dealer alone", unasked),
     ]
 
 
@@ -175,6 +198,11 @@ def _refused(honest: Table) -> list[Case]:
     refused("another join by one member", whole, joined.signed(FIRST, replace(_join(joined, FIRST), box_key=another)))
 
     wider = replace(INVITATION, members=(*INVITATION.members, Invited("stranger", Role.OPERATOR)))
+    refused(
+        "a join with an X25519 key of small order",
+        everyone - 1,
+        joined.signed("operator-1", replace(_join(joined, "operator-1"), box_key=bytes(32))),
+    )
     refused("a message of who was not invited", 0, Participant(wider, "stranger", octets("stranger")).join())
     elsewhere = Table(replace(INVITATION, nonce=octets("another nonce")))
     refused("the join of another ceremony", everyone - 1, elsewhere.members["operator-1"].join())
@@ -228,7 +256,8 @@ def _refused(honest: Table) -> list[Case]:
     wrong = replace(answer.shares[0], value=bytes(31) + b"\x05")
     bad_answer = dealt.signed(SECOND, replace(answer, shares=(wrong,)))
     refused("an answer that is not on the polynomial", at, complaint, bad_answer)
-    refused("a complaint that is not answered", whole, complaint)
+    refused("a right answer and a wrong one", at, complaint, dealt.signed(SECOND, answer), bad_answer)
+    refused("a complaint that is not answered", whole - 1, complaint)
 
     confirm = dealt.due(LAST)
     assert isinstance(confirm, Confirm)
