@@ -26,6 +26,7 @@ from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 from consensus.state_map import KEY_BYTES, StateMap
 from node import catchup, history, snapshot
 from node.catchup import CatchUp
+from node.epoch_end import Certified
 from node.fsck import check_data_directory
 from node.history import HistoryFill
 from node.ledger import Ledger
@@ -684,6 +685,10 @@ async def test_lying_server_alone_gets_nothing_onto_the_disk_that_a_quorum_did_n
     known = {0: None} | {height: header for height, (header, _) in enumerate(told().certified, start=1)}
     for height in range(1, len(told().certified) + 1):
         assert empty.store.header(height) in (None, known[height])
+        held = empty.store.certificate(height)
+        if held is not None:  # by the members of its own epoch, or it proves nothing
+            epoch = decode_header(known[height] or b"", told().chain_id).epoch
+            assert Certified.decode(held).certificate.epoch == epoch
     for index, event in enumerate(told().events):
         assert empty.store.entry(index) in (None, event.entry_bytes)
         assert empty.store.portions(index) in (None, event.portions_bytes)
