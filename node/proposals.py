@@ -348,7 +348,8 @@ class Proposals:
                 log.debug("events from %s: %s", peer.hex()[:16], error)
             return all(leaf in found for leaf in leaves)
 
-        await ask_in_turn(self._askable(sources), ask)
+        if len(found) < len(leaves):  # else without a pause: the vote waits for this
+            await ask_in_turn(self._askable(sources), ask)
         if any(leaf not in found for leaf in leaves):
             return None
         return [found[leaf] for leaf in leaves]
