@@ -751,25 +751,25 @@ class Engine:
             return self._now_ms
         return self._due_empty_ms()
 
+    def _heartbeat_due_ms(self) -> int:
+        return self._last_block_ms + self.timing.heartbeat_ms
+
     def _due_empty_ms(self) -> int:
         """When it is due even with no event."""
-        heartbeat_ms = self._last_block_ms + self.timing.heartbeat_ms
         if self._tip_is_final():
-            return heartbeat_ms
-        return min(heartbeat_ms, self._entered_ms + self.timing.timeout_ms // 2)
+            return self._heartbeat_due_ms()
+        return min(self._heartbeat_due_ms(), self._entered_ms + self.timing.timeout_ms // 2)
 
     def _expects_block(self) -> bool:
         """Whether we know ourselves why there should be one: that others vote, of this view or later ones, is none."""
-        heartbeat_ms = self._last_block_ms + self.timing.heartbeat_ms
-        return self._has_work or not self._tip_is_final() or heartbeat_ms <= self._now_ms
+        return self._has_work or not self._tip_is_final() or self._heartbeat_due_ms() <= self._now_ms
 
     def _watch_time(self) -> None:
-        heartbeat_ms = self._last_block_ms + self.timing.heartbeat_ms
         is_active = self._expects_block() or self._highest_seen >= self.view
         deadlines = [self._due_ms()] if self._is_to_propose() else []
         if not is_active:
             self._active_since_ms = self._repeat_at_ms = None
-            deadlines.append(heartbeat_ms)
+            deadlines.append(self._heartbeat_due_ms())
         else:
             if self._active_since_ms is None:
                 self._active_since_ms = self._now_ms

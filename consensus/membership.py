@@ -449,6 +449,7 @@ def _check_groups(membership: Membership, nonce: bytes) -> None:
     """Role keys are what their members' shares add up to, and were made by them."""
     if tuple(group.role for group in membership.groups) != VOTING_ROLES:
         raise Rejected(Reason.BAD_MEMBERSHIP, "role keys must be given for every voting role once, in order")
+    own_keys = {member.bls_key for member in membership.members if member.bls_key}
     for group, entry in zip(membership.groups, membership.thresholds, strict=True):
         members = [member for member in membership.members if member.role == group.role]
         if group.threshold != entry.threshold or len(group.share_keys) != len(members):
@@ -464,19 +465,18 @@ def _check_groups(membership: Membership, nonce: bytes) -> None:
                 Reason.BAD_MEMBERSHIP,
                 f"{group.role.value} needs all its members: its share keys must be their own keys",
             )
+        if not group_keys.summed and own_keys.intersection((group.group_key, *group.share_keys)):
+            raise Rejected(Reason.BAD_MEMBERSHIP, f"a key of {group.role.value} is also a member's own BLS key")
         context = threshold.group_possession_context(nonce, membership.epoch, group.role)
         bls.verify_possession(group.group_key, context, group.possession)
     _check_no_key_in_two_roles(membership)
 
 
 def _check_no_key_in_two_roles(membership: Membership) -> None:
-    """With shares in common, whoever holds one role would hold part of another; dealt ones are no member's own key."""
+    """With shares in common, whoever holds one role would hold part of another."""
     seen: set[bytes] = set()
-    member_keys = {member.bls_key for member in membership.members if member.bls_key}
     for group in membership.groups:
         own = {group.group_key, *group.share_keys}
-        if group.threshold < len(group.share_keys) and own & member_keys:
-            raise Rejected(Reason.BAD_MEMBERSHIP, f"a key of {group.role.value} is also a member's own BLS key")
         if seen & own:
             raise Rejected(Reason.BAD_MEMBERSHIP, f"a key of {group.role.value} appears in two roles")
         seen |= own

@@ -28,12 +28,13 @@ NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 """What a file system says that has no hard links."""
 
 
-_UNWRITABLE = {
-    errno.EACCES: "make it writable",
-    errno.EROFS: "make it writable",
-    errno.ENOSPC: "free space there",
-    errno.EDQUOT: "free space there",
+UNWRITABLE = {
+    errno.EACCES: "make it writable and start again",
+    errno.EROFS: "make it writable and start again",
+    errno.ENOSPC: "free space there and start again",
+    errno.EDQUOT: "free space there and start again",
 }
+"""What to do, by what the system says of a disk that did not take a write: nothing is damaged by it."""
 
 
 class DirectoryLock:
@@ -53,12 +54,10 @@ class DirectoryLock:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_MODE)
         except OSError as error:
-            advice = _UNWRITABLE.get(error.errno or 0)
+            advice = UNWRITABLE.get(error.errno or 0)
             if advice is None:
                 raise
-            raise ConfigError(
-                f"{path}: expected to write it, found: {error.strerror}: {advice} and start again"
-            ) from error
+            raise ConfigError(f"{path}: expected to write it, found: {error.strerror}: {advice}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -24,6 +24,7 @@ Bytes in, bytes out: what they mean is left to ``ledger.py`` and ``consensus``. 
 ``Exception``; ``_translated`` turns that, and only that, into ``InvariantBroken``.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from rocksdict import AccessType, Rdict, WriteBatch
 
 from consensus.identifiers import ChainId, Digest, Height
 from consensus.rejection import ConfigError, InvariantBroken
-from node.files import DirectoryLock, require_folder, sync_directory
+from node.files import UNWRITABLE, DirectoryLock, require_folder, sync_directory
 from node.store_layout import (
     BY_BLOCK,
     BY_EVENT,
@@ -67,13 +68,6 @@ REPAIRING_DIRECTORY = "repairing"
 """Where ``repair.py`` makes the database that replaces a damaged one."""
 _REPAIR = "run 'countersign log repair'"
 _CHECK = "run 'countersign log fsck', then 'countersign log repair'"
-_UNWRITABLE = {
-    "No space left on device": "free space there and start again",
-    "Disk quota exceeded": "free space there and start again",
-    "Read-only file system": "make it writable and start again",
-    "Permission denied": "make it writable and start again",
-}
-"""What an operating system says of a disk that did not take a write, in RocksDB's words: nothing is damaged by it."""
 
 
 class Store:
@@ -486,7 +480,8 @@ __all__ = ["BlockWrite", "EntryWrite", "Head", "Store"]
 
 
 def _advice(error: str, otherwise: str) -> str:
-    return next((advice for said, advice in _UNWRITABLE.items() if said in error), otherwise)
+    """What to do about an error of RocksDB, which has no number, but repeats what the system said."""
+    return next((advice for number, advice in UNWRITABLE.items() if os.strerror(number) in error), otherwise)
 
 
 def _check_order(head: Head | None, block: BlockWrite) -> None:

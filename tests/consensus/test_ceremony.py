@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 
 import pytest
+from ceremony_fixtures import CeremonyTable
 from msgspec.structs import replace
 
 from consensus import bls
@@ -64,19 +65,19 @@ def seed(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-class Table:
-    """All participants of a ceremony and what has been said; a round at a time, so that a test can interfere."""
+class Table(CeremonyTable):
+    """Participants whose seeds are their names."""
 
     def __init__(self, invitation: Invitation | None = None, before: "Table | None" = None) -> None:
         """``before`` is the ceremony whose keys ``invitation`` refreshes."""
-        self.invitation = invitation or invitation_of()
-        self.members = {
-            invited.name: Participant(self.invitation, invited.name, seed(invited.name))
+        invitation = invitation or invitation_of()
+        members = {
+            invited.name: Participant(invitation, invited.name, seed(invited.name))
             if before is None
-            else before.again(self.invitation, invited.name)
-            for invited in self.invitation.members
+            else before.again(invitation, invited.name)
+            for invited in invitation.members
         }
-        self.messages: list[bytes] = []
+        super().__init__(invitation, members)
 
     def again(self, invitation: Invitation, name: str) -> Participant:
         """A member with all that it keeps of this ceremony, and a new seed."""
@@ -89,33 +90,6 @@ class Table:
             self.round()
         assert self.transcript().awaited() == ()
         return self
-
-    def transcript(self) -> Transcript:
-        return Transcript(self.invitation, self.messages)
-
-    def round(self, without: Iterable[str] = ()) -> "Table":
-        """Everybody, but ``without``, says what is due."""
-        transcript = self.transcript()
-        self.messages += [
-            message
-            for name, member in self.members.items()
-            if name not in without and (message := member.next_message(transcript)) is not None
-        ]
-        return self
-
-    def says(self, name: str, body: Body) -> "Table":
-        """A member says what it likes, with its own signature."""
-        encoded = encode(body)
-        signature = self.members[name].identity.sign(tagged_message(Tag.CEREMONY, encoded))
-        self.messages.append(encode(SignedMessage(name, encoded, signature)))
-        return self
-
-    def due(self, name: str) -> Body:
-        """What a member would say."""
-        message = self.members[name].next_message(self.transcript())
-        assert message is not None
-        body: Body = decode(decode(message, SignedMessage, 1 << 20).body, Body, 1 << 20)  # type: ignore[arg-type]
-        return body
 
 
 def refused(reason: Reason, call: Callable[[], object]) -> Rejected:

@@ -6,6 +6,7 @@ A refused case takes the first ``after`` messages of the first accepted transcri
 from functools import partial
 
 from agreement import DOMAIN, Case, octets, refusal
+from ceremony_fixtures import CeremonyTable
 from msgspec.structs import replace
 from nacl.bindings import crypto_box_seed_keypair
 
@@ -25,7 +26,7 @@ from consensus.ceremony import (
     Transcript,
 )
 from consensus.codec import decode, encode
-from consensus.identifiers import VOTING_ROLES, Role, Tag, tagged_message
+from consensus.identifiers import VOTING_ROLES, Role
 from consensus.membership import BLS_THRESHOLD, Parameters, RoleThreshold, check_genesis
 from consensus.participant import Participant
 
@@ -48,48 +49,17 @@ INVITATION = Invitation(
 FIRST, SECOND, LAST = "data-source-1", "data-source-2", "data-source-3"
 
 
-class Table:
-    """All participants and what they have said, so that one of them can say something else."""
+class Table(CeremonyTable):
+    """Participants with the seeds of these vectors."""
 
     def __init__(self, invitation: Invitation = INVITATION) -> None:
-        self.invitation = invitation
-        self.members = {
-            invited.name: Participant(invitation, invited.name, octets("ceremony", invited.name))
-            for invited in invitation.members
-        }
-        self.messages: list[bytes] = []
+        names = [invited.name for invited in invitation.members]
+        super().__init__(invitation, {name: Participant(invitation, name, octets("ceremony", name)) for name in names})
 
-    @property
-    def transcript(self) -> Transcript:
-        return Transcript(self.invitation, self.messages)
-
-    def rounds(self, count: int = 1, without: str = "") -> "Table":
-        """Everybody but one says what is due, so many times."""
+    def rounds(self, count: int) -> "Table":
+        """So many of them, in which everybody says what is due."""
         for _ in range(count):
-            transcript = self.transcript
-            self.messages += [
-                message
-                for name, member in self.members.items()
-                if name != without and (message := member.next_message(transcript)) is not None
-            ]
-        return self
-
-    def due(self, name: str) -> Body:
-        """What a member would say now."""
-        message = self.members[name].next_message(self.transcript)
-        assert message is not None
-        body: Body = decode(decode(message, SignedMessage, 1 << 20).body, Body, 1 << 20)  # type: ignore[arg-type]
-        return body
-
-    def signed(self, name: str, body: Body) -> bytes:
-        """A member's word, whatever it says."""
-        encoded = encode(body)
-        signature = self.members[name].identity.sign(tagged_message(Tag.CEREMONY, encoded))
-        return encode(SignedMessage(name, encoded, signature))
-
-    def says(self, name: str, body: Body) -> "Table":
-        """A member says what it likes."""
-        self.messages.append(self.signed(name, body))
+            self.round()
         return self
 
 
@@ -97,7 +67,7 @@ def ceremony() -> list[Case]:
     """One founding: held honestly, with a complaint, and ended by who breaks its rules."""
     honest = Table().rounds(5)
     complained = Table().rounds(2)
-    complained.says(SECOND, _spoiled(complained.due(SECOND))).rounds(1, without=SECOND).rounds(3)
+    complained.says(SECOND, _spoiled(complained.due(SECOND))).round(without=[SECOND]).rounds(3)
     secrets = {name: member._box_secret.hex() for name, member in honest.members.items()}
     return [
         {
@@ -116,7 +86,7 @@ def ceremony() -> list[Case]:
 
 def _complained_falsely(honest: Table) -> list[Case]:
     """Complaints of a dealer that kept the rules: it answers each, and nothing is lost."""
-    deals = honest.transcript.deals(Role.DATA_SOURCE)
+    deals = honest.transcript().deals(Role.DATA_SOURCE)
     late = Table()
     late.messages = [*honest.messages, honest.signed(LAST, Complain(deals, (2,)))]
     twice = Table().rounds(3)
@@ -140,7 +110,7 @@ def _spoiled(deal: Body) -> Deal:
 
 
 def _accepted(what: str, table: Table) -> Case:
-    transcript = table.transcript
+    transcript = table.transcript()
     genesis = transcript.genesis()
     check_genesis(genesis)
     roles: list[Case] = []
@@ -233,7 +203,7 @@ def _refused(honest: Table) -> list[Case]:
     assert honest.messages[early:before] == revealed.messages[early:]
     commitments = {
         index: held.commitment
-        for index, held in enumerate(committed.transcript.said(Commit, Role.DATA_SOURCE).values(), start=1)
+        for index, held in enumerate(committed.transcript().said(Commit, Role.DATA_SOURCE).values(), start=1)
     }
     rogue_reveal = rogue.reveal({**commitments, 3: rogue.commitment()})
     refused("a reveal that was not committed to", before, revealed.signed(LAST, replace(deal, reveal=rogue_reveal)))
@@ -245,7 +215,7 @@ def _refused(honest: Table) -> list[Case]:
 
     complained = Table()
     complained.messages = list(dealt.messages)
-    transcript = dealt.transcript
+    transcript = dealt.transcript()
     deals = transcript.deals(Role.DATA_SOURCE)
     at = len(dealt.messages)
     refused("a complaint of a dealer twice", at, dealt.signed(LAST, Complain(deals, (1, 1))))
@@ -274,7 +244,7 @@ def _refused(honest: Table) -> list[Case]:
 
 
 def _join(table: Table, name: str) -> Join:
-    return table.transcript.said(Join)[name]
+    return table.transcript().said(Join)[name]
 
 
 def _without_knowledge(joined: Table, deal: Deal) -> list[bytes]:
@@ -282,9 +252,9 @@ def _without_knowledge(joined: Table, deal: Deal) -> list[bytes]:
     unknown = replace(deal.reveal, response=bytes(31) + b"\x01")
     table = Table()
     table.messages = list(joined.messages)
-    table.rounds(1, without=LAST)
+    table.round(without=[LAST])
     commitment = dkg.Commitment(unknown.ceremony, unknown.dealer, unknown.digest)
-    table.says(LAST, Commit(table.transcript.roster, commitment)).rounds(1, without=LAST)
-    over = table.transcript.commitments(Role.DATA_SOURCE)
+    table.says(LAST, Commit(table.transcript().roster, commitment)).round(without=[LAST])
+    over = table.transcript().commitments(Role.DATA_SOURCE)
     table.says(LAST, Deal(over, unknown, deal.sealed))
     return table.messages[len(joined.messages) :]

@@ -1,6 +1,6 @@
 """Writes the golden vectors: inputs and the bytes this implementation makes of them.
 
-    python tests/vectors/generate.py FOLDER
+    PYTHONPATH=tests python tests/vectors/generate.py FOLDER
 
 The files are committed; a test regenerates them under two hash seeds and compares byte by byte, and has
 ``check_vectors.py``, which shares no code with this implementation, check them.
