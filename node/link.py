@@ -187,8 +187,8 @@ class Link:
         finally:
             self.abort()
             self._fail_waiting()
-        if misbehaved is not None:
-            raise misbehaved
+            if misbehaved is not None:  # also where the end of the connection has cancelled this task by now
+                raise misbehaved
 
     def wake(self) -> None:
         """Tell the writing task that there is something to send."""

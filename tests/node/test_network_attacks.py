@@ -31,8 +31,10 @@ from network_fixtures import (
     until,
 )
 
-from node.link import FRAME_HEADER, FrameKind
-from node.network import Lane, Network, NetworkLimits, Received
+from consensus.identifiers import MemberId
+from node.lanes import Inbox, Lane, Outbox, Received
+from node.link import FRAME_HEADER, FrameKind, Link, LinkKind, Misbehaved, NetworkCounters
+from node.network import Network, NetworkLimits
 from node.transport import (
     HANDSHAKE_BYTES,
     NEGOTIATION_UNREAD_BYTES,
@@ -365,6 +367,38 @@ async def test_member_that_sends_a_malformed_frame_is_disconnected(protocol: str
             await ended(connection)
         assert network.counters.closed_malformed == 1
         await assert_alive(network, victim, member)
+
+
+@pytest.mark.trio
+async def test_fault_is_told_where_the_end_of_the_connection_cancels_the_link() -> None:
+    with trio.CancelScope() as scope:
+
+        class Closing:
+            sent_bytes = received_bytes = 0
+
+            async def receive(self) -> bytes:
+                return FRAME_HEADER.pack(17, 0)
+
+            async def send(self, frames: bytes) -> None:
+                await trio.sleep_forever()
+
+            def abort(self) -> None:
+                scope.cancel()
+
+        link = Link(
+            member=MemberId(bytes(32)),
+            kind=LinkKind.URGENT,
+            connection=Closing(),  # type: ignore[arg-type]
+            outbox=Outbox(Lane.VOTES, 1_000),
+            inbox=Inbox([], {Lane.VOTES: 1_000}),
+            serve=lambda *_: None,
+            limits=FAST,
+            counters=NetworkCounters(),
+        )
+        with pytest.raises(Misbehaved, match="kind 17"):
+            await link.run()
+        return
+    raise AssertionError("the fault was lost")  # with what the scope has taken up
 
 
 @pytest.mark.trio
