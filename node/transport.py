@@ -66,6 +66,8 @@ MAX_NOISE_MESSAGE_BYTES = 65_535
 MAX_NEGOTIATION_READ_BYTES = 1024
 MAX_STREAMS_IN_NEGOTIATION = 8
 RECEIVE_BYTES = 256 * 1024
+READS_A_TURN = 32
+"""Of a header or a body, out of what has arrived, before other tasks have their turn."""
 NEGOTIATION_UNREAD_BYTES = 512 * 1024
 """Unread bytes allowed before a stream is agreed on: one initial window, and what negotiating takes."""
 YAMUX_SLACK_BYTES = 1024 * 1024 + MAX_STREAMS_IN_NEGOTIATION * DEFAULT_WINDOW_SIZE
@@ -179,11 +181,62 @@ class RosterNoise(NoiseTransport):  # type: ignore[misc]
         return session
 
 
+class PromptLock:
+    """A lock that is taken without a pause while it is free, and else in the order of asking.
+
+    ``trio.Lock`` gives way to all other tasks even while it is free, and every message passes six locks of yamux.
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def __aenter__(self) -> None:
+        if self._held:
+            await self._waiting.park()  # whoever releases it passes it on, held
+        self._held = True
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._waiting:
+            self._waiting.unpark()
+        else:
+            self._held = False
+
+
+class _WriteLock:
+    """A stream's ``rw_lock``, of which yamux takes only the writer's side."""
+
+    def __init__(self) -> None:
+        self._lock = PromptLock()
+
+    def write_lock(self) -> PromptLock:
+        return self._lock
+
+
+class PacedSession:
+    """A session whose reader pauses now and then: what one peer sends at once must not hold up the others."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._reads = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    async def read(self, n: int | None = None) -> bytes:
+        self._reads += 1
+        if self._reads % READS_A_TURN == 0:
+            await trio.lowlevel.checkpoint()
+        return bytes(await self._session.read(n))
+
+
 class BoundedYamux(Yamux):  # type: ignore[misc]
     """Yamux that enforces a bound on unread bytes, sends no pings, and answers them off its reading task."""
 
     def __init__(self, session: Any, peer_id: ID, *, is_initiator: bool) -> None:
-        super().__init__(session, peer_id, is_initiator=is_initiator)
+        super().__init__(PacedSession(session), peer_id, is_initiator=is_initiator)
+        self.streams_lock = PromptLock()
+        self._write_lock = PromptLock()
         self.max_unread_bytes = NEGOTIATION_UNREAD_BYTES
         self._pong_waits = False
         self.window_exceeded = False
@@ -221,6 +274,7 @@ class Connection:
         self.protocol = protocol
         self._tcp = tcp
         self._stream = stream
+        stream.window_lock, stream.rw_lock = PromptLock(), _WriteLock()
         self._window_bytes = DEFAULT_WINDOW_SIZE
         self._uncredited_bytes = 0
 
