@@ -12,7 +12,7 @@ import click
 
 from attribution.log import CampaignLog, Outside, open_ledger, open_log
 from consensus.identifiers import DIGEST_BYTES, ChainId
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import ConfigError
 
 TOKEN, CUSTODIAN_TOKEN = "COUNTERSIGN_TOKEN", "COUNTERSIGN_CUSTODIAN_TOKEN"
 BASE_TOKEN, BASE_CUSTODIAN_TOKEN = "COUNTERSIGN_BASE_TOKEN", "COUNTERSIGN_BASE_CUSTODIAN_TOKEN"
@@ -93,8 +93,9 @@ class GivenLog:
         """What the log proves about the campaign.
 
         Raises:
-            Rejected: ``MALFORMED`` for a chain id or campaign that is none; as ``open_log`` and ``open_ledger``.
-            ConfigError, Unavailable: as ``open_ledger``.
+            ConfigError: for a chain id or campaign that is none; as ``open_ledger``.
+            Rejected: as ``open_log`` and ``open_ledger``.
+            Unavailable: as ``open_ledger``.
         """
         chain_id = pinned_chain(self.chain_id)
         if self.bundle is not None:
@@ -102,7 +103,7 @@ class GivenLog:
         assert self.ledger is not None
         campaign = b"" if self.campaign is None else digest_in(self.campaign)
         if campaign is None:
-            raise Rejected(Reason.MALFORMED, f"campaign {self.campaign!a:.80}: expected 64 lower-case hex digits")
+            raise ConfigError(f"campaign {self.campaign!a:.80}: expected {2 * DIGEST_BYTES} lower-case hex digits")
         token = os.environ.get(self.token_variable)
         return open_ledger(_outside(), self.ledger, token, campaign, self.genesis, chain_id)
 
@@ -231,11 +232,11 @@ def pinned_chain(text: str) -> ChainId:
     """The chain id that is trusted.
 
     Raises:
-        Rejected: ``MALFORMED``.
+        ConfigError: it is none.
     """
     found = digest_in(text)
     if found is None:
-        raise Rejected(Reason.MALFORMED, f"chain id {text!a:.80}: expected {2 * DIGEST_BYTES} lower-case hex digits")
+        raise ConfigError(f"chain id {text!a:.80}: expected {2 * DIGEST_BYTES} lower-case hex digits")
     return ChainId(found)
 
 

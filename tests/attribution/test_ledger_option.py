@@ -79,9 +79,6 @@ async def test_node_answers_as_the_bundle_does_and_names_its_campaign_or_is_told
         code, said = await asked(url, "--campaign", "ab" * 32)
         assert code == 1
         assert "unknown-campaign" in said
-        code, said = await asked(url, "--campaign", "ab")
-        assert code == 1
-        assert "malformed" in said
     code, said = await asked(url)
     assert code == 2
     assert "unavailable" in said
@@ -133,6 +130,20 @@ def test_log_is_a_bundle_or_a_ledger(options: tuple[str, ...], why: str) -> None
     )
     assert told_so.exit_code == 2
     assert why in told_so.output
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (("--chain-id", "12"), "chain id '12'"),
+        (("--campaign", "ab"), "campaign 'ab'"),
+        (("--campaign", "AB" * 32), f"campaign '{'AB' * 32}'"),
+    ],
+)
+def test_id_that_is_none_is_named_as_a_question_wrongly_put(options: tuple[str, ...], what: str) -> None:
+    code, said = by_ledger("x", *options)
+    assert code == 2
+    assert f"config: {what}: expected 64 lower-case hex digits" in said
 
 
 def test_campaign_must_be_said_where_a_log_has_several(tmp_path: Path) -> None:
