@@ -785,13 +785,29 @@ def check_evidence(case: dict) -> None:
 ROUNDS_OF_CEREMONY = ("join", "commit", "deal", "complain", "answer", "confirm")
 
 
-class Founding:
-    """A founding ceremony under ``bls-threshold``: what was said, checked, and what it makes."""
+def check_invitation(encoded: bytes) -> list:
+    """The terms of a ceremony; what it refreshes is the epoch before, with a role whose key was dealt."""
+    terms = decoded(encoded)
+    _, _, _, _, _, scheme, invited, thresholds, _, epoch, refreshes = terms
+    if refreshes is not None:
+        _, before, members, quorums, _ = refreshes
+        counts = {role: sum(held == role for _, held in invited) for role in VOTING_ROLES}
+        refuse_if(scheme != "bls-threshold", "bad-membership")
+        refuse_if((epoch, thresholds) != (before + 1, quorums), "bad-membership")
+        refuse_if(invited != [member[:2] for member in members], "bad-membership")
+        refuse_if(all(needed == counts[role] for role, needed in thresholds), "bad-membership")
+    return terms
+
+
+class Ceremony:
+    """A ceremony under ``bls-threshold``: what was said, checked, and what it makes."""
 
     def __init__(self, invitation: bytes, messages: list[bytes], domain: str) -> None:
-        self.terms, self.domain = unpack(invitation), domain
+        self.terms, self.domain = check_invitation(invitation), domain
         self.digest = tagged(name("ceremony"), b"invitation", invitation)
-        _, _, _, self.nonce, _, _, self.invited, self.thresholds, _, self.epoch, _ = self.terms
+        _, _, _, self.nonce, _, _, self.invited, self.thresholds, _, self.epoch, refreshes = self.terms
+        self.kept = {} if refreshes is None else {member[0]: member for member in refreshes[2]}
+        self.old_groups = {} if refreshes is None else {group[0]: group for group in refreshes[4]}
         self.bodies: dict[tuple[str, str], bytes] = {}
         self.answered: list[tuple[str, list]] = []
         self.said: dict[str, dict[str, list]] = {kind: {} for kind in ROUNDS_OF_CEREMONY}
@@ -818,6 +834,7 @@ class Founding:
             _, invitation, member, box_key = value
             refuse_if(invitation != self.digest, "wrong-chain")
             refuse_if(member[:2] != [sender, roles[sender]], "bad-membership")
+            refuse_if(self.kept.get(sender, member) != member, "bad-membership")
             if member[1] in VOTING_ROLES:
                 context = tagged(name("proof-of-possession"), b"member", self.nonce, member_id(member))
                 verify_possession(member[6], member[6], context, self.domain, member[7])
@@ -852,8 +869,10 @@ class Founding:
         """A role's key and its proof of possession, with the digests on the way."""
         names = [sender for sender, held in self.invited if held == role]
         counted = (struct.pack(">I", needed), struct.pack(">I", len(names)))
-        made = {"role": role, "names": names}
-        made["id"] = tagged(name("dkg-ceremony"), self.nonce, struct.pack(">Q", self.epoch), role.encode(), *counted)
+        old = self.old_groups.get(role) if needed < len(names) else None
+        made = {"role": role, "names": names, "old": old}
+        bound = (self.nonce, struct.pack(">Q", self.epoch), role.encode(), *counted)
+        made["id"] = tagged(name("dkg-ceremony"), *bound, *((old[2], *old[3]) if old else ()))
         if needed == len(names):
             for kind in ROUNDS_OF_CEREMONY[1:5]:
                 refuse_if(any(sender in self.said[kind] for sender in names), "bad-field")
@@ -883,27 +902,30 @@ class Founding:
         made["commitments"] = self.digest_of(f"commitments {role}", self.roster, "commit", names)
         self.over("deal", names, made["commitments"])
         made["deals"] = self.digest_of(f"deals {role}", made["commitments"], "deal", names)
-        polynomials = []
+        polynomials, lowest = [], 1 if made["old"] else 0
         for index, sender in enumerate(names, 1):
             (_, _, reveal, sealed), commitment = self.said["deal"][sender], self.said["commit"][sender][2]
             committed = tagged(name("dkg-commitment"), pack(reveal))
             refuse_if(commitment != ["dkg-commitment", made["id"], index, committed], "bad-dealing")
             _, ceremony, dealer, coefficients, point, response = reveal
-            refuse_if((ceremony, dealer, len(coefficients)) != (made["id"], index, needed), "bad-dealing")
+            refuse_if((ceremony, dealer, len(coefficients)) != (made["id"], index, needed - lowest), "bad-dealing")
             challenge = tagged(
                 name("dkg-proof-of-knowledge"), made["id"], struct.pack(">I", index), coefficients[0], point
             )
-            polynomial = [key_of(coefficient) for coefficient in coefficients]
+            polynomial = {power: key_of(coefficient) for power, coefficient in enumerate(coefficients, lowest)}
             left = times(int.from_bytes(response, "big"), G1Element.generator())
-            right = key_of(point) + times(int.from_bytes(challenge, "big"), polynomial[0])
+            right = key_of(point) + times(int.from_bytes(challenge, "big"), polynomial[lowest])
             refuse_if(left != right or int.from_bytes(response, "big") >= ORDER, "bad-dealing")
             refuse_if(len(sealed) != len(names), "bad-dealing")
             polynomials.append(polynomial)
         made["polynomials"] = polynomials
         made["answers"] = self.answers(made, names)
-        summed = [total_of([polynomial[power] for polynomial in polynomials]) for power in range(needed)]
+        summed = {power: total_of([held[power] for held in polynomials]) for power in range(lowest, needed)}
         keys = [value_at(summed, index) for index in range(1, len(names) + 1)]
-        return keys, summed[0], made["deals"]
+        if made["old"] is None:
+            return keys, summed[0], made["deals"]
+        _, _, old_key, old_keys, _ = made["old"]
+        return [key_of(old) + key for old, key in zip(old_keys, keys, strict=True)], key_of(old_key), made["deals"]
 
     def answers(self, made: dict, names: list[str]) -> dict[tuple[int, int], int]:
         """Values shown in the open, by dealer and recipient: all fit, whoever asked for them."""
@@ -927,49 +949,62 @@ class Founding:
         refuse_if(any(pair not in shown for pair in asked), "ceremony-incomplete")
         return shown
 
-    def genesis(self) -> bytes:
-        _, version, log, nonce, created, scheme, invited, thresholds, parameters, _, _ = self.terms
-        members = [self.said["join"][sender][2] for sender, _ in invited]
+    def membership(self) -> list:
+        members = [self.said["join"][sender][2] for sender, _ in self.invited]
         parts = ("role", "needed", "key", "share_keys", "possession")
         groups = [[made[part] for part in parts] for made in self.groups]
-        return pack(["genesis", version, log, nonce, created, scheme, members, thresholds, groups, parameters])
+        return ["membership", self.epoch, members, self.thresholds, groups]
+
+    def genesis(self) -> list:
+        _, version, log, nonce, created, scheme, _, _, parameters, _, _ = self.terms
+        return ["genesis", version, log, nonce, created, scheme, *self.membership()[2:], parameters]
 
 
-def value_at(polynomial: list, index: int) -> G1Element:
-    return total_of([times(index**power, coefficient) for power, coefficient in enumerate(polynomial)])
+def value_at(polynomial: dict[int, G1Element], index: int) -> G1Element:
+    return total_of([times(index**power, coefficient) for power, coefficient in polynomial.items()])
 
 
 def check_ceremony(case: dict) -> None:
-    """A founding ceremony from its messages: every digest on the way, and the genesis it ends in."""
+    """A ceremony from its messages: every digest on the way, and the genesis or the members it ends in."""
     invitation = bytes.fromhex(case["invitation"])
     secrets = {sender: bytes.fromhex(secret) for sender, secret in case["box_secrets"].items()}
     honest = [bytes.fromhex(encoded) for encoded in case["accepted"][0]["messages"]]
 
     def judge(trial: dict) -> None:
         said = [bytes.fromhex(encoded) for encoded in trial["messages"]]
-        held = Founding(invitation, honest[: trial.get("after", 0)] + said, case["domain"])
-        genesis = held.genesis()
+        held = Ceremony(invitation, honest[: trial.get("after", 0)] + said, case["domain"])
         if "reason" in trial:
             return
         check(held.digest.hex(), trial["invitation_digest"], "invitation digest")
         check(held.roster.hex(), trial["roster"], "roster")
-        check(genesis.hex(), trial["genesis"], "genesis")
-        check(tagged(name("genesis"), genesis).hex(), trial["chain_id"], "chain id")
+        if held.kept:
+            membership = pack(held.membership())
+            check(membership.hex(), trial["membership"], "members of the next epoch")
+            digest = tagged(name("membership"), bytes.fromhex(case["chain_id"]), membership)
+            check(digest.hex(), trial["digest"], "digest of the members")
+        else:
+            genesis = pack(held.genesis())
+            check(genesis.hex(), trial["genesis"], "genesis")
+            check(tagged(name("genesis"), genesis).hex(), trial["chain_id"], "chain id")
         for made, told in zip(held.groups, trial["roles"], strict=True):
             found = {"role": made["role"], "key_ceremony_id": made["id"].hex()}
             if "deals" in made:
                 found |= {"commitments": made["commitments"].hex(), "deals": made["deals"].hex()}
-                found["nonces"], found["shares"] = open_boxes(held, made, secrets)
+                found["nonces"], found["shares"] = open_boxes(held, made, secrets, case.get("old_shares"))
             found |= {"group_key": made["key"].hex(), "share_keys": [key.hex() for key in made["share_keys"]]}
             check({**found, "possession": made["possession"].hex()}, told, f"keys of {made['role']}")
 
     for trial in (*case["accepted"], *case["refused"]):
         expect(judge, trial)
+    for trial in case.get("refused_invitations", ()):
+        expect(lambda trial: check_invitation(bytes.fromhex(trial["invitation"])), trial)
 
 
-def open_boxes(held: Founding, made: dict, secrets: dict[str, bytes]) -> tuple[list[list[str]], list[str]]:
+def open_boxes(
+    held: Ceremony, made: dict, secrets: dict[str, bytes], old_shares: list[str] | None
+) -> tuple[list[list[str]], list[str]]:
     """The nonces of the sealed values by dealer and recipient, and the share that the values of each recipient make."""
-    nonces, shares = [], [0] * len(made["names"])
+    nonces, shares = [], [int(old, 16) for old in old_shares or ["0"] * len(made["names"])]
     for dealer, sender in enumerate(made["names"], 1):
         row = []
         for recipient, receiver in enumerate(made["names"], 1):

@@ -1,8 +1,9 @@
-"""The golden vectors of the founding ceremony: transcripts that make a genesis, and messages that end one.
+"""The golden vectors of ceremonies: transcripts that make a genesis, or refresh its keys, and messages that end one.
 
 A refused case takes the first ``after`` messages of the first accepted transcript, and ``messages`` behind them.
 """
 
+from dataclasses import fields
 from functools import partial
 
 from agreement import DOMAIN, Case, octets, refusal
@@ -24,11 +25,13 @@ from consensus.ceremony import (
     Join,
     SignedMessage,
     Transcript,
+    decode_invitation,
 )
 from consensus.codec import decode, encode
 from consensus.identifiers import VOTING_ROLES, Role
-from consensus.membership import BLS_THRESHOLD, Parameters, RoleThreshold, check_genesis
-from consensus.participant import Participant
+from consensus.membership import BLS_THRESHOLD, ED25519_LIST, Parameters, RoleThreshold, check_genesis, committee
+from consensus.membership_change import check_change, membership_digest
+from consensus.participant import Participant, member_seeds
 
 COUNTS = {Role.DATA_SOURCE: (3, 2), Role.GOVERNANCE: (2, 2), Role.VERIFIER: (1, 0), Role.OPERATOR: (1, 1)}
 """Members and how many are needed: a dealt key, a summed one, one member's own."""
@@ -50,11 +53,19 @@ FIRST, SECOND, LAST = "data-source-1", "data-source-2", "data-source-3"
 
 
 class Table(CeremonyTable):
-    """Participants with the seeds of these vectors."""
+    """Participants with the seeds of these vectors. To a refresh they bring what the one ``before`` left them."""
 
-    def __init__(self, invitation: Invitation = INVITATION) -> None:
-        names = [invited.name for invited in invitation.members]
-        super().__init__(invitation, {name: Participant(invitation, name, octets("ceremony", name)) for name in names})
+    def __init__(self, invitation: Invitation = INVITATION, before: "Table | None" = None) -> None:
+        super().__init__(invitation, {})
+        for invited in invitation.members:
+            seed = octets("ceremony", invited.name)
+            if before is None:
+                member = Participant(invitation, invited.name, seed)
+            else:
+                share = before.members[invited.name].secret(before.transcript())
+                kept = member_seeds(seed)
+                member = Participant(invitation, invited.name, octets("refresh", invited.name), kept=kept, share=share)
+            self.members[invited.name] = member
 
     def rounds(self, count: int) -> "Table":
         """So many of them, in which everybody says what is due."""
@@ -64,24 +75,53 @@ class Table(CeremonyTable):
 
 
 def ceremony() -> list[Case]:
-    """One founding: held honestly, with a complaint, and ended by who breaks its rules."""
+    """A founding and a refresh of its keys: held honestly, with a complaint, and ended by who breaks their rules."""
     honest = Table().rounds(5)
-    complained = Table().rounds(2)
-    complained.says(SECOND, _spoiled(complained.due(SECOND))).round(without=[SECOND]).rounds(3)
-    secrets = {name: member._box_secret.hex() for name, member in honest.members.items()}
+    refresh = replace(INVITATION, epoch=1, refreshes=honest.transcript().genesis().membership)
+    refreshed = Table(decode_invitation(encode(refresh)), honest).rounds(5)
     return [
         {
-            "invitation": encode(INVITATION).hex(),
-            "domain": DOMAIN,
-            "box_secrets": secrets,
+            **_told(honest),
             "refused": _refused(honest),
             "accepted": [
                 _accepted("all keep the rules", honest),
-                _accepted("a value that does not open", complained),
+                _accepted("a value that does not open", _complained(Table())),
                 *_complained_falsely(honest),
             ],
-        }
+        },
+        {
+            **_told(refreshed),
+            "chain_id": honest.transcript().genesis().chain_id.hex(),
+            "old_shares": _secrets(honest, FIRST, SECOND, LAST),
+            "refused_invitations": _refused_invitations(refresh),
+            "refused": _refused_to_refresh(refreshed, honest),
+            "accepted": [
+                _accepted("all keep the rules", refreshed),
+                _accepted("a value that does not open", _complained(Table(refresh, honest))),
+            ],
+        },
     ]
+
+
+def _told(honest: Table) -> Case:
+    return {
+        "invitation": encode(honest.invitation).hex(),
+        "domain": DOMAIN,
+        "box_secrets": {name: member._box_secret.hex() for name, member in honest.members.items()},
+    }
+
+
+def _complained(table: Table) -> Table:
+    """A dealer's value for the first member does not open: it complains, and is answered."""
+    table.rounds(2)
+    return table.says(SECOND, _spoiled(table.due(SECOND))).round(without=[SECOND]).rounds(3)
+
+
+def _secrets(table: Table, *names: str) -> list[str]:
+    """Shares of a role's key."""
+    transcript = table.transcript()
+    secrets = [table.members[name].secret(transcript) for name in names]
+    return [secret.to_bytes().hex() for secret in secrets if secret is not None]
 
 
 def _complained_falsely(honest: Table) -> list[Case]:
@@ -110,15 +150,13 @@ def _spoiled(deal: Body) -> Deal:
 
 
 def _accepted(what: str, table: Table) -> Case:
-    transcript = table.transcript()
-    genesis = transcript.genesis()
-    check_genesis(genesis)
+    transcript, invitation = table.transcript(), table.invitation
+    made = transcript.membership()
     roles: list[Case] = []
-    for held in genesis.groups:
-        role, names = held.role, INVITATION.role_members(held.role)
-        case: Case = {"role": role.value, "key_ceremony_id": INVITATION.key_ceremony(role).id.hex()}
+    for held in made.groups:
+        role, names = held.role, invitation.role_members(held.role)
+        case: Case = {"role": role.value, "key_ceremony_id": invitation.key_ceremony(role).id.hex()}
         if transcript.is_dealt(role):
-            secrets = [table.members[name].secret(transcript) for name in names]
             case |= {
                 "commitments": transcript.commitments(role).hex(),
                 "deals": transcript.deals(role).hex(),
@@ -126,7 +164,7 @@ def _accepted(what: str, table: Table) -> Case:
                     [table.members[dealer]._box_nonce(transcript, dealer, name).hex() for name in names]
                     for dealer in names
                 ],
-                "shares": [secret.to_bytes().hex() for secret in secrets if secret is not None],
+                "shares": _secrets(table, *names),
             }
         case |= {
             "group_key": held.group_key.hex(),
@@ -134,15 +172,20 @@ def _accepted(what: str, table: Table) -> Case:
             "possession": held.possession.hex(),
         }
         roles.append(case)
-    return {
+    told: Case = {
         "what": what,
         "messages": [message.hex() for message in table.messages],
-        "invitation_digest": INVITATION.digest.hex(),
+        "invitation_digest": invitation.digest.hex(),
         "roster": transcript.roster.hex(),
         "roles": roles,
-        "genesis": encode(genesis).hex(),
-        "chain_id": genesis.chain_id.hex(),
     }
+    if invitation.refreshes is not None:
+        founded = Table().rounds(5).transcript().genesis()
+        check_change(made, committee(founded))
+        return told | {"membership": encode(made).hex(), "digest": membership_digest(founded.chain_id, made).hex()}
+    genesis = transcript.genesis()
+    check_genesis(genesis)
+    return told | {"genesis": encode(genesis).hex(), "chain_id": genesis.chain_id.hex()}
 
 
 def _refused(honest: Table) -> list[Case]:
@@ -241,6 +284,70 @@ def _refused(honest: Table) -> list[Case]:
     refused("a confirmation by a verifier", whole, dealt.signed("verifier-1", confirm))
     refused("a confirmation missing", last)
     return cases
+
+
+def _refused_invitations(refresh: Invitation) -> list[Case]:
+    """To refresh what cannot be."""
+    before = refresh.refreshes
+    assert before is not None
+    bad = {
+        "an epoch that is not the next": {"epoch": 2},
+        "another name": {"members": (*refresh.members[:-1], Invited("stranger", Role.OPERATOR))},
+        "another quorum": {"thresholds": (RoleThreshold(Role.DATA_SOURCE, 3), *refresh.thresholds[1:])},
+        "keys under a scheme without any": {"certificate_scheme": ED25519_LIST},
+    }
+    cases = []
+    for what, changes in bad.items():
+        encoded = encode(replace(refresh, **changes))
+        cases.append(refusal(what, partial(decode_invitation, encoded), invitation=encoded.hex()))
+    return cases
+
+
+def _refused_to_refresh(honest: Table, founded: Table) -> list[Case]:
+    cases: list[Case] = []
+    invitation = honest.invitation
+
+    def refused(what: str, after: int, *messages: bytes) -> None:
+        said = [*honest.messages[:after], *messages]
+        judged = partial(lambda said: Transcript(invitation, said).membership(), said)
+        cases.append(refusal(what, judged, after=after, messages=[message.hex() for message in messages]))
+
+    def begun(rounds: int) -> Table:
+        return Table(invitation, founded).rounds(rounds)
+
+    everyone = len(invitation.members)
+    joined, committed = begun(1), begun(2)
+    assert honest.messages[: len(committed.messages)] == committed.messages
+    own = _join(joined, "operator-1")
+    another = replace(own, member=replace(own.member, log_key=octets("another log key")))
+    refused("a join with another log key", everyone - 1, joined.signed("operator-1", another))
+    refused("the join to the founding", everyone - 1, founded.members["operator-1"].join())
+
+    rules = invitation.key_ceremony(Role.DATA_SOURCE)
+    reveal = dkg.Dealer(
+        _WithConstant(*(getattr(rules, held.name) for held in fields(rules))), 3, octets("rogue")
+    )._reveal
+    moved = begun(1).round(without=[LAST])
+    moved.says(LAST, Commit(moved.transcript().roster, dkg.Commitment(rules.id, 3, reveal.digest)))
+    moved.round(without=[LAST])
+    moved.says(LAST, Deal(moved.transcript().commitments(Role.DATA_SOURCE), reveal, (bytes(48),) * 3))
+    refused("a polynomial with a constant term", everyone, *moved.messages[everyone:])
+
+    complained = begun(3)
+    at = len(complained.messages)
+    complained.says(LAST, Complain(complained.transcript().deals(Role.DATA_SOURCE), (2,)))
+    answer = complained.due(SECOND)
+    assert isinstance(answer, Answer)
+    complained.says(SECOND, replace(answer, shares=(replace(answer.shares[0], value=bytes(31) + b"\x05"),)))
+    refused("an answer that is not on the polynomial", at, *complained.messages[at:])
+    refused("a confirmation missing", len(honest.messages) - 1)
+    return cases
+
+
+class _WithConstant(dkg.Ceremony):
+    """A refresh by who deals a constant term, too, which would move the key."""
+
+    lowest_degree = 0
 
 
 def _join(table: Table, name: str) -> Join:
