@@ -129,6 +129,13 @@ class InvariantBroken(CountersignError):
     """Our own code or storage is about to break a promise; the process must stop, not continue."""
 
 
+def breaks_invariant(error: BaseException) -> bool:
+    """Whether an error is, or among those of several tasks has, an ``InvariantBroken``."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(breaks_invariant, error.exceptions))
+    return isinstance(error, InvariantBroken)
+
+
 class Unavailable(CountersignError):
     """Something needed is not here yet (a peer, a ledger block, a node); retrying may help."""
 

@@ -19,14 +19,14 @@ raise out of the whole server, and writes are shielded from cancellation.
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import h11
 import trio
 
-from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
+from consensus.rejection import ConfigError, Reason, Rejected, Unavailable, breaks_invariant
 from node.config import Address
 from node.errors_http import HttpFault, HttpReply, SlowClient, error_reply, reply_to
 from node.places import Place, Places
@@ -279,11 +279,12 @@ class _Connection:
             reply = reply_to(error)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise
-        except InvariantBroken:
-            log.critical("a request met a broken invariant: the node stops")
-            await self._send(method, error_reply(500, HttpFault.INTERNAL, "the node stops: see its log"))
-            raise
-        except Exception:  # the border to clients: a fault of ours costs one reply
+        except Exception as error:  # the border to clients: a fault of ours costs one reply
+            if breaks_invariant(error):
+                log.critical("a request met a broken invariant: the node stops")
+                with suppress(Exception):  # whoever asked may be gone, and the node stops all the same
+                    await self._send(method, error_reply(500, HttpFault.INTERNAL, "the node stops: see its log"))
+                raise
             log.exception("request failed")
             reply = error_reply(500, HttpFault.INTERNAL, "see the node's log")
         finally:

@@ -2,7 +2,7 @@
 
 import pickle
 
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import InvariantBroken, Reason, Rejected, breaks_invariant
 
 
 def test_refusal_sent_to_another_process_has_its_reason_and_detail() -> None:
@@ -13,3 +13,11 @@ def test_refusal_sent_to_another_process_has_its_reason_and_detail() -> None:
         "expected one, found two",
         "bad-field: expected one, found two",
     )
+
+
+def test_broken_invariant_is_found_among_what_several_tasks_raised() -> None:
+    broken = InvariantBroken("the head")
+    assert breaks_invariant(broken)
+    assert breaks_invariant(ExceptionGroup("two", [KeyError(), ExceptionGroup("one", [broken])]))
+    assert not breaks_invariant(ExceptionGroup("two", [KeyError(), Rejected(Reason.BAD_FIELD, "one")]))
+    assert not breaks_invariant(KeyError())

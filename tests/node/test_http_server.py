@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -11,7 +12,7 @@ from dataclasses import replace
 import pytest
 import trio
 
-from consensus.rejection import ConfigError
+from consensus.rejection import ConfigError, InvariantBroken, breaks_invariant
 from node.config import Address
 from node.errors_http import HttpReply, json_reply
 from node.http_server import Handler, HttpLimits, HttpRequest, serve_http
@@ -376,3 +377,39 @@ async def test_name_with_two_addresses_gets_one_port() -> None:
         address: Address = await nursery.start(start)
         await still_serves(address)
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("is_gone", [False, True])
+@pytest.mark.parametrize("in_a_task", [False, True])
+async def test_broken_invariant_stops_the_node_whoever_asked_and_whichever_task_it_met(
+    is_gone: bool, in_a_task: bool
+) -> None:
+    begun, go_on = trio.Event(), trio.Event()
+
+    async def breaking() -> None:
+        raise InvariantBroken("the ledger does not match its head")
+
+    async def handler(request: HttpRequest) -> HttpReply:
+        begun.set()
+        await go_on.wait()
+        if not in_a_task:
+            await breaking()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(breaking)
+        return json_reply({})
+
+    async def ask() -> None:
+        async with listening(handler=handler) as address, await trio.open_tcp_stream(*address_of(address)) as stream:
+            await stream.send_all(b"GET / HTTP/1.1\r\nHost: node\r\n\r\n")
+            await begun.wait()
+            if is_gone:  # with a reset, so that no reply can be sent
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                await stream.aclose()
+                await trio.sleep(0.05)
+            go_on.set()
+            await trio.sleep(30)
+
+    with pytest.raises(ExceptionGroup) as stopped:
+        await ask()
+    assert breaks_invariant(stopped.value)
