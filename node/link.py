@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 FRAME_HEADER = struct.Struct(">BI")
 REQUEST_NUMBER = struct.Struct(">Q")
 MAX_REFUSAL_BYTES = 64
+FRAMES_A_TURN = 256
+"""Of those that have arrived, before other tasks have their turn."""
 
 
 class FrameKind(IntEnum):
@@ -204,12 +206,14 @@ class Link:
             raise Unavailable(f"connection lost, or {len(self._answers)} requests outstanding")
         number, self._next_request_number = self._next_request_number, self._next_request_number + 1
         answer = self._answers[number] = _Answer(f"no response within {timeout_seconds} s")
-        self._put_control(FrameKind.REQUEST, number, payload)
+        written = self._put_control(FrameKind.REQUEST, number, payload)
         try:
             with trio.move_on_after(timeout_seconds):
                 await answer.done.wait()
         finally:
-            self._answers.pop(number, None)
+            # What is on its way counts until it is answered: the member serves it, whether or not we still wait.
+            if self._withdraw(written):
+                self._answers.pop(number, None)
         if answer.refusal is not None:
             raise Refused(answer.refusal)
         if answer.response is None:
@@ -233,6 +237,14 @@ class Link:
         self._control.append((header + payload, written))
         self.wake()
         return written
+
+    def _withdraw(self, written: trio.Event) -> bool:
+        """Take back a control frame that is not on its way yet; whether it was not."""
+        for place, (_, event) in enumerate(self._control):
+            if event is written:
+                del self._control[place]
+                return True
+        return False
 
     def _fail_waiting(self) -> None:
         self._closed = True
@@ -305,6 +317,7 @@ class Link:
     async def _read(self) -> None:
         """Read until the connection ends; returns then. Raises ``Misbehaved``."""
         unread = bytearray()
+        frames = 0
         while True:
             try:
                 unread += await self._connection.receive()
@@ -322,6 +335,9 @@ class Link:
                     break
                 self._take_frame(kind, bytes(memoryview(unread)[offset + FRAME_HEADER.size : end]))
                 offset = end
+                frames += 1
+                if frames % FRAMES_A_TURN == 0:
+                    await trio.lowlevel.checkpoint()
             del unread[:offset]
 
     def _take_frame(self, kind: int, payload: bytes) -> None:

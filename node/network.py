@@ -18,7 +18,8 @@ the protocol's name keeps nodes of different chains apart. Rules:
 4. What the owner of ``incoming`` finds that no honest member sends (``complain``: a signature that does not verify,
    bytes that do not decode) was checked at our cost. A member may cause ``max_complaints`` of them, and
    ``complaints_forgiven_per_second`` more as time goes by; beyond that, rule 2, and what waits of it is forgotten.
-5. Sending never blocks: bounded outboxes (``lanes.py``) wait for one writing task per connection.
+5. Sending never blocks: bounded outboxes (``lanes.py``) wait for one writing task per connection. A request that was
+   sent counts against ``max_outstanding_requests`` until it is answered: the member serves it all the same.
 6. Each side of a connection writes at least every ``heartbeat_seconds``; a connection on which nothing came for
    ``silence_seconds`` is closed. The dialler redials after 0.1 s, doubling up to 5 s.
 7. Whatever libp2p or a request handler raises ends at most one connection or request. Only our own broken
@@ -41,7 +42,7 @@ from dataclasses import dataclass, field
 import trio
 
 from consensus.identifiers import MemberId
-from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
+from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable, breaks_invariant
 from node.lanes import Inbox, Lane, Outbox, Received
 from node.link import Link, LinkKind, Misbehaved, NetworkCounters, NetworkLimits, Refused
 from node.places import Places
@@ -319,7 +320,9 @@ class Network:
                     self._handshakes.leave(place)
                     state = self._by_peer_id.get(connection.peer_id.to_bytes())
                     if state is None or not self._may_dial_us(connection.peer_id):
-                        raise StrangerRefused(str(connection.peer_id))
+                        # Expected while it was greeted, and no more. Raised here it would come out wrapped.
+                        self.counters.refused_strangers += 1
+                        return
                     await self._run_link(state, self._protocols[connection.protocol], connection)
             except StrangerRefused as error:
                 self.counters.refused_strangers += 1
@@ -357,7 +360,9 @@ class Network:
                 start_time = trio.current_time()
                 if await self._dial(state, kind) and trio.current_time() > start_time + delay_seconds:
                     delay_seconds = self.limits.redial_first_seconds
-                await trio.sleep(max(delay_seconds, state.admitted_from_time - trio.current_time()))
+                await trio.sleep(delay_seconds)
+                while trio.current_time() < state.admitted_from_time:  # also of a penalty that begins meanwhile
+                    await trio.sleep_until(state.admitted_from_time)
                 delay_seconds = min(2 * delay_seconds, self.limits.redial_last_seconds)
 
     async def _dial(self, state: _Member, kind: LinkKind) -> bool:
@@ -370,6 +375,8 @@ class Network:
             with trio.fail_after(self.limits.handshake_seconds):
                 stream = await trio.open_tcp_stream(host, port)
             async with self._connect(stream, noise, peer_id, [self._protocol_of[kind]]) as connection:
+                if trio.current_time() < state.admitted_from_time:
+                    return False  # its other connection was ended for its fault while this one was made
                 established = True
                 await self._run_link(state, kind, connection)
         except (HandshakeFailed, StrangerRefused, OSError, trio.TooSlowError) as error:
@@ -454,9 +461,9 @@ class Network:
                 raise Rejected(Reason.OVERSIZED, f"response of {len(response)} bytes")
             await link.respond(number, response)
             self.counters.requests_served += 1
-        except InvariantBroken:
-            raise
         except Exception as error:  # what a handler raises ends neither the link nor the node
+            if breaks_invariant(error):
+                raise
             if not isinstance(error, Rejected | Unavailable):
                 log.warning("request of %s failed", link.member.hex(), exc_info=True)
             link.refusals_in_flight += 1

@@ -67,7 +67,7 @@ MAX_NEGOTIATION_READ_BYTES = 1024
 MAX_STREAMS_IN_NEGOTIATION = 8
 RECEIVE_BYTES = 256 * 1024
 READS_A_TURN = 32
-"""Of a header or a body, out of what has arrived, before other tasks have their turn."""
+"""Of a header or a body, of Noise's messages or yamux's frames, that have arrived, before others have their turn."""
 NEGOTIATION_UNREAD_BYTES = 512 * 1024
 """Unread bytes allowed before a stream is agreed on: one initial window, and what negotiating takes."""
 YAMUX_SLACK_BYTES = 1024 * 1024 + MAX_STREAMS_IN_NEGOTIATION * DEFAULT_WINDOW_SIZE
@@ -113,6 +113,7 @@ class TcpConnection(IRawConnection):  # type: ignore[misc]  # libp2p has no type
         self.handshake_bytes_left: int | None = HANDSHAKE_BYTES
         self.received_bytes = 0
         self.sent_bytes = 0
+        self._reads = 0
         self._stream = stream
         self._unread = bytearray()
 
@@ -124,6 +125,9 @@ class TcpConnection(IRawConnection):  # type: ignore[misc]  # libp2p has no type
             self.handshake_bytes_left -= n
             if self.handshake_bytes_left < 0:
                 raise ConnectionClosedError(f"more than {HANDSHAKE_BYTES} bytes of handshake")
+        self._reads += 1
+        if self._reads % READS_A_TURN == 0:
+            await trio.lowlevel.checkpoint()
         while len(self._unread) < n:
             try:
                 received = await self._stream.receive_some(RECEIVE_BYTES)
@@ -214,7 +218,11 @@ class _WriteLock:
 
 
 class PacedSession:
-    """A session whose reader pauses now and then: what one peer sends at once must not hold up the others."""
+    """A session whose reader pauses now and then: what one peer sends at once must not hold up the others.
+
+    A Noise message may hold thousands of yamux's frames, and a frame be of thousands of Noise messages: those
+    ``TcpConnection`` counts.
+    """
 
     def __init__(self, session: Any) -> None:
         self._session = session

@@ -162,13 +162,21 @@ async def test_handler_that_raises_refuses_the_request_and_serves_the_next() -> 
 
 
 @pytest.mark.trio
-async def test_broken_invariant_in_a_handler_stops_the_node() -> None:
-    async def broken(member: MemberId, payload: bytes) -> bytes:
+@pytest.mark.parametrize("in_a_task", [False, True])
+async def test_broken_invariant_in_a_handler_stops_the_node(in_a_task: bool) -> None:
+    async def breaking() -> None:
         raise InvariantBroken("the ledger does not match its head")
+
+    async def broken(member: MemberId, payload: bytes) -> bytes:
+        if not in_a_task:
+            await breaking()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(breaking)
+        return b""
 
     parties = make_parties(2)
     first, second = (network_of(party, parties) for party in parties)
-    with pytest.RaisesGroup(pytest.RaisesExc(InvariantBroken, match="the ledger")):
+    with pytest.RaisesGroup(pytest.RaisesExc(InvariantBroken, match="the ledger"), flatten_subgroups=True):
         async with second.open(broken), trio.open_nursery() as nursery:
 
             async def ask() -> None:

@@ -9,12 +9,14 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import trio
+import trio.testing
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.yamux.yamux import Yamux
@@ -32,8 +34,9 @@ from network_fixtures import (
 )
 
 from consensus.identifiers import MemberId
+from consensus.rejection import Unavailable
 from node.lanes import Inbox, Lane, Outbox, Received
-from node.link import FRAME_HEADER, FrameKind, Link, LinkKind, Misbehaved, NetworkCounters
+from node.link import FRAME_HEADER, FRAMES_A_TURN, FrameKind, Link, LinkKind, Misbehaved, NetworkCounters
 from node.network import Network, NetworkLimits
 from node.transport import (
     HANDSHAKE_BYTES,
@@ -369,32 +372,169 @@ async def test_member_that_sends_a_malformed_frame_is_disconnected(protocol: str
         await assert_alive(network, victim, member)
 
 
+class Wire:
+    """A connection on which ``received`` arrive one after the other, then nothing; bytes sent are taken or not."""
+
+    sent_bytes = received_bytes = 0
+    window_exceeded = False
+
+    def __init__(
+        self, received: Iterable[bytes] = (), *, takes: bool = False, on_abort: Callable[[], None] = lambda: None
+    ) -> None:
+        self._received = iter(received)
+        self._takes = takes
+        self.abort = on_abort
+        self.sent: list[bytes] = []
+
+    async def receive(self) -> bytes:
+        for received in self._received:
+            return received
+        await trio.sleep_forever()
+        return b""
+
+    async def send(self, frames: bytes) -> None:
+        self.sent.append(frames)
+        await trio.sleep(0)
+        if not self._takes:
+            await trio.sleep_forever()
+
+
+def link_over(connection: Wire, kind: LinkKind = LinkKind.URGENT, limits: NetworkLimits = FAST) -> Link:
+    return Link(
+        member=MemberId(bytes(32)),
+        kind=kind,
+        connection=connection,  # type: ignore[arg-type]
+        outbox=Outbox(kind.lane, 1_000),
+        inbox=Inbox([], {kind.lane: 1_000}),
+        serve=lambda *_: None,
+        limits=limits,
+        counters=NetworkCounters(),
+    )
+
+
+@pytest.mark.trio
+async def test_heartbeats_that_arrive_together_hold_up_nobody() -> None:
+    turns: list[int] = []
+    read = 0
+
+    def arriving() -> Iterator[bytes]:
+        nonlocal read
+        for read in range(1, 101):  # noqa: B007 (read by the other task)
+            yield FRAME_HEADER.pack(FrameKind.HEARTBEAT, 0) * (FRAMES_A_TURN // 4)
+
+    async def other() -> None:
+        while read < 100:
+            turns.append(read)
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        nursery.start_soon(link_over(Wire(arriving())).run)
+        await until(lambda: read == 100)
+        nursery.cancel_scope.cancel()
+    assert max(after - before for before, after in pairwise(turns)) <= 12
+
+
+@pytest.mark.trio
+async def test_requests_to_a_member_that_takes_no_bytes_do_not_pile_up() -> None:
+    link = link_over(wire := Wire(), LinkKind.BULK)
+
+    async def ask() -> None:
+        with pytest.raises(Unavailable):
+            await link.request(bytes(1_000), 0.01)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        for _ in range(5):
+            async with trio.open_nursery() as asking:
+                for _ in range(40):
+                    asking.start_soon(ask)
+        waiting, _ = link._next_batch()
+        nursery.cancel_scope.cancel()
+    assert len(wire.sent) == 1
+    assert waiting == []
+
+
+@pytest.mark.trio
+async def test_request_that_was_sent_counts_until_it_is_answered_though_nobody_waits_any_more() -> None:
+    """Else an honest node could have more requests in service at the member than that lets it."""
+    limits = replace(FAST, max_outstanding_requests=3)
+    answers, answered = trio.open_memory_channel[bytes](10)
+
+    class Answering(Wire):
+        async def receive(self) -> bytes:
+            return await answered.receive()
+
+    async with trio.open_nursery() as nursery:
+        link = link_over(Answering(takes=True), LinkKind.BULK, limits)
+        nursery.start_soon(link.run)
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="no response"):
+                await link.request(b"slow", 0.05)
+        with pytest.raises(Unavailable, match="3 requests outstanding"):
+            await link.request(b"one more", 0.05)
+        await answers.send(frame(FrameKind.RESPONSE, struct.pack(">Q", 2) + b"late"))
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(Unavailable, match="no response"):
+            await link.request(b"one more", 0.05)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_penalty_that_begins_while_the_other_connection_is_made_holds_for_that_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    victim, member = make_parties(2)  # the first dials
+    network = network_of(victim, [victim, member], limits=replace(FAST, penalty_seconds=60.0))
+    greeted = trio.Event()
+
+    @asynccontextmanager
+    async def connecting(
+        stream: trio.SocketStream, noise: object, peer_id: object, protocols: list[str]
+    ) -> AsyncIterator[Wire]:
+        async with stream:
+            if protocols[0].endswith("bulk"):
+                await greeted.wait()
+                yield Wire()
+            else:
+                yield Wire([FRAME_HEADER.pack(17, 0)])
+
+    monkeypatch.setattr(network, "_connect", connecting)
+    listeners = await trio.open_tcp_listeners(member.address[1], host=member.address[0])
+    async with network.open():
+        await until(lambda: network.counters.closed_malformed == 1)
+        greeted.set()
+        await trio.sleep(0.1)
+        assert network.counters.connections == 1
+        assert not network.connected
+    for listener in listeners:
+        await listener.aclose()
+
+
+@pytest.mark.trio
+async def test_member_whose_penalty_begins_while_it_is_greeted_is_counted_and_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with victim_and_member() as (network, victim, member):
+        real = network._connect
+
+        @asynccontextmanager
+        async def connecting(*arguments: object) -> AsyncIterator[Connection]:
+            async with real(*arguments) as connection:  # type: ignore[arg-type]
+                monkeypatch.setattr(network, "_may_dial_us", lambda peer_id: False)
+                yield connection
+
+        monkeypatch.setattr(network, "_connect", connecting)
+        async with attacker(member, victim) as connection:
+            await ended(connection)
+        await until(lambda: network.counters.refused_strangers == 1)
+        assert network.counters.connections == 0
+
+
 @pytest.mark.trio
 async def test_fault_is_told_where_the_end_of_the_connection_cancels_the_link() -> None:
     with trio.CancelScope() as scope:
-
-        class Closing:
-            sent_bytes = received_bytes = 0
-
-            async def receive(self) -> bytes:
-                return FRAME_HEADER.pack(17, 0)
-
-            async def send(self, frames: bytes) -> None:
-                await trio.sleep_forever()
-
-            def abort(self) -> None:
-                scope.cancel()
-
-        link = Link(
-            member=MemberId(bytes(32)),
-            kind=LinkKind.URGENT,
-            connection=Closing(),  # type: ignore[arg-type]
-            outbox=Outbox(Lane.VOTES, 1_000),
-            inbox=Inbox([], {Lane.VOTES: 1_000}),
-            serve=lambda *_: None,
-            limits=FAST,
-            counters=NetworkCounters(),
-        )
+        link = link_over(Wire([FRAME_HEADER.pack(17, 0)], on_abort=scope.cancel))
         with pytest.raises(Misbehaved, match="kind 17"):
             await link.run()
         return

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from node.transport import READS_A_TURN, PacedSession, PromptLock
+from node.transport import READS_A_TURN, PacedSession, PromptLock, TcpConnection
 
 
 class Arrived:
@@ -128,3 +128,29 @@ async def test_reader_of_what_has_all_arrived_lets_others_have_their_turn() -> N
     assert len(turns) >= 5
     assert max(after - before for before, after in pairwise(turns)) <= 2 * READS_A_TURN
     assert paced.get_remote_peer() == "peer"
+
+
+@pytest.mark.trio
+async def test_reader_of_many_small_messages_lets_others_have_their_turn() -> None:
+    """One frame may come as thousands of Noise messages, each two reads here."""
+    ours, theirs = trio.socket.socketpair()
+    connection = TcpConnection(trio.SocketStream(ours), is_initiator=False)
+    connection.handshake_bytes_left = None
+    await trio.SocketStream(theirs).send_all(bytes(4_000))
+    await connection.read(1)
+    read = 0
+    turns: list[int] = []
+
+    async def other() -> None:
+        while True:
+            turns.append(read)
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for read in range(3_000):  # noqa: B007 (read by the other task)
+            await connection.read(1)
+        nursery.cancel_scope.cancel()
+    connection.abort()
+    theirs.close()
+    assert max(after - before for before, after in pairwise(turns)) <= 2 * READS_A_TURN
