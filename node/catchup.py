@@ -6,12 +6,14 @@ applied exactly as in the live round (``chunk``). So whatever a peer sends, each
 further.
 A peer that sends anything else, or nothing, is slow, or sends little of what it says it has, is asked no more this
 time. Asked next is who was asked least, where an answer that disappointed counts for several: one that serves true
-ledger blocks, few at a time and late, has its turns and no more.
+ledger blocks, few at a time and late, has its turns and no more. Only what one certificate makes final is asked for to
+its end from whoever began it, however slow, for ``PROMISE_SECONDS``: a part of it is of no use.
 
 The same file serves: blocks, events, proposals, as others ask.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -45,6 +47,8 @@ log = logging.getLogger("countersign.catchup")
 REQUEST_SECONDS = 5.0
 SLOW_SECONDS = 2.0
 """An answer that took longer is used, and another peer asked next: one that drips must not set the pace."""
+PROMISE_SECONDS = 300.0
+"""How long a slow peer is still asked for the rest of what one certificate makes final: dropped, it is of no use."""
 DISAPPOINTED_TURNS = 8
 """For how many turns an answer that disappointed counts."""
 
@@ -207,12 +211,13 @@ class CatchUp:
     async def _from_peer(self, peer: MemberId) -> bool:
         """Fetch and apply chunks from a peer, the next one on its way while one is applied.
 
-        Returns: whether the log grew. Stops at the first answer that disappoints or brings little of what there is.
+        Returns: whether the log grew. Stops at the first answer that disappoints or brings little of what there is; but
+        what an answer begins under one certificate is asked for to its end.
         """
         before_height = self._ledger.final.header.height
         self._turns[peer] += 1
         turns = self._turns[peer]
-        pending = Pending()
+        pending, promised_time = Pending(), math.inf
         height = before_height + 1
         answer = await self._ask(peer, height)
         while answer is not None:
@@ -222,7 +227,7 @@ class CatchUp:
             next_height = height + len(answer.blocks)
             has_more = next_height <= answer.head_height
             async with trio.open_nursery() as nursery:
-                if has_more and _is_ample(answer):
+                if has_more and (answer.onward or _is_ample(answer)):
                     nursery.start_soon(self._ask_ahead, peer, next_height, following)
                 try:
                     await self._apply(answer, height, pending)
@@ -236,7 +241,11 @@ class CatchUp:
             elif has_more and not following and self._ledger.committee.epoch != epoch:
                 await self._ask_ahead(peer, next_height, following)  # no answer goes on beyond the end of an epoch
             height = next_height
-            answer = following[0] if following and self._turns[peer] == turns else None
+            promised_time = min(promised_time, trio.current_time()) if pending.headers else math.inf
+            is_promised = failure is None and trio.current_time() < promised_time + PROMISE_SECONDS < math.inf
+            answer = following[0] if following and (self._turns[peer] == turns or is_promised) else None
+        if pending.headers and self._turns[peer] == turns:
+            self._disappointed(peer, "what it promised to be final did not follow")
         return self._ledger.final.header.height > before_height
 
     async def _ask_ahead(self, peer: MemberId, height: int, following: list[Blocks | None]) -> None:

@@ -181,3 +181,57 @@ def test_answer_holds_no_more_ledger_blocks_than_one_is_read_with(tmp_path: Path
     assert len(answer.blocks) == MAX_ANSWER_BLOCKS
     assert len(serve_blocks(full, GetBlocks(MAX_ANSWER_BLOCKS + 1)).blocks) == 4
     full.store.close()
+
+
+def promising(full: Ledger, keeps_it: bool) -> Answer:
+    """Serves a few ledger blocks at a time, under the certificate of the last one; or the first few and no more."""
+    truth = honest(full)
+
+    async def answer(request: Request) -> bytes:
+        encoded = await truth(request)
+        if not isinstance(request, GetBlocks):
+            return encoded
+        if request.from_height > 1 and not keeps_it:
+            return encode(Blocks((), (), b"", request.from_height - 1))
+        held = decode(encoded, Blocks, MAX_ANSWER_BYTES)
+        onward = [header for header, _ in told().certified[request.from_height - 1 + len(held.blocks) :]]
+        return encode(Blocks(held.blocks, tuple(onward), told().certified[-1][1], HEIGHT))
+
+    return answer
+
+
+@pytest.mark.trio
+async def test_slow_server_is_asked_for_all_that_one_certificate_makes_final(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
+    monkeypatch.setattr("node.catchup.SLOW_SECONDS", 0.0)
+    async with served([promising(full, True)]) as network:
+        peer = network.in_own_order(network.connected)[0]
+        assert await CatchUp(empty, network, lambda appended: None).from_peer(peer)
+    assert empty.final.digest == full.final.digest
+
+
+@pytest.mark.trio
+async def test_slow_server_is_not_waited_for_without_end(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
+    monkeypatch.setattr("node.catchup.SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("node.catchup.PROMISE_SECONDS", 0.0)
+    async with served([promising(full, True)]) as network:
+        peer = network.in_own_order(network.connected)[0]
+        assert not await CatchUp(empty, network, lambda appended: None).from_peer(peer)
+    assert empty.final.header.height == 0
+
+
+@pytest.mark.trio
+async def test_server_that_goes_back_on_its_promise_is_passed_over_for_some_turns(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
+    caplog.set_level("INFO", "countersign.catchup")
+    async with served([promising(full, False)]) as network:
+        peer = network.in_own_order(network.connected)[0]
+        assert not await CatchUp(empty, network, lambda appended: None).from_peer(peer)
+    assert "what it promised to be final did not follow" in caplog.text
