@@ -350,6 +350,8 @@ class Proposals:
 
         if len(found) < len(leaves):  # else without a pause: the vote waits for this
             await ask_in_turn(self._askable(sources), ask)
+            # Gossip may have brought the rest while the last one asked was silent.
+            found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
         if any(leaf not in found for leaf in leaves):
             return None
         return [found[leaf] for leaf in leaves]

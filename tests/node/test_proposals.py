@@ -441,6 +441,26 @@ async def test_holders_that_say_nothing_delay_a_ledger_block_by_a_moment_each(
         assert await voter.proposals.fetch(proposal.digest, silent) == (proposal, honest)
 
 
+@pytest.mark.trio
+async def test_event_that_gossip_brings_while_the_last_holder_is_silent_is_found(
+    memory: MemoryLedger,
+    desks: tuple[Desk, Desk],
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    leader, voter = desks
+    late = memory.source(LIBRARIAN, "late")
+    made = leader.hold(LATELY_MS, late).propose()
+
+    async def request(member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
+        await trio.sleep(0.5 * timeout_seconds)
+        assert voter.intake.receive(memory.ids[LIBRARIAN], pack_gossip([packed(late)])) == 1
+        raise Unavailable("no answer")
+
+    monkeypatch.setattr(voter.peers, "request", request)
+    assert await voter.verdict(made, memory.ids[LIBRARIAN]) is Verdict.VALID
+
+
 def test_proposal_that_may_not_be_on_disk_yet_is_served_to_nobody(desks: tuple[Desk, Desk]) -> None:
     desk, _ = desks
     ours, _ = desk.propose()
