@@ -7,13 +7,12 @@ further.
 A peer that sends anything else, or nothing, is slow, or sends little of what it says it has, is asked no more this
 time. Asked next is who was asked least, where an answer that disappointed counts for several: one that serves true
 ledger blocks, few at a time and late, has its turns and no more. Only what one certificate makes final is asked for to
-its end from whoever began it, however slow, for ``PROMISE_SECONDS``: a part of it is of no use.
+its end from whoever began it, also where its answers are small or late, for ``PROMISE_SECONDS``: a part is of no use.
 
 The same file serves: blocks, events, proposals, as others ask.
 """
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -48,7 +47,7 @@ REQUEST_SECONDS = 5.0
 SLOW_SECONDS = 2.0
 """An answer that took longer is used, and another peer asked next: one that drips must not set the pace."""
 PROMISE_SECONDS = 300.0
-"""How long a slow peer is still asked for the rest of what one certificate makes final: dropped, it is of no use."""
+"""How long a peer that disappointed is still asked for the rest of what one certificate makes final."""
 DISAPPOINTED_TURNS = 8
 """For how many turns an answer that disappointed counts."""
 
@@ -217,7 +216,8 @@ class CatchUp:
         before_height = self._ledger.final.header.height
         self._turns[peer] += 1
         turns = self._turns[peer]
-        pending, promised_time = Pending(), math.inf
+        pending = Pending()
+        promised_time: float | None = None
         height = before_height + 1
         answer = await self._ask(peer, height)
         while answer is not None:
@@ -238,11 +238,13 @@ class CatchUp:
                 raise failure
             if failure is not None:
                 self._disappointed(peer, str(failure))
-            elif has_more and not following and self._ledger.committee.epoch != epoch:
+            elif pending.headers and not _is_ample(answer):
+                self._disappointed(peer, "little of what it promised to be final")
+            if failure is None and has_more and not following and self._ledger.committee.epoch != epoch:
                 await self._ask_ahead(peer, next_height, following)  # no answer goes on beyond the end of an epoch
             height = next_height
-            promised_time = min(promised_time, trio.current_time()) if pending.headers else math.inf
-            is_promised = failure is None and trio.current_time() < promised_time + PROMISE_SECONDS < math.inf
+            promised_time = (promised_time or trio.current_time()) if pending.headers and failure is None else None
+            is_promised = promised_time is not None and trio.current_time() < promised_time + PROMISE_SECONDS
             answer = following[0] if following and (self._turns[peer] == turns or is_promised) else None
         if pending.headers and self._turns[peer] == turns:
             self._disappointed(peer, "what it promised to be final did not follow")

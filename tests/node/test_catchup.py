@@ -13,7 +13,7 @@ from consensus.codec import decode, encode
 from consensus.event import CheckedEvent
 from consensus.membership import ED25519_LIST
 from consensus.rejection import Reason, Rejected
-from node.catchup import CatchUp, serve_blocks
+from node.catchup import DISAPPOINTED_TURNS, CatchUp, serve_blocks
 from node.chunk import Chunk, Pending
 from node.ledger import Ledger
 from node.messages import MAX_ANSWER_BLOCKS, MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks, Request
@@ -227,11 +227,35 @@ async def test_slow_server_is_not_waited_for_without_end(
 
 @pytest.mark.trio
 async def test_server_that_goes_back_on_its_promise_is_passed_over_for_some_turns(
-    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
-    caplog.set_level("INFO", "countersign.catchup")
     async with served([promising(full, False)]) as network:
         peer = network.in_own_order(network.connected)[0]
-        assert not await CatchUp(empty, network, lambda appended: None).from_peer(peer)
-    assert "what it promised to be final did not follow" in caplog.text
+        catch_up = CatchUp(empty, network, lambda appended: None)
+        assert not await catch_up.from_peer(peer)
+    assert catch_up._turns[peer] > DISAPPOINTED_TURNS
+
+
+@pytest.mark.trio
+async def test_server_that_drips_what_it_promised_is_not_followed_without_end(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.catchup.PROMISE_SECONDS", 0.0)
+    asked: list[int] = []
+
+    async def answer(request: Request) -> bytes:
+        encoded = await promising(full, True)(request)
+        if not isinstance(request, GetBlocks):
+            return encoded
+        asked.append(request.from_height)
+        blocks = decode(encoded, Blocks, MAX_ANSWER_BYTES).blocks[:1]
+        onward = tuple(header for header, _ in told().certified[request.from_height :])
+        return encode(Blocks(blocks, onward, told().certified[-1][1], HEIGHT))
+
+    async with served([answer]) as network:
+        peer = network.in_own_order(network.connected)[0]
+        catch_up = CatchUp(empty, network, lambda appended: None)
+        assert not await catch_up.from_peer(peer)
+    assert len(asked) <= 2  # the second is asked for while the first is applied
+    assert catch_up._turns[peer] > DISAPPOINTED_TURNS
