@@ -785,17 +785,24 @@ def check_evidence(case: dict) -> None:
 ROUNDS_OF_CEREMONY = ("join", "commit", "deal", "complain", "answer", "confirm")
 
 
-def check_invitation(encoded: bytes) -> list:
-    """The terms of a ceremony; what it refreshes is the epoch before, with a role whose key was dealt."""
+def check_invitation(encoded: bytes, domain: str) -> list:
+    """The terms of a ceremony; what it refreshes are the role keys of the epoch before, one of them dealt."""
     terms = decoded(encoded)
-    _, _, _, _, _, scheme, invited, thresholds, _, epoch, refreshes = terms
+    _, _, _, nonce, _, scheme, invited, thresholds, _, epoch, refreshes = terms
     if refreshes is not None:
-        _, before, members, quorums, _ = refreshes
+        _, before, members, quorums, groups = refreshes
         counts = {role: sum(held == role for _, held in invited) for role in VOTING_ROLES}
         refuse_if(scheme != "bls-threshold", "bad-membership")
         refuse_if((epoch, thresholds) != (before + 1, quorums), "bad-membership")
         refuse_if(invited != [member[:2] for member in members], "bad-membership")
         refuse_if(all(needed == counts[role] for role, needed in thresholds), "bad-membership")
+        expected = [[role, needed, counts[role]] for role, needed in thresholds]
+        refuse_if([[*group[:2], len(group[3])] for group in groups] != expected, "bad-membership")
+        for role, needed, group_key, share_keys, possession in groups:
+            own_keys = [member[6] for member in members if member[1] == role]
+            check_group(needed, group_key, share_keys)
+            refuse_if(needed == counts[role] and share_keys != own_keys, "bad-membership")
+            verify_possession(group_key, group_key, group_context(nonce, before, role), domain, possession)
     return terms
 
 
@@ -803,7 +810,7 @@ class Ceremony:
     """A ceremony under ``bls-threshold``: what was said, checked, and what it makes."""
 
     def __init__(self, invitation: bytes, messages: list[bytes], domain: str) -> None:
-        self.terms, self.domain = check_invitation(invitation), domain
+        self.terms, self.domain = check_invitation(invitation, domain), domain
         self.digest = tagged(name("ceremony"), b"invitation", invitation)
         _, _, _, self.nonce, _, _, self.invited, self.thresholds, _, self.epoch, refreshes = self.terms
         self.kept = {} if refreshes is None else {member[0]: member for member in refreshes[2]}
@@ -997,7 +1004,7 @@ def check_ceremony(case: dict) -> None:
     for trial in (*case["accepted"], *case["refused"]):
         expect(judge, trial)
     for trial in case.get("refused_invitations", ()):
-        expect(lambda trial: check_invitation(bytes.fromhex(trial["invitation"])), trial)
+        expect(lambda trial: check_invitation(bytes.fromhex(trial["invitation"]), case["domain"]), trial)
 
 
 def open_boxes(

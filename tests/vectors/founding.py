@@ -290,11 +290,21 @@ def _refused_invitations(refresh: Invitation) -> list[Case]:
     """To refresh what cannot be."""
     before = refresh.refreshes
     assert before is not None
+    dealt, summed, own = before.groups
+    every = (RoleThreshold(Role.DATA_SOURCE, 3), *refresh.thresholds[1:])
+    foreign = replace(dealt, share_keys=(*dealt.share_keys[:-1], summed.group_key))
+    unproved = replace(dealt, possession=summed.possession)
+    other = replace(summed, share_keys=summed.share_keys[::-1])
     bad = {
         "an epoch that is not the next": {"epoch": 2},
         "another name": {"members": (*refresh.members[:-1], Invited("stranger", Role.OPERATOR))},
-        "another quorum": {"thresholds": (RoleThreshold(Role.DATA_SOURCE, 3), *refresh.thresholds[1:])},
+        "another quorum than before": {"refreshes": replace(before, thresholds=every)},
+        "no key that is dealt": {"thresholds": every, "refreshes": replace(before, thresholds=every)},
         "keys under a scheme without any": {"certificate_scheme": ED25519_LIST},
+        "role keys in another order": {"refreshes": replace(before, groups=(summed, dealt, own))},
+        "a share key off the polynomial": {"refreshes": replace(before, groups=(foreign, summed, own))},
+        "the proof of possession of another role": {"refreshes": replace(before, groups=(unproved, summed, own))},
+        "summed keys in another order": {"refreshes": replace(before, groups=(dealt, other, own))},
     }
     cases = []
     for what, changes in bad.items():
