@@ -432,7 +432,8 @@ async def test_heartbeats_that_arrive_together_hold_up_nobody() -> None:
         nursery.start_soon(link_over(Wire(arriving())).run)
         await until(lambda: read == 100)
         nursery.cancel_scope.cancel()
-    assert max(after - before for before, after in pairwise(turns)) <= 12
+    assert len(turns) >= 5
+    assert max(after - before for before, after in pairwise([*turns, 100])) <= 12
 
 
 @pytest.mark.trio
@@ -456,7 +457,9 @@ async def test_requests_to_a_member_that_takes_no_bytes_do_not_pile_up() -> None
 
 
 @pytest.mark.trio
-async def test_request_that_was_sent_counts_until_it_is_answered_though_nobody_waits_any_more() -> None:
+async def test_request_that_was_sent_counts_until_it_is_answered_though_nobody_waits_any_more(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     """Else an honest node could have more requests in service at the member than that lets it."""
     limits = replace(FAST, max_outstanding_requests=3)
     answers, answered = trio.open_memory_channel[bytes](10)

@@ -153,4 +153,5 @@ async def test_reader_of_many_small_messages_lets_others_have_their_turn() -> No
         nursery.cancel_scope.cancel()
     connection.abort()
     theirs.close()
-    assert max(after - before for before, after in pairwise(turns)) <= 2 * READS_A_TURN
+    assert len(turns) >= 5
+    assert max(after - before for before, after in pairwise([*turns, 3_000])) <= 2 * READS_A_TURN
