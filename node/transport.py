@@ -17,6 +17,8 @@ adds what a permissioned network must not have. What the parts get wrong is put 
   to a stopped peer holds for ever.
 - **Windows** are credited here, half a window at a time (yamux writes a window update for each read), and
   yamux's own pings are off: two peers answering them while both write in bulk wait for each other.
+- **Turns.** Yamux takes six locks for a message, and each of trio's gives way to all other tasks even while it is free:
+  they are replaced by ones that do not. Other tasks have their turn every ``READS_A_TURN`` reads instead.
 
 Wire form: standard libp2p, so that other implementations can connect. Who is dialled when and what the
 stream carries is left to ``network.py``, and so is telling why a connection ended: libp2p's own logger is
