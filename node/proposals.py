@@ -319,26 +319,30 @@ class Proposals:
     async def _gather(self, leaves: list[Digest], sources: Iterable[MemberId]) -> list[CheckedEvent] | None:
         """The events by leaf hash: from the pool, from gossip still under way, then from peers."""
         found: dict[Digest, CheckedEvent] = {}
+
+        def missing() -> list[Digest]:
+            """Those that are not found yet, once the pool was looked through for them."""
+            lacking = [leaf for leaf in leaves if leaf not in found]
+            found.update((leaf, event) for leaf in lacking if (event := self._mempool.get(leaf)) is not None)
+            return [leaf for leaf in lacking if leaf not in found]
+
         latest = trio.current_time() + MOST_ARRIVAL_SECONDS
         with trio.move_on_after(ARRIVAL_SECONDS) as patience:
             while True:
                 arrived, before = self._intake.arrived, len(found)
-                missing = [leaf for leaf in leaves if leaf not in found]
-                found.update((leaf, event) for leaf in missing if (event := self._mempool.get(leaf)) is not None)
-                if len(found) == len(leaves):
+                if not missing():
                     break
                 if len(found) > before:
                     patience.deadline = min(latest, trio.current_time() + ARRIVAL_SECONDS)
                 await arrived.wait()
 
         async def ask(peer: MemberId) -> bool:
-            missing = [leaf for leaf in leaves if leaf not in found and self._mempool.get(leaf) is None]
-            found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
-            if not missing:
+            wanted = missing()
+            if not wanted:
                 return True
-            asked = frozenset(missing)
+            asked = frozenset(wanted)
             try:
-                answer = await self._network.request(peer, encode(GetEvents(tuple(missing))), FETCH_SECONDS)
+                answer = await self._network.request(peer, encode(GetEvents(tuple(wanted))), FETCH_SECONDS)
                 for turn in in_turns(decode(answer, Events, 2 * MAX_BLOCK_BYTES).events):
                     for encoded in turn:
                         event = self._intake.take_fetched(encoded, peer, asked)
@@ -350,10 +354,8 @@ class Proposals:
 
         if len(found) < len(leaves):  # else without a pause: the vote waits for this
             await ask_in_turn(self._askable(sources), ask)
-            # Gossip may have brought the rest while the last one asked was silent.
-            found.update((leaf, event) for leaf in leaves if (event := self._mempool.get(leaf)) is not None)
-        if any(leaf not in found for leaf in leaves):
-            return None
+            if missing():  # gossip may have brought the rest while the last one asked was silent
+                return None
         return [found[leaf] for leaf in leaves]
 
     async def fetch(self, block: Digest, sources: Iterable[MemberId]) -> tuple[Proposal, MemberId] | None:

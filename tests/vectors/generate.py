@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import agreement
+import ceremonies
 import contradictions
-import founding
 import msgspec
 
 from consensus import portions as p
@@ -458,7 +458,7 @@ FILES = {
     "certificates": agreement.certificates,
     "possession": agreement.possession,
     "evidence": contradictions.evidence,
-    "ceremony": founding.ceremony,
+    "ceremony": ceremonies.ceremony,
 }
 
 

@@ -29,7 +29,15 @@ from consensus.ceremony import (
 )
 from consensus.codec import decode, encode
 from consensus.identifiers import VOTING_ROLES, Role
-from consensus.membership import BLS_THRESHOLD, ED25519_LIST, Parameters, RoleThreshold, check_genesis, committee
+from consensus.membership import (
+    BLS_THRESHOLD,
+    ED25519_LIST,
+    Genesis,
+    Parameters,
+    RoleThreshold,
+    check_genesis,
+    committee,
+)
 from consensus.membership_change import check_change, membership_digest
 from consensus.participant import Participant, member_seeds
 
@@ -77,7 +85,8 @@ class Table(CeremonyTable):
 def ceremony() -> list[Case]:
     """A founding and a refresh of its keys: held honestly, with a complaint, and ended by who breaks their rules."""
     honest = Table().rounds(5)
-    refresh = replace(INVITATION, epoch=1, refreshes=honest.transcript().genesis().membership)
+    founded = honest.transcript().genesis()
+    refresh = replace(INVITATION, epoch=1, refreshes=founded.membership)
     refreshed = Table(decode_invitation(encode(refresh)), honest).rounds(5)
     return [
         {
@@ -91,13 +100,13 @@ def ceremony() -> list[Case]:
         },
         {
             **_told(refreshed),
-            "chain_id": honest.transcript().genesis().chain_id.hex(),
+            "chain_id": founded.chain_id.hex(),
             "old_shares": _secrets(honest, FIRST, SECOND, LAST),
             "refused_invitations": _refused_invitations(refresh),
             "refused": _refused_to_refresh(refreshed, honest),
             "accepted": [
-                _accepted("all keep the rules", refreshed),
-                _accepted("a value that does not open", _complained(Table(refresh, honest))),
+                _accepted("all keep the rules", refreshed, founded),
+                _accepted("a value that does not open", _complained(Table(refresh, honest)), founded),
             ],
         },
     ]
@@ -149,7 +158,8 @@ def _spoiled(deal: Body) -> Deal:
     return replace(deal, sealed=(bytes(48), *deal.sealed[1:]))
 
 
-def _accepted(what: str, table: Table) -> Case:
+def _accepted(what: str, table: Table, founded: Genesis | None = None) -> Case:
+    """A transcript and what it makes; ``founded`` is the genesis of the log whose keys it refreshes."""
     transcript, invitation = table.transcript(), table.invitation
     made = transcript.membership()
     roles: list[Case] = []
@@ -179,8 +189,7 @@ def _accepted(what: str, table: Table) -> Case:
         "roster": transcript.roster.hex(),
         "roles": roles,
     }
-    if invitation.refreshes is not None:
-        founded = Table().rounds(5).transcript().genesis()
+    if founded is not None:
         check_change(made, committee(founded))
         return told | {"membership": encode(made).hex(), "digest": membership_digest(founded.chain_id, made).hex()}
     genesis = transcript.genesis()
