@@ -4,16 +4,15 @@ A peer answers with consecutive ledger blocks from the height asked for. Their h
 certified one, whose certificate is checked once for the chunk; then every event is checked and every block
 applied exactly as in the live round (``chunk``). So whatever a peer sends, each answer that is taken brings the log
 further.
-A peer that sends anything else, or nothing, is slow, or sends little of what it says it has, is asked no more this
-time. Asked next is who was asked least, where an answer that disappointed counts for several: one that serves true
-ledger blocks, few at a time and late, has its turns and no more. Only what one certificate makes final is asked for to
-its end from whoever began it, also where its answers are small or late, for ``PROMISE_SECONDS``: a part is of no use.
+Peers share the time (``turns.py``): a turn ends after ``TURN_SECONDS``, or with the first answer that is none, is
+wrong, or brings little of what there is. So one that serves true ledger blocks, few at a time or late, sets no pace.
+Only what one certificate makes final is asked for to its end from whoever began it, also where its answers are small or
+late, for ``PROMISE_SECONDS``: a part is of no use.
 
 The same file serves: blocks, events, proposals, as others ask.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -40,16 +39,15 @@ from node.messages import (
 )
 from node.network import Network
 from node.snapshot import Joining
+from node.turns import Turns
 
 log = logging.getLogger("countersign.catchup")
 
 REQUEST_SECONDS = 5.0
-SLOW_SECONDS = 2.0
-"""An answer that took longer is used, and another peer asked next: one that drips must not set the pace."""
+TURN_SECONDS = 2.0
+"""How long a peer is asked for more before it is another's turn."""
 PROMISE_SECONDS = 300.0
-"""How long a peer that disappointed is still asked for the rest of what one certificate makes final."""
-DISAPPOINTED_TURNS = 8
-"""For how many turns an answer that disappointed counts."""
+"""How long a peer is asked for the rest of what one certificate makes final."""
 
 
 def serve_blocks(ledger: Ledger, request: GetBlocks, target_bytes: int | None = None) -> Blocks:
@@ -137,7 +135,9 @@ class CatchUp:
         self._appended = appended
         self._lock = trio.Lock()
         self._applying = trio.Lock()
-        self._turns: Counter[MemberId] = Counter()
+        self._turns = Turns()
+        self._claimed: dict[MemberId, int] = {}
+        """The height of each peer's log, as it said last."""
         self._paused_for = ""
         self.blocks_fetched = 0
         self.events_fetched = 0
@@ -175,18 +175,10 @@ class CatchUp:
         """
         async with self._lock:
             await self._join()
-            passed_over: set[MemberId] = set()
-            while self._ledger.final.header.height < height:
-                peers = self._network.connected - passed_over
-                for peer in sorted(self._network.in_own_order(peers), key=lambda peer: self._turns[peer]):
-                    if await self._from_peer(peer):
-                        break
-                    passed_over.add(peer)
-                else:
-                    raise Unavailable(f"no peer serves ledger block {self._ledger.final.header.height + 1}")
+            await self._reach(height)
 
     async def from_peer(self, peer: MemberId) -> bool:
-        """Apply whatever a peer has beyond our log; whether it had anything.
+        """Apply what a peer has beyond our log, from whoever serves it once the first turn is over; whether it grew.
 
         Raises:
             CertifiedInvalid: a quorum broke the rules.
@@ -199,7 +191,13 @@ class CatchUp:
                     self._paused_for = str(error)
                     log.info("beginning at a snapshot pauses: %s", error)
                 return False
-            return await self._from_peer(peer) or joined
+            if not await self._from_peer(peer):
+                return joined
+            try:
+                await self._reach(self._claimed.get(peer, 0))
+            except Unavailable as error:
+                log.info("catching up pauses: %s", error)
+            return True
 
     async def _join(self) -> bool:
         """Begin at a snapshot if that is wanted and nothing has begun; whether it was done."""
@@ -207,30 +205,43 @@ class CatchUp:
             return False
         return await self._joining.run()
 
-    async def _from_peer(self, peer: MemberId) -> bool:
-        """Fetch and apply chunks from a peer, the next one on its way while one is applied.
+    async def _reach(self, height: int) -> None:
+        """``reach``, with the lock held."""
+        passed_over: set[MemberId] = set()
+        while self._ledger.final.header.height < height:
+            peers = self._network.connected - passed_over
+            for peer in self._turns.order(self._network.in_own_order(peers)):
+                if await self._from_peer(peer):
+                    break
+                passed_over.add(peer)
+            else:
+                raise Unavailable(f"no peer serves ledger block {self._ledger.final.header.height + 1}")
 
-        Returns: whether the log grew. Stops at the first answer that disappoints or brings little of what there is; but
-        what an answer begins under one certificate is asked for to its end.
-        """
+    async def _from_peer(self, peer: MemberId) -> bool:
+        """A turn of a peer; whether the log grew."""
         before_height = self._ledger.final.header.height
-        self._turns[peer] += 1
-        turns = self._turns[peer]
+        with self._turns.of(peer):
+            await self._turn(peer)
+        return self._ledger.final.header.height > before_height
+
+    async def _turn(self, peer: MemberId) -> None:
+        """Fetch and apply chunks from a peer, the next one on its way while one is applied."""
+        start_time = trio.current_time()
         pending = Pending()
-        promised_time: float | None = None
-        height = before_height + 1
+        height = self._ledger.final.header.height + 1
         answer = await self._ask(peer, height)
         while answer is not None:
             epoch = self._ledger.committee.epoch
             following: list[Blocks | None] = []
             failure: Rejected | CertifiedInvalid | None = None
-            next_height = height + len(answer.blocks)
-            has_more = next_height <= answer.head_height
+            height += len(answer.blocks)
+            limit_seconds = PROMISE_SECONDS if answer.onward else TURN_SECONDS
+            goes_on = height <= answer.head_height and trio.current_time() - start_time < limit_seconds
             async with trio.open_nursery() as nursery:
-                if has_more and (answer.onward or _is_ample(answer)):
-                    nursery.start_soon(self._ask_ahead, peer, next_height, following)
+                if goes_on and (answer.onward or _is_ample(answer)):
+                    nursery.start_soon(self._ask_ahead, peer, height, following)
                 try:
-                    await self._apply(answer, height, pending)
+                    await self._apply(answer, height - len(answer.blocks), pending)
                 except (Rejected, CertifiedInvalid) as error:
                     failure = error
                     nursery.cancel_scope.cancel()
@@ -238,32 +249,25 @@ class CatchUp:
                 raise failure
             if failure is not None:
                 self._disappointed(peer, str(failure))
-            elif pending.headers and not _is_ample(answer):
-                self._disappointed(peer, "little of what it promised to be final")
-            if failure is None and has_more and not following and self._ledger.committee.epoch != epoch:
-                await self._ask_ahead(peer, next_height, following)  # no answer goes on beyond the end of an epoch
-            height = next_height
-            promised_time = (promised_time or trio.current_time()) if pending.headers and failure is None else None
-            is_promised = promised_time is not None and trio.current_time() < promised_time + PROMISE_SECONDS
-            answer = following[0] if following and (self._turns[peer] == turns or is_promised) else None
-        if pending.headers and self._turns[peer] == turns:
+                return
+            if goes_on and not following and self._ledger.committee.epoch != epoch:
+                await self._ask_ahead(peer, height, following)  # no answer goes on beyond the end of an epoch
+            answer = following[0] if following else None
+        if pending.headers:
             self._disappointed(peer, "what it promised to be final did not follow")
-        return self._ledger.final.header.height > before_height
 
     async def _ask_ahead(self, peer: MemberId, height: int, following: list[Blocks | None]) -> None:
         following.append(await self._ask(peer, height))
 
     async def _ask(self, peer: MemberId, height: int) -> Blocks | None:
         """A peer's ledger blocks from a height on, None if it has or gives none."""
-        start_time = trio.current_time()
         try:
             encoded = await self._network.request(peer, encode(GetBlocks(height)), REQUEST_SECONDS)
             answer = decode(encoded, Blocks, MAX_ANSWER_BYTES)
         except (Unavailable, Rejected) as error:
             self._disappointed(peer, str(error))
             return None
-        if trio.current_time() - start_time > SLOW_SECONDS:
-            self._disappointed(peer, "slow")
+        self._claimed[peer] = answer.head_height
         if not answer.blocks:
             if answer.head_height >= height:
                 self._disappointed(peer, f"no ledger block {height}, though it claims {answer.head_height}")
@@ -271,7 +275,7 @@ class CatchUp:
         return answer
 
     def _disappointed(self, peer: MemberId, why: str) -> None:
-        self._turns[peer] += DISAPPOINTED_TURNS
+        self._turns.disappointed(peer)
         log.info("ledger blocks from %s: %s", peer.hex()[:16], why)
 
     async def _apply(self, blocks: Blocks, first_height: int, pending: Pending) -> None:

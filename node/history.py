@@ -7,7 +7,7 @@ that certified the snapshot: verifying the authors' signatures and judging the e
 fsck`` does both, later, on the stopped node.
 
 Each answer is one atomic write that moves ``Store.history`` on, so a node that is stopped goes on where it was. Peers
-are asked in turn, and not faster than the pace given.
+share the time (``turns.py``), and are not asked faster than the pace given.
 """
 
 import logging
@@ -29,6 +29,7 @@ from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks, in_t
 from node.network import Network
 from node.pace import Pace
 from node.store_layout import BlockWrite, History
+from node.turns import Turns
 
 log = logging.getLogger("countersign.history")
 
@@ -43,6 +44,7 @@ class HistoryFill:
         self._ledger = ledger
         self._network = network
         self._pace = pace
+        self._turns = Turns()
 
     async def run(self) -> None:
         """Until nothing is missing.
@@ -50,17 +52,15 @@ class HistoryFill:
         Raises:
             InvariantBroken: the disk failed.
         """
-        turn = 0
         while (history := self._ledger.store.history()) is not None:
-            peers = sorted(self._network.connected)
-            turn += 1
+            peers = self._turns.order(sorted(self._network.connected))
             failed = not peers
             if peers:
-                peer = peers[turn % len(peers)]
                 try:
-                    await self._fill_from(peer, history)
+                    await self._fill_from(peers[0], history)
                 except (Rejected, Unavailable) as error:
-                    log.info("ledger blocks from %d of %s: %s", history.next_height, peer.hex()[:16], error)
+                    log.info("ledger blocks from %d of %s: %s", history.next_height, peers[0].hex()[:16], error)
+                    self._turns.disappointed(peers[0])
                     failed = True
             if failed:
                 await trio.sleep(ASKED_AGAIN_SECONDS)
@@ -72,7 +72,8 @@ class HistoryFill:
         Raises:
             Rejected: the first thing wrong with it. Unavailable: no answer.
         """
-        encoded = await self._network.request(peer, encode(GetBlocks(history.next_height)), REQUEST_SECONDS)
+        with self._turns.of(peer):
+            encoded = await self._network.request(peer, encode(GetBlocks(history.next_height)), REQUEST_SECONDS)
         await self._pace.spend(len(encoded))
         answer = decode(encoded, Blocks, MAX_ANSWER_BYTES)
         headers, certified = await trio.to_thread.run_sync(self._checked_chain, answer, history)

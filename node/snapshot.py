@@ -5,7 +5,8 @@ quorum that certified it for the rules below it, and for nothing else (``docs/ad
 
 1. links from the genesis to the ledger block's epoch, each certified by the members before;
 2. the ledger block's header, certified by a quorum of every role of its epoch; the log's frontier, held against it;
-3. the state, prefix by prefix, each proved complete against its root (``state_map.py``), from several peers in turn.
+3. the state, prefix by prefix, each proved complete against its root (``state_map.py``), from several peers, which
+   share the time (``turns.py``).
 
 The state is kept in memory until it is whole and then written at once: a node that is stopped before begins again. The
 log below is fetched afterwards (``history.py``).
@@ -40,6 +41,7 @@ from node.messages import (
     StatePart,
 )
 from node.network import Network
+from node.turns import Turns
 
 log = logging.getLogger("countersign.snapshot")
 
@@ -216,7 +218,7 @@ class Joining:
         return await trio.to_thread.run_sync(_verified, peer, answer, epochs, links)
 
     async def _state(self, offer: Offer) -> StateMap | None:
-        """The state of an offer, from whoever has it, in turn; None when nobody has all of it (any more).
+        """The state of an offer, from whoever has it; None when nobody has all of it (any more).
 
         A true part may bring next to nothing, for ever: a peer that over time brings less than
         ``LEAST_BYTES_PER_SECOND`` is asked no more, as one that lies or fails.
@@ -225,18 +227,18 @@ class Joining:
         entries: dict[bytes, bytes] = {}
         start: bytes | None = bytes(KEY_BYTES)
         patience: dict[MemberId, float] = {}
-        turn = 0
+        turns = Turns()
         while start is not None:
             peers = [peer for peer in sorted(self._network.connected) if patience.get(peer, PATIENCE_SECONDS) > 0]
             if not peers:
                 return None
-            peer = peers[turn % len(peers)]
-            turn += 1
+            peer = turns.order(peers)[0]
             began_time = trio.current_time()
             earned_seconds = 0.0
             try:
-                answer = decode(await self._ask(peer, GetState(root, start)), StatePart, MAX_ANSWER_BYTES)
-                found, start = await trio.to_thread.run_sync(verified_part, root, start, answer)
+                with turns.of(peer):
+                    answer = decode(await self._ask(peer, GetState(root, start)), StatePart, MAX_ANSWER_BYTES)
+                    found, start = await trio.to_thread.run_sync(verified_part, root, start, answer)
                 new_bytes = sum(len(key) + len(value) for key, value in found.items() if key not in entries)
                 earned_seconds = new_bytes / LEAST_BYTES_PER_SECOND
                 entries.update(found)

@@ -13,11 +13,12 @@ from consensus.codec import decode, encode
 from consensus.event import CheckedEvent
 from consensus.membership import ED25519_LIST
 from consensus.rejection import Reason, Rejected
-from node.catchup import DISAPPOINTED_TURNS, CatchUp, serve_blocks
+from node.catchup import CatchUp, serve_blocks
 from node.chunk import Chunk, Pending
 from node.ledger import Ledger
 from node.messages import MAX_ANSWER_BLOCKS, MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks, Request
 from node.store import Store
+from node.turns import DISAPPOINTED_SECONDS
 
 HEIGHT = 24
 
@@ -76,9 +77,8 @@ async def test_server_that_drips_true_ledger_blocks_sets_no_pace(
         dripping = servers[first[0] - 1]
         dripping.drips = True
         catch_up = CatchUp(empty, network, lambda appended: None)
-        await catch_up.from_peer(first)
-        assert dripping.asked == 1
         with trio.fail_after(60):
+            await catch_up.from_peer(first)
             await catch_up.reach(HEIGHT)
     assert empty.final.digest == full.final.digest
     assert dripping.asked <= 2
@@ -96,6 +96,29 @@ async def test_server_with_one_large_answer_after_another_is_followed_to_its_end
         )
     assert empty.final.digest == full.final.digest
     assert server.asked > 3
+
+
+@pytest.mark.trio
+async def test_servers_share_the_time_and_the_whole_log_comes_from_no_slow_one(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them serve true and ample answers; the one that is asked first takes a hundred times as long for each."""
+    monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 1_000)
+    monkeypatch.setattr("node.catchup.TURN_SECONDS", 0.05)
+    servers = [Server(full, True) for _ in range(3)]
+
+    async def slowly(request: Request) -> bytes:
+        await trio.sleep(1)
+        return await servers[0].answer(request)
+
+    answers: list[Answer] = [slowly, servers[1].answer, servers[2].answer]
+    async with served(answers) as network:
+        slow = next(peer for peer in network.connected if peer[0] == 1)
+        with trio.fail_after(60):
+            assert await CatchUp(empty, network, lambda appended: None).from_peer(slow)
+    assert empty.final.digest == full.final.digest
+    assert servers[0].asked <= 3
+    assert sum(server.asked for server in servers) > 10
 
 
 @pytest.mark.trio
@@ -206,7 +229,7 @@ async def test_slow_server_is_asked_for_all_that_one_certificate_makes_final_and
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch, patience_seconds: float
 ) -> None:
     monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
-    monkeypatch.setattr("node.catchup.SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("node.catchup.TURN_SECONDS", 0.0)
     monkeypatch.setattr("node.catchup.PROMISE_SECONDS", patience_seconds)
     async with served([promising(full, True)]) as network:
         peer = network.in_own_order(network.connected)[0]
@@ -216,7 +239,7 @@ async def test_slow_server_is_asked_for_all_that_one_certificate_makes_final_and
 
 
 @pytest.mark.trio
-async def test_server_that_goes_back_on_its_promise_is_passed_over_for_some_turns(
+async def test_server_that_goes_back_on_its_promise_is_passed_over_for_some_time(
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
@@ -224,7 +247,7 @@ async def test_server_that_goes_back_on_its_promise_is_passed_over_for_some_turn
         peer = network.in_own_order(network.connected)[0]
         catch_up = CatchUp(empty, network, lambda appended: None)
         assert not await catch_up.from_peer(peer)
-    assert catch_up._turns[peer] > DISAPPOINTED_TURNS
+    assert catch_up._turns.seconds(peer) > DISAPPOINTED_SECONDS
 
 
 @pytest.mark.trio
@@ -248,4 +271,4 @@ async def test_server_that_drips_what_it_promised_is_not_followed_without_end(
         catch_up = CatchUp(empty, network, lambda appended: None)
         assert not await catch_up.from_peer(peer)
     assert len(asked) <= 2  # the second is asked for while the first is applied
-    assert catch_up._turns[peer] > DISAPPOINTED_TURNS
+    assert catch_up._turns.seconds(peer) > DISAPPOINTED_SECONDS
