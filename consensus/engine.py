@@ -156,6 +156,7 @@ class Engine:
         self._pending: Certificate | None = None
         self._rounds: dict[View, _Round] = {}
         self._unsettled: set[View] = set()
+        self._first_view = View(0)
         self._highest_certified = final_view
         self._highest_notarized = final_view
         self._highest_seen = final_view
@@ -191,12 +192,15 @@ class Engine:
 
     # Inputs
 
-    def restore(self, votes: Iterable[Vote], proposals: Iterable[Proposal]) -> None:
+    def restore(self, votes: Iterable[Vote], proposals: Iterable[Proposal], first_view: View) -> None:
         """Take back what the journal holds above the last finalized ledger block; before ``start``.
+
+        It does not say how we voted in views before ``first_view``: we vote in none of them again.
 
         Raises:
             InvariantBroken: the journal holds another voter's vote, or votes that conflict.
         """
+        self._first_view = first_view
         for vote in votes:
             if vote.voter != self.own:
                 raise InvariantBroken(f"the journal holds a vote of {vote.voter.hex()}")
@@ -560,6 +564,8 @@ class Engine:
         self._effects.append(Halt(reason))
 
     def _vote(self, kind: VoteKind, view: View, block: Digest, proposal: Proposal | None = None) -> None:
+        if view < self._first_view:
+            return
         state = self._round(view)
         match kind:
             case VoteKind.NOTARIZE:
@@ -615,15 +621,16 @@ class Engine:
         """Go to the view after the highest certified one and forward what led there."""
         if self._highest_certified < self.view:
             return
+        # However the view ends: one that is notarized after our timer fired is one that we cannot finalize any more.
+        waited = self._active_since_ms is not None and self._now_ms >= self._active_since_ms + self._timeout_ms
+        if waited and self._expects_block():
+            self._timeout_ms = min(self._timeout_ms * 3 // 2, self.timing.max_timeout_ms)
         state = self._rounds.get(self._highest_certified)
         self._entry = self._certificate
         if state is not None and state.notarization is not None:
             self._entry = state.notarization
         elif state is not None and state.nullification is not None:
             self._entry = state.nullification
-            waited = self._active_since_ms is not None and self._now_ms >= self._active_since_ms + self._timeout_ms
-            if waited and self._expects_block():
-                self._timeout_ms = min(self._timeout_ms * 3 // 2, self.timing.max_timeout_ms)
         elif self._pending is not None:
             self._entry = self._pending
         if self._entry is not None and self._entry != self._certificate:
@@ -722,6 +729,8 @@ class Engine:
 
     def _is_to_propose(self) -> bool:
         if self._proposal_requested or self.own is None or self.committee.leader(self.view).id != self.own:
+            return False
+        if self.view < self._first_view:
             return False
         state = self._rounds.get(self.view)
         return state is None or (state.proposal is None and self._may_notarize(state))

@@ -318,7 +318,7 @@ def test_bad_share_is_excluded_and_the_rest_combined_again():
 def test_restored_votes_are_repeated_and_never_contradicted():
     header, _ = build(1)
     host = Host(FOLLOWER)
-    host.engine.restore([vote(NOTARIZE, 1, header.digest, FOLLOWER)], [])
+    host.engine.restore([vote(NOTARIZE, 1, header.digest, FOLLOWER)], [], View(0))
     host.do("start").hear(build(1, leaf=b"b")[1])
     assert vote(NOTARIZE, 1, header.digest, FOLLOWER) in [effect.message for effect in host.asked(Broadcast)]
     assert host.cast() == []
@@ -332,7 +332,20 @@ def test_journal_that_contradicts_itself_or_is_anothers_stops_the_start():
         [vote(NULLIFY, 1, voter=IDS[1])],
     ):
         with pytest.raises(InvariantBroken):
-            Host(FOLLOWER).engine.restore(journal, [])
+            Host(FOLLOWER).engine.restore(journal, [], View(0))
+
+
+def test_voter_votes_in_no_view_that_its_journal_has_forgotten():
+    host = Host(IDS[3])
+    host.engine.restore([], [], View(5))
+    host.do("start").do("work_available")
+    header, proposal = build(1)
+    host.hear(proposal, notarization(header), nullification(2), nullification(3)).wait(100).wait(100).wait(200)
+    assert VOTERS.leader(host.engine.view).id == IDS[3]
+    assert host.asked(RequestProposal) == host.cast() == []
+    fifth, proposal = build(5, header)
+    host.hear(nullification(4), proposal)
+    assert host.cast() == [(NOTARIZE, 5, fifth.digest)]
 
 
 def test_vote_nobody_asked_for_is_not_counted():
@@ -349,6 +362,22 @@ def test_timeouts_grow_with_views_that_timed_out_up_to_the_cap_and_fall_slowly_o
         header, _ = build(view)
         host.do("caught_up", header, certificate(header))
         assert host.engine._timeout_ms == timeout_ms
+
+
+def test_timeouts_grow_with_views_that_are_notarized_after_the_timer_fired_too():
+    host, parent = follower().do("work_available"), GENESIS
+    for view, timeout_ms in ((1, 150), (2, 225), (3, 300)):
+        host.wait(host.engine._timeout_ms)
+        assert host.cast()[-1] == (NULLIFY, view, ZERO_DIGEST)
+        parent, proposal = build(view, parent)
+        host.hear(proposal, notarization(parent))
+        assert host.engine.view == view + 1
+        assert host.engine._timeout_ms == timeout_ms
+    assert FINALIZE not in [kind for kind, _, _ in host.cast()]
+    parent, proposal = build(4, parent)
+    host.hear(proposal, notarization(parent))
+    assert host.cast()[-1] == (FINALIZE, 4, parent.digest)
+    assert host.engine._timeout_ms == 300
 
 
 def test_one_bad_leader_in_three_does_not_drive_timeouts_to_the_cap():

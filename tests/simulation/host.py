@@ -27,7 +27,7 @@ from consensus.effect import (
     VerifyBlock,
 )
 from consensus.engine import Engine
-from consensus.identifiers import Digest, MemberId
+from consensus.identifiers import Digest, MemberId, View
 from consensus.rejection import Rejected
 from consensus.vote import Proposal, Vote, VoteKind
 
@@ -82,7 +82,7 @@ class Node:
         engine = simulation.engine_class(
             simulation.committee, self.own, simulation.plan.timing, self.head, self.certificate
         )
-        engine.restore(self.journal, self.journalled_proposals)
+        engine.restore(self.journal, self.journalled_proposals, View(0))
         return engine
 
     def die(self) -> None:

@@ -24,7 +24,7 @@ from consensus.effect import CastVote, Effect, Finalized, Message, PublishEviden
 from consensus.engine import Engine
 from consensus.event import CheckedEvent, Kind, check_event, make_entry, pack, pack_parts, sign_entry
 from consensus.evidence import Conviction, EvidenceReport, check_evidence
-from consensus.identifiers import Digest, MemberId
+from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import Committee
 from consensus.portions import Portions, SaltedPortion
 from consensus.rejection import Reason, Rejected
@@ -111,7 +111,7 @@ class LedgerNode(Node):
         )
         held = [block for _, block in self.held_blocks.get(committee.epoch, [])]
         self.intake.restore([event for block in held for event in block.events])
-        engine.restore(self.journals.get(committee.epoch, []), [block.proposal for block in held])
+        engine.restore(self.journals.get(committee.epoch, []), [block.proposal for block in held], View(0))
         for block in held:
             self.proposals.remember(block.proposal)
         return engine

@@ -46,6 +46,8 @@ class Plan:
     """How long a branch may leave it out before correct voters refuse their vote; 0 for ever."""
     pushed: float = 0.0
     """Chance that a traitor's proposal bears a timestamp too far ahead for every correct voter."""
+    steady_ms: int = 0
+    """How long every message takes, neither more nor less; 0 for delays by chance."""
     loss: float = 0.0
     duplication: float = 0.0
     crash: float = 0.0

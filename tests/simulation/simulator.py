@@ -206,6 +206,8 @@ class Simulation:
 
     def delay_ms(self, sender: MemberId) -> int:
         """How long a message of ``sender`` takes now."""
+        if self.plan.steady_ms:
+            return self.plan.steady_ms
         longest = DELAY_MS if self.healed or self.random.random() < 0.9 else 8 * DELAY_MS
         return self.random.randint(1, longest * (10 if sender in self.slow else 1))
 

@@ -89,8 +89,8 @@ class DoubleNotarize(NaiveAboutNotarizations):
 class NoJournal(NaiveAboutNotarizations):
     """Comes back from a crash without its votes."""
 
-    def restore(self, votes: Iterable[Vote], proposals: Iterable[Proposal]) -> None:
-        super().restore((), ())
+    def restore(self, votes: Iterable[Vote], proposals: Iterable[Proposal], first_view: View) -> None:
+        super().restore((), (), first_view)
 
 
 MUTANTS = [
@@ -135,8 +135,8 @@ def test_broken_voting_rule_is_seen_on_the_vote_itself(mutant: type[Engine]) -> 
 
 def test_voter_with_a_lost_journal_is_stopped_by_its_own_old_votes() -> None:
     class ForgetfulButAttentive(Engine):
-        def restore(self, votes: Iterable[Vote], proposals: Iterable[Proposal]) -> None:
-            super().restore((), ())
+        def restore(self, votes: Iterable[Vote], proposals: Iterable[Proposal], first_view: View) -> None:
+            super().restore((), (), first_view)
 
     with pytest.raises(Halted, match="our journal lacks"):
         run_all_seeds(CRASHING, ForgetfulButAttentive)

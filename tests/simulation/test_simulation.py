@@ -82,6 +82,18 @@ def test_no_fork_and_progress_within_the_bound_after_healing(name: str) -> None:
         assert run.behind == 0, f"seed {run.seed}: {run.behind} members did not catch up"
 
 
+@pytest.mark.parametrize("counts", [(1, 1, 1), (4, 4, 4)])
+@pytest.mark.parametrize("steady_ms", [150, 200, 210, 300, 390, 400, 410, 600, 1_000])
+def test_history_goes_on_where_every_message_takes_half_a_timeout_and_more(
+    counts: tuple[int, int, int], steady_ms: int
+) -> None:
+    """Notarizations then come when timers have fired: nobody who has nullified a view finalizes it."""
+    end_ms = 40 * steady_ms
+    for run in outcomes(Plan(counts=counts, steady_ms=steady_ms, end_ms=end_ms), range(1)):
+        assert run.gap_ms <= end_ms // 2, f"{run.gap_ms} ms without finalization"
+        assert run.behind == 0
+
+
 @pytest.mark.parametrize("name", SAFE)
 def test_traitors_below_the_agreement_bound_cannot_fork_history(name: str) -> None:
     plan, count = SAFE[name]
