@@ -13,10 +13,12 @@ history. Rules:
   checksum, so that a damaged length never passes for a torn tail.
 
 A shortened journal looks like a torn tail. ``VoteMark`` (highest view, records ever written) is therefore
-also kept in the store, written after the journal; ``check_not_lost`` compares it, and the highest view in
-which finalized ledger blocks or peers show a vote of this member, with what the journal knows. The replica
-calls it at start and again after catch-up. Restoring journal and store together from an older copy is
-visible only in peers' memory of this member's votes.
+also kept in the store, written after the journal; ``check_not_lost`` compares it with what the journal
+knows. Restoring journal and store together from an older copy is visible only in peers' memory of this
+member's votes (``last_votes.py``).
+
+Compaction forgets, and the database may be lost afterwards: then the journal does not say any more what was
+voted in views that are not final now. ``first_view`` is where its memory begins; below it nothing is voted.
 
 File: 96-byte head (magic, chain id, identity, highest view and number of records dropped by compaction,
 8 bytes of SHA-256), then records: length u32, view u64, CRC-32 of both, payload, SHA-256 over the previous
@@ -38,6 +40,7 @@ from consensus.rejection import ConfigError, InvariantBroken
 from node.files import replace_private, write_fully
 
 MAX_RECORD_BYTES = 8 << 20
+ROTATE = "this identity must not vote until it is rotated"
 JOURNAL_FILE = "votes.journal"
 """Its name in the data directory, in epoch 0."""
 
@@ -94,24 +97,16 @@ class VoteMark:
         return cls(int.from_bytes(encoded[:8], "big"), int.from_bytes(encoded[8:], "big"))
 
 
-def check_not_lost(journal: VoteMark, remembered: VoteMark | None, highest_own_view_seen: int) -> None:
-    """The journal knows of every vote that others know of.
-
-    ``remembered`` is the store's mark; ``highest_own_view_seen`` is the highest view in which finalized
-    ledger blocks or peers hold a vote of this member, 0 for none.
+def check_not_lost(journal: VoteMark, remembered: VoteMark | None) -> None:
+    """The journal has come as far as ``remembered``, the store's mark.
 
     Raises:
-        JournalLost: the journal is behind one of them.
+        JournalLost: it has not.
     """
     if remembered is not None and (journal.view < remembered.view or journal.records < remembered.records):
         raise JournalLost(
             f"vote journal: expected at least {remembered.records} votes up to view {remembered.view} as the "
-            f"store remembers, found {journal.records} up to view {journal.view}; {_ROTATE}"
-        )
-    if journal.view < highest_own_view_seen:
-        raise JournalLost(
-            f"vote journal: expected this member's vote in view {highest_own_view_seen} that others hold, "
-            f"found none above view {journal.view}; {_ROTATE}"
+            f"store remembers, found {journal.records} up to view {journal.view}; {ROTATE}"
         )
 
 
@@ -128,6 +123,7 @@ class Journal:
         self._chain = b""
         self._size_bytes = 0
         self._mark = VoteMark(0, 0)
+        self._first_view = 0
 
     @classmethod
     def create(cls, path: Path, chain_id: ChainId, identity: MemberId) -> "Journal":
@@ -145,6 +141,9 @@ class Journal:
     def open(cls, path: Path, chain_id: ChainId, identity: MemberId) -> "Journal":
         """The existing journal of an identity; an incomplete last record is cut off.
 
+        What is read may never have reached the disk: a process that is killed before ``fsync`` leaves it in the page
+        cache, and a sync after one that failed proves nothing. It is written anew before anybody relies on it.
+
         Raises:
             JournalLost: it is missing or damaged.
             ConfigError: it belongs to another chain or identity.
@@ -152,16 +151,19 @@ class Journal:
         journal = cls(path, chain_id, identity)
         content = journal._read()
         _, complete_bytes = journal._replay(content)
+        replace_private(path, content[:complete_bytes])
         journal._attach(complete_bytes)
-        if complete_bytes < len(content):
-            os.ftruncate(journal._opened(), complete_bytes)
-            os.fsync(journal._opened())
         return journal
 
     @property
     def mark(self) -> VoteMark:
         """How far this journal has come, compacted records included."""
         return self._mark
+
+    @property
+    def first_view(self) -> int:
+        """In earlier views this identity may have voted as is not written here any more; 0 where all is here."""
+        return self._first_view
 
     @property
     def size_bytes(self) -> int:
@@ -212,7 +214,7 @@ class Journal:
             return mark
 
     def compact(self, first_view_kept: int) -> None:
-        """Drop the records of earlier views: once a later view is final they can never be needed again.
+        """Drop the records of earlier views: once a later view is final, durably, they are not needed again.
 
         Raises:
             JournalLost: the file was damaged since it was opened.
@@ -239,13 +241,13 @@ class Journal:
                 raise InvariantBroken(f"{self._path}: {self._failure}") from error
             os.close(self._opened())
             self._attach(len(content))
-            self._chain = chain
+            self._replay(bytes(content))
 
     def _read(self) -> bytes:
         try:
             return self._path.read_bytes()
         except FileNotFoundError as error:
-            raise JournalLost(f"{self._path}: expected the vote journal, found none; {_ROTATE}") from error
+            raise JournalLost(f"{self._path}: expected the vote journal, found none; {ROTATE}") from error
 
     def _attach(self, size_bytes: int) -> None:
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -259,8 +261,8 @@ class Journal:
         return self._descriptor
 
     def _replay(self, content: bytes) -> tuple[tuple[VoteRecord, ...], int]:
-        """The records of a file and the bytes they fill; sets mark and chain."""
-        mark = self._check_head(content)
+        """The records of a file and the bytes they fill; sets mark, chain and first view."""
+        dropped = mark = self._check_head(content)
         chain = _chain_start(content[:_HEAD_BYTES])
         records: list[VoteRecord] = []
         position = _HEAD_BYTES
@@ -283,6 +285,8 @@ class Journal:
             mark = VoteMark(max(mark.view, view), mark.records + 1)
             position = end
         self._chain, self._mark = chain, mark
+        # All that was dropped is of views before those kept.
+        self._first_view = min((record.view for record in records), default=mark.view + 1) if dropped.records else 0
         return tuple(records), position
 
     def _check_head(self, content: bytes) -> VoteMark:
@@ -304,10 +308,7 @@ class Journal:
         return VoteMark(view, records)
 
     def _damaged(self, position: int) -> JournalLost:
-        return JournalLost(f"{self._path}: expected an intact vote journal, found damage at byte {position}; {_ROTATE}")
-
-
-_ROTATE = "this identity must not vote until it is rotated"
+        return JournalLost(f"{self._path}: expected an intact vote journal, found damage at byte {position}; {ROTATE}")
 
 
 def _encode_head(chain_id: ChainId, identity: MemberId, dropped: VoteMark) -> bytes:

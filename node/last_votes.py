@@ -5,6 +5,7 @@ copy learns from its peers that it voted later than its journal remembers.
 """
 
 import logging
+from collections.abc import Collection
 
 import trio
 
@@ -52,10 +53,11 @@ class LastVotes:
             self._looked_at_height = height
         return self._last_votes.get(voter)
 
-    async def missing_from(self, voter: MemberId, highest_view: int) -> Vote | None:
-        """A vote of ``voter`` above ``highest_view``, the last its journal has; None once those peers who know of
-        none are, with it, a quorum: no fewer could finalize anything against it.
+    async def missing_from(self, voter: MemberId, journalled: Collection[Vote], first_view: int) -> Vote | None:
+        """A vote of ``voter`` that its journal lacks, which holds ``journalled`` from ``first_view`` on; None once
+        those peers who know of none are, with it, a quorum: no fewer could finalize anything against it.
         """
+        known = {(vote.kind, vote.view, vote.block) for vote in journalled}
         clear = {voter}
         while not self._ledger.committee.has_quorum(clear):
             for peer in sorted(self._network.connected - clear):
@@ -69,7 +71,8 @@ class LastVotes:
                 except (Unavailable, Rejected) as error:
                     log.debug("last vote from %s: %s", peer.hex()[:16], error)
                     continue
-                if vote is not None and vote.voter == voter and vote.view > highest_view:
+                is_own = vote is not None and vote.voter == voter and vote.view >= first_view
+                if vote is not None and is_own and (vote.kind, vote.view, vote.block) not in known:
                     return vote
                 clear.add(peer)
             await trio.sleep(ASK_AGAIN_SECONDS)

@@ -48,6 +48,7 @@ from consensus.vote import (
     Proposal,
     Stalled,
     Vote,
+    VoteKind,
     check_notarization,
     check_nullification,
     check_proposal,
@@ -78,7 +79,7 @@ from node.network import Lane, Network, Received
 from node.pace import Pace, Service
 from node.proposals import Proposals
 from node.snapshot import Joining, SnapshotDesk
-from node.voter import Voter
+from node.voter import Restored, Voter
 
 log = logging.getLogger("countersign.replica")
 
@@ -159,6 +160,8 @@ class Replica:
         self._undurable: list[Appended] = []
         self.undurable: set[Digest] = set()
         """Ids of events appended but not yet synced to disk: not final for anyone who asks."""
+        self._durable_view = 0
+        """The view of a ledger block that is final and on disk."""
         self._had_work = False
         self._stopped: str | None = None
         self.voting_since_start = voter is not None
@@ -192,10 +195,10 @@ class Replica:
             if self._voter is not None:
                 restored = self._voter.restored()
                 self._intake.restore(restored.events)
-                self.engine.restore(restored.votes, restored.proposals)
+                self.engine.restore(restored.votes, restored.proposals, restored.first_view)
                 for proposal in restored.proposals:
                     self._proposals.remember(proposal)
-                nursery.start_soon(self._vote, self._voter)
+                nursery.start_soon(self._vote, self._voter, restored)
             self._evidence.hand_in_kept()
             self._do(self.engine.start(self._now_ms))
             async for received in self._network.incoming:
@@ -220,14 +223,16 @@ class Replica:
             await self._make_durable()
         scope.cancel()
 
-    async def _vote(self, voter: Voter) -> None:
+    async def _vote(self, voter: Voter, restored: Restored) -> None:
         """Cast votes, once peers enough for a quorum know of none of ours that the journal lacks."""
-        unknown = await self._last_votes.missing_from(voter.keys.member, voter.highest_view)
+        unknown = await self._last_votes.missing_from(voter.keys.member, restored.votes, restored.first_view)
         if unknown is not None:
             self.voting_since_start = False
+            kind = VoteKind(unknown.kind).name.lower()
             self.why_not_voting = (
-                f"the vote journal ends at view {voter.highest_view}, but this identity voted in view "
-                f"{unknown.view}: it was lost or restored from an old copy and must not vote until rotated"
+                f"the vote journal ends at view {voter.highest_view} and lacks this identity's {kind} vote of view "
+                f"{unknown.view}, which a peer holds: it was lost or restored from an old copy, and this identity must "
+                "not vote until it is rotated"
             )
             log.critical("this node does not vote: %s", self.why_not_voting)
             return
@@ -235,7 +240,7 @@ class Replica:
             self._proposals.held_block,
             self._send_votes,
             self._count_vote,
-            lambda: self.engine.final_view,
+            lambda: self._durable_view,
         )
 
     def _stop(self, reason: str) -> None:
@@ -515,8 +520,9 @@ class Replica:
             await self._make_durable()
 
     async def _make_durable(self) -> None:
-        blocks = tuple(self._undurable)
+        blocks, final_view = tuple(self._undurable), self._ledger.final_view
         await trio.to_thread.run_sync(self._ledger.store.sync)
+        self._durable_view = final_view
         self._undurable = [block for block in self._undurable if block not in blocks]
         for block in blocks:
             self.undurable.difference_update(event.id for event in block.events)

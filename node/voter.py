@@ -25,7 +25,7 @@ from consensus.portions import Wire
 from consensus.rejection import ConfigError, Rejected
 from consensus.vote import Proposal, Vote, VoteKind, sign_vote
 from node.identity import Identity, epoch_keystore, later_keystores
-from node.journal import Journal, JournalLost, VoteMark, VoteRecord, check_not_lost, journal_file
+from node.journal import ROTATE, Journal, JournalLost, VoteMark, VoteRecord, check_not_lost, journal_file
 from node.ledger import Ledger
 from node.store import Store
 
@@ -59,6 +59,8 @@ class Restored:
     votes: tuple[Vote, ...]
     proposals: tuple[Proposal, ...]
     events: tuple[bytes, ...]
+    first_view: View
+    """What was voted in earlier views, it does not say any more."""
 
 
 class Voter:
@@ -90,12 +92,15 @@ class Voter:
             held: Vote | HeldBlock = decode(record.vote, Vote | HeldBlock, MAX_JOURNALLED_BYTES)  # type: ignore[arg-type]
             if isinstance(held, Vote):
                 if held.epoch != self._committee.epoch:
-                    raise JournalLost(f"the vote journal of epoch {self._committee.epoch} holds votes of another")
+                    raise JournalLost(
+                        f"vote journal of epoch {self._committee.epoch}: expected votes of it, found one of epoch "
+                        f"{held.epoch}; {ROTATE}"
+                    )
                 votes.append(held)
             else:
                 proposals.append(held.proposal)
                 events.extend(held.events)
-        return Restored(tuple(votes), tuple(proposals), tuple(events))
+        return Restored(tuple(votes), tuple(proposals), tuple(events), View(self._journal.first_view))
 
     @property
     def highest_view(self) -> int:
@@ -116,9 +121,11 @@ class Voter:
         held: Callable[[Digest], HeldBlock | None],
         send: Callable[[list[Proposal | Vote]], None],
         counted: Callable[[Vote], None],
-        finalized_view: Callable[[], int],
+        durable_view: Callable[[], int],
     ) -> None:
         """Cast votes until cancelled: ``send`` gets what is journalled, then ``counted`` each vote.
+
+        ``durable_view`` is the view of a ledger block that is final and on disk: earlier votes may be forgotten.
 
         ``held`` gives the ledger block of a notarize vote. Votes wait their turn, and others may finalize a later
         ledger block meanwhile: a notarize vote whose ledger block is not held any more is not cast.
@@ -133,7 +140,7 @@ class Voter:
                 casting, self._waiting = self._waiting, []
                 await self._cast_all(casting, held, send, counted)
             if self._journal.size_bytes > COMPACT_AT_BYTES:
-                await trio.to_thread.run_sync(self._journal.compact, finalized_view() + 1)
+                await trio.to_thread.run_sync(self._journal.compact, durable_view() + 1)
 
     async def _cast_all(
         self,
@@ -232,11 +239,13 @@ def open_voter(identity: Identity, ledger: Ledger, keystore: Path, data_director
             journal = Journal.create(path, ledger.genesis.chain_id, member.id)
         else:
             journal = Journal.open(path, ledger.genesis.chain_id, member.id)
-        check_not_lost(journal.mark, VoteMark.decode(remembered) if remembered else None, 0)
+        check_not_lost(journal.mark, VoteMark.decode(remembered) if remembered else None)
+        voter = Voter(keys, committee, ledger.scheme, journal, ledger.store)
+        voter.restored()
     except JournalLost as error:
         log.critical("this node does not vote: %s", error)
         return str(error)
-    return Voter(keys, committee, ledger.scheme, journal, ledger.store)
+    return voter
 
 
 def _without_share(keystore: Path, epoch: int, found: str) -> str:

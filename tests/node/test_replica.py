@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,15 @@ import trio
 from node_fixtures import Consortium, running, until
 
 from consensus.certificate import verify_certificate
+from consensus.codec import encode
 from consensus.epochs import anchor
+from consensus.identifiers import ZERO_DIGEST, MemberId
 from consensus.membership import BLS_THRESHOLD, SCHEME_NEEDS
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
-from node.journal import JOURNAL_FILE
+from consensus.vote import Vote, VoteKind
+from node.journal import JOURNAL_FILE, Journal, VoteRecord
 from node.service import EventState
+from node.voter import Voter
 
 pytestmark = pytest.mark.trio
 
@@ -124,7 +129,7 @@ async def test_voter_with_a_wiped_directory_learns_from_peers_that_it_voted_and_
     async with running(again):
         wiped = again[2]
         await until(lambda: not wiped.snapshot().voting)
-        assert "this identity voted in view" in wiped.snapshot().why_not_voting
+        assert "lacks this identity's finalize vote of view" in wiped.snapshot().why_not_voting
         assert wiped.snapshot().votes_sent == 0
         await until(lambda: wiped.snapshot().log_size == 1)
 
@@ -147,6 +152,81 @@ async def test_voter_restored_from_an_old_copy_of_its_whole_directory_never_vote
         await until(lambda: not again[3].snapshot().voting)
         assert "restored from an old copy" in again[3].snapshot().why_not_voting
         await until(lambda: again[3].snapshot().log_size == 2)
+
+
+async def test_voter_whose_journal_lost_the_last_vote_of_a_view_never_votes_again(tmp_path: Path) -> None:
+    """The journal still shows an earlier vote in that view: it is the vote that counts, not the view."""
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    async with running(nodes):
+        event = nodes[0].submit(consortium.source_event("data-source-1", 1))
+        assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+        await until(lambda: {node.snapshot().log_size for node in nodes} == {1})
+    path = tmp_path / "operator-1" / JOURNAL_FILE
+    operator = next(MemberId(member.id) for member in consortium.genesis.members if member.name == "operator-1")
+    journal = Journal.open(path, consortium.genesis.chain_id, operator)
+    *kept, lost = journal.records()
+    journal.close()
+    assert lost.view == max(record.view for record in kept)
+    path.unlink()
+    shortened = Journal.create(path, consortium.genesis.chain_id, operator)
+    shortened.append(kept)
+    shortened.close()
+    shutil.rmtree(tmp_path / "operator-1" / "rocksdb")
+    again = [consortium.node(name) for name in NAMES]
+    async with running(again):
+        await until(lambda: not again[3].snapshot().voting)
+        assert "lacks this identity's finalize vote" in again[3].snapshot().why_not_voting
+        assert again[3].snapshot().votes_sent == 0
+
+
+async def test_voter_with_the_journal_of_another_epoch_follows_and_does_not_vote(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    operator = next(MemberId(member.id) for member in consortium.genesis.members if member.name == "operator-1")
+    vote = Vote(1, consortium.genesis.chain_id, 1, VoteKind.NULLIFY, 7, ZERO_DIGEST, operator, b"", bytes(64))
+    (tmp_path / "operator-1").mkdir()
+    journal = Journal.create(tmp_path / "operator-1" / JOURNAL_FILE, consortium.genesis.chain_id, operator)
+    journal.append([VoteRecord(7, encode(vote))])
+    journal.close()
+    nodes = [consortium.node("operator-1")]
+    async with running(nodes):
+        assert not nodes[0].snapshot().voting
+        assert "expected votes of it, found one of epoch 1" in nodes[0].snapshot().why_not_voting
+
+
+async def test_journal_forgets_no_vote_before_the_finality_that_makes_it_useless_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.voter.COMPACT_AT_BYTES", 0)
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    voter, disk = nodes[3]._voter, threading.Event()
+    assert isinstance(voter, Voter)
+    store = nodes[3].ledger.store
+    sync = store.sync
+
+    def slow_sync() -> None:
+        disk.wait()
+        sync()
+
+    def journalled_views() -> set[int]:
+        return {record.view for record in voter._journal.records()}
+
+    monkeypatch.setattr(store, "sync", slow_sync)
+    async with running(nodes):
+        try:
+            for number in range(3):
+                event = nodes[0].submit(consortium.source_event("data-source-1", number))
+                assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+                if number == 0:
+                    first_view = min(journalled_views())
+            await until(lambda: nodes[3].ledger.final.header.log_size == 3)
+            assert min(journalled_views()) == first_view
+        finally:
+            disk.set()
+        await until(lambda: not nodes[3].replica.undurable)
+        event = nodes[0].submit(consortium.source_event("data-source-1", 3))
+        await until(lambda: min(journalled_views()) > first_view)
 
 
 async def test_events_of_a_voted_ledger_block_survive_a_power_cut_at_every_member(tmp_path: Path) -> None:
