@@ -32,20 +32,21 @@ Every structure of [the protocol](protocol.md), version 1, with its fields in wi
 `python tests/wire_structures.py`; a test holds them together.
 
 A structure is a MessagePack array: its tag first, where one is given in quotes, then its fields. `bytes n` is a byte
-string of n bytes, `bytes a–b` of a to b; `text` likewise, in characters; `int` is an integer within the bounds given;
-`[T]` an array of T, with how many it may hold; `T?` is T or nil; a name in italics is a structure of this page; words
-in `code` are the only values an enumeration takes. No bound: that of the whole (the protocol gives it) is all there is.
+string of n bytes, `bytes a–b` of a to b; `text` likewise, in Unicode code points; `int` is an integer within the bounds
+given; `[T]` an array of T, with how many it may hold; `T?` is T or nil; a name in italics is a structure of this page;
+words in `code` are the only values an enumeration takes. No bound: that of the whole (the protocol gives it) is all
+there is.
 Bounds that one field alone cannot tell (an optional digest has 0 or 32 bytes, names rise …) are rules, and stand in the
 protocol.
 """
 
 
 def structures(module: str) -> Iterator[type[msgspec.Struct]]:
-    """The structures that a module defines and that travel, in the order of its text; bases have no fields."""
+    """The structures that a module defines and that travel, in the order of its text; bases have no field or tag."""
     for held in vars(importlib.import_module(module)).values():
         if not (isinstance(held, type) and issubclass(held, msgspec.Struct) and held.__module__ == module):
             continue
-        if held.__struct_config__.array_like and held.__struct_fields__:
+        if held.__struct_config__.array_like and (held.__struct_fields__ or held.__struct_config__.tag):
             yield held
 
 
