@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from consensus.codec import decode
+from consensus.event import MAX_ENTRY_BYTES, Entry, Kind, unpack
+
 VECTORS = Path(__file__).parents[1] / "vectors"
 ROOT = VECTORS.parents[1]
 FILES = (
@@ -29,7 +32,9 @@ FILES = (
     "sampler",
     "state_map",
     "tagged_hash",
+    "transitions",
 )
+CHECKERS = {name: "check_transitions.py" if name == "transitions" else "check_vectors.py" for name in FILES}
 
 
 def run(program: str, folder: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
@@ -57,21 +62,138 @@ def test_vectors_are_made_anew_byte_by_byte_under_every_hash_seed(hash_seed: str
 def test_vectors_hold_by_code_that_shares_nothing_with_the_implementation() -> None:
     checked = run("check_vectors.py", VECTORS)
     assert checked.returncode == 0, checked.stderr
-    cases = sum(len(json.loads((VECTORS / f"{name}.json").read_text())) for name in FILES)
+    plain = [name for name in FILES if CHECKERS[name] == "check_vectors.py"]
+    cases = sum(len(json.loads((VECTORS / f"{name}.json").read_text())) for name in plain)
     assert checked.stdout == f"{cases} vectors hold\n"
 
 
-def test_checker_imports_nothing_of_ours() -> None:
+def test_every_kind_of_event_does_what_the_specification_says_by_code_that_shares_nothing() -> None:
+    checked = run("check_transitions.py", VECTORS)
+    assert checked.returncode == 0, checked.stderr
+    kinds, events = set(), 0
+    for story in json.loads((VECTORS / "transitions.json").read_text()):
+        for block in story["blocks"]:
+            events += len(block["events"]) + len(block["refused"])
+            kinds |= {
+                decode(unpack(bytes.fromhex(each)).entry, Entry, MAX_ENTRY_BYTES).kind for each in block["events"]
+            }
+    assert kinds == set(Kind)
+    assert checked.stdout == f"{events} events do what the vectors say\n"
+
+
+MISREADINGS = {
+    "refusals of one reason stay apart": (
+        "sorted([*earlier, *listed])",
+        "[*earlier, *listed]",
+    ),
+    "a rollback forgets refusals": (
+        "discarded_steps=head",
+        "refusal_events=0,\n        discarded_steps=head",
+    ),
+    "a rollback is no last event": (
+        'root=said["restored_root"],\n        last_event=event.id',
+        'root=said["restored_root"],\n        last_event=head["last_event"]',
+    ),
+    "only steps on the log are discarded": (
+        "+ len(discarded)",
+        "+ undoes",
+    ),
+    "refused examples are discarded, too": (
+        'usage["discarded"] += admitted',
+        'usage["discarded"] += presented',
+    ),
+    "a rollback takes the last step back": (
+        'usage["momentum"] = momentum_before',
+        'usage["momentum"], usage["last_step"] = momentum_before, usage["last_step"] - 1',
+    ),
+    "a rollback leaves momentum settled": (
+        'usage["momentum"] = momentum_before',
+        "pass",
+    ),
+    "a step writes only whom it admits": (
+        'undo[each] = [each, presented, admitted, refused, usage["momentum"]]',
+        'undo[each] = [each, presented, admitted, refused, usage["momentum"]]\n'
+        "        if not admitted:\n            continue",
+    ),
+    "what a step settles and does not name is not undone": (
+        "for each in settled:\n        undo[each]",
+        "for each in ():\n        undo[each]",
+    ),
+    "pending refusals outlive the step": (
+        'for each in said["memorization"]),\n        pending=[],',
+        'for each in said["memorization"]),',
+    ),
+    "a finding left open keeps its place": (
+        "others = [held",
+        "if stands_open and subject in self.get(6, campaign)['open_findings']:\n            return\n"
+        "        others = [held",
+    ),
+    "an evaluation closes what governance rejected": (
+        '== (test, "unmet")',
+        "[:1] == (test,)",
+    ),
+    "an answer settles what governance rejected": (
+        'if standing == "open":',
+        "if True:",
+    ),
+    "the first policy is number 0": (
+        "if before else 1)",
+        "if before else 0)",
+    ),
+    "an evaluation is a last event": (
+        'standing="met" if met else "unmet",\n        recorded_at_ms=now,\n    )',
+        'standing="met" if met else "unmet",\n        recorded_at_ms=now,\n    )\n'
+        "    log.change(6, event.campaign, last_event=event.id)",
+    ),
+    "a successor is nobody": (
+        'successor=joins.get(old[member], b"")',
+        'successor=b""',
+    ),
+    "a release moves no sequence": (
+        'closed="released", release=event.id)',
+        'closed="released", release=event.id, next_sequence=head["next_sequence"] - 1)',
+    ),
+    "a replaced key stays": (
+        'log.change(4, head["job_key"], replaced=True)',
+        "pass",
+    ),
+}
+"""By what a reader might have taken the specification to say, the change of the checker that says so."""
+
+
+@pytest.mark.parametrize(("right", "wrong"), MISREADINGS.values(), ids=MISREADINGS)
+def test_no_misreading_of_an_effect_passes(right: str, wrong: str, tmp_path: Path) -> None:
+    text = (VECTORS / "check_transitions.py").read_text()
+    assert text.count(right) == 1
+    (tmp_path / "check_transitions.py").write_text(text.replace(right, wrong))
+    (tmp_path / "check_vectors.py").write_bytes((VECTORS / "check_vectors.py").read_bytes())
+    made = subprocess.run(
+        [sys.executable, str(tmp_path / "check_transitions.py"), str(VECTORS)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert made.returncode == 1
+    assert "the vector says" in made.stderr or "Refused" in made.stderr, made.stderr
+
+
+@pytest.mark.parametrize(
+    ("checker", "expected"),
+    [
+        ("check_vectors.py", "blspy collections cryptography hashlib json nacl pathlib struct sys"),
+        ("check_transitions.py", "check_vectors json pathlib struct sys"),
+    ],
+)
+def test_checker_imports_nothing_of_ours(checker: str, expected: str) -> None:
     imported = set()
-    for node in ast.walk(ast.parse((VECTORS / "check_vectors.py").read_text())):
+    for node in ast.walk(ast.parse((VECTORS / checker).read_text())):
         if isinstance(node, ast.Import):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.module is not None
             imported.add(node.module.partition(".")[0])
-    assert imported == {
-        "blspy", "collections", "cryptography", "hashlib", "json", "nacl", "pathlib", "struct", "sys",
-    }  # fmt: skip
+    assert imported == set(expected.split())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -84,4 +206,4 @@ def test_checker_refuses_a_vector_that_is_changed_anywhere(name: str, tmp_path: 
     quoted = [at for at in range(1, len(text)) if text[at] == '"' and text[at - 1] in "0123456789abcdef"]
     at = quoted[-1] - 1
     target.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
-    assert run("check_vectors.py", tmp_path).returncode != 0
+    assert run(CHECKERS[name], tmp_path).returncode != 0

@@ -3,7 +3,7 @@
     PYTHONPATH=tests python tests/vectors/generate.py FOLDER
 
 The files are committed; a test regenerates them under two hash seeds and compares byte by byte, and has
-``check_vectors.py``, which shares no code with this implementation, check them.
+``check_vectors.py`` and ``check_transitions.py``, which share no code with this implementation, check them.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import agreement
 import ceremonies
 import contradictions
 import msgspec
+import transitions
 
 from consensus import portions as p
 from consensus.accumulators import AccumulatorWindow, WindowEntry, WindowTerms, window_root
@@ -459,6 +460,7 @@ FILES = {
     "possession": agreement.possession,
     "evidence": contradictions.evidence,
     "ceremony": ceremonies.ceremony,
+    "transitions": transitions.transitions,
 }
 
 
