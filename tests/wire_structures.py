@@ -23,8 +23,9 @@ ROOMS = {
     "State": ("consensus.state", "consensus.state_map"),
     "Receipts and bundles": ("consensus.receipt", "consensus.bundle"),
     "Between nodes": ("node.messages",),
+    "Files": ("consensus.accumulators", "consensus.overlap"),
 }
-"""Modules whose structures travel, by heading."""
+"""Modules whose structures travel, or stand in files that others check, by heading."""
 
 HEAD = """# Structures
 

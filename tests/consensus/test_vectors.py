@@ -100,7 +100,7 @@ MISREADINGS = {
     ),
     "refused examples are discarded, too": (
         'usage["discarded"] += admitted',
-        'usage["discarded"] += presented',
+        'usage["discarded"] += shown',
     ),
     "a rollback takes the last step back": (
         'usage["momentum"] = momentum_before',
@@ -111,8 +111,8 @@ MISREADINGS = {
         "pass",
     ),
     "a step writes only whom it admits": (
-        'undo[each] = [each, presented, admitted, refused, usage["momentum"]]',
-        'undo[each] = [each, presented, admitted, refused, usage["momentum"]]\n'
+        'undo[each] = [each, shown, admitted, refused, usage["momentum"]]',
+        'undo[each] = [each, shown, admitted, refused, usage["momentum"]]\n'
         "        if not admitted:\n            continue",
     ),
     "what a step settles and does not name is not undone": (

@@ -14,11 +14,13 @@ from pathlib import Path
 from check_vectors import check as same
 from check_vectors import (
     convict_by_votes,
+    examples_at,
     expect,
     key_of,
     member_id,
     name,
     pack,
+    presented_indexes,
     refuse_if,
     state_root,
     tagged,
@@ -291,6 +293,39 @@ def due(log: Log, event: Event, held: dict, momentum_word: str) -> list[bytes]:
     return sorted(found)
 
 
+def presented(log: Log, place: bytes, index: int) -> dict[bytes, list[int]]:
+    """What the sampler presents to a step, by source."""
+    opened = log.get(5, place)
+    size = sum(count for _, _, count in opened["manifest"])
+    indexes = presented_indexes(opened["sampler_seed"], size, opened["batch_size"], index)
+    found: dict[bytes, list[int]] = {}
+    for each, example in examples_at(opened["manifest"], indexes):
+        same(log.get(3, each)["claim"][12], 0, "reserve")
+        found.setdefault(each, []).append(example)
+    return {each: sorted(examples) for each, examples in found.items()}
+
+
+def require_conserved(log: Log, event: Event, pending: list) -> None:
+    """Rules 29 to 31, where no source has a reserve."""
+    accounted, refused = {}, {}
+    totals: list = [0, 0, []]
+    for (each, _, shown, admitted, counts, _), listed in event.items:
+        accounted[each] = list(listed)
+        refused[each] = counts
+        refuse_if(shown != admitted + sum(count for _, count in counts), "counts-not-conserved")
+        totals = [totals[0] + shown, totals[1] + admitted, summed(totals[2], counts)]
+    for each, reason, examples in pending:
+        refuse_if(each not in accounted, "counts-not-conserved")
+        accounted[each] += examples
+        refused[each] = summed(refused[each], [[reason, len(examples)]], -1)
+    refuse_if(any(refused.values()), "counts-not-conserved")
+    told = {each: sorted(examples) for each, examples in accounted.items()}
+    refuse_if(told != presented(log, event.campaign, event.operation["index"]), "counts-not-conserved")
+    refuse_if(
+        totals != [event.governance[field] for field in ("presented", "admitted", "refused")], "counts-not-conserved"
+    )
+
+
 def step(log: Log, event: Event, now: int) -> None:
     said, terms, place = event.operation, event.governance, event.campaign
     head, held = log.get(6, place), log.get(7, terms["grant"], "unknown-grant")
@@ -298,21 +333,22 @@ def step(log: Log, event: Event, now: int) -> None:
     refuse_if(head["rollback_required"], "rollback-required")
     refuse_if(said["index"] != head["steps"] + 1 or said["previous"] != head["last_event"], "step-chain-broken")
     refuse_if(said["root_before"] != head["root"], "parameter-root-broken")
+    require_conserved(log, event, head["pending"])
     settled = due(log, event, held, rules["momentum"]) if terms["admitted"] else []
     told = {"flush": said["flushed"], "carry": [each for each, _ in said["carried"]]}
     refuse_if(told.pop(rules["momentum"]) != settled or any(told.values()), "momentum-unaccounted")
     undo = {}
     for each in settled:
         undo[each] = [each, 0, 0, [], log.get(8, usage_key(place, each))["momentum"]]
-    for (each, _, presented, admitted, refused, _), listed in event.items:
+    for (each, _, shown, admitted, refused, _), listed in event.items:
         same(admitted, len(listed), "examples listed")
         key = usage_key(place, each)
         usage = log.get(8, key)
         if usage is None:
             usage = dict.fromkeys(RECORDS[8].split(), 0)
             usage |= {"campaign": place, "source": each, "refused": [], "first_step": said["index"], "momentum": ""}
-        undo[each] = [each, presented, admitted, refused, usage["momentum"]]
-        usage["presented"] += presented
+        undo[each] = [each, shown, admitted, refused, usage["momentum"]]
+        usage["presented"] += shown
         usage["admitted"] += admitted
         usage["refused"] = summed(usage["refused"], refused)
         usage["last_step"] = max(usage["last_step"], said["index"])
@@ -343,7 +379,8 @@ def refusal(log: Log, event: Event, now: int) -> None:
     for (each, reason, count, _), listed in event.items:
         same(count, len(listed), "examples listed")
         earlier = pending.get((each, reason), [])
-        refuse_if(bool(set(earlier) & set(listed)), "counts-not-conserved")
+        fresh = set(presented(log, event.campaign, event.operation["index"]).get(each, [])) - set(earlier)
+        refuse_if(not set(listed) <= fresh, "counts-not-conserved")
         pending[each, reason] = sorted([*earlier, *listed])
     merged = [[each, reason, pending[each, reason]] for each, reason in sorted(pending)]
     log.change(6, event.campaign, pending=merged, refusal_events=head["refusal_events"] + 1)
@@ -361,16 +398,16 @@ def rollback(log: Log, event: Event, now: int) -> None:
     refuse_if(said["restored_root"] != (head["undo_root"] if undoes else head["root"]), "parameter-root-broken")
     refuse_if(said["next_index"] != head["steps"] + 1 - undoes, "step-chain-broken")
     totals = {field: head[field] for field in ("presented", "admitted", "refused")}
-    for each, presented, admitted, refused, momentum_before in head["undo_counts"] if undoes else ():
+    for each, shown, admitted, refused, momentum_before in head["undo_counts"] if undoes else ():
         key = usage_key(event.campaign, each)
         usage = log.get(8, key)
-        usage["presented"] -= presented
+        usage["presented"] -= shown
         usage["admitted"] -= admitted
         usage["refused"] = summed(usage["refused"], refused, -1)
         usage["discarded"] += admitted
         usage["momentum"] = momentum_before
         log.put(8, key, **usage)
-        totals["presented"] -= presented
+        totals["presented"] -= shown
         totals["admitted"] -= admitted
         totals["refused"] -= sum(count for _, count in refused)
     log.change(

@@ -449,11 +449,9 @@ def check_state(case: dict) -> None:
         expect(judge, {"what": "state proof", **trial})
 
 
-def check_sample(case: dict) -> None:
-    listed = [(source, count, start) for source, start, count in case["manifest"]]
-    size, batch = sum(count for _, count, _ in listed), case["batch_size"]
-    epoch, number = divmod(case["step"] - 1, size // batch)
-    key = tagged(name("sampler"), bytes.fromhex(case["seed"]), struct.pack(">Q", epoch))
+def presented_indexes(seed: bytes, size: int, batch: int, step: int) -> list[int]:
+    epoch, number = divmod(step - 1, size // batch)
+    key = tagged(name("sampler"), seed, struct.pack(">Q", epoch))
     bits = 1
     while 4**bits < size:
         bits += 1
@@ -469,15 +467,27 @@ def check_sample(case: dict) -> None:
             if value < size:
                 break
         indexes.append(value)
-    check(indexes, case["indexes"], "indexes presented")
+    return indexes
+
+
+def examples_at(manifest: list, indexes: list[int]) -> list[list]:
+    """Source and example of each index into a manifest of (source, first, count)."""
     examples = []
     for index in indexes:
         left = index
-        for source, count, start in listed:
+        for source, start, count in manifest:
             if left < count:
                 examples.append([source, start + left])
                 break
             left -= count
+    return examples
+
+
+def check_sample(case: dict) -> None:
+    size = sum(count for _, _, count in case["manifest"])
+    indexes = presented_indexes(bytes.fromhex(case["seed"]), size, case["batch_size"], case["step"])
+    check(indexes, case["indexes"], "indexes presented")
+    examples = examples_at(case["manifest"], indexes)
     check(examples, case["examples"], "examples presented")
 
 

@@ -140,6 +140,7 @@ def steps() -> dict[str, object]:
     first, second, step = halved(run)
     ledger.refuse(second)
     ledger.refuse(first, first)
+    ledger.refuse(remake(run, step, sequence=first.entry.sequence))
     ledger.seal(first)
     ledger.seal(second)
     ledger.seal(step)
