@@ -25,6 +25,7 @@ import trio
 from consensus.identifiers import MemberId
 from consensus.rejection import Unavailable
 from node.lanes import Inbox, Lane, Outbox, OverBudget, Received
+from node.messages import MAX_REQUEST_BYTES
 from node.transport import Connection, first_cause
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class NetworkLimits:
     complaints_forgiven_per_second: float = 1.0
     max_handshakes: int = 128
     """Inbound connections in handshake at a time, of all peers together (``places.py``)."""
-    max_request_bytes: int = 256 * 1024
+    max_request_bytes: int = MAX_REQUEST_BYTES
     max_requests_in_service: int = 16
     max_outstanding_requests: int = 64
     request_service_seconds: float = 60.0

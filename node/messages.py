@@ -12,14 +12,14 @@ from msgspec import Meta
 from consensus.block import MAX_BLOCK_EVENTS, MAX_HEADER_BYTES
 from consensus.codec import decode
 from consensus.epochs import EpochLinks
-from consensus.event import MAX_EVENT_BYTES, EventSignature
+from consensus.event import EventSignature
 from consensus.merkle import MAX_FRONTIER_BYTES
 from consensus.portions import Bytes32, Natural, Text, Wire
 from consensus.rejection import Reason, Rejected
 from consensus.state_map import KEY_BYTES, PrefixProof
 from consensus.vote import Vote
 
-MAX_REQUEST_BYTES = 1 << 20
+MAX_REQUEST_BYTES = 256 << 10
 MAX_ANSWER_BYTES = 4 << 20
 ANSWER_TARGET_BYTES = 2 << 20
 """What a server aims at in one answer; one ledger block may be more."""
@@ -138,7 +138,7 @@ class LastVote(Wire, frozen=True, tag="last-vote"):
 class AskCountersign(Wire, frozen=True, tag="ask-countersign"):
     """An unsigned grant and its portions, for the receiver to countersign by its owner's rules."""
 
-    event: Annotated[bytes, Meta(max_length=MAX_EVENT_BYTES)]
+    event: Annotated[bytes, Meta(max_length=MAX_REQUEST_BYTES - 1_024)]
 
 
 class Countersigned(Wire, frozen=True, tag="countersigned"):
@@ -193,7 +193,7 @@ def decode_request(encoded: bytes) -> Request:
     Raises:
         Rejected: as ``codec.decode``.
     """
-    request: Request = decode(encoded, Request, MAX_EVENT_BYTES + 1024)  # type: ignore[arg-type]
+    request: Request = decode(encoded, Request, MAX_REQUEST_BYTES)  # type: ignore[arg-type]
     return request
 
 
