@@ -102,6 +102,18 @@ def test_slow_and_lossy_links_delay_events_and_lose_none(network: NamespaceProce
     network.assert_whole(acknowledged)
 
 
+def test_events_become_final_where_every_message_takes_longer_than_the_first_timeout(
+    network: NamespaceProcesses,
+) -> None:
+    network.link(NAMES, NAMES, delay_seconds=0.45)
+    acknowledged = []
+    for number in range(3):
+        acknowledged.append(submit(network, "library", 450 + number))
+        assert network.is_final("library", acknowledged[-1], 60), network.log("library")
+    network.heal()
+    network.assert_whole(acknowledged)
+
+
 def test_kill_minus_nine_while_the_network_flaps_loses_nothing_acknowledged(network: NamespaceProcesses) -> None:
     instants = random.Random(20_241_129)
     acknowledged: list[str] = []
