@@ -23,15 +23,12 @@ from consensus.rejection import ConfigError, Rejected
 from node.beacons import BeaconDesk
 from node.config import NodeConfig
 from node.files import replace_private
-from node.identity import Identity, identity_in, later_keystores
+from node.identity import LEFT_EPOCHS_FILE, Identity, identity_in, later_keystores
 from node.keystore import Keystore, Secrets, read_passphrase
 from node.ledger import Ledger
 from node.voter import voting_keys
 
 log = logging.getLogger("countersign")
-
-MARK_FILE = "left-epochs"
-"""In the data directory: the epoch before which nothing is left to keep or erase."""
 
 
 def leave_ended_epochs(config: NodeConfig, ledger: Ledger, first: Identity, beacons: BeaconDesk) -> None:
@@ -40,7 +37,7 @@ def leave_ended_epochs(config: NodeConfig, ledger: Ledger, first: Identity, beac
     ``first`` is as in ``identity_in``. What fails is said and done at the next start: the epoch that has begun goes on.
     """
     epoch = ledger.committee.epoch
-    mark = config.node.data_directory / MARK_FILE
+    mark = config.node.data_directory / LEFT_EPOCHS_FILE
     content = f"{epoch}\n".encode()
     if epoch == GENESIS_EPOCH:
         return

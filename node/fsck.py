@@ -51,18 +51,17 @@ from node.store_layout import (
     HISTORY_KEY,
     SCHEMA_KEY,
     SCHEMA_VERSION,
-    VOTE_MARK_KEY,
     Head,
     History,
     open_database,
     term_prefix,
     to_int,
     u64,
-    vote_mark_key,
+    vote_mark_epoch,
 )
 
 MAX_VOTE_BYTES = 16_384
-_META_KEYS = (SCHEMA_KEY, CHAIN_KEY, HEAD_KEY, VOTE_MARK_KEY)
+_META_KEYS = (SCHEMA_KEY, CHAIN_KEY, HEAD_KEY)
 
 ProgressReport = Callable[[str, int, int], None]
 """Told the stage, how much of it is done, and how much it is in all."""
@@ -386,7 +385,7 @@ class _Check:
                 if not self._belongs(family, key, height):
                     self._strange(family, key)
         for key, _ in self._reader.items("meta"):  # read whole: its newest values hide older, damaged blocks
-            if key not in _META_KEYS and not self._is_of_an_epoch(key):
+            if key not in _META_KEYS and vote_mark_epoch(key) is None and not self._is_followed_link(key):
                 self._strange("meta", key)
         for family, check in (("lookup", self._lookup_belongs), ("index", self._listing_belongs)):
             if sum(1 for _ in self._reader.items(family)) > self._expected[family]:
@@ -398,9 +397,9 @@ class _Check:
                     if not belongs:
                         self._strange(family, key)
 
-    def _is_of_an_epoch(self, key: bytes) -> bool:
-        later = range(1, len(self._epochs.epochs))
-        return any(key in (EPOCH_LINK + u64(epoch), vote_mark_key(epoch)) for epoch in later)
+    def _is_followed_link(self, key: bytes) -> bool:
+        """Vote marks, in contrast, may be of epochs that the log has yet to come to: a repair carries them over."""
+        return any(key == EPOCH_LINK + u64(epoch) for epoch in range(1, len(self._epochs.epochs)))
 
     def _strange(self, family: str, key: bytes) -> None:
         self._report.add(family, f"key {key.hex()}", "does not belong here")

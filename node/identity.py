@@ -17,7 +17,7 @@ from consensus.epochs import Pin
 from consensus.genesis import MAX_JSON_BYTES, genesis_from_json
 from consensus.identifiers import Role
 from consensus.keys import Ed25519SigningKey, SignatureScheme, Signer, signer_for
-from consensus.membership import Committee, Genesis, Member, check_genesis
+from consensus.membership import GENESIS_EPOCH, Committee, Genesis, Member, check_genesis
 from consensus.rejection import ConfigError, Rejected
 from node.config import NodeConfig
 from node.keystore import Keystore, Secrets, read_passphrase
@@ -25,6 +25,10 @@ from node.verify import read_pin
 
 log = logging.getLogger("countersign")
 
+LEFT_EPOCHS_FILE = "left-epochs"
+"""In the data directory: the epoch before which nothing is left to keep or erase; written when that epoch begins,
+before anything is signed in it."""
+_EPOCH = re.compile(rb"([1-9][0-9]{0,8})\n")
 _LATER_KEYSTORE = re.compile(r"(.+)\.epoch-([1-9][0-9]{0,8})((?:\.[^.]+)?)")
 
 
@@ -59,6 +63,15 @@ def later_keystores(base: Path) -> dict[int, Path]:
         if epoch.isascii() and epoch.isdigit() and path == epoch_keystore(base, int(epoch)):
             found[int(epoch)] = path
     return dict(sorted(found.items()))
+
+
+def left_epochs(data_directory: Path) -> int:
+    """The epoch that ``LEFT_EPOCHS_FILE`` names; ``GENESIS_EPOCH`` where there is none, or it says something else."""
+    try:
+        named = _EPOCH.fullmatch((data_directory / LEFT_EPOCHS_FILE).read_bytes())
+    except OSError:
+        return GENESIS_EPOCH
+    return GENESIS_EPOCH if named is None else int(named[1])
 
 
 def later_transport_seeds(config: NodeConfig, epoch: int) -> list[bytes]:

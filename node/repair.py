@@ -4,27 +4,44 @@ Nothing is mended in place: what a damaged database still says cannot be told fr
 ledger block a peer serves comes with proof. Rules:
 
 * The damaged database is renamed, never deleted: it may hold the only copy of something, and it is evidence.
-* Keystore and vote journal stay as they are. The store's memory of how far the journal had come goes into the new
-  database; where it cannot be read and the journal is gone too, the new one remembers that there were votes. So no
-  repair makes a voter of an identity without its journal; of an older one, the peers know (``last_votes.py``).
+* Keystores and vote journals stay as they are. The store's memory of how far each epoch's journal had come goes into
+  the new database; where it cannot be read and that journal is gone too, the new one remembers that there were votes.
+  So no repair makes a voter of an identity without its journal; of an older one, the peers know (``last_votes.py``).
+* Which epochs those may be, the data directory says: ``left-epochs`` names an epoch before anything is signed in it, a
+  journal is made for one that has begun, and the database itself may still have marks and links. A keystore says
+  nothing: it is put there before its epoch begins, and one that waits for its epoch must not find itself silenced.
 * A repair cut off at any instant is finished, or begun again, by the next; ``Store.open`` refuses to start over it.
 
 Which files are damaged, and how, is said by ``fsck.py``; fetching is ``catchup.py``'s.
 """
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rocksdict import AccessType
 
+from consensus.epochs import MAX_LINKS
 from consensus.identifiers import ChainId
+from consensus.membership import GENESIS_EPOCH
 from consensus.rejection import ConfigError, InvariantBroken
 from node.files import DirectoryLock, sync_directory
 from node.fsck_reader import Reader, Report
-from node.journal import JOURNAL_FILE, VoteMark
+from node.identity import left_epochs
+from node.journal import VoteMark, journal_file
 from node.store import REPAIRING_DIRECTORY, Store
-from node.store_layout import HEAD_BYTES, HEAD_KEY, VOTE_MARK_KEY, Head, open_database
+from node.store_layout import (
+    EPOCH_LINK,
+    HEAD_BYTES,
+    HEAD_KEY,
+    SCHEMA_KEY,
+    Head,
+    open_database,
+    u64,
+    vote_mark_epoch,
+    vote_mark_key,
+)
 
 SOME_VOTES = VoteMark(view=0, records=1)
 """Remembered where nothing is known but that there may have been votes: no new journal is then made."""
@@ -51,10 +68,9 @@ def set_aside(directory: Path, chain_id: ChainId, *, votes: bool) -> SetAside:
     lock = DirectoryLock.acquire(directory)
     try:
         if database.exists():
-            height, mark = _remembered(database)
-            if mark is None and votes and not (directory / JOURNAL_FILE).exists():
-                mark = SOME_VOTES
-            _make_empty(making, chain_id, mark)
+            memory = _remembered(database, _newest_epoch(directory))
+            height = memory.height
+            _make_empty(making, chain_id, _marks(directory, memory, votes=votes))
             aside = _free_name(directory)
             database.rename(aside)
             sync_directory(directory)
@@ -73,27 +89,70 @@ def was_cut_off(directory: Path) -> bool:
     return not (directory / "rocksdb").exists() and (directory / REPAIRING_DIRECTORY / "rocksdb").exists()
 
 
-def _make_empty(making: Path, chain_id: ChainId, mark: VoteMark | None) -> None:
+def _make_empty(making: Path, chain_id: ChainId, marks: Mapping[int, VoteMark]) -> None:
     if making.exists():
         shutil.rmtree(making)
     with Store.open(making, chain_id, create=True) as store:
-        if mark is not None:
-            store.write_vote_mark(mark.encode())
-            store.sync()
+        for epoch, mark in marks.items():
+            store.write_vote_mark(mark.encode(), epoch)
+        store.sync()
 
 
-def _remembered(path: Path) -> tuple[int | None, VoteMark | None]:
-    """Height and vote mark of a damaged database, each None where it cannot be read."""
+def _newest_epoch(directory: Path) -> int:
+    """The newest epoch that the files beside the database name."""
+    journals = (epoch for epoch in range(1, MAX_LINKS + 1) if (directory / journal_file(epoch)).exists())
+    return max((left_epochs(directory), *journals))
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What a damaged database still says. ``whole``: all that it had to say of votes."""
+
+    newest_epoch: int
+    height: int | None = None
+    marks: Mapping[int, VoteMark] = field(default_factory=dict)
+    whole: bool = False
+
+
+def _remembered(path: Path, newest_epoch: int) -> _Memory:
+    """``newest_epoch`` is the newest known of without the database."""
+    report = Report()
     try:
-        reader = Reader(open_database(path, False, AccessType.read_only(False)), Report())
+        reader = Reader(open_database(path, False, AccessType.read_only(False)), report)
     except InvariantBroken:
-        return None, None
+        return _Memory(newest_epoch)
     try:
-        head, mark = reader.get("meta", HEAD_KEY, "head"), reader.get("meta", VOTE_MARK_KEY, "vote mark")
+        keys = {key for key, _ in reader.items("meta")}
+        linked = (epoch for epoch in range(1, MAX_LINKS + 1) if EPOCH_LINK + u64(epoch) in keys)
+        marked = {epoch for key in keys if (epoch := vote_mark_epoch(key)) is not None}
+        newest_epoch = max((newest_epoch, *linked, *marked))
+        # One by one: the scan ends at the first damaged block, and marks may stand behind it.
+        marks = {}
+        for epoch in sorted(marked.union(range(newest_epoch + 1))):
+            mark = reader.get("meta", vote_mark_key(epoch), f"vote mark of epoch {epoch}")
+            if mark is not None and len(mark) == VoteMark.ENCODED_BYTES:
+                marks[epoch] = VoteMark.decode(mark)
+        head = reader.get("meta", HEAD_KEY, "head")
     finally:
         reader.close()
     height = Head.decode(head).height if head is not None and len(head) >= HEAD_BYTES else None
-    return height, VoteMark.decode(mark) if mark is not None and len(mark) == VoteMark.ENCODED_BYTES else None
+    # Without its schema version a database has lost what was ever written to it.
+    return _Memory(newest_epoch, height, marks, whole=report.sound and SCHEMA_KEY in keys)
+
+
+def _marks(directory: Path, memory: _Memory, *, votes: bool) -> dict[int, VoteMark]:
+    """What the new database remembers of votes, by epoch: at least what the old one did.
+
+    A voter of the genesis has had its journal since its first start, so there a missing mark says nothing. A later
+    epoch begins before its voter has a journal, as the keystore may come later: an intact database without a mark says
+    that there was no vote.
+    """
+    marks = dict(memory.marks)
+    for epoch in range(memory.newest_epoch + 1):
+        may_have_voted = votes if epoch == GENESIS_EPOCH else not memory.whole
+        if epoch not in marks and may_have_voted and not (directory / journal_file(epoch)).exists():
+            marks[epoch] = SOME_VOTES
+    return marks
 
 
 def _free_name(directory: Path) -> Path:

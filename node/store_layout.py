@@ -23,6 +23,7 @@ from rocksdict import (
     WriteBatch,
 )
 
+from consensus.epochs import MAX_LINKS
 from consensus.identifiers import Digest, Height
 from consensus.rejection import InvariantBroken
 
@@ -261,6 +262,13 @@ def term_prefix(term: bytes) -> bytes:
 def vote_mark_key(epoch: int) -> bytes:
     """Where the vote mark of an epoch is kept."""
     return VOTE_MARK_KEY if epoch == 0 else VOTE_MARK_KEY + u64(epoch)
+
+
+def vote_mark_epoch(key: bytes) -> int | None:
+    """The inverse of ``vote_mark_key``; None for any other key."""
+    number = key.removeprefix(VOTE_MARK_KEY)
+    epoch = to_int(number)
+    return epoch if epoch <= MAX_LINKS and vote_mark_key(epoch) == key else None
 
 
 def u64(number: int) -> bytes:

@@ -14,12 +14,13 @@ from consensus.block import header_digest
 from consensus.rejection import ConfigError, InvariantBroken
 from node.fsck import check_data_directory
 from node.fsck_reader import Report
-from node.journal import JOURNAL_FILE, Journal, VoteMark
+from node.identity import LEFT_EPOCHS_FILE
+from node.journal import JOURNAL_FILE, Journal, VoteMark, journal_file
 from node.ledger import KIND_TERM, Ledger
-from node.repair import set_aside, was_cut_off
+from node.repair import SOME_VOTES, set_aside, was_cut_off
 from node.runner import Node
 from node.store import REPAIRING_DIRECTORY, Store
-from node.store_layout import open_database
+from node.store_layout import SCHEMA_KEY, open_database, vote_mark_key
 
 COUNTS = {"data-source": 3, "governance": 1, "operator": 1, "verifier": 1}
 THRESHOLDS = {"data-source": 2, "governance": 1, "operator": 1}
@@ -247,6 +248,63 @@ def test_a_journal_restored_from_an_older_copy_is_still_noticed_after_a_repair(h
         assert "as the store remembers" in node.snapshot().why_not_voting
     finally:
         node.ledger.store.close()
+
+
+MARKS = {0: VoteMark(9, 30), 1: VoteMark(4, 12), 3: VoteMark(2, 5)}
+
+
+@pytest.fixture
+def marked(history: Consortium, tmp_path: Path) -> Path:
+    """The data directory of a member that voted in three epochs; nothing of it but the database is left."""
+    with Store.open(tmp_path / "data", history.genesis.chain_id, create=True) as store:
+        for epoch, mark in MARKS.items():
+            store.write_vote_mark(mark.encode(), epoch)
+        store.sync()
+    return tmp_path / "data"
+
+
+def repaired_marks(history: Consortium, directory: Path) -> dict[int, VoteMark]:
+    """What the database remembers after a repair, by epoch; it is sound."""
+    set_aside(directory, history.genesis.chain_id, votes=True)
+    assert check_data_directory(directory, history.genesis, lambda stage, done, total: None).damages == []
+    with Store.open(directory, history.genesis.chain_id, create=False) as store:
+        found = {epoch: store.vote_mark(epoch) for epoch in range(8)}
+    return {epoch: VoteMark.decode(mark) for epoch, mark in found.items() if mark is not None}
+
+
+def test_a_repair_carries_over_the_vote_marks_of_all_epochs(history: Consortium, marked: Path) -> None:
+    assert repaired_marks(history, marked) == MARKS
+    assert repaired_marks(history, marked) == MARKS
+
+
+def test_where_no_mark_can_be_read_no_epoch_without_its_journal_is_voted_in_again(
+    history: Consortium, marked: Path
+) -> None:
+    (marked / LEFT_EPOCHS_FILE).write_bytes(b"3\n")
+    (marked / journal_file(1)).write_bytes(b"a journal")
+    flip(next((marked / "rocksdb").glob("MANIFEST-*")))
+    assert repaired_marks(history, marked) == dict.fromkeys((0, 2, 3), SOME_VOTES)
+
+
+def test_a_journal_names_its_epoch_where_the_mark_of_it_is_lost(history: Consortium, marked: Path) -> None:
+    (marked / journal_file(2)).write_bytes(b"a journal")
+    (marked / LEFT_EPOCHS_FILE).write_bytes(b"neither a number\n")
+    flip(next((marked / "rocksdb").glob("MANIFEST-*")))
+    assert repaired_marks(history, marked) == dict.fromkeys((0, 1), SOME_VOTES)
+
+
+def test_a_database_that_lost_all_it_held_is_not_taken_for_one_without_votes(history: Consortium, marked: Path) -> None:
+    with Store.open(marked, history.genesis.chain_id, create=False) as store:
+        store._family("meta").delete(SCHEMA_KEY)
+        store._family("meta").delete(vote_mark_key(1))
+    assert repaired_marks(history, marked) == {**MARKS, 1: SOME_VOTES, 2: SOME_VOTES}
+
+
+def test_an_epoch_that_an_intact_database_has_no_mark_of_is_not_taken_for_voted_in(
+    history: Consortium, marked: Path
+) -> None:
+    (marked / LEFT_EPOCHS_FILE).write_bytes(b"5\n")
+    assert repaired_marks(history, marked) == MARKS
 
 
 @pytest.mark.parametrize("renames", [0, 1])
