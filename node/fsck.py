@@ -58,6 +58,7 @@ from node.store_layout import (
     to_int,
     u64,
     vote_mark_epoch,
+    was_never_made,
 )
 
 MAX_VOTE_BYTES = 16_384
@@ -81,7 +82,8 @@ def check_data_directory(directory: Path, genesis: Genesis, progress: ProgressRe
     lock = DirectoryLock.acquire(directory)
     try:
         if not (path / "CURRENT").exists():
-            report.add("database", str(path / "CURRENT"), "missing")
+            unmade = ": never finished; the node does that when it starts" if was_never_made(path) else ""
+            report.add("database", str(path / "CURRENT"), f"missing{unmade}")
             return report
         try:
             database = open_database(path, False, AccessType.read_only(False))

@@ -41,6 +41,7 @@ from node.store_layout import (
     u64,
     vote_mark_epoch,
     vote_mark_key,
+    was_never_made,
 )
 
 SOME_VOTES = VoteMark(view=0, records=1)
@@ -70,7 +71,9 @@ def set_aside(directory: Path, chain_id: ChainId, *, votes: bool) -> SetAside:
         if database.exists():
             memory = _remembered(database, _newest_epoch(directory))
             height = memory.height
-            _make_empty(making, chain_id, _marks(directory, memory, votes=votes))
+            # Nothing is signed before there is a database: a first start that was cut off made no votes.
+            begun = memory.newest_epoch > GENESIS_EPOCH or not was_never_made(database)
+            _make_empty(making, chain_id, _marks(directory, memory, votes=votes and begun))
             aside = _free_name(directory)
             database.rename(aside)
             sync_directory(directory)

@@ -61,6 +61,7 @@ from node.store_layout import (
     to_int,
     u64,
     vote_mark_key,
+    was_never_made,
 )
 
 STATE_PAGE_ITEMS = 4_096
@@ -86,7 +87,8 @@ class Store:
     def open(cls, path: Path, chain_id: ChainId, *, create: bool) -> "Store":
         """Open the data directory ``path`` for one chain, for reading and writing.
 
-        With ``create`` a missing or empty directory becomes the store of ``chain_id``.
+        With ``create`` a missing or empty directory becomes the store of ``chain_id``, and so does one in which the
+        making of a database was cut off.
 
         Raises:
             ConfigError: no store there and not ``create``; another process holds it; it belongs to
@@ -96,7 +98,7 @@ class Store:
         existing = (path / "rocksdb" / "CURRENT").exists()
         if not existing and not create:
             raise ConfigError(f"{path}: expected a Countersign data directory, found none")
-        if not existing and (path / "rocksdb").exists() and any((path / "rocksdb").iterdir()):
+        if not existing and (path / "rocksdb").exists() and not was_never_made(path / "rocksdb"):
             raise ConfigError(f"{path}: expected a database, found one without its file CURRENT: {_REPAIR}")
         if not (path / "rocksdb").exists() and (path / REPAIRING_DIRECTORY).exists():
             raise ConfigError(f"{path}: expected a database, found a repair that was cut off: {_REPAIR} again")

@@ -43,6 +43,10 @@ _FAMILIES = (
     "index",
     "meta",
 )
+_MADE_FIRST = frozenset(
+    ("rocksdict-config.json", "LOG", "LOCK", "000000.dbtmp", "IDENTITY", "MANIFEST-000001", "000001.dbtmp")
+)
+"""What is written before CURRENT, in that order."""
 _BLOCK_CACHE_BYTES = 8 << 20
 _WRITE_BUFFERS_BYTES = 16 << 20
 _ARENA_BLOCK_BYTES = 64 << 10
@@ -193,6 +197,16 @@ def open_database(path: Path, create: bool, access: AccessType) -> Database:
         database.families[name] = root.get_column_family(name)
         database.handles[name] = root.get_column_family_handle(name)
     return database
+
+
+def was_never_made(path: Path) -> bool:
+    """Whether there is no database at ``path`` but at most what RocksDB, when it makes one, writes before CURRENT.
+
+    A full disk or a kill leaves that, and nothing was ever stored in it: whatever is written to a database goes to its
+    write-ahead log, which is opened after CURRENT is there, and the opening of it leaves a manifest of a higher number
+    and deletes the first. So a database that lost its CURRENT has files besides these.
+    """
+    return all(held.name in _MADE_FIRST or held.name.startswith("LOG.old.") for held in path.iterdir())
 
 
 def _family_options(cache: Cache) -> Options:

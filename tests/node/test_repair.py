@@ -307,6 +307,22 @@ def test_an_epoch_that_an_intact_database_has_no_mark_of_is_not_taken_for_voted_
     assert repaired_marks(history, marked) == MARKS
 
 
+def test_a_first_start_that_was_cut_off_and_repaired_silences_nobody(history: Consortium, tmp_path: Path) -> None:
+    (tmp_path / "rocksdb").mkdir()
+    (tmp_path / "rocksdb" / "MANIFEST-000001").write_bytes(b"")
+    (damage,) = check_data_directory(tmp_path, history.genesis, lambda stage, done, total: None).damages
+    assert damage.detail == "missing: never finished; the node does that when it starts"
+    assert repaired_marks(history, tmp_path) == {}
+
+
+def test_a_database_made_anew_beside_an_epoch_that_had_begun_may_stand_for_one_with_votes(
+    history: Consortium, tmp_path: Path
+) -> None:
+    (tmp_path / "rocksdb").mkdir()
+    (tmp_path / LEFT_EPOCHS_FILE).write_bytes(b"1\n")
+    assert repaired_marks(history, tmp_path) == dict.fromkeys((0, 1), SOME_VOTES)
+
+
 @pytest.mark.parametrize("renames", [0, 1])
 def test_a_repair_cut_off_is_refused_by_the_node_and_finished_by_the_next(
     history: Consortium, tmp_path: Path, renames: int

@@ -354,6 +354,43 @@ def test_database_that_lost_its_current_file_is_not_created_anew(tmp_path: Path)
         Store.open(tmp_path, CHAIN, create=True)
 
 
+MAKING = ("rocksdict-config.json", "LOG", "LOCK", "000000.dbtmp", "IDENTITY", "MANIFEST-000001", "000001.dbtmp")
+"""What RocksDB writes before CURRENT, in that order."""
+
+
+@pytest.mark.parametrize("steps", range(len(MAKING) + 1))
+def test_making_cut_off_before_its_end_is_finished_at_the_next_start(tmp_path: Path, steps: int) -> None:
+    (tmp_path / "rocksdb").mkdir()
+    for name in MAKING[:steps]:
+        (tmp_path / "rocksdb" / name).write_bytes(b"")
+    with Store.open(tmp_path, CHAIN, create=True) as store:
+        store.write_vote_mark(b"a mark")
+        store.sync()
+    with Store.open(tmp_path, CHAIN, create=False) as store:
+        assert store.vote_mark() == b"a mark"
+
+
+@pytest.mark.parametrize("kept", ["*.log", "*.sst", "MANIFEST-*", "OPTIONS-*"])
+def test_what_held_a_vote_mark_is_never_taken_for_what_was_never_made(tmp_path: Path, kept: str) -> None:
+    """Of all that tells a database apart one file is enough, after whatever start."""
+    for _ in range(3):
+        with Store.open(tmp_path / "data", CHAIN, create=True) as store:
+            store.write_vote_mark(b"a mark")
+            store.sync()
+            shutil.copytree(tmp_path / "data", tmp_path / "killed")
+        for found in (tmp_path / "killed", tmp_path / "data"):
+            held = set((found / "rocksdb").glob(kept))
+            assert held or (kept == "*.sst" and found.name == "killed")
+            for path in (found / "rocksdb").iterdir():
+                if path not in held and path.name not in MAKING:
+                    path.unlink()
+            if held:
+                with pytest.raises(ConfigError, match="without its file CURRENT"):
+                    Store.open(found, CHAIN, create=True)
+            shutil.rmtree(found / "rocksdb")
+        shutil.rmtree(tmp_path / "killed")
+
+
 def test_second_opener_in_the_same_process_is_refused(tmp_path: Path) -> None:
     with Store.open(tmp_path, CHAIN, create=True):
         for opening in (Store.open_read_only, lambda p, c: Store.open(p, c, create=True)):
