@@ -56,8 +56,8 @@ class SetAside:
     height: int | None
 
 
-def set_aside(directory: Path, chain_id: ChainId, *, votes: bool) -> SetAside:
-    """Put an empty database in the place of a stopped node's; ``votes`` says whether its member is a voting one.
+def set_aside(directory: Path, chain_id: ChainId) -> SetAside:
+    """Put an empty database in the place of a stopped node's.
 
     Raises:
         ConfigError: no database there, or another process holds the directory.
@@ -73,7 +73,7 @@ def set_aside(directory: Path, chain_id: ChainId, *, votes: bool) -> SetAside:
             height = memory.height
             # Nothing is signed before there is a database: a first start that was cut off made no votes.
             begun = memory.newest_epoch > GENESIS_EPOCH or not was_never_made(database)
-            _make_empty(making, chain_id, _marks(directory, memory, votes=votes and begun))
+            _make_empty(making, chain_id, _marks(directory, memory) if begun else {})
             aside = _free_name(directory)
             database.rename(aside)
             sync_directory(directory)
@@ -143,16 +143,17 @@ def _remembered(path: Path, newest_epoch: int) -> _Memory:
     return _Memory(newest_epoch, height, marks, whole=report.sound and SCHEMA_KEY in keys)
 
 
-def _marks(directory: Path, memory: _Memory, *, votes: bool) -> dict[int, VoteMark]:
+def _marks(directory: Path, memory: _Memory) -> dict[int, VoteMark]:
     """What the new database remembers of votes, by epoch: at least what the old one did.
 
     A voter of the genesis has had its journal since its first start, so there a missing mark says nothing. A later
     epoch begins before its voter has a journal, as the keystore may come later: an intact database without a mark says
-    that there was no vote.
+    that there was no vote. Whose directory it is does not matter: a mark does nothing in an epoch that its member has
+    no vote in.
     """
     marks = dict(memory.marks)
     for epoch in range(memory.newest_epoch + 1):
-        may_have_voted = votes if epoch == GENESIS_EPOCH else not memory.whole
+        may_have_voted = epoch == GENESIS_EPOCH or not memory.whole
         if epoch not in marks and may_have_voted and not (directory / journal_file(epoch)).exists():
             marks[epoch] = SOME_VOTES
     return marks

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from consensus.identifiers import VOTING_ROLES
 from node.commands.output import print_json
 from node.config import load_config
-from node.identity import load_genesis, member_named
+from node.identity import load_genesis
 
 if TYPE_CHECKING:
     from node.fsck_reader import Report
@@ -69,11 +68,10 @@ def log_repair(config_path: Path, as_json: bool) -> None:
     config = load_config(config_path)
     genesis = load_genesis(config)
     directory = config.node.data_directory
-    votes = member_named(genesis, config.node.name).role in VOTING_ROLES
     report = None if was_cut_off(directory) else check_data_directory(directory, genesis, Progress())
     aside: SetAside | None = None
     if report is None or not report.sound:
-        aside = set_aside(directory, genesis.chain_id, votes=votes)
+        aside = set_aside(directory, genesis.chain_id)
     if as_json:
         found = {} if report is None else _report_fields(report)
         print_json({**found, "set_aside": None if aside is None else str(aside.directory)})

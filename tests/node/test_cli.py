@@ -35,6 +35,7 @@ from node.commands.member import load_member
 from node.commands.policy import read_policy
 from node.commands.process import JsonLines
 from node.provision import MemberRequest, Provisioned, provision
+from node.store import Store
 from node.store_layout import open_database
 
 POLICY = """
@@ -880,6 +881,22 @@ def check_logs(configs: dict[str, Path]) -> None:
     assert f"set aside: {configs['press'].parent / 'data' / 'rocksdb.damaged-1'}" in repaired.stdout
     again = run("log", "repair", "--config", configs["press"], "--json")
     assert (again.exit_code, json.loads(again.stdout)["set_aside"]) == (0, None)
+
+
+def test_data_directory_of_a_member_that_joined_later_is_repaired(consortium: Provisioned, tmp_path: Path) -> None:
+    config = consortium.members["library"].config
+    joined = config.with_name("newcomer.toml")
+    joined.write_text(
+        config.read_text()
+        .replace('name = "library"', 'name = "newcomer"')
+        .replace('data_directory = "data"', f'data_directory = "{tmp_path / "data"}"')
+    )
+    Store.open(tmp_path / "data", consortium.chain_id, create=True).close()
+    (tmp_path / "data" / "rocksdb" / "CURRENT").unlink()
+    repaired = run("log", "repair", "--config", joined)
+    assert (repaired.exit_code, "set aside: " in repaired.stdout) == (0, True), repaired.output
+    sound = run("log", "repair", "--config", joined)
+    assert (sound.exit_code, "nothing to repair" in sound.stdout) == (0, True), sound.output
 
 
 def test_a_log_line_is_one_json_object_whatever_the_message_holds() -> None:

@@ -83,7 +83,7 @@ class Victim:
         return check_data_directory(self.directory, self.consortium.genesis, lambda stage, done, total: None)
 
     def repair(self) -> Path:
-        return set_aside(self.directory, self.consortium.genesis.chain_id, votes=self.name == VOTER).directory
+        return set_aside(self.directory, self.consortium.genesis.chain_id).directory
 
     def files(self, pattern: str) -> list[Path]:
         return sorted(self.database.glob(pattern), key=lambda path: path.stat().st_size)
@@ -265,7 +265,7 @@ def marked(history: Consortium, tmp_path: Path) -> Path:
 
 def repaired_marks(history: Consortium, directory: Path) -> dict[int, VoteMark]:
     """What the database remembers after a repair, by epoch; it is sound."""
-    set_aside(directory, history.genesis.chain_id, votes=True)
+    set_aside(directory, history.genesis.chain_id)
     assert check_data_directory(directory, history.genesis, lambda stage, done, total: None).damages == []
     with Store.open(directory, history.genesis.chain_id, create=False) as store:
         found = {epoch: store.vote_mark(epoch) for epoch in range(8)}
@@ -338,7 +338,7 @@ def test_a_repair_cut_off_is_refused_by_the_node_and_finished_by_the_next(
         assert was_cut_off(directory)
         with pytest.raises(ConfigError, match="cut off: run 'countersign log repair' again"):
             Store.open(directory, chain_id, create=True)
-    assert set_aside(directory, chain_id, votes=True).directory == directory / "rocksdb.damaged-1"
+    assert set_aside(directory, chain_id).directory == directory / "rocksdb.damaged-1"
     with Store.open(directory, chain_id, create=False) as store:
         assert store.head() is None
         kept = store.vote_mark()
@@ -349,11 +349,11 @@ def test_a_repair_cut_off_is_refused_by_the_node_and_finished_by_the_next(
 
 def test_a_directory_in_use_or_empty_is_not_repaired(history: Consortium, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found none"):
-        set_aside(tmp_path, history.genesis.chain_id, votes=False)
+        set_aside(tmp_path, history.genesis.chain_id)
     directory = history.folder / "operator-1"
     with (
         Store.open(directory, history.genesis.chain_id, create=False),
         pytest.raises(ConfigError, match="locked by process"),
     ):
-        set_aside(directory, history.genesis.chain_id, votes=True)
+        set_aside(directory, history.genesis.chain_id)
     assert (directory / "rocksdb" / "CURRENT").exists()
