@@ -12,6 +12,10 @@ changes nothing. In order, per ledger block:
 6. rules: the events applied again to the state since genesis, and the root the header names;
 7. lookups and listings of all of these.
 
+A log that began at a snapshot and is not filled up yet is checked as far as it goes: the part from the genesis on as
+above; the ledger block it began at, by its certificate and the peaks of its tree; those after it, of which the rules
+alone cannot be applied again. What is missing in between is counted and is no damage.
+
 The links between epochs come first: who certifies what follows from them, and they from the genesis.
 Then head, every value of the state, and that no column family holds anything more. After damage that a later
 check builds on, that check stops and says from where on; the others go on. The vote journal is not covered: the
@@ -62,7 +66,7 @@ from node.store_layout import (
 )
 
 MAX_VOTE_BYTES = 16_384
-_META_KEYS = (SCHEMA_KEY, CHAIN_KEY, HEAD_KEY)
+_META_KEYS = (SCHEMA_KEY, CHAIN_KEY, HEAD_KEY, HISTORY_KEY)
 
 ProgressReport = Callable[[str, int, int], None]
 """Told the stage, how much of it is done, and how much it is in all."""
@@ -72,8 +76,7 @@ def check_data_directory(directory: Path, genesis: Genesis, progress: ProgressRe
     """Check the data directory of a stopped node against a genesis that ``check_genesis`` has accepted.
 
     Raises:
-        ConfigError: no data directory there, another process holds it, it is another chain's, or a log that began at a
-            snapshot is not filled up yet.
+        ConfigError: no data directory there, another process holds it, or it is another chain's.
     """
     path = directory / "rocksdb"
     if not path.exists():
@@ -115,6 +118,9 @@ class _Check:
         self._previous: Digest | None = start.digest
         self._last_header: Header | None = start.header
         self._log_size = 0
+        self._missing_heights = self._missing_indexes = range(0)
+        """What a log that began at a snapshot lacks below it, the ledger block it began at included."""
+        self._base_peaks: tuple[bytes, ...] = ()
         self._expected: Counter[str] = Counter()
 
     def run(self, directory: Path) -> None:
@@ -124,9 +130,13 @@ class _Check:
         height = head.height if head is not None else self._newest_header()
         if head is not None or height:
             self._check_genesis_block()
-        for at in range(1, height + 1):
-            self._check_block(at)
-            self._progress("ledger blocks", at, height)
+        history = self._read_history(height)
+        if history is None:
+            self._check_blocks(1, height, height)
+        else:
+            self._check_blocks(1, history.next_height - 1, height)
+            self._check_base(history)
+            self._check_blocks(history.base_height + 1, height, height)
         self._report.height, self._report.log_size = height, self._log_size
         if head is not None:
             self._check_head(head)
@@ -139,13 +149,6 @@ class _Check:
         version = self._reader.need("meta", SCHEMA_KEY, "schema version")
         if version is not None and to_int(version) != SCHEMA_VERSION:
             raise ConfigError(f"{directory}: expected schema version {SCHEMA_VERSION}, found {to_int(version)}")
-        encoded = self._reader.get("meta", HISTORY_KEY, "history")
-        if encoded is not None:
-            history = History.decode(encoded)
-            raise ConfigError(
-                f"{directory}: expected a whole log, found one that began at ledger block {history.base_height} and is "
-                f"filled up to {history.next_height - 1}: run the node until its status says log_missing 0"
-            )
         chain = self._reader.need("meta", CHAIN_KEY, "chain id")
         if chain is not None and chain != self._genesis.chain_id:
             raise ConfigError(f"{directory}: expected chain {self._genesis.chain_id.hex()}, found {chain.hex()}")
@@ -173,6 +176,25 @@ class _Check:
             return None
         return Head.decode(encoded)
 
+    def _read_history(self, height: int) -> History | None:
+        """What is missing of the log; None where nothing is, or where that is damaged: then all of it is wanting."""
+        encoded = self._reader.get("meta", HISTORY_KEY, "history")
+        if encoded is None:
+            return None
+        history = History.decode(encoded)
+        try:
+            Frontier.from_bytes(history.frontier)
+        except Rejected as error:
+            self._report.add("meta", "history", str(error))
+            return None
+        if not 1 <= history.next_height <= history.base_height <= height:
+            found = f"filled up to {history.next_height - 1}, begun at {history.base_height}"
+            self._report.add("meta", "history", f"{found}, the newest ledger block is {height}")
+            return None
+        self._missing_heights = range(history.next_height, history.base_height + 1)
+        self._report.missing_blocks = len(self._missing_heights)
+        return history
+
     def _newest_header(self) -> int:
         return max((to_int(key) for key, _ in self._reader.items("headers")), default=0)
 
@@ -196,6 +218,45 @@ class _Check:
             if found is not None and found != expected:
                 self._report.add(family, "height 0", "not what the genesis makes it")
         self._check_lookup(BY_BLOCK + header.digest, f"ledger block {header.digest.hex()}", 0)
+
+    def _check_blocks(self, first: int, last: int, height: int) -> None:
+        for at in range(first, last + 1):
+            self._check_block(at)
+            self._progress("ledger blocks", at, height)
+
+    def _check_base(self, history: History) -> None:
+        """The ledger block that the log began at: header, certificate and tree; its body is missing as those below."""
+        name = f"height {history.base_height}"
+        if self._frontier is not None and history.frontier != self._frontier.to_bytes():
+            self._report.add("meta", "history", "its frontier is not the tree's")
+        if history.next_height < history.base_height:
+            self._previous = None
+        self._missing_indexes = range(self._log_size, history.base_size)
+        placed = Frontier(history.base_size, (Digest(bytes(32)),) * history.base_size.bit_count()).nodes()
+        self._base_peaks = tuple(bytes([level]) + u64(index) for level, index, _ in placed)
+        self._log_size = history.base_size
+        self._state = None
+        encoded = self._reader.need("headers", u64(history.base_height), name)
+        header = self._checked_header(history.base_height, encoded) if encoded is not None else None
+        if header is None:
+            self._previous = self._last_header = None
+            self._cut_tree(name)
+            return
+        self._previous, self._last_header = header.digest, header
+        self._check_lookup(BY_BLOCK + header.digest, f"ledger block {header.digest.hex()}", history.base_height)
+        if self._reader.need("certificates", u64(history.base_height), name) is not None:
+            self._check_certificate(name, header)
+        if history.base_size != header.log_size:
+            self._report.add("meta", "history", f"log size {history.base_size}, {name} says {header.log_size}")
+        found = [self._reader.need("nodes", key, f"level {key[0]} index {to_int(key[1:])}") for key in self._base_peaks]
+        frontier = Frontier(history.base_size, tuple(Digest(peak) for peak in found if peak is not None))
+        self._frontier = frontier
+        if len(frontier.peaks) < len(found):
+            self._cut_tree(name)
+        elif frontier.root != header.log_root:
+            differs = f"root {frontier.root.hex()}, expected {header.log_root.hex()}"
+            self._report.add("nodes", f"peaks at {name}", differs)
+            self._cut_tree(name)
 
     def _check_block(self, height: int) -> None:
         name = f"height {height}"
@@ -408,10 +469,17 @@ class _Check:
 
     def _belongs(self, family: str, key: bytes, height: int) -> bool:
         if family == "nodes":
-            return len(key) == 9 and (to_int(key[1:]) + 1) << key[0] <= self._log_size
+            if len(key) != 9:
+                return False
+            last_leaf = ((to_int(key[1:]) + 1) << key[0]) - 1
+            is_missing = last_leaf in self._missing_indexes and key not in self._base_peaks
+            return last_leaf < self._log_size and not is_missing
+        at = to_int(key)
         if family in ("entries", "portions"):
-            return len(key) == 8 and to_int(key) < self._log_size
-        return len(key) == 8 and (family == "certificates") <= to_int(key) <= height
+            return len(key) == 8 and at < self._log_size and at not in self._missing_indexes
+        if at in self._missing_heights:
+            return len(key) == 8 and at == self._missing_heights[-1] and family in ("headers", "certificates")
+        return len(key) == 8 and (family == "certificates") <= at <= height
 
     def _lookup_belongs(self, key: bytes, value: bytes) -> bool:
         table, found, at = key[:1], key[1:], to_int(value)

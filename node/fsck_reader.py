@@ -28,6 +28,8 @@ class Report:
     height: int = 0
     log_size: int = 0
     state_values: int = 0
+    missing_blocks: int = 0
+    """Ledger blocks of a log that began at a snapshot which are not fetched yet: no damage, but not checked either."""
     damages: list[Damage] = field(default_factory=list)
     damages_left_out: int = 0
 

@@ -30,8 +30,9 @@ _CONFIG = click.option(
 def log_fsck(config_path: Path, as_json: bool) -> None:
     """Recompute everything a stopped node has on disk, and name what is damaged.
 
-    Every header, certificate, event, tree node and state value, from genesis on. Nothing is changed but the
-    file lock. Exit code 0 when all is as it should be, 1 when something is not.
+    Every header, certificate, event, tree node and state value, from genesis on. Where the node began at a snapshot,
+    the ledger blocks that it has yet to fetch are counted and are no damage. Nothing is changed but the file lock.
+    Exit code 0 when all is as it should be, 1 when something is not.
 
     \b
     Example:
@@ -44,7 +45,7 @@ def log_fsck(config_path: Path, as_json: bool) -> None:
     if as_json:
         print_json(_report_fields(report))
     else:
-        _print_report(report)
+        print_report(report)
     if not report.sound:
         raise click.exceptions.Exit(1)
 
@@ -77,7 +78,7 @@ def log_repair(config_path: Path, as_json: bool) -> None:
         print_json({**found, "set_aside": None if aside is None else str(aside.directory)})
         return
     if report is not None:
-        _print_report(report)
+        print_report(report)
     if aside is None:
         click.echo("nothing to repair")
         return
@@ -107,16 +108,23 @@ def _report_fields(report: "Report") -> dict[str, object]:
         "ledger_blocks": report.height,
         "events": report.log_size,
         "state_values": report.state_values,
+        "ledger_blocks_missing": report.missing_blocks,
         "damages": [msgspec.to_builtins(damage) for damage in report.damages],
         "damages_left_out": report.damages_left_out,
     }
 
 
-def _print_report(report: "Report") -> None:
+def print_report(report: "Report") -> None:
+    """What was found, the verdict last."""
     for damage in report.damages:
         click.echo(f"damaged: {damage.family} {damage.key}: {damage.detail}")
     if report.damages_left_out:
         click.echo(f"and {report.damages_left_out} more")
+    if report.missing_blocks:
+        click.echo(
+            f"not whole: {report.missing_blocks} ledger blocks missing below the snapshot that the log began at, "
+            "and the rules not applied again from there on; started, the node fetches them"
+        )
     verdict = "sound" if report.sound else "damaged"
     click.echo(
         f"{verdict}: {report.height} ledger blocks, {report.log_size} events, {report.state_values} state values"

@@ -31,9 +31,11 @@ from consensus.portions import BandRule, BlockWeight, ClassRule, Policy, SourceC
 from consensus.reserve import LOT_BITS, bound_of, reserved_among
 from node.cli import COMMANDS, every_command, main
 from node.commands.content import measure, pieces_of, read_examples
+from node.commands.log_disk import print_report
 from node.commands.member import load_member
 from node.commands.policy import read_policy
 from node.commands.process import JsonLines
+from node.fsck_reader import Report
 from node.provision import MemberRequest, Provisioned, provision
 from node.store import Store
 from node.store_layout import open_database
@@ -881,6 +883,15 @@ def check_logs(configs: dict[str, Path]) -> None:
     assert f"set aside: {configs['press'].parent / 'data' / 'rocksdb.damaged-1'}" in repaired.stdout
     again = run("log", "repair", "--config", configs["press"], "--json")
     assert (again.exit_code, json.loads(again.stdout)["set_aside"]) == (0, None)
+
+
+def test_a_log_that_is_not_whole_is_said_to_be_so_beside_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(Report(height=9, log_size=20, state_values=5, missing_blocks=3))
+    note, verdict = capsys.readouterr().out.splitlines()
+    assert note.startswith(
+        "not whole: 3 ledger blocks missing below the snapshot that the log began at, and the rules "
+    )
+    assert verdict == "sound: 9 ledger blocks, 20 events, 5 state values"
 
 
 def test_data_directory_of_a_member_that_joined_later_is_repaired(consortium: Provisioned, tmp_path: Path) -> None:

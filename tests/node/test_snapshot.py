@@ -2,8 +2,10 @@
 
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -14,29 +16,43 @@ from hypothesis import strategies as st
 from ledger_fixtures import HOSPITAL, MemoryLedger, digest, story
 from node_fixtures import Consortium, running
 from node_fixtures import until as until_nodes
-from snapshot_fixtures import Answer, honest, served, written
+from rocksdict import AccessType
+from snapshot_fixtures import Answer, honest, served, write, written
 
-from consensus.block import Body, decode_header
+from consensus.block import Body, Header, decode_header
 from consensus.certificate import decode_certificate
 from consensus.codec import decode, encode
 from consensus.epochs import anchor
+from consensus.identifiers import MemberId
 from consensus.merkle import Frontier
 from consensus.receipt import verify_receipt
-from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
+from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.state import SOURCE_TABLE
 from consensus.state_map import KEY_BYTES, StateMap
 from node import catchup, history, snapshot
-from node.catchup import CatchUp
+from node.catchup import CatchUp, serve_blocks
 from node.epoch_end import Certified
-from node.fsck import check_data_directory
+from node.fsck import Report, check_data_directory
 from node.history import HistoryFill
 from node.ledger import Ledger
-from node.messages import MAX_ANSWER_BYTES, Blocks, GetBlocks, GetSnapshot, GetState, Request, Snapshot, StatePart
+from node.messages import (
+    MAX_ANSWER_BYTES,
+    Blocks,
+    GetBlocks,
+    GetSnapshot,
+    GetState,
+    Request,
+    Snapshot,
+    StatePart,
+)
 from node.network import Network
 from node.pace import Pace
+from node.repair import set_aside
 from node.runner import Node
 from node.service import EventState
 from node.snapshot import Joining, SnapshotDesk, state_part, verified_part
 from node.store import Store
+from node.store_layout import BY_BLOCK, HEAD_KEY, HISTORY_KEY, History, open_database, u64
 
 FAST = 1 << 30
 AT_LEAST = 4
@@ -105,6 +121,10 @@ def rows(directory: Path) -> dict[str, dict[bytes, bytes]]:
         return {family: dict(store._page(family, b"", b"", 1 << 20)) for family in families}
     finally:
         store.close()
+
+
+def checked(directory: Path) -> Report:
+    return check_data_directory(directory, told().genesis, lambda stage, done, total: None)
 
 
 # The state in parts
@@ -202,8 +222,7 @@ async def test_log_begun_at_a_snapshot_ends_as_the_replayed_one_byte_for_byte(
     empty.store.close()
     full.store.close()
     assert rows(tmp_path / "empty") == rows(tmp_path / "full")
-    report = check_data_directory(tmp_path / "empty", told().genesis, lambda stage, done, total: None)
-    assert report.damages == []
+    assert checked(tmp_path / "empty").damages == []
     again = opened(tmp_path)
     assert again.final.digest == full.final.digest
     again.store.close()
@@ -274,9 +293,8 @@ async def test_filling_goes_on_where_a_stopped_node_left_it(
         missing.append(ledger.missing_blocks)
         ledger.store.close()
         assert len(missing) < 20
-        if missing[-1]:
-            with pytest.raises(ConfigError, match="expected a whole log, found one that began at ledger block"):
-                check_data_directory(tmp_path / "empty", told().genesis, lambda stage, done, total: None)
+        report = checked(tmp_path / "empty")
+        assert (report.damages, report.missing_blocks) == ([], missing[-1])
     assert missing[0] == full.final.header.height
     assert missing == sorted(set(missing), reverse=True)
     assert len(missing) > 3
@@ -778,3 +796,122 @@ async def test_voter_with_an_empty_disk_begins_at_a_snapshot_and_votes(tmp_path:
             needed = others[0].submit(consortium.source_event("data-source-1", 1_000))
             assert (await others[0].wait_final(needed.id, 20)).state is EventState.FINAL
             assert again.snapshot().voting
+
+
+# What can be checked while the log is filled up
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A log that began at a snapshot two ledger blocks before its head, and is filled up in part."""
+
+    directory: Path
+    base: Header
+    history: History
+
+    def change(self, family: str, key: bytes, changed: Callable[[bytes], bytes]) -> None:
+        """Change a value under the store, or put one."""
+        database = open_database(self.directory / "rocksdb", False, AccessType.read_write())
+        values = database.families[family]
+        values.put(key, changed(values.get(key) or b""))
+        del values
+        database.families.clear()
+        database.handles.clear()
+        database.root.close()
+
+
+@pytest.fixture(scope="module")
+def partly_filled(tmp_path_factory: pytest.TempPathFactory) -> Partial:
+    folder = tmp_path_factory.mktemp("partial")
+    behind, ledger = written(told(), folder / "behind", len(told().certified) - 2), opened(folder)
+    ledger.begin_at(behind.final, behind.links, behind.certificate)
+    write(ledger, told())
+
+    class Peer:
+        async def request(self, member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
+            return encode(serve_blocks(behind, decode(payload, GetBlocks, MAX_ANSWER_BYTES), 4_000))
+
+    async def fill_once() -> None:
+        history = ledger.store.history()
+        assert history is not None
+        await HistoryFill(ledger, cast(Network, Peer()), Pace(FAST))._fill_from(MemberId(bytes(32)), history)
+
+    trio.run(fill_once)
+    left = ledger.store.history()
+    assert left is not None
+    assert 3 < left.next_height < left.base_height - 3
+    ledger.store.close()
+    behind.store.close()
+    return Partial(folder / "empty", behind.final.header, left)
+
+
+@pytest.fixture
+def partial(partly_filled: Partial, tmp_path: Path) -> Partial:
+    """A copy, to be damaged."""
+    shutil.copytree(partly_filled.directory, tmp_path / "copy")
+    return replace(partly_filled, directory=tmp_path / "copy")
+
+
+def test_log_that_is_not_whole_is_sound_and_what_it_lacks_is_counted(partial: Partial) -> None:
+    report = checked(partial.directory)
+    missing = partial.history.base_height - partial.history.next_height + 1
+    assert (report.damages, report.missing_blocks) == ([], missing)
+    assert report.height == len(told().certified)
+
+
+def flipped(value: bytes) -> bytes:
+    return value[:-1] + bytes([value[-1] ^ 1])
+
+
+def strange(_: bytes) -> bytes:
+    return b"strange"
+
+
+def filled_size(partial: Partial) -> int:
+    return Frontier.from_bytes(partial.history.frontier).size
+
+
+def node_at(partial: Partial, size: int, number: int) -> bytes:
+    """The key of one of the peaks of a tree of that size."""
+    level, index, _ = Frontier(size, (digest("peak"),) * size.bit_count()).nodes()[number]
+    return bytes([level]) + u64(index)
+
+
+DAMAGES: dict[str, tuple[Callable[[Partial], tuple[str, bytes]], Callable[[bytes], bytes], str]] = {
+    "header below": (lambda _: ("headers", u64(2)), flipped, "height 2"),
+    "event below": (lambda _: ("entries", u64(1)), flipped, "index 1"),
+    "header of the snapshot": (lambda partial: ("headers", u64(partial.base.height)), flipped, "height "),
+    "certificate of the snapshot": (lambda partial: ("certificates", u64(partial.base.height)), flipped, "height "),
+    "peak": (lambda partial: ("nodes", node_at(partial, partial.base.log_size, -1)), flipped, "peaks at height "),
+    "lookup of the snapshot": (lambda partial: ("lookup", BY_BLOCK + partial.base.digest), flipped, "ledger block "),
+    "event above": (lambda partial: ("entries", u64(partial.base.log_size)), flipped, "index "),
+    "state": (lambda _: ("state", SOURCE_TABLE + told().events[0].id), strange, "all"),
+    "head": (lambda _: ("meta", HEAD_KEY), flipped, "head"),
+    "frontier below": (lambda _: ("meta", HISTORY_KEY), flipped, "history"),
+    "frontier below cut off": (lambda _: ("meta", HISTORY_KEY), lambda value: value[:-1], "history"),
+    "how far": (lambda _: ("meta", HISTORY_KEY), lambda value: u64(1 << 40) + value[8:], "history"),
+    "size": (lambda _: ("meta", HISTORY_KEY), lambda value: value[:16] + u64(9) + value[24:], "history"),
+    "header amid": (lambda partial: ("headers", u64(partial.history.next_height)), strange, "key "),
+    "body of the snapshot": (lambda partial: ("bodies", u64(partial.base.height)), strange, "key "),
+    "event amid": (lambda partial: ("entries", u64(filled_size(partial))), strange, "key "),
+    "node amid": (lambda partial: ("nodes", b"\x00" + u64(filled_size(partial))), strange, "key "),
+    "node beyond": (lambda _: ("nodes", b"\x00" + u64(10_000)), strange, "key "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_of_a_log_that_is_not_whole_is_found(partial: Partial, damage: str) -> None:
+    place, change, found = DAMAGES[damage]
+    family, key = place(partial)
+    partial.change(family, key, change)
+    damages = checked(partial.directory).damages
+    assert any(held.family == family and held.key.startswith(found) for held in damages), damages
+
+
+def test_damaged_log_that_is_not_whole_is_set_aside(partial: Partial) -> None:
+    for table in (partial.directory / "rocksdb").glob("*.sst"):
+        table.write_bytes(flipped(table.read_bytes()))
+    assert not checked(partial.directory).sound
+    set_aside(partial.directory, told().chain_id)
+    report = checked(partial.directory)
+    assert (report.damages, report.height, report.missing_blocks) == ([], 0, 0)
