@@ -24,7 +24,7 @@ from consensus.membership import GENESIS_EPOCH, Committee, scheme_needs
 from consensus.portions import Wire
 from consensus.rejection import ConfigError, Rejected
 from consensus.vote import Proposal, Vote, VoteKind, sign_vote
-from node.identity import Identity, epoch_keystore, later_keystores
+from node.identity import Identity, epoch_keystore, later_keystores, left_epochs
 from node.journal import ROTATE, Journal, JournalLost, VoteMark, VoteRecord, check_not_lost, journal_file
 from node.ledger import Ledger
 from node.store import Store
@@ -222,14 +222,15 @@ def open_voter(identity: Identity, ledger: Ledger, keystore: Path, data_director
     """A member's voter in the newest epoch, with the vote journal of that epoch; or why it has none.
 
     Raises:
-        ConfigError: in epoch 0, ``keystore`` has no BLS secret, or another's. In a later one it may come yet.
+        ConfigError: in epoch 0, ``keystore`` has no BLS secret, or another's, and none was erased when that epoch
+            ended. In a later one it may come yet.
     """
     member, committee = identity.member, ledger.committee
     if member.role not in VOTING_ROLES:
         return "a verifier never votes"
     keys = voting_keys(identity, ledger.scheme)
     if isinstance(keys, str):
-        return _without_share(keystore, committee.epoch, keys)
+        return _without_share(keystore, data_directory, committee.epoch, keys)
     path = data_directory / journal_file(committee.epoch)
     remembered, head = ledger.store.vote_mark(committee.epoch), ledger.store.head()
     # In a later epoch a data directory may well be newer than this voter's first vote; peers are asked either way.
@@ -248,7 +249,11 @@ def open_voter(identity: Identity, ledger: Ledger, keystore: Path, data_director
     return voter
 
 
-def _without_share(keystore: Path, epoch: int, found: str) -> str:
+def _without_share(keystore: Path, data_directory: Path, epoch: int, found: str) -> str:
+    # The mark stays when a database is lost or repaired: the log is back in an epoch that its member has left.
+    left = left_epochs(data_directory)
+    if left > epoch:
+        return f"{keystore}: shares of epochs before {left} are erased; the log is fetched again up to there"
     if epoch == GENESIS_EPOCH and not later_keystores(keystore):
         raise ConfigError(f"{keystore}: {found}")
     expected = epoch_keystore(keystore, epoch)

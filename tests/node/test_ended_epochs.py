@@ -10,11 +10,13 @@ from ledger_fixtures import HOSPITAL, MemoryLedger, begin
 from node_fixtures import PASSPHRASE, Consortium, next_epoch
 
 from consensus.membership import BLS_MULTISIG, Membership, Parameters
+from consensus.rejection import ConfigError
 from consensus.state import ChallengeRecord
 from node import ended_epochs
-from node.identity import epoch_keystore
+from node.identity import LEFT_EPOCHS_FILE, epoch_keystore, load_identity
 from node.keystore import Keystore
 from node.messages import BeaconShare
+from node.repair import set_aside
 from node.runner import Node
 from node.store import Store
 
@@ -123,6 +125,20 @@ async def test_member_that_left_erases_its_share_too(tmp_path: Path, monkeypatch
     assert "no member of epoch 1" in node.snapshot().why_not_voting
     assert found.kept.exists()
     assert found.secret() is None
+
+
+async def test_member_that_left_starts_again_where_its_database_is_gone_and_its_share_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = killed(tmp_path, monkeypatch, "data-source-3", remove=("data-source-3",))
+    config, genesis, clock = found.start().config, found.consortium.genesis, found.consortium.clock
+    set_aside(tmp_path / found.name, genesis.chain_id)
+    node = Node(config, genesis, load_identity(config, genesis), clock)
+    node._close()
+    assert "shares of epochs before 1 are erased; the log is fetched again" in node.snapshot().why_not_voting
+    (tmp_path / found.name / LEFT_EPOCHS_FILE).unlink()
+    with pytest.raises(ConfigError, match="expected a BLS key share, found none"):
+        Node(config, genesis, load_identity(config, genesis), clock)
 
 
 async def test_key_that_serves_on_in_the_new_epoch_is_not_erased(
