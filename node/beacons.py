@@ -21,7 +21,7 @@ from consensus.codec import decode, encode
 from consensus.identifiers import MemberId
 from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 from consensus.state import CHALLENGE_TABLE, ChallengeRecord, read_record, review_key
-from node.files import read_private, replace_private
+from node.files import make_durable_directory, read_private, replace_private
 from node.ledger import Ledger
 from node.messages import BeaconShare, GetBeaconShare
 from node.voter import VotingKeys
@@ -97,7 +97,7 @@ class BeaconDesk:
         Raises:
             OSError: it is not there.
         """
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_durable_directory(self._directory)
         replace_private(self._kept(record), encode(self._made(record, keys, scheme)))
 
     def record(self, campaign: bytes, challenge: bytes) -> ChallengeRecord:

@@ -22,7 +22,7 @@ from consensus.portions import Portions, SaltedPortion
 from consensus.rejection import Reason, Rejected
 from consensus.state import EVIDENCE_TABLE
 from consensus.vote import Evidence
-from node.files import replace_private
+from node.files import make_durable_directory, replace_private
 from node.ledger import Ledger
 
 log = logging.getLogger("countersign.evidence")
@@ -57,7 +57,7 @@ class EvidenceDesk:
             return
         name = self._name(found)
         log.warning("%s contradicts itself in view %d: %s; kept in %s", name, found.view, found.offence.value, path)
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        make_durable_directory(self._directory, 0o700)
         replace_private(path, encode(report))
         self._hand_in(report, found)
 

@@ -84,6 +84,15 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_durable_directory(directory: Path, mode: int = 0o777) -> None:
+    """Make ``directory``, if it is not there, and its name in the folder above durable.
+
+    Synced whether or not it was there: who made it before may have been killed in between.
+    """
+    directory.mkdir(mode=mode, exist_ok=True)
+    sync_directory(directory.parent)
+
+
 def write_fully(descriptor: int, content: bytes) -> None:
     """Write all of ``content``; ``os.write`` may take less."""
     view = memoryview(content)

@@ -9,6 +9,7 @@ from epoch_fixtures import change_event
 from ledger_fixtures import HOSPITAL, MemoryLedger, begin
 from node_fixtures import PASSPHRASE, Consortium, next_epoch
 
+import node.files
 from consensus.membership import BLS_MULTISIG, Membership, Parameters
 from consensus.rejection import ConfigError
 from consensus.state import ChallengeRecord
@@ -86,6 +87,22 @@ async def test_node_killed_when_an_epoch_ended_keeps_its_share_and_erases_the_se
     assert node.snapshot().epoch == 1
     monkeypatch.setattr(ended_epochs, "Keystore", None)  # nothing is opened twice
     found.start()
+
+
+async def test_folder_of_shares_has_its_name_on_disk_before_a_secret_is_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = killed(tmp_path, monkeypatch)
+    shares, synced = found.kept.parent, list[Path]()
+
+    def sync(directory: Path) -> None:
+        if shares.exists():
+            synced.append(directory)
+
+    monkeypatch.setattr(node.files, "sync_directory", sync)
+    found.start()
+    keystores = tmp_path
+    assert synced == [shares.parent, shares, keystores, shares.parent]  # the last for ``left-epochs``
 
 
 @pytest.mark.parametrize("fails", ["beacons", "keystore"])
