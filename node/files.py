@@ -51,13 +51,8 @@ class DirectoryLock:
             ConfigError: another process holds it; names its process id. Or the disk takes no write.
         """
         path = directory / "lock"
-        try:
+        with _advising(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_MODE)
-        except OSError as error:
-            advice = UNWRITABLE.get(error.errno or 0)
-            if advice is None:
-                raise
-            raise ConfigError(f"{path}: expected to write it, found: {error.strerror}: {advice}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -66,8 +61,13 @@ class DirectoryLock:
             raise ConfigError(
                 f"{directory}: expected a data directory no process uses, found it locked by process {holder}"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            with _advising(path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except (ConfigError, OSError):
+            os.close(descriptor)
+            raise
         return cls(descriptor)
 
     def release(self) -> None:
@@ -225,6 +225,19 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _advising(path: Path) -> Iterator[None]:
+    """Errors of a disk that takes no write name the file and say what to do; others name the file."""
+    try:
+        with _naming(path):
+            yield
+    except OSError as error:
+        advice = UNWRITABLE.get(error.errno or 0)
+        if advice is None:
+            raise
+        raise ConfigError(f"{path}: expected to write it, found: {error.strerror}: {advice}") from error
 
 
 def _beside(path: Path) -> Path:

@@ -172,3 +172,28 @@ def test_lock_on_a_disk_that_takes_no_write_says_what_to_do(
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ConfigError, match=message):
         DirectoryLock.acquire(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+def test_lock_that_a_full_disk_does_not_take_is_named_and_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, call, refuse)
+        expected = f"{tmp_path}/lock: expected to write it, found: No space left on device: free space there and start"
+        with pytest.raises(ConfigError, match=expected):
+            DirectoryLock.acquire(tmp_path)
+    DirectoryLock.acquire(tmp_path).release()
+
+
+def test_lock_that_fails_otherwise_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(OSError, match="Input/output error") as failed:
+        DirectoryLock.acquire(tmp_path)
+    assert failed.value.filename == str(tmp_path / "lock")
