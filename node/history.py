@@ -14,7 +14,7 @@ import logging
 
 import trio
 
-from consensus.block import Body, Header, check_body
+from consensus.block import Body, Header, check_body, decode_header
 from consensus.certificate import decode_certificate
 from consensus.codec import decode, encode
 from consensus.epochs import verify_header
@@ -107,8 +107,11 @@ class HistoryFill:
         if ledger.store.height_of_block(Digest(headers[0].parent)) != history.next_height - 1:
             raise Rejected(Reason.BAD_BLOCK, f"ledger block {history.next_height} does not follow our log")
         verify_header(ledger.epochs, encode(headers[-1]), answer.certificate)
-        for header in headers:
-            if header.height == history.base_height and ledger.store.height_of_block(header.digest) is None:
+        base = decode_header(ledger.store.header(history.base_height) or b"", ledger.genesis.chain_id)
+        for number, header in enumerate(headers):
+            # What leads on from the end of an epoch is no part of the log, and may be as high as the log's next.
+            is_carrier = number >= len(answer.blocks) and header.epoch != base.epoch
+            if header.height == base.height and header.digest != base.digest and not is_carrier:
                 raise Rejected(Reason.BAD_BLOCK, f"another ledger block {header.height} than the log began at")
         return headers, Certified(answer.onward, decode_certificate(answer.certificate))
 
