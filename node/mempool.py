@@ -4,7 +4,8 @@ An event is known by its leaf hash, so that the same content with other signatur
 it waits for is told by status: ``pending`` here, ``final`` on the log, ``rejected`` with a named reason
 (kept for the last ``REJECTED_KEPT`` events, so that a client can ask). A full pool refuses the newest, by
 name; it never drops what it accepted. Events that cannot be admitted *yet* (a step whose grant is still on
-its way) stay until they are admitted or older than ``MAX_WAIT_MS``.
+its way) stay until they are admitted or have waited ``MAX_WAIT_MS`` while the log grew: what waits while it stands
+still, for a quorum or for this node's way to one, waits for no event. The pool is bounded either way.
 
 An event waits with its content unfolded, which takes more memory than its bytes: of honest ones up to six times as
 much, of one made of the smallest pieces twenty times. So an event counts its bytes, and more where it unfolds to over
@@ -21,6 +22,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from gc import get_referents
+from itertools import takewhile
 from sys import getsizeof
 from typing import NamedTuple
 
@@ -49,11 +51,12 @@ nothing may follow it in its epoch."""
 
 
 class Waiting(NamedTuple):
-    """An event, when it came (monotonic milliseconds), the peer that brought it, None for a client of this node, and
-    the bytes it counts."""
+    """An event, when it came (monotonic milliseconds), how long the log had grown by then, the peer that brought it,
+    None for a client of this node, and the bytes it counts."""
 
     event: CheckedEvent
     since_ms: int
+    since_growth_ms: int
     sender: MemberId | None
     size_bytes: int
 
@@ -82,6 +85,8 @@ class Mempool:
         self._urgent: set[Digest] = set()
         self._rejected: OrderedDict[Digest, Rejected] = OrderedDict()
         self._held_bytes = 0
+        self._growth_ms = 0
+        """How long the log has grown since this node was started."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -105,7 +110,7 @@ class Mempool:
         size_bytes = len(event.entry_bytes) + len(event.portions_bytes)
         if self._held_bytes + size_bytes > self._max_bytes // UNMEASURED:
             size_bytes = max(size_bytes, _unfolded_bytes(event) // UNFOLDED)
-        waiting = Waiting(event, now_ms, sender, size_bytes)
+        waiting = Waiting(event, now_ms, self._growth_ms, sender, size_bytes)
         self.require_room(waiting.size_bytes, sender)
         share = self._shares.get(sender) or _Share()
         self._rejected.pop(event.id, None)
@@ -218,16 +223,16 @@ class Mempool:
         while len(self._rejected) > REJECTED_KEPT:
             self._rejected.popitem(last=False)
 
-    def expire(self, now_ms: int) -> list[CheckedEvent]:
-        """Reject events that have waited too long for what they need."""
-        expired: list[CheckedEvent] = []
-        while self._waiting:
-            waiting = next(iter(self._waiting.values()))
-            if now_ms - waiting.since_ms < MAX_WAIT_MS:
-                break
-            expired.append(waiting.event)
-            self.reject(waiting.event, Rejected(Reason.SEQUENCE_GAP, "waited too long for the events before it"))
-        return expired
+    def log_grew(self, for_ms: int) -> None:
+        """So much more time has passed in which the log grew: only that counts as waited for other events."""
+        self._growth_ms += for_ms
+
+    def too_old(self) -> list[CheckedEvent]:
+        """Events that have waited too long for what they need, oldest first."""
+        latest_ms = self._growth_ms - MAX_WAIT_MS
+        return [
+            waiting.event for waiting in takewhile(lambda one: one.since_growth_ms <= latest_ms, self._waiting.values())
+        ]
 
 
 def _unfolded_bytes(event: CheckedEvent) -> int:

@@ -13,7 +13,7 @@ Without these exceptions what has waited through a long partition would be refus
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 import trio
@@ -63,6 +63,8 @@ SETTLE_AFTER_MS = 1_000
 SETTLED_AT_ONCE = 256
 SETTLED_WHILE_MOVING = 16
 """Of a backlog that is being appended most events wait for their turn, not for what will never be."""
+GROWTH_MS = 60_000
+"""How long the log at most counts as having grown for one ledger block, where the heartbeat is longer still."""
 MOVING_MS = 2_000
 """How long after events were appended the others count as such a backlog: several views."""
 
@@ -100,6 +102,8 @@ class Proposals:
         """Those of ours that are not sent, hence perhaps not on disk yet."""
         self._blocked: set[Digest] = set()
         """Events that could not be appended at the last try; tried again once the log has grown."""
+        self._grown_ms = clock.monotonic_ms()
+        """On the monotonic clock, when the log last grew."""
         self._moving_until_ms = 0
         """On the monotonic clock, until when what waits counts as a backlog that is being appended."""
         self.clocks_ahead_ms: dict[str, int] = {}
@@ -203,8 +207,9 @@ class Proposals:
             built = self._ledger.overlays.get(Digest(built.state.header.parent))
         return leaves
 
-    def appended(self, blocks: Iterable[Finalized]) -> None:
+    def appended(self, blocks: Sequence[Finalized]) -> None:
         """These are on the log: their events wait no more, and what was blocked may be tried again."""
+        self._count_growth(blocks)
         for block in blocks:
             self._final.append(block.header.digest)
             if len(self._final) > FINAL_KEPT:
@@ -215,10 +220,23 @@ class Proposals:
                 self._blocked.clear()
                 self._moving_until_ms = self._clock.monotonic_ms() + MOVING_MS
 
+    def _count_growth(self, blocks: Sequence[Finalized]) -> None:
+        """Of the time since the log last grew, one heartbeat counts: while a quorum works none takes longer.
+
+        Not of a ledger block from long ago: while we catch up, what waits here may be final beyond it.
+        """
+        now_ms, parameters = self._clock.monotonic_ms(), self._parameters
+        most_ms = min(parameters.heartbeat_ms, GROWTH_MS)
+        latest_ms = max((block.header.timestamp_ms for block in blocks), default=0)
+        if latest_ms >= self._clock.now_ms() - parameters.max_clock_skew_ms - most_ms:
+            self._mempool.log_grew(min(now_ms - self._grown_ms, most_ms))
+        self._grown_ms = now_ms
+
     def settle(self) -> None:
-        """Reject what has waited a while and the finalized state itself refuses for good; drop what is too old."""
+        """Reject what has waited a while and the finalized state itself refuses for good, and what is too old."""
         now_ms = self._clock.monotonic_ms()
-        self._mempool.expire(now_ms)
+        for event in self._mempool.too_old():
+            self._reject(event, Rejected(Reason.SEQUENCE_GAP, "waited too long for the events before it"))
         final = self._ledger.final
         timestamp_ms = max(final.header.timestamp_ms, self._clock.now_ms())
         most = SETTLED_WHILE_MOVING if now_ms < self._moving_until_ms else SETTLED_AT_ONCE
@@ -227,8 +245,11 @@ class Proposals:
                 admit(StateView(final.state), event, timestamp_ms, self._ledger.committee)
             except Rejected as error:
                 if is_final(error):
-                    self._blocked.discard(event.leaf_hash)
-                    self._intake.rejected(event, error)
+                    self._reject(event, error)
+
+    def _reject(self, event: CheckedEvent, why: Rejected) -> None:
+        self._blocked.discard(event.leaf_hash)
+        self._intake.rejected(event, why)
 
     # Others'
 

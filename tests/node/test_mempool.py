@@ -115,13 +115,16 @@ def test_events_that_wait_for_others_hide_no_later_one_from_being_settled() -> N
     assert pool.to_settle(300, 300, 9) == [*events[4:], *events[1:4]]
 
 
-def test_events_that_waited_too_long_expire_and_later_ones_stay() -> None:
+def test_events_are_too_old_once_the_log_grew_for_long_while_they_waited() -> None:
     events = checked_sources(MemoryLedger(), 4)
     pool = Mempool(100, 1 << 20)
-    for number, event in enumerate(events):
-        pool.add(event, number)
-    assert pool.expire(MAX_WAIT_MS - 1) == []
-    assert pool.expire(MAX_WAIT_MS + 1) == events[:2]
-    assert [event.id for event in pool.candidates()] == [event.id for event in events[2:]]
-    assert pool.expire(MAX_WAIT_MS + 3) == events[2:]
-    assert (len(pool), pool.held_bytes) == (0, 0)
+    for event in events:
+        pool.add(event, 0)
+        pool.log_grew(1)
+    pool.log_grew(MAX_WAIT_MS - 5)
+    assert pool.too_old() == []
+    pool.log_grew(2)
+    assert pool.too_old() == events[:2]
+    pool.remove(events[0].leaf_hash)
+    pool.log_grew(2)
+    assert pool.too_old() == events[1:]

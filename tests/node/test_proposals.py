@@ -17,11 +17,11 @@ from consensus.event import CheckedEvent, pack_parts
 from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import ED25519_LIST, Parameters
 from consensus.portions import BlockWeight, ClassRule
-from consensus.rejection import Rejected, Unavailable
+from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.vote import Proposal
 from node.intake import Intake
 from node.ledger import Finalized, Ledger
-from node.mempool import Mempool
+from node.mempool import MAX_WAIT_MS, Mempool
 from node.messages import Events, FoundProposal, GetEvents, GetProposal, pack_gossip
 from node.proposals import ARRIVAL_SECONDS, BUILT_WITHIN_MS, Proposals
 from node.store import Store
@@ -45,6 +45,10 @@ class Clock:
     def monotonic_ms(self) -> int:
         self._monotonic_ms += self.tick_ms
         return self._monotonic_ms
+
+    def go_on(self, for_ms: int) -> None:
+        self._unix_ms += for_ms
+        self._monotonic_ms += for_ms
 
 
 class Peers:
@@ -103,6 +107,11 @@ class Desk:
     def judge(self, made: tuple[Proposal, tuple[CheckedEvent, ...]]) -> Verdict:
         proposal, events = made
         return self.proposals.judge(proposal, decode_header(proposal.header, self.memory.chain_id), list(events))
+
+    def grow(self, ago_ms: int = 0) -> None:
+        """An empty ledger block is on the log, made so long ago."""
+        header = msgspec.structs.replace(self.ledger.final.header, timestamp_ms=self.clock.now_ms() - ago_ms)
+        self.proposals.appended([Finalized(header, ())])
 
     async def verdict(self, made: tuple[Proposal, tuple[CheckedEvent, ...]], peer: MemberId) -> Verdict:
         """``judge``, of events that the leader passes on."""
@@ -477,3 +486,57 @@ def test_proposals_long_on_the_log_are_forgotten(desks: tuple[Desk, Desk], monke
     for proposal in made[:2]:
         desk.proposals.appended([Finalized(decode_header(proposal.header, desk.memory.chain_id), ())])
     assert [desk.proposals.get(proposal.digest) is proposal for proposal in made] == [False, True, True]
+
+
+def test_event_that_waits_for_a_log_that_stands_still_is_not_thrown_away(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    """Its quorum may be gone for days; the first ledger block after that must not end its patience either."""
+    desk, _ = desks
+    revocation = memory.revocation(LIBRARIAN, memory.source(LIBRARIAN, "not handed in yet").id)
+    desk.hold(LATELY_MS, revocation)
+    for _ in range(3):
+        desk.clock.go_on(2 * MAX_WAIT_MS)
+        desk.proposals.settle()
+        assert desk.mempool.find(revocation.id) is not None
+        desk.grow()
+        desk.proposals.settle()
+        assert desk.mempool.find(revocation.id) is not None
+
+
+def test_event_is_not_too_old_while_its_node_catches_up(memory: MemoryLedger, desks: tuple[Desk, Desk]) -> None:
+    """It may be final in ledger blocks that are still to come."""
+    desk, _ = desks
+    revocation = memory.revocation(LIBRARIAN, memory.source(LIBRARIAN, "not handed in yet").id)
+    desk.hold(LATELY_MS, revocation)
+    for _ in range(2 * MAX_WAIT_MS // 10_000):
+        desk.clock.go_on(10_000)
+        desk.grow(ago_ms=3_600_000)
+        desk.proposals.settle()
+    assert desk.mempool.find(revocation.id) is not None
+
+
+@pytest.mark.trio
+async def test_event_that_waited_too_long_for_others_is_rejected_by_name_and_whoever_waits_is_told(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    desk, _ = desks
+    revocation = memory.revocation(LIBRARIAN, memory.source(LIBRARIAN, "never handed in").id)
+    desk.hold(LATELY_MS, revocation)
+    desk.propose()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(desk.intake.wait, revocation.id)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(MAX_WAIT_MS // memory.genesis.parameters.heartbeat_ms):
+            assert desk.mempool.find(revocation.id) is not None
+            desk.clock.go_on(memory.genesis.parameters.heartbeat_ms)
+            desk.grow()
+            desk.proposals.settle()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not nursery.child_tasks
+    assert len(desk.mempool) == 0
+    why = desk.mempool.rejection(revocation.id)
+    assert why is not None
+    assert why.reason is Reason.SEQUENCE_GAP
+    assert desk.intake.refused == {"sequence-gap": 1}
+    assert not desk.proposals.has_work()
