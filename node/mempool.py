@@ -12,6 +12,11 @@ much, of one made of the smallest pieces twenty times. So an event counts its by
 ``UNFOLDED`` times those. To find out costs a part of what a check does, so the first ``UNMEASURED`` of the pool is
 taken without: at worst the pool takes nine times the bytes it is given.
 
+No event that cannot be admitted yet stands in the way of others of its sender: those that no ledger block was tried
+with are taken in order of arrival, and every other place is for one that was refused, those tried longest ago first.
+So neither an endless stream of new events nor any number of old ones hides an event from the leader: it reaches each
+after twice as many tries as events were before it, however often the log grows meanwhile.
+
 No peer can fill the pool: one may have as much waiting as is still free, so that one flooding peer holds half of it,
 two hold two thirds, and there is always room for another. Proposals take the peers' events in turn. Shares go by who
 *brought* an event, which the transport authenticates, not by its author, whom a step names before its job key is
@@ -63,10 +68,28 @@ class Waiting(NamedTuple):
 
 @dataclass(slots=True)
 class _Share:
-    """What one peer, or this node's clients, brought, in order of arrival."""
+    """What one peer, or this node's clients, brought; each event is in one of the three."""
 
-    waiting: OrderedDict[Digest, Waiting] = field(default_factory=OrderedDict)
+    urgent: OrderedDict[Digest, CheckedEvent] = field(default_factory=OrderedDict)
+    """In order of arrival."""
+    untried: OrderedDict[Digest, CheckedEvent] = field(default_factory=OrderedDict)
+    """In order of arrival."""
+    refused: OrderedDict[Digest, CheckedEvent] = field(default_factory=OrderedDict)
+    """Not to be admitted yet when a ledger block was last tried with them, in that order."""
     held_bytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.urgent) + len(self.untried) + len(self.refused)
+
+    def in_order(self) -> Iterator[CheckedEvent]:
+        """Urgent ones, then one untried and one refused in turn."""
+        yield from self.urgent.values()
+        untried, refused = iter(self.untried.values()), iter(self.refused.values())
+        for _ in range(min(len(self.untried), len(self.refused))):
+            yield next(untried)
+            yield next(refused)
+        yield from untried
+        yield from refused
 
 
 class Mempool:
@@ -116,7 +139,7 @@ class Mempool:
         self._rejected.pop(event.id, None)
         self._waiting[event.leaf_hash] = waiting
         self._shares[sender] = share
-        share.waiting[event.leaf_hash] = waiting
+        (share.urgent if _goes_first(event) else share.untried)[event.leaf_hash] = event
         share.held_bytes += waiting.size_bytes
         self._by_id[event.id] = event.leaf_hash
         self._fresh[event.leaf_hash] = now_ms
@@ -136,7 +159,7 @@ class Mempool:
         events, held_bytes = len(self._waiting) + ahead[0], self._held_bytes + ahead[1]
         if sender is not None:
             share = self._shares.get(sender) or _Share()
-            events += len(share.waiting) + ahead[0]
+            events += len(share) + ahead[0]
             held_bytes += share.held_bytes + ahead[1]
         if events >= self._max_events or held_bytes + size_bytes > self._max_bytes:
             raise Rejected(
@@ -158,8 +181,9 @@ class Mempool:
         return self._rejected.get(event_id)
 
     def candidates(self) -> Iterator[CheckedEvent]:
-        """Pending events: one of each sender in turn, a sender's urgent ones first, else in order of arrival."""
-        turns = deque(self._in_order(share) for share in self._shares.values())
+        """Pending events: one of each sender in turn, a sender's urgent ones first, its others in order of arrival
+        and, in every other place, those refused lately."""
+        turns = deque(share.in_order() for share in self._shares.values())
         while turns:
             event = next(turns[0], None)
             if event is None:
@@ -168,15 +192,14 @@ class Mempool:
                 turns.rotate(-1)
                 yield event
 
-    def _in_order(self, share: _Share) -> Iterator[CheckedEvent]:
-        if self._urgent:
-            yield from [waiting.event for waiting in share.waiting.values() if self._goes_first(waiting)]
-        for waiting in share.waiting.values():
-            if not self._goes_first(waiting):
-                yield waiting.event
-
-    def _goes_first(self, waiting: Waiting) -> bool:
-        return waiting.event.leaf_hash in self._urgent and waiting.event.entry.kind is not Kind.MEMBERSHIP
+    def refused(self, leaf_hash: Digest) -> None:
+        """A ledger block was tried with a pending event and could not have it yet: its turn is after the others'."""
+        waiting = self._waiting.get(leaf_hash)
+        if waiting is not None and not _goes_first(waiting.event):
+            share = self._shares[waiting.sender]
+            share.untried.pop(leaf_hash, None)
+            share.refused[leaf_hash] = waiting.event
+            share.refused.move_to_end(leaf_hash)
 
     def urgent_before(self, since_ms: int) -> list[CheckedEvent]:
         """Urgent events that came before ``since_ms``, in order of arrival, changes of members last."""
@@ -205,9 +228,10 @@ class Mempool:
         waiting = self._waiting.pop(leaf_hash, None)
         if waiting is not None:
             share = self._shares[waiting.sender]
-            del share.waiting[leaf_hash]
+            for queue in (share.urgent, share.untried, share.refused):
+                queue.pop(leaf_hash, None)
             share.held_bytes -= waiting.size_bytes
-            if not share.waiting:
+            if not share:
                 del self._shares[waiting.sender]
             self._fresh.pop(leaf_hash, None)
             self._settled.pop(leaf_hash, None)
@@ -233,6 +257,10 @@ class Mempool:
         return [
             waiting.event for waiting in takewhile(lambda one: one.since_growth_ms <= latest_ms, self._waiting.values())
         ]
+
+
+def _goes_first(event: CheckedEvent) -> bool:
+    return event.entry.kind in URGENT_KINDS and event.entry.kind is not Kind.MEMBERSHIP
 
 
 def _unfolded_bytes(event: CheckedEvent) -> int:

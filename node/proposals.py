@@ -183,7 +183,9 @@ class Proposals:
             max_events=self._parameters.max_block_events,
             max_bytes=MAX_BLOCK_BYTES,
         )
-        self._blocked.update(event.leaf_hash for event, _ in built.refused)
+        for event, _ in built.refused:
+            self._blocked.add(event.leaf_hash)
+            self._mempool.refused(event.leaf_hash)
         self._ledger.keep(built)
         proposal = sign_proposal(built.state.header, built.body, keys.identity.sign)
         self.remember(proposal)

@@ -100,6 +100,23 @@ def test_candidates_come_from_each_sender_in_turn_urgent_ones_first() -> None:
     assert [event.leaf_hash for event in pool.candidates()] == [event.leaf_hash for event in expected]
 
 
+def test_events_that_were_refused_take_every_other_place_those_tried_longest_ago_first() -> None:
+    events = checked_sources(MemoryLedger(), 7)
+    pool = Mempool(100, 1 << 20)
+    for event in events:
+        pool.add(event, 0)
+    for number in (0, 2, 3, 0):
+        pool.refused(events[number].leaf_hash)
+    assert list(pool.candidates()) == [events[number] for number in (1, 2, 4, 3, 5, 0, 6)]
+    for number in (1, 3, 4, 5):
+        pool.remove(events[number].leaf_hash)
+    pool.refused(events[1].leaf_hash)
+    assert list(pool.candidates()) == [events[number] for number in (6, 2, 0)]
+    for number in (6, 2, 0):
+        pool.remove(events[number].leaf_hash)
+    assert (len(pool), list(pool.candidates())) == (0, [])
+
+
 def test_events_that_wait_for_others_hide_no_later_one_from_being_settled() -> None:
     events = checked_sources(MemoryLedger(), 6)
     pool = Mempool(100, 1 << 20)

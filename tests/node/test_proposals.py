@@ -7,23 +7,23 @@ import msgspec
 import pytest
 import trio
 from epoch_fixtures import change_event, next_membership
-from ledger_fixtures import LIBRARIAN, MemoryLedger
+from ledger_fixtures import LIBRARIAN, CampaignRun, MemoryLedger
 
 from consensus.block import Body, Header, decode_header
 from consensus.branches import Verdict
 from consensus.codec import decode, encode
 from consensus.effect import RequestProposal
-from consensus.event import CheckedEvent, pack_parts
+from consensus.event import CheckedEvent, Kind, pack_parts
 from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import ED25519_LIST, Parameters
-from consensus.portions import BlockWeight, ClassRule
+from consensus.portions import Abandon, BlockWeight, ClassRule, ManifestRange, Portions
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.vote import Proposal
 from node.intake import Intake
 from node.ledger import Finalized, Ledger
 from node.mempool import MAX_WAIT_MS, Mempool
 from node.messages import Events, FoundProposal, GetEvents, GetProposal, pack_gossip
-from node.proposals import ARRIVAL_SECONDS, BUILT_WITHIN_MS, Proposals
+from node.proposals import ARRIVAL_SECONDS, BUILT_WITHIN_MS, TRIED_PER_EVENT, Proposals
 from node.store import Store
 from node.voter import VotingKeys
 
@@ -540,3 +540,92 @@ async def test_event_that_waited_too_long_for_others_is_rejected_by_name_and_who
     assert why.reason is Reason.SEQUENCE_GAP
     assert desk.intake.refused == {"sequence-gap": 1}
     assert not desk.proposals.has_work()
+
+
+TRIED = 3 * TRIED_PER_EVENT
+"""By the leader of one ledger block."""
+OTHER = MemberId(b"o" * 32)
+
+
+class BusyLog:
+    """A leader's branch that grows with each ledger block, also by what others bring."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.view = desk, 0
+        self.parent: Header | None = None
+
+    def grow(self) -> tuple[CheckedEvent, ...]:
+        """What goes into the next ledger block."""
+        self.view += 1
+        made, events = self.desk.propose(self.view, self.parent)
+        self.parent = decode_header(made.header, self.desk.memory.chain_id)
+        elsewhere = self.desk.memory.source(LIBRARIAN, f"elsewhere {self.view}")
+        self.desk.proposals.appended([Finalized(self.parent, (*events, elsewhere))])
+        return events
+
+    def blocks_until(self, event: CheckedEvent, most: int) -> int:
+        """How many ledger blocks it takes until one has the event."""
+        return next(count for count in range(1, most + 1) if event in self.grow())
+
+
+def orphans(memory: MemoryLedger, first: int, count: int) -> list[CheckedEvent]:
+    """Of campaigns that nobody opened, by keys that nobody delegated."""
+    return [
+        CampaignRun(memory, (), name=f"nobody's {number}").written(
+            Kind.ABANDON, Portions(None, None, memory.salted(Abandon("")))
+        )
+        for number in range(first, first + count)
+    ]
+
+
+def delegated_late(memory: MemoryLedger, log: BusyLog) -> tuple[CheckedEvent, CheckedEvent]:
+    """A campaign that can be opened once its job key's delegation, the first of the two, is on the log."""
+    policy, source = memory.policy(), memory.source(LIBRARIAN, "books")
+    memory.seal(policy, source)
+    log.desk.hold(LATELY_MS, policy, source)
+    assert set(log.grow()) == {policy, source}
+    return CampaignRun(memory, (ManifestRange(source.id, 0, 8),), batch_size=4).open()
+
+
+def test_events_that_cannot_be_admitted_yet_stop_no_later_one_of_the_same_node(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    """What others bring has those before it tried again, each time."""
+    desk, _ = desks
+    log, honest = BusyLog(desk), memory.source(LIBRARIAN, "honest")
+    desk.hold(LATELY_MS, *orphans(memory, 0, 5 * TRIED), honest)
+    assert log.blocks_until(honest, 20) <= 11
+    late = memory.source(LIBRARIAN, "late")
+    desk.hold(LATELY_MS, late)
+    assert log.blocks_until(late, 20) == 1
+
+
+def test_event_that_was_refused_once_is_appended_though_new_ones_come_without_end(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    desk, _ = desks
+    log = BusyLog(desk)
+    delegation, campaign = delegated_late(memory, log)
+    desk.hold(LATELY_MS, campaign)
+    assert log.grow() == ()
+    appended: list[CheckedEvent] = []
+    for number in range(12):
+        desk.hold(LATELY_MS, *orphans(memory, 2 * TRIED * number, 2 * TRIED))
+        if number == 3:
+            desk.mempool.add(delegation, LATELY_MS, OTHER)
+        appended += log.grow()
+    assert appended == [delegation, campaign]
+
+
+def test_event_behind_many_that_were_refused_is_appended_soon_after_what_it_waits_for(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    desk, _ = desks
+    log = BusyLog(desk)
+    delegation, campaign = delegated_late(memory, log)
+    desk.hold(LATELY_MS, *orphans(memory, 0, 5 * TRIED), campaign)
+    for _ in range(12):
+        assert log.grow() == ()
+    desk.mempool.add(delegation, LATELY_MS, OTHER)
+    assert log.blocks_until(delegation, 1) == 1
+    assert log.blocks_until(campaign, 20) <= 6
