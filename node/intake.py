@@ -13,10 +13,11 @@ from contextlib import suppress
 
 import trio
 
-from consensus.event import CheckedEvent, SignedEvent, check_each, check_event, check_parts, pack_parts, unpack
+from consensus.event import SHAPES, CheckedEvent, SignedEvent, check_each, check_event, check_parts, pack_parts, unpack
 from consensus.identifiers import Digest, MemberId
 from consensus.merkle import leaf_hash
 from consensus.rejection import Reason, Rejected
+from consensus.state import DELEGATION_TABLE
 from node.clock import Clock
 from node.ledger import Ledger
 from node.mempool import Mempool
@@ -71,7 +72,7 @@ class Intake:
             answer = event
             if isinstance(event, CheckedEvent):
                 try:
-                    if self._pool(event, None):
+                    if self._pool(event, None, self._orphan_of(event)):
                         self._pass_on(event, one)
                 except Rejected as error:
                     answer = _told(error)
@@ -101,7 +102,7 @@ class Intake:
                 self._refuse(sender, event)
                 continue
             try:
-                taken += self._pool(event, sender)
+                taken += self._pool(event, sender, self._orphan_of(event))
             except Rejected as error:
                 self._refuse(sender, error)
         if taken:
@@ -161,7 +162,7 @@ class Intake:
         event = check_parts(wire.entry, wire.portions, self._ledger.committee)
         with suppress(Rejected):
             self._check_size(encoded)
-            if self._pool(event, sender):
+            if self._pool(event, sender, self._orphan_of(event)):
                 self._fetched[leaf] = None
                 if len(self._fetched) > FETCHED_KEPT:
                     self._fetched.popitem(last=False)
@@ -169,7 +170,10 @@ class Intake:
         return event
 
     def restore(self, events: Iterable[bytes]) -> None:
-        """Take back what the vote journal kept: events of ledger blocks this member voted for."""
+        """Take back what the vote journal kept: events of ledger blocks this member voted for.
+
+        None is an orphan: the delegation may be in such a ledger block, too.
+        """
         for encoded in events:
             try:
                 self._pool(self.check(encoded), None)
@@ -198,11 +202,18 @@ class Intake:
         answers.update(zip(wires, check_each(wires.values(), self._ledger.committee), strict=True))
         return [answers[place] for place in range(len(encoded))]
 
-    def _pool(self, event: CheckedEvent, sender: MemberId | None) -> bool:
+    def _orphan_of(self, event: CheckedEvent) -> bytes:
+        """The job key that signed it, if the log has no delegation of it yet; else nothing."""
+        if not SHAPES[event.entry.kind].signed_by_job:
+            return b""
+        signer = event.entry.signatures[0].signer
+        return signer if self._ledger.final.state.get(DELEGATION_TABLE + signer) is None else b""
+
+    def _pool(self, event: CheckedEvent, sender: MemberId | None, orphan_of: bytes = b"") -> bool:
         """False if it is here, or on the log, already."""
         if self._ledger.store.index_of_event(event.id) is not None:
             return False
-        return self._mempool.add(event, self._clock.monotonic_ms(), sender)
+        return self._mempool.add(event, self._clock.monotonic_ms(), sender, orphan_of)
 
     def _check_size(self, encoded: bytes) -> None:
         if len(encoded) > self._max_event_bytes:

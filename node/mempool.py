@@ -17,6 +17,10 @@ with are taken in order of arrival, and every other place is for one that was re
 So neither an endless stream of new events nor any number of old ones hides an event from the leader: it reaches each
 after twice as many tries as events were before it, however often the log grows meanwhile.
 
+Anybody can sign events of a campaign with a job key of their own, which wait for a delegation that never comes. So of
+events by job keys that the log does not know clients may have one part in ``ORPHANS`` of the pool, a peer twice that:
+it has taken as much itself, and gives it up at another time. An orphan counts as one until its key is delegated.
+
 No peer can fill the pool: one may have as much waiting as is still free, so that one flooding peer holds half of it,
 two hold two thirds, and there is always room for another. Proposals take the peers' events in turn. Shares go by who
 *brought* an event, which the transport authenticates, not by its author, whom a step names before its job key is
@@ -39,6 +43,8 @@ REJECTED_KEPT = 10_000
 UNFOLDED = 6
 UNMEASURED = 8
 """Up to one part in so many of the pool's bytes nothing is measured."""
+ORPHANS = 10
+"""Up to one part in so many of the pool is for orphans that clients bring."""
 MAX_WAIT_MS = 10 * 60 * 1_000
 URGENT_KINDS = frozenset(
     {
@@ -57,13 +63,14 @@ nothing may follow it in its epoch."""
 
 class Waiting(NamedTuple):
     """An event, when it came (monotonic milliseconds), how long the log had grown by then, the peer that brought it,
-    None for a client of this node, and the bytes it counts."""
+    None for a client of this node, the bytes it counts, and the job key it was an orphan of, if it was one."""
 
     event: CheckedEvent
     since_ms: int
     since_growth_ms: int
     sender: MemberId | None
     size_bytes: int
+    orphan_of: bytes
 
 
 @dataclass(slots=True)
@@ -77,6 +84,8 @@ class _Share:
     refused: OrderedDict[Digest, CheckedEvent] = field(default_factory=OrderedDict)
     """Not to be admitted yet when a ledger block was last tried with them, in that order."""
     held_bytes: int = 0
+    orphans: int = 0
+    orphan_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self.urgent) + len(self.untried) + len(self.refused)
@@ -106,6 +115,8 @@ class Mempool:
         self._settled: OrderedDict[Digest, int] = OrderedDict()
         """When ``to_settle`` last gave each of the others."""
         self._urgent: set[Digest] = set()
+        self._orphans: dict[bytes, set[Digest]] = {}
+        """By job key."""
         self._rejected: OrderedDict[Digest, Rejected] = OrderedDict()
         self._held_bytes = 0
         self._growth_ms = 0
@@ -119,12 +130,14 @@ class Mempool:
         """Bytes of all pending events."""
         return self._held_bytes
 
-    def add(self, event: CheckedEvent, now_ms: int, sender: MemberId | None = None) -> bool:
+    def add(self, event: CheckedEvent, now_ms: int, sender: MemberId | None = None, orphan_of: bytes = b"") -> bool:
         """Keep an event that ``sender`` brought, None for a client of this node; False if it is here already.
 
+        ``orphan_of``: the job key that signed it, if the log has no delegation of it.
+
         Raises:
-            Rejected: ``OVERLOADED`` when the pool, or the sender's share of it, is full; ``DUPLICATE`` for other
-                signatures on a pending event.
+            Rejected: ``OVERLOADED`` when the pool, the sender's share of it, or that of its orphans, is full;
+                ``DUPLICATE`` for other signatures on a pending event.
         """
         if event.leaf_hash in self._waiting:
             return False
@@ -133,9 +146,14 @@ class Mempool:
         size_bytes = len(event.entry_bytes) + len(event.portions_bytes)
         if self._held_bytes + size_bytes > self._max_bytes // UNMEASURED:
             size_bytes = max(size_bytes, _unfolded_bytes(event) // UNFOLDED)
-        waiting = Waiting(event, now_ms, self._growth_ms, sender, size_bytes)
+        waiting = Waiting(event, now_ms, self._growth_ms, sender, size_bytes, orphan_of)
         self.require_room(waiting.size_bytes, sender)
         share = self._shares.get(sender) or _Share()
+        if orphan_of:
+            self._require_room_for_orphan(size_bytes, sender, share)
+            self._orphans.setdefault(orphan_of, set()).add(event.leaf_hash)
+            share.orphans += 1
+            share.orphan_bytes += size_bytes
         self._rejected.pop(event.id, None)
         self._waiting[event.leaf_hash] = waiting
         self._shares[sender] = share
@@ -165,6 +183,27 @@ class Mempool:
             raise Rejected(
                 Reason.OVERLOADED, f"{len(self._waiting)} events of {self._held_bytes} bytes wait; slow down and retry"
             )
+
+    def _require_room_for_orphan(self, size_bytes: int, sender: MemberId | None, share: _Share) -> None:
+        part = ORPHANS if sender is None else ORPHANS // 2
+        most_bytes = self._max_bytes // part
+        if share.orphans and (
+            share.orphans >= self._max_events // part or share.orphan_bytes + size_bytes > most_bytes
+        ):
+            raise Rejected(
+                Reason.OVERLOADED,
+                f"{share.orphans} events by job keys that no delegation on the log names wait; retry once it is final",
+            )
+
+    def delegated(self, job_key: bytes) -> None:
+        """The log knows this key: what waits by it is no orphan any more."""
+        for leaf_hash in self._orphans.pop(job_key, ()):
+            self._count_no_orphan(self._waiting[leaf_hash])
+
+    def _count_no_orphan(self, waiting: Waiting) -> None:
+        share = self._shares[waiting.sender]
+        share.orphans -= 1
+        share.orphan_bytes -= waiting.size_bytes
 
     def get(self, leaf_hash: Digest) -> CheckedEvent | None:
         """A pending event."""
@@ -228,6 +267,12 @@ class Mempool:
         waiting = self._waiting.pop(leaf_hash, None)
         if waiting is not None:
             share = self._shares[waiting.sender]
+            siblings = self._orphans.get(waiting.orphan_of, set())
+            if leaf_hash in siblings:
+                self._count_no_orphan(waiting)
+                siblings.remove(leaf_hash)
+                if not siblings:
+                    del self._orphans[waiting.orphan_of]
             for queue in (share.urgent, share.untried, share.refused):
                 queue.pop(leaf_hash, None)
             share.held_bytes -= waiting.size_bytes

@@ -25,6 +25,7 @@ from consensus.codec import decode, encode
 from consensus.effect import RequestProposal
 from consensus.event import CheckedEvent, pack_parts
 from consensus.identifiers import Digest, MemberId
+from consensus.portions import Delegation
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import StateView
 from consensus.transition import LedgerState, build, is_final, takes_events
@@ -218,6 +219,8 @@ class Proposals:
                 self._proposals.pop(self._final.popleft(), None)
             for event in block.events:
                 self._mempool.remove(event.leaf_hash)
+                if isinstance(event.operation, Delegation):
+                    self._mempool.delegated(event.operation.job_key)
             if block.events:
                 self._blocked.clear()
                 self._moving_until_ms = self._clock.monotonic_ms() + MOVING_MS

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from ledger_fixtures import MemoryLedger
+from ledger_fixtures import CampaignRun, MemoryLedger, begin
 from network_fixtures import make_parties, network_of
 from snapshot_fixtures import written
 
-from consensus.event import CheckedEvent, SignedEvent, check_each, pack_parts
+from consensus.event import CheckedEvent, Kind, SignedEvent, check_each, pack_parts
 from consensus.identifiers import MemberId
 from consensus.membership import Committee
+from consensus.portions import Abandon, Portions
 from consensus.rejection import Rejected
 from node import intake
 from node.clock import SystemClock
@@ -101,3 +102,24 @@ async def test_each_of_a_few_events_has_its_own_answer(memory: MemoryLedger, led
         "overloaded",
     ]
     assert intake.refused == {"malformed": 1, "oversized": 1, "overloaded": 1}
+
+
+@pytest.mark.trio
+async def test_flood_by_keys_that_nobody_delegated_leaves_room_for_those_that_are(tmp_path: Path) -> None:
+    told = begin()
+
+    def abandon(run: CampaignRun) -> CheckedEvent:
+        return run.written(Kind.ABANDON, Portions(None, None, told.ledger.salted(Abandon(""))))
+
+    known = [abandon(told.run) for _ in range(6)]
+    strangers = [abandon(CampaignRun(told.ledger, (), name=f"nobody's {number}")) for number in range(6)]
+    ledger = written(told.ledger, tmp_path)
+    intake = door(ledger, 20)
+    assert intake.receive(SENDER, frame(*strangers)) == 4
+    assert [isinstance(answer, Rejected) for answer in intake.submit_each(list(map(packed, strangers[4:])))] == [0, 0]
+    answers = intake.submit_each([packed(abandon(CampaignRun(told.ledger, (), name="one more"))), *map(packed, known)])
+    assert [answer.reason.value if isinstance(answer, Rejected) else "taken" for answer in answers] == [
+        "overloaded",
+        *["taken"] * 6,
+    ]
+    ledger.store.close()

@@ -117,6 +117,44 @@ def test_events_that_were_refused_take_every_other_place_those_tried_longest_ago
     assert (len(pool), list(pool.candidates())) == (0, [])
 
 
+def test_events_by_unknown_job_keys_take_a_tenth_of_the_pool_a_peers_a_fifth() -> None:
+    events = iter(checked_sources(MemoryLedger(), 60))
+    pool, peer = Mempool(40, 1 << 20), MemberId(bytes(32))
+
+    def fill_with_orphans(sender: MemberId | None) -> list[CheckedEvent]:
+        taken: list[CheckedEvent] = []
+        for event in events:
+            try:
+                pool.add(event, 0, sender, b"a key" if len(taken) % 2 else b"another")
+            except Rejected:
+                return taken
+            taken.append(event)
+        raise AssertionError("the pool took them all")
+
+    ours, theirs = fill_with_orphans(None), fill_with_orphans(peer)
+    assert (len(ours), len(theirs)) == (4, 8)
+    assert pool.add(next(events), 0), "one that is no orphan"
+    for event in (ours[0], ours[1], theirs[0], theirs[1], theirs[3]):
+        pool.remove(event.leaf_hash)
+    assert (len(fill_with_orphans(None)), len(fill_with_orphans(peer))) == (2, 3)
+    pool.delegated(b"a key")
+    pool.remove(ours[3].leaf_hash)
+    pool.delegated(b"a key")
+    assert (len(fill_with_orphans(None)), len(fill_with_orphans(peer))) == (2, 3)
+
+
+def test_bytes_of_events_by_unknown_job_keys_are_bounded_like_their_number() -> None:
+    events = checked_sources(MemoryLedger(), 4)
+    size = len(events[0].entry_bytes) + len(events[0].portions_bytes)
+    pool = Mempool(1_000, 10 * (2 * size + 50))
+    for event in events[:2]:
+        pool.add(event, 0, None, b"a key")
+    with pytest.raises(Rejected, match="overloaded"):
+        pool.add(events[2], 0, None, b"another")
+    pool.delegated(b"a key")
+    assert pool.add(events[2], 0, None, b"another")
+
+
 def test_events_that_wait_for_others_hide_no_later_one_from_being_settled() -> None:
     events = checked_sources(MemoryLedger(), 6)
     pool = Mempool(100, 1 << 20)

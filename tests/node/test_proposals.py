@@ -629,3 +629,25 @@ def test_event_behind_many_that_were_refused_is_appended_soon_after_what_it_wait
     desk.mempool.add(delegation, LATELY_MS, OTHER)
     assert log.blocks_until(delegation, 1) == 1
     assert log.blocks_until(campaign, 20) <= 6
+
+
+def test_events_count_as_by_an_unknown_job_key_until_its_delegation_is_on_the_log(
+    memory: MemoryLedger, desks: tuple[Desk, Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, _ = desks
+    monkeypatch.setattr("node.mempool.ORPHANS", 500)
+    log = BusyLog(desk)
+    delegation, campaign = delegated_late(memory, log)
+    first, second, third = orphans(memory, 0, 3)
+    for event in (campaign, first):
+        desk.intake.submit(packed(event))
+    with pytest.raises(Rejected, match="overloaded"):
+        desk.intake.submit(packed(second))
+    desk.intake.submit(packed(delegation))
+    assert delegation in log.grow()
+    desk.intake.submit(packed(second))
+    with pytest.raises(Rejected, match="overloaded"):
+        desk.intake.submit(packed(third))
+    voted_for = orphans(memory, 3, 4)
+    desk.intake.restore(map(packed, voted_for))
+    assert len(list(desk.proposals.held_events(event.leaf_hash for event in voted_for))) == 4
