@@ -248,7 +248,7 @@ def digest_in(text: str) -> bytes | None:
 
 def told(stage: str) -> None:
     """A line on the terminal of whoever waits."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         click.echo(stage, err=True)
 
 

@@ -145,6 +145,7 @@ class Api:
         call.request.release_body()
         status = self._service.status_of(identifier)
         if seconds and status.state is EventState.PENDING:
+            call.request.give_way()
             status = await self._service.wait_final(identifier, seconds)
         if status.state is EventState.REJECTED and status.reason is not None:
             raise Rejected(status.reason, status.detail)

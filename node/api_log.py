@@ -183,6 +183,7 @@ class LogApi:
         seconds = fields.wait_seconds(call.query)
         status = self._service.status_of(identifier)
         if status.state in (EventState.PENDING, EventState.UNKNOWN) and seconds:
+            call.request.give_way()
             status = await self._service.wait_final(identifier, seconds)
         if status.state is EventState.UNKNOWN:
             raise Rejected(Reason.NOT_FOUND, f"event {identifier.hex()} is not known here")

@@ -16,6 +16,7 @@ JSON = "application/json"
 OCTETS = "application/octet-stream"
 NOTE = "text/plain; charset=utf-8"
 RETRY_AFTER_SECONDS = 1
+CLOSING = ("connection", "close")
 
 _WRONG_BYTES = frozenset(
     {
@@ -100,5 +101,6 @@ def reply_to(error: Rejected | Unavailable | SlowClient) -> HttpReply:
     if isinstance(error, SlowClient):
         return error_reply(408, HttpFault.TOO_SLOW, str(error))
     status = status_of_reason(error.reason)
-    extra = {401: (("www-authenticate", "Bearer"),), 429: (retry,)}.get(status, ())
+    # Who has no token may not have requests without end refused on one connection.
+    extra = {401: (("www-authenticate", "Bearer"), CLOSING), 429: (retry,)}.get(status, ())
     return error_reply(status, error.reason.value, error.detail, *extra)

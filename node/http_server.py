@@ -6,10 +6,12 @@ Rules:
 2. A connection's failure ends that connection alone; only ``InvariantBroken`` leaves ``serve_http``.
 3. Time is bounded: for the head, for the body as a whole, for each part of a reply the client takes, and
    between requests. Cancellation ends every connection at once, one whose client does not read included.
-4. Memory is bounded: head, body, the sum of all bodies until their requests are answered, the sum of all replies until
-   they are taken, the number of connections. When there are so many, the one that has been idle longest gives its
-   place to the next (``places.py``).
-5. Path and query are taken literally. Nothing this interface names needs percent-encoding, so every resource
+4. Connections take turns: of those whose requests are here a few are answered between two turns of all the node's
+   other tasks, and a body is taken a few pieces at a time. However many clients ask at once, votes do not wait long.
+5. Memory is bounded: head, body, the sum of all bodies until their requests are answered, the sum of all replies until
+   they are taken, the number of connections. When there are so many, one that waits for its client, to ask or to take a
+   reply, or for an event to be final, gives its place to the next (``places.py``).
+6. Path and query are taken literally. Nothing this interface names needs percent-encoding, so every resource
    has one spelling.
 
 Common ASGI servers break rules 1 to 3 before any application code runs: malformed HTTP/2 settings in an upgrade
@@ -28,7 +30,7 @@ import trio
 
 from consensus.rejection import ConfigError, Reason, Rejected, Unavailable, breaks_invariant
 from node.config import Address
-from node.errors_http import HttpFault, HttpReply, SlowClient, error_reply, reply_to
+from node.errors_http import CLOSING, HttpFault, HttpReply, SlowClient, error_reply, reply_to
 from node.places import Place, Places
 
 __all__ = ["AddressReport", "HttpLimits", "HttpRequest", "serve_http"]
@@ -40,7 +42,13 @@ SEND_BYTES = 256 << 10
 SMALL_REPLY_BYTES = 16 << 10
 """A reply up to this size is always sent: as many as there are connections hold little."""
 BACKLOG = 512
-CLOSING = ("connection", "close")
+REQUESTS_A_TURN = 16
+"""Fewer take more time: what clients send together is checked, kept and passed on together."""
+PIECES_A_TURN = 64
+MOST_SMALL_PIECES = 4_096
+SMALL_PIECE_BYTES = 64
+"""A body of more than ``MOST_SMALL_PIECES`` chunks has this many bytes in each, on average, or is refused: to take a
+chunk apart costs the same whatever is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,8 @@ class _Server:
         self.handler = handler
         self.limits = limits
         self.places = Places(limits.connections)
+        self.turn = trio.CapacityLimiter(REQUESTS_A_TURN)
+        """Whose requests are to be answered next, in the order in which they came."""
         self.held_bytes = 0
         """Of bodies."""
         self.replies_bytes: Counter[bytes] = Counter()
@@ -123,6 +133,10 @@ class HttpRequest:
         """Nothing holds the body any more, though the request is not answered yet."""
         self._connection.release_body()
 
+    def give_way(self) -> None:
+        """The answer may be long in coming: from now on a newcomer may have this connection's place."""
+        self._connection.give_way()
+
 
 class AddressReport(Protocol):
     """A trio task status: told the address once it is listened on."""
@@ -179,6 +193,7 @@ class _Connection:
         self._stream = stream
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
         self._body_bytes = 0
+        self._body_pieces = 0
 
     async def run(self) -> None:
         """Serve requests until the client, a limit or an error ends the connection."""
@@ -204,11 +219,13 @@ class _Connection:
                     await self._send("GET", error_reply(400, Reason.MALFORMED.value, why, CLOSING))
                     await self._linger()
                     return
+                async with self._server.turn:
+                    await trio.lowlevel.checkpoint()
                 self._server.places.serve(self._place)
                 try:
                     await self._answer(event)
                 finally:
-                    self._server.places.wait(self._place)
+                    self.give_way()
                 if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                     await self._linger()
                     return
@@ -241,22 +258,24 @@ class _Connection:
             await self._write(self._http.send(h11.InformationalResponse(status_code=100, headers=[])))
         body = bytearray()
         try:
-            if self._take_body(body, max_bytes):
-                return bytes(body)
             with trio.fail_after(self._limits.body_seconds):
-                while True:
+                while not await self._take_body(body, max_bytes):
                     await self._receive()
-                    if self._take_body(body, max_bytes):
-                        return bytes(body)
+            return bytes(body)
         except trio.TooSlowError:
             raise SlowClient(f"the body did not arrive in {self._limits.body_seconds:g} seconds") from None
         except h11.RemoteProtocolError as error:
             raise Rejected(Reason.MALFORMED, f"body: {error}") from error
 
-    def _take_body(self, body: bytearray, max_bytes: int) -> bool:
+    async def _take_body(self, body: bytearray, max_bytes: int) -> bool:
         """Add to ``body`` what has arrived; whether that was the end of it."""
         server = self._server
         while isinstance(event := self._http.next_event(), h11.Data):
+            self._body_pieces += 1
+            if self._body_pieces > MOST_SMALL_PIECES and len(body) < SMALL_PIECE_BYTES * self._body_pieces:
+                raise Rejected(Reason.MALFORMED, f"a body in {self._body_pieces} chunks of next to nothing")
+            if self._body_pieces % PIECES_A_TURN == 0:
+                await trio.lowlevel.checkpoint()
             server.held_bytes += len(event.data)
             self._body_bytes += len(event.data)
             body += event.data
@@ -269,7 +288,11 @@ class _Connection:
     def release_body(self) -> None:
         """``HttpRequest.release_body``."""
         self._server.held_bytes -= self._body_bytes
-        self._body_bytes = 0
+        self._body_bytes = self._body_pieces = 0
+
+    def give_way(self) -> None:
+        """``HttpRequest.give_way``."""
+        self._server.places.wait(self._place)
 
     async def _answer(self, event: h11.Request) -> None:
         method = event.method.decode("ascii")
@@ -289,6 +312,7 @@ class _Connection:
             reply = error_reply(500, HttpFault.INTERNAL, "see the node's log")
         finally:
             self.release_body()
+        self.give_way()  # a client that takes nothing waits, like one that asks nothing
         with self._server.room_for(reply, self._place.network) as reply:
             await self._send(method, reply)
 

@@ -2,7 +2,8 @@
 
 Who opens a connection is known later, or never. When all places are taken, a newcomer gets that of the connection which
 has waited longest, of the network that holds most of those that wait. So one machine that opens connections without end
-keeps out nobody but itself. A connection that is being served gives its place to nobody.
+keeps out nobody but itself. A connection whose request is being worked on gives its place to nobody; one that waits for
+its client, or for something to happen, does.
 
 A network is an IPv4 address, or the first 64 bits of an IPv6 address.
 """
@@ -54,7 +55,7 @@ class Places:
             self.leave(place)
 
     def wait(self, place: Place) -> None:
-        """The connection waits for its client from now on."""
+        """The connection waits from now on: for its client, or for something to happen."""
         if place.is_held:
             self._waiting.setdefault(place.network, {})[place] = None
 

@@ -325,5 +325,6 @@ def _read(path: Path, max_bytes: int) -> bytes:
 
 def _show(text: str, *, to_errors: bool = False) -> None:
     """Print, with what the terminal's character set lacks spelled out: no name in a bundle may stop the answer."""
-    encoding = (sys.stderr if to_errors else sys.stdout).encoding or "utf-8"
+    stream = sys.stderr if to_errors else sys.stdout
+    encoding = (stream.encoding if stream else None) or "utf-8"  # None where the caller has closed it
     click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=to_errors)

@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -15,7 +16,15 @@ import trio
 from consensus.rejection import ConfigError, InvariantBroken, breaks_invariant
 from node.config import Address
 from node.errors_http import HttpReply, json_reply
-from node.http_server import Handler, HttpLimits, HttpRequest, serve_http
+from node.http_server import (
+    MOST_SMALL_PIECES,
+    PIECES_A_TURN,
+    REQUESTS_A_TURN,
+    Handler,
+    HttpLimits,
+    HttpRequest,
+    serve_http,
+)
 
 LOOPBACK = Address("127.0.0.1", 0)
 HEAD = b"host: localhost\r\n"
@@ -351,6 +360,85 @@ async def test_connection_that_is_being_answered_keeps_its_place() -> None:
             assert await exchange(address, b"") == b""
             leave.set()
             assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_client_that_does_not_take_its_reply_gives_its_place_to_the_next() -> None:
+    limits = replace(SMALL, connections=1, idle_seconds=60.0)
+    async with listening(limits) as address, await trio.open_tcp_stream(address.host, address.port) as stream:
+        await stream.send_all(b"GET /large HTTP/1.1\r\n" + HEAD + b"\r\n")
+        assert (await stream.receive_some(1_000)).startswith(b"HTTP/1.1 200 ")
+        await still_serves(address)
+
+
+@pytest.mark.trio
+async def test_request_that_waits_for_something_to_happen_gives_its_place_to_the_next() -> None:
+    entered = trio.Event()
+
+    async def waiting(request: HttpRequest) -> HttpReply:
+        if request.path != "/alive":
+            request.give_way()
+            entered.set()
+            await trio.sleep_forever()
+        return HttpReply(200, b"here")
+
+    limits = replace(SMALL, connections=1)
+    async with listening(limits, waiting) as address, await trio.open_tcp_stream(address.host, address.port) as stream:
+        await stream.send_all(b"GET / HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await entered.wait()
+        await still_serves(address)
+        assert await stream.receive_some() == b""
+
+
+async def counting_turns(turns: list[int]) -> None:
+    while True:
+        turns[0] += 1
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.trio
+async def test_few_requests_are_answered_between_two_turns_of_all_other_tasks_however_many_are_here() -> None:
+    turns, answered_in = [0], []
+
+    async def noting(request: HttpRequest) -> HttpReply:
+        answered_in.append(turns[0])
+        return HttpReply(200, b"")
+
+    pipelined = (b"GET / HTTP/1.1\r\n" + HEAD + b"\r\n") * 49 + ALIVE
+    async with listening(replace(SMALL, connections=50), noting) as address, trio.open_nursery() as nursery:
+        nursery.start_soon(counting_turns, turns)
+        async with trio.open_nursery() as clients:
+            for _ in range(50):
+                clients.start_soon(exchange, address, pipelined)
+        nursery.cancel_scope.cancel()
+    assert len(answered_in) == 50 * 50
+    assert max(Counter(answered_in).values()) <= REQUESTS_A_TURN
+
+
+@pytest.mark.trio
+async def test_body_of_small_chunks_is_taken_a_few_at_a_time_and_not_without_end() -> None:
+    turns, taken_in = [0], []
+
+    async def taking(request: HttpRequest) -> HttpReply:
+        began = turns[0]
+        try:
+            return HttpReply(200, await request.body(100_000))
+        finally:
+            taken_in.append(turns[0] - began)
+
+    def chunks(count: int) -> bytes:
+        head = b"POST / HTTP/1.1\r\n" + HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+        return head + b"1\r\nx\r\n" * count + b"0\r\n\r\n"
+
+    limits = replace(SMALL, bodies_bytes=100_000)
+    async with listening(limits, taking) as address, trio.open_nursery() as nursery:
+        nursery.start_soon(counting_turns, turns)
+        assert (await exchange(address, chunks(MOST_SMALL_PIECES))).endswith(b"x" * MOST_SMALL_PIECES)
+        assert taken_in[0] >= MOST_SMALL_PIECES // PIECES_A_TURN // 2
+        refused = await exchange(address, chunks(10 * MOST_SMALL_PIECES))
+        assert refused.startswith(b"HTTP/1.1 400 ")
+        assert b"chunks of next to nothing" in refused
         nursery.cancel_scope.cancel()
 
 

@@ -23,6 +23,7 @@ from consensus.keys import Ed25519SigningKey
 from consensus.predicates import Answer, Predicate, verify
 from consensus.rejection import Reason, Rejected
 from node.bundles import export_bundle
+from node.demo.processes import countersign_command
 from node.verify import printable, read_weights, verify_command
 
 
@@ -63,6 +64,16 @@ def arguments(house: Path, predicate: str, *more: str, chain_id: str = "") -> li
         chain_id or told().ledger.chain_id.hex(),
         *more,
     ]
+
+
+def test_answer_is_the_exit_code_where_nothing_can_be_printed(house: Path) -> None:
+    """A script may want nothing else, and closes what it does not read."""
+    command = countersign_command("verify", *arguments(house, "source-honored"))
+    for closing in (">&-", "2>&-", ">&- 2>&-"):
+        assert subprocess.run(["sh", "-c", f'exec "$@" {closing}', "sh", *command], check=False).returncode == 0
+        wrong = [*command[:-1], "00" * 32]
+        refused = subprocess.run(["sh", "-c", f'exec "$@" {closing}', "sh", *wrong], check=False)
+        assert refused.returncode not in (0, None), closing
 
 
 def verified(house: Path, predicate: str, *more: str, chain_id: str = "") -> Result:
