@@ -2,7 +2,10 @@
 
 * Events are sent in order. The node's refusal of one stops the sending of those behind it, because they chain
   to it; ``failure`` then names it, once everything before it is settled.
-* A refusal that may pass (``admission.RETRYABLE``, an overloaded node) is tried again for a while.
+* A refusal that may pass (``admission.RETRYABLE``) is tried again for a while.
+* An overloaded node is waited for without a limit: it says nothing against the event, only that it has no room yet. It
+  checks all of a batch before it refuses any, so one event asks for room, after growing pauses; once that is taken,
+  batches grow again.
 * An event final implies every earlier accepted one is: a campaign's events are numbered without gaps.
 * A node that does not know what it accepted (it was killed) is told again.
 * Without a node the outbox fills and the job goes on: nothing here ever raises into the training loop.
@@ -26,8 +29,10 @@ BATCH_BYTES = 1 << 20
 POLL_SECONDS = 0.1
 UNREACHABLE_PAUSE_SECONDS = 1.0
 RETRYABLE_LIMIT_SECONDS = 60.0
+FIRST_SLOW_SECONDS = 0.2
+LONGEST_SLOW_SECONDS = 5.0
 
-PASSING = frozenset(reason.value for reason in RETRYABLE) | {Reason.OVERLOADED.value}
+PASSING = frozenset(reason.value for reason in RETRYABLE)
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +54,13 @@ class Delivery:
         self._stopping = threading.Event()
         self._refused: bytes | None = None
         self._waiting_since: float | None = None
+        self._batch_events = BATCH_EVENTS
+        """How many events are sent at once: all that may be, fewer for a node that was overloaded lately."""
+        self._slow_seconds = 0.0
+        """How long an overloaded node was last left alone; 0 where it takes what it is sent."""
+        self._send_from: float | None = None
+        """Before this time nothing is sent."""
+        self._told_of_slowness = False
         self._reachable = True
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
         self.cpu_seconds = 0.0
@@ -102,11 +114,19 @@ class Delivery:
         return self._follow() or moved
 
     def _send(self) -> bool:
-        batch = self._outbox.queued(BATCH_EVENTS, BATCH_BYTES)
+        if self._send_from is not None and self._monotonic() < self._send_from:
+            return False
+        self._send_from = None
+        batch = self._outbox.queued(self._batch_events, BATCH_BYTES)
         if not batch:
+            self._told_of_slowness = False
             return False
         results = self._client.submit_batch([outgoing.event for outgoing in batch])
-        return all(self._note_answer(outgoing, result) for outgoing, result in zip(batch, results, strict=True))
+        if not all(self._note_answer(outgoing, result) for outgoing, result in zip(batch, results, strict=True)):
+            return False
+        self._batch_events = min(2 * self._batch_events, BATCH_EVENTS)
+        self._slow_seconds = 0.0
+        return True
 
     def _note_answer(self, outgoing: Outgoing, result: EventStatus) -> bool:
         """Record one answer; False where those behind it must wait."""
@@ -116,6 +136,9 @@ class Delivery:
             self._outbox.finalize([outgoing.id])
         elif result.status != "rejected":
             self._outbox.accept([outgoing.id])
+        elif result.error == Reason.OVERLOADED.value:
+            self._slow_down(result)
+            return False
         elif result.error in PASSING and not self._too_long():
             return False
         else:
@@ -123,6 +146,15 @@ class Delivery:
             return False
         self._waiting_since = None
         return True
+
+    def _slow_down(self, result: EventStatus) -> None:
+        self._waiting_since = None
+        self._batch_events = 1
+        self._slow_seconds = min(max(2 * self._slow_seconds, FIRST_SLOW_SECONDS), LONGEST_SLOW_SECONDS)
+        self._send_from = self._monotonic() + self._slow_seconds
+        if not self._told_of_slowness:
+            _log.warning("the node asks to slow down, events wait in the outbox: %s", result.detail)
+            self._told_of_slowness = True
 
     def _follow(self) -> bool:
         ends = self._outbox.oldest_and_newest_accepted()

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,61 @@ def test_refusal_that_does_not_pass_in_time_is_a_failure(
     eventually(lambda: delivery.failure is not None)
     assert delivery.failure is not None
     assert (delivery.failure.id, delivery.failure.reason) == (events[0][0], "unknown-grant")
+
+
+def test_overloaded_node_is_waited_for_without_a_limit_and_asked_by_one_event_after_growing_pauses(
+    node: FakeNode,
+    outbox: Outbox,
+    delivery: Delivery,
+    clock: Clock,
+    events: list[tuple[bytes, bytes]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[bytes] = []
+
+    def full(event: CheckedEvent) -> Rejected:
+        asked.append(event.id)
+        return Rejected(Reason.OVERLOADED, "no room")
+
+    node.refuse_step = full
+    outbox.put(events)
+    batches: list[tuple[float, int]] = []
+    while clock.seconds < 200.0:
+        assert not delivery._round()
+        if asked:
+            batches.append((clock.seconds, len(asked)))
+            asked.clear()
+        clock.seconds += 0.125
+    assert [size for _, size in batches] == [3] + [1] * (len(batches) - 1)
+    pauses = [later - earlier for (earlier, _), (later, _) in pairwise(batches)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] < 1.0 < pauses[-1] < 10.0
+    assert delivery.failure is None
+    assert [fate.state for fate in outbox.unsettled()] == [State.QUEUED] * 3
+    assert [record.getMessage() for record in caplog.records].count(
+        "the node asks to slow down, events wait in the outbox: no room"
+    ) == 1
+
+    clock.seconds += 10.0
+    node.refuse_step = lambda event: None
+    assert delivery._round()
+    assert outbox.unsettled()[0].id == events[1][0]
+    assert delivery._round()
+    assert outbox.unsettled() == ()
+    assert [event.id for event in node.order] == [identifier for identifier, _ in events]
+
+
+def test_time_of_an_overloaded_node_is_none_of_a_refusal_that_may_pass(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, clock: Clock, events: list[tuple[bytes, bytes]]
+) -> None:
+    outbox.put(events[:1])
+    for reason in (Reason.UNKNOWN_GRANT, Reason.OVERLOADED, Reason.UNKNOWN_GRANT):
+        node.refuse_step = lambda event, reason=reason: Rejected(reason, "")  # type: ignore[misc]
+        assert not delivery._round()
+        clock.seconds += 70.0
+    assert delivery.failure is None
+    assert not delivery._round()
+    assert delivery.failure is not None
 
 
 def test_nothing_is_sent_behind_a_refused_event_until_told_to(
