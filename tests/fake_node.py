@@ -231,6 +231,13 @@ class FakeNode:
                 if len(self.events) == before:
                     return
 
+    def drop_pending(self) -> None:
+        """As a pool does with what has waited too long."""
+        with self.lock:
+            for identifier in self.pending:
+                self.rejected[identifier] = Rejected(Reason.SEQUENCE_GAP, "waited too long for the events before it")
+            self.pending.clear()
+
     def release_held(self) -> None:
         with self.lock:
             self.hold = False
@@ -316,6 +323,8 @@ class FakeNode:
                 return 200, _json(self.grants[bytes.fromhex(identifier)])
             case ("GET", "v1", "genesis"):
                 return 200, genesis_to_json(self.genesis)
+            case ("GET", "v1", "status"):
+                return 200, _json({"log_size": len(self.order)})
             case ("GET", "v1", "checkpoint"):
                 return 200, b"countersign.example/test\n0\n"
         raise Rejected(Reason.NOT_FOUND, target)

@@ -324,9 +324,19 @@ def checkpoint(retries: Retries) -> Call[str]:
     return (yield from _bytes(Request("GET", "/v1/checkpoint"), retries)).decode()
 
 
+def log_size(retries: Retries) -> Call[int]:
+    """How many events are on the log, as far as the node has it."""
+    return (yield from _json(Request("GET", "/v1/status"), _StatusAnswer, retries)).log_size
+
+
 @dataclass(frozen=True, slots=True)
 class _BatchAnswer:
     results: tuple[EventStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _StatusAnswer:
+    log_size: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,15 @@
 """Delivery: one thread that carries the outbox to a node and follows what becomes of it.
 
 * Events are sent in order. The node's refusal of one stops the sending of those behind it, because they chain
-  to it; ``failure`` then names it, once everything before it is settled.
+  to it; ``failure`` then names it, once everything before it is settled (which is still sent where it must be again).
 * A refusal that may pass (``admission.RETRYABLE``) is tried again for a while.
 * An overloaded node is waited for without a limit: it says nothing against the event, only that it has no room yet. It
   checks all of a batch before it refuses any, so one event asks for room, after growing pauses; once that is taken,
   batches grow again.
 * An event final implies every earlier accepted one is: a campaign's events are numbered without gaps.
-* A node that does not know what it accepted (it was killed) is told again.
+* A node that does not know what it accepted (it was killed) is told again. So is one that dropped it for a reason
+  that may pass: a pool drops what has waited ten minutes, also where nothing could become final because no quorum was
+  there, and takes the same event again.
 * Without a node the outbox fills and the job goes on: nothing here ever raises into the training loop.
 
 What to do about a failure is left to ``governed.py``.
@@ -17,6 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from consensus.admission import RETRYABLE
 from consensus.rejection import CountersignError, Reason, Rejected
@@ -31,10 +34,22 @@ UNREACHABLE_PAUSE_SECONDS = 1.0
 RETRYABLE_LIMIT_SECONDS = 60.0
 FIRST_SLOW_SECONDS = 0.2
 LONGEST_SLOW_SECONDS = 5.0
+DROPS_WHILE_THE_LOG_GREW = 6
+"""So often a node whose log grew meanwhile drops an event (after ten minutes each) before that counts as a refusal."""
 
 PASSING = frozenset(reason.value for reason in RETRYABLE)
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Dropped:
+    """An event that the node accepted and dropped: the log's size when it was accepted again, and how many of its
+    waits since saw the log grow."""
+
+    id: bytes
+    log_size: int | None = None
+    chances: int = 0
 
 
 class Delivery:
@@ -61,6 +76,7 @@ class Delivery:
         self._send_from: float | None = None
         """Before this time nothing is sent."""
         self._told_of_slowness = False
+        self._dropped: _Dropped | None = None
         self._reachable = True
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
         self.cpu_seconds = 0.0
@@ -83,8 +99,7 @@ class Delivery:
             return None
         fate = self._outbox.fate(refused)
         assert fate is not None
-        ends = self._outbox.oldest_and_newest_accepted()
-        return None if ends is not None and ends[0].position < fate.position else fate
+        return fate if self._outbox.is_settled_before(fate.position) else None
 
     def resume(self) -> None:
         """Send again, after a failure has been dealt with."""
@@ -110,14 +125,14 @@ class Delivery:
 
     def _round(self) -> bool:
         """Whether anything moved."""
-        moved = self._send() if self._refused is None else False
+        moved = self._send()
         return self._follow() or moved
 
     def _send(self) -> bool:
         if self._send_from is not None and self._monotonic() < self._send_from:
             return False
         self._send_from = None
-        batch = self._outbox.queued(self._batch_events, BATCH_BYTES)
+        batch = self._outbox.queued(self._batch_events, BATCH_BYTES, self._refused_position())
         if not batch:
             self._told_of_slowness = False
             return False
@@ -135,6 +150,8 @@ class Delivery:
         if result.status == "final":
             self._outbox.finalize([outgoing.id])
         elif result.status != "rejected":
+            if self._dropped is not None and self._dropped.id == outgoing.id:
+                self._dropped.log_size = self._client.log_size()
             self._outbox.accept([outgoing.id])
         elif result.error == Reason.OVERLOADED.value:
             self._slow_down(result)
@@ -174,9 +191,37 @@ class Delivery:
             self._outbox.finalize([oldest.id])
             return True
         if found.status == "rejected":
-            self._reject(oldest.id, found)
+            if found.error in PASSING and self._may_still_pass(oldest.id, found):
+                self._outbox.requeue_accepted()
+            else:
+                self._reject(oldest.id, found)
             return True
         return False
+
+    def _may_still_pass(self, identifier: bytes, found: EventStatus) -> bool:
+        """Whether the oldest accepted event, which the node dropped for a reason that may pass, is sent again.
+
+        The reason does not tell why it had to wait. Without a quorum nothing becomes final, however long: that counts
+        for nothing, and ends with the outage. An event that lacks something which never comes (a delegation that was
+        never made) could be sent for ever, to a log on which others become final. All before it in the outbox is
+        settled, so what it lacks is nothing of ours: each wait in which the log grew was a chance, and after
+        ``DROPS_WHILE_THE_LOG_GREW`` of them, in all, it is over. Several, as others may have been taken first.
+        """
+        dropped = self._dropped
+        if dropped is None or dropped.id != identifier:
+            dropped = _Dropped(identifier)
+        elif dropped.log_size is not None and self._client.log_size() > dropped.log_size:
+            dropped.chances += 1
+        self._dropped = dropped
+        if dropped.chances >= DROPS_WHILE_THE_LOG_GREW:
+            return False
+        _log.warning("event %s is sent again, the node dropped it: %s", identifier.hex(), found.detail)
+        return True
+
+    def _refused_position(self) -> int | None:
+        refused = self._refused
+        fate = None if refused is None else self._outbox.fate(refused)
+        return None if fate is None else fate.position
 
     def _status(self, identifier: bytes) -> EventStatus | None:
         """None for an event the node does not know."""

@@ -143,14 +143,17 @@ class Outbox:
                 limits = [limit for limit in (pause_seconds, left_seconds) if limit is not None]
                 self._changed.wait(min(limits) if limits else None)
 
-    def queued(self, maximum_events: int, maximum_bytes: int) -> tuple[Outgoing, ...]:
-        """The oldest queued events, in order; at least one if there is any."""
+    def queued(
+        self, maximum_events: int, maximum_bytes: int, before_position: int | None = None
+    ) -> tuple[Outgoing, ...]:
+        """The oldest queued events, in order; at least one if there is any (before a position, where one is given)."""
         chosen: list[Outgoing] = []
         size_bytes = 0
         with self._changed:
             rows = self._connection.execute(
-                "SELECT position, id, event FROM events WHERE state = 'queued' ORDER BY position LIMIT ?",
-                (maximum_events,),
+                "SELECT position, id, event FROM events WHERE state = 'queued' AND position < ?"
+                " ORDER BY position LIMIT ?",
+                (_LAST_POSITION if before_position is None else before_position, maximum_events),
             )
             for position, identifier, event in rows:
                 size_bytes += len(event)
@@ -167,12 +170,20 @@ class Outbox:
             newest = self._connection.execute(query.format("DESC")).fetchone()
         return None if oldest is None else (Outgoing(*oldest), Outgoing(*newest))
 
+    def is_settled_before(self, position: int) -> bool:
+        """Whether the fate of every event before a position is known."""
+        with self._changed:
+            row = self._connection.execute(
+                "SELECT 1 FROM events WHERE state IN ('queued', 'accepted') AND position < ? LIMIT 1", (position,)
+            ).fetchone()
+        return row is None
+
     def accept(self, identifiers: Sequence[bytes]) -> None:
         """A node has them pending."""
         self._move("UPDATE events SET state = 'accepted' WHERE id = ? AND state = 'queued'", identifiers)
 
     def requeue_accepted(self) -> None:
-        """Everything accepted is queued again: the node does not know it any more."""
+        """Everything accepted is queued again: the node does not know it any more, or not all of it."""
         self._move("UPDATE events SET state = 'queued' WHERE state = 'accepted' AND ? = ''", [""])
 
     def finalize(self, identifiers: Sequence[bytes]) -> None:
@@ -294,6 +305,8 @@ _SET_UP = (
     " detail TEXT NOT NULL DEFAULT '')",
     "CREATE INDEX IF NOT EXISTS unsettled ON events (state, position) WHERE state IN ('queued', 'accepted')",
 )
+
+_LAST_POSITION = (1 << 63) - 1
 
 _FATE = "SELECT position, id, state, reason, detail FROM events"
 

@@ -129,6 +129,10 @@ class Client:
         """The newest checkpoint."""
         return self._drive(calls.checkpoint(self._retries))
 
+    def log_size(self) -> int:
+        """How many events are on the log."""
+        return self._drive(calls.log_size(self._retries))
+
     def _drive(self, call: calls.Call[T]) -> T:
         reply: Reply | None = None
         while True:
@@ -233,6 +237,10 @@ class AsyncClient:
     async def checkpoint(self) -> str:
         """The newest checkpoint."""
         return await self._drive(calls.checkpoint(self._retries))
+
+    async def log_size(self) -> int:
+        """How many events are on the log."""
+        return await self._drive(calls.log_size(self._retries))
 
     async def _drive(self, call: calls.Call[T]) -> T:
         reply: Reply | None = None

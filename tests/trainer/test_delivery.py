@@ -13,7 +13,7 @@ from fake_node import FakeNode, running_node
 from consensus.event import CheckedEvent
 from consensus.rejection import Reason, Rejected
 from trainer_client.calls import Retries
-from trainer_client.delivery import Delivery
+from trainer_client.delivery import DROPS_WHILE_THE_LOG_GREW, Delivery
 from trainer_client.outbox import Outbox, State
 from trainer_client.submit import Client
 
@@ -174,6 +174,60 @@ def test_time_of_an_overloaded_node_is_none_of_a_refusal_that_may_pass(
     assert delivery.failure is None
     assert not delivery._round()
     assert delivery.failure is not None
+
+
+def test_what_a_node_drops_while_nothing_becomes_final_is_sent_again_however_often(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    node.hold = True
+    outbox.put(events)
+    for _ in range(3 * DROPS_WHILE_THE_LOG_GREW):
+        delivery._round()
+        assert [fate.state for fate in outbox.unsettled()] == [State.ACCEPTED] * 3
+        node.drop_pending()
+        assert delivery._round()
+    assert delivery.failure is None
+    node.release_held()
+    eventually(lambda: not delivery._round() and outbox.unsettled() == ())
+    assert [event.id for event in node.order] == [identifier for identifier, _ in events]
+
+
+def test_event_that_never_gets_on_a_log_that_grows_is_a_failure_in_the_end(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    outbox.put(events[:1])
+    drops = 0
+    while delivery.failure is None:
+        node.hold = True
+        delivery._round()
+        node.drop_pending()
+        drops += 1
+        node.hold = False
+        node.source(f"another {drops}", [b"example"])
+        assert delivery._round()
+        assert drops < 100
+    assert drops > DROPS_WHILE_THE_LOG_GREW
+    assert delivery.failure.reason == "sequence-gap"
+
+
+def test_events_dropped_before_a_refused_one_are_settled_before_that_is_told(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    node.hold = True
+    node.refuse_step = lambda event: Rejected(Reason.BAD_FIELD, "no") if event.id == events[1][0] else None
+    outbox.put(events)
+    delivery._round()
+    assert [fate.state for fate in outbox.unsettled()] == [State.ACCEPTED, State.QUEUED]
+    node.drop_pending()
+    assert delivery._follow()
+    assert delivery.failure is None
+    delivery._round()
+    assert [fate.state for fate in outbox.unsettled()] == [State.ACCEPTED, State.QUEUED]
+    node.release_held()
+    delivery._round()
+    assert delivery.failure is not None
+    assert delivery.failure.id == events[1][0]
+    assert [event.id for event in node.order] == [events[0][0]]
 
 
 def test_nothing_is_sent_behind_a_refused_event_until_told_to(

@@ -159,6 +159,7 @@ async def test_async_client_answers_as_the_blocking_one(node: FakeNode) -> None:
             assert await other.receipt(policy) == client.receipt(policy)
             assert await other.genesis(node.chain_id) == client.genesis(node.chain_id)
             assert await other.checkpoint() == client.checkpoint()
+            assert await other.log_size() == client.log_size() == len(node.order)
             raw = client.raw_event(policy)
             assert await other.submit(raw) == client.submit(raw)
             assert await other.submit_batch([raw, raw]) == client.submit_batch([raw, raw])
