@@ -10,7 +10,10 @@
 * A node that does not know what it accepted (it was killed) is told again. So is one that dropped it for a reason
   that may pass: a pool drops what has waited ten minutes, also where nothing could become final because no quorum was
   there, and takes the same event again.
-* Without a node the outbox fills and the job goes on: nothing here ever raises into the training loop.
+* Without a node the outbox fills and the job goes on: no trouble with it is raised into the training loop.
+* On a full disk what the node says cannot be noted, so it is asked again until it can.
+* Anything else that ends the thread, a fault of ours or a broken outbox, is raised by ``failure``: the job would wait
+  for ever.
 
 What to do about a failure is left to ``governed.py``.
 """
@@ -22,9 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from consensus.admission import RETRYABLE
-from consensus.rejection import CountersignError, Reason, Rejected
+from consensus.rejection import CountersignError, InvariantBroken, Reason, Rejected
 from trainer_client.calls import EventStatus
-from trainer_client.outbox import Fate, Outbox, Outgoing
+from trainer_client.outbox import DISK_FULL_RETRY_SECONDS, Fate, Outbox, OutboxFull, Outgoing
 from trainer_client.submit import Client
 
 BATCH_EVENTS = 256
@@ -78,6 +81,8 @@ class Delivery:
         self._told_of_slowness = False
         self._dropped: _Dropped | None = None
         self._reachable = True
+        self._disk_is_full = False
+        self._fault: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
         self.cpu_seconds = 0.0
 
@@ -93,7 +98,14 @@ class Delivery:
 
     @property
     def failure(self) -> Fate | None:
-        """The first event that was rejected, once all before it are settled; None while all is well."""
+        """The first event that was rejected, once all before it are settled; None while all is well.
+
+        Raises:
+            InvariantBroken: delivery has ended by itself, and why; what is not delivered stays in the outbox.
+        """
+        fault = self._fault
+        if fault is not None:
+            raise InvariantBroken(f"events are not delivered any more: {type(fault).__name__}: {fault}") from fault
         refused = self._refused
         if refused is None:
             return None
@@ -106,9 +118,23 @@ class Delivery:
         self._refused = None
 
     def _run(self) -> None:
+        try:
+            self._deliver()
+        except Exception as fault:  # the root of this thread: ``failure`` raises it in the job's
+            _log.exception("delivery ends")
+            self._fault = fault
+
+    def _deliver(self) -> None:
         while not self._stopping.is_set():
             try:
                 moved = self._round()
+            except OutboxFull as problem:
+                if not self._disk_is_full:
+                    _log.warning("the outbox waits for room on the disk: %s", problem)
+                self._disk_is_full = True
+                self._batch_events = 1  # what is sent is sent again until its answer can be noted
+                self._stopping.wait(DISK_FULL_RETRY_SECONDS)
+                continue
             except CountersignError as problem:
                 if self._reachable:
                     _log.warning("events are spooled, the node gives no usable answer: %s", problem)
@@ -120,7 +146,9 @@ class Delivery:
             if not self._reachable:
                 _log.warning("the node answers again")
                 self._reachable = True
-            if not moved:
+            if moved:
+                self._disk_is_full = False
+            else:
                 self._outbox.wait_changed(POLL_SECONDS)
 
     def _round(self) -> bool:

@@ -356,7 +356,11 @@ class LedgerSide:
 
     @property
     def failure(self) -> Fate | None:
-        """The first event the log refused, if one is not dealt with."""
+        """The first event the log refused, if one is not dealt with.
+
+        Raises:
+            InvariantBroken: as ``Delivery.failure``.
+        """
         return self._delivery.failure
 
     def wait_all_settled(self) -> Fate | None:
@@ -395,7 +399,7 @@ class LedgerSide:
             blamed = refused.get(Digest(failure.id), discarded[-1]).permission
             self._grants.discard(blamed.grant)
         unsettled = [fate.id for fate in self._outbox.unsettled()]
-        self._outbox.reject(unsettled, "discarded", f"it follows {what}")
+        self._discard(unsettled, f"it follows {what}")
         for identifier in [each for each in self._evaluations if not self._is_final(each)]:
             del self._evaluations[identifier]
         stands = _place(head)
@@ -439,6 +443,16 @@ class LedgerSide:
                 continue
             self._last_event = events[-1]
             return
+
+    def _discard(self, identifiers: Sequence[bytes], why: str) -> None:
+        """Events that are not sent any more; waits while the disk is full, as ``_put`` does."""
+        started = time.monotonic()
+        while True:
+            try:
+                return self._outbox.reject(identifiers, "discarded", why)
+            except OutboxFull as problem:
+                self._check_limit(started, f"room to go on ({problem})")
+                time.sleep(WAIT_SECONDS)
 
     def _find_head(self) -> CampaignStatus | None:
         try:

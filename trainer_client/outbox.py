@@ -14,7 +14,9 @@ node has said what became of it::
 * **Exactly once.** By event id: putting one again changes nothing.
 * **Bounded, policy BLOCK.** At most ``maximum_bytes`` of unsettled events are held. A full outbox, or a full
   disk, makes ``put`` wait: the job slows down, nothing is lost. A wait that reaches its limit raises
-  ``OutboxFull``. Settled events keep a row of about a hundred bytes and give their own bytes back.
+  ``OutboxFull``. Settled events keep a row of about a hundred bytes and give their own bytes back. To note what became
+  of an event takes room on the disk, too: without it ``OutboxFull`` is raised and nothing has changed. That does not
+  wait, as nobody but the node gives the fate of an event: whoever was told asks again.
 * **One owner.** A second process that opens the same file is refused.
 
 Delivery is left to ``delivery.py``; what to say, to ``record.py``.
@@ -46,7 +48,7 @@ class State(StrEnum):
 
 
 class OutboxFull(Unavailable):
-    """No room within the time allowed; nothing was put and nothing was lost."""
+    """No room within the time allowed, or none on the disk for a change; nothing was changed and nothing was lost."""
 
 
 class OutboxInUse(Unavailable):
@@ -75,6 +77,9 @@ class Fate:
 
 class Outbox:
     """A durable queue of events in the file at ``path``. Its methods may be called from any thread.
+
+    ``accept``, ``requeue_accepted``, ``finalize``, ``finalize_accepted_through`` and ``reject`` raise ``OutboxFull``
+    where the disk is full, and have then changed nothing.
 
     Raises:
         OutboxInUse: another process has it open.
@@ -271,20 +276,29 @@ class Outbox:
                 added_bytes += len(event) if cursor.rowcount else 0
             self._connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            if self._undo(error):
                 return False
             raise
         self._held_bytes += added_bytes
         return True
 
+    def _undo(self, error: sqlite3.OperationalError) -> bool:
+        """End a transaction that failed; whether it may succeed later, for it failed at the disk."""
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+        return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
     def _move(self, statement: str, keys: Sequence[bytes | int | str], extra: tuple[str, ...] = ()) -> None:
         with self._changed:
-            self._connection.execute("BEGIN IMMEDIATE")
-            for key in keys:
-                self._connection.execute(statement, (key, *extra))
-            self._connection.execute("COMMIT")
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                for key in keys:
+                    self._connection.execute(statement, (key, *extra))
+                self._connection.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                if self._undo(error):
+                    raise OutboxFull(f"what became of events cannot be written to the disk: {error}") from error
+                raise
             row = self._connection.execute(
                 "SELECT COALESCE(SUM(LENGTH(event)), 0) FROM events WHERE state IN ('queued', 'accepted')"
             ).fetchone()

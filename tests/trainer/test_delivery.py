@@ -11,7 +11,7 @@ import pytest
 from fake_node import FakeNode, running_node
 
 from consensus.event import CheckedEvent
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import InvariantBroken, Reason, Rejected
 from trainer_client.calls import Retries
 from trainer_client.delivery import DROPS_WHILE_THE_LOG_GREW, Delivery
 from trainer_client.outbox import Outbox, State
@@ -228,6 +228,42 @@ def test_events_dropped_before_a_refused_one_are_settled_before_that_is_told(
     assert delivery.failure is not None
     assert delivery.failure.id == events[1][0]
     assert [event.id for event in node.order] == [events[0][0]]
+
+
+def test_delivery_outlives_a_full_disk(
+    node: FakeNode,
+    outbox: Outbox,
+    delivery: Delivery,
+    events: list[tuple[bytes, bytes]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    node.refuse_step = lambda event: Rejected(Reason.BAD_FIELD, "long" * 10_000)
+    outbox.put(events)
+    with outbox._changed:
+        pages = outbox._connection.execute("PRAGMA page_count").fetchone()[0]
+        outbox._connection.execute(f"PRAGMA max_page_count = {pages}")
+    delivery.start()
+    eventually(lambda: len(node.requests) > 2)
+    assert delivery.failure is None
+    assert [fate.state for fate in outbox.unsettled()] == [State.QUEUED] * 3
+    assert sum("waits for room on the disk" in record.getMessage() for record in caplog.records) == 1
+    with outbox._changed:
+        outbox._connection.execute("PRAGMA max_page_count = 1000000")
+    eventually(lambda: delivery.failure is not None)
+    node.refuse_step = lambda event: None
+    delivery.resume()
+    assert outbox.wait_settled(events[2][0], 60).state is State.FINAL
+
+
+def test_what_ends_the_delivery_reaches_the_job(
+    outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
+) -> None:
+    outbox.put(events)
+    outbox._connection.close()
+    delivery.start()
+    delivery._thread.join(60)
+    with pytest.raises(InvariantBroken, match="ProgrammingError"):
+        _ = delivery.failure
 
 
 def test_nothing_is_sent_behind_a_refused_event_until_told_to(

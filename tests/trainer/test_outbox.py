@@ -87,6 +87,21 @@ def test_full_disk_is_a_full_outbox_and_half_a_put_never_happens(tmp_path: Path)
         assert len(outbox.unsettled()) == 2
 
 
+def test_fate_that_does_not_fit_on_a_full_disk_changes_nothing_and_is_noted_later(tmp_path: Path) -> None:
+    with Outbox(tmp_path / "outbox.sqlite") as outbox:
+        outbox.put([named(1), named(2)])
+        pages = outbox._connection.execute("PRAGMA page_count").fetchone()[0]
+        outbox._connection.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(OutboxFull, match="full"):
+            outbox.reject([named(1)[0], named(2)[0]], "outside-grant", "long" * 10_000)
+        assert [fate.state for fate in outbox.unsettled()] == [State.QUEUED] * 2
+        assert outbox.held_bytes == 200
+        outbox._connection.execute("PRAGMA max_page_count = 1000000")
+        outbox.reject([named(1)[0], named(2)[0]], "outside-grant", "long" * 10_000)
+        assert outbox.unsettled() == ()
+        assert outbox.held_bytes == 0
+
+
 def test_rejection_keeps_its_reason_and_a_settled_event_never_changes(outbox: Outbox) -> None:
     outbox.put([named(1), named(2)])
     outbox.reject([named(1)[0]], "outside-grant", "step 9")
