@@ -3,6 +3,9 @@
 Both drive the calls of ``calls.py``, where requests, answers and retries are defined; nothing is said
 twice. Every method raises as described there: ``Rejected`` with the node's reason, ``Unavailable`` after the
 last retry, ``UnexpectedAnswer``.
+
+Nothing of the environment is used: a proxy from there would be sent the node's token and all that the job records, and
+a ``.netrc`` could say who asks.
 """
 
 import asyncio
@@ -46,7 +49,7 @@ class Client:
     """
 
     def __init__(self, url: str, token: str | None = None, retries: Retries = DEFAULT_RETRIES) -> None:
-        self._http = httpx.Client(base_url=url, headers=_headers(token))
+        self._http = httpx.Client(base_url=url, headers=_headers(token), trust_env=False)
         self._retries = retries
 
     def __enter__(self) -> Self:
@@ -155,7 +158,7 @@ class AsyncClient:
     """The same client for asyncio: every method of ``Client``, awaited."""
 
     def __init__(self, url: str, token: str | None = None, retries: Retries = DEFAULT_RETRIES) -> None:
-        self._http = httpx.AsyncClient(base_url=url, headers=_headers(token))
+        self._http = httpx.AsyncClient(base_url=url, headers=_headers(token), trust_env=False)
         self._retries = retries
 
     async def __aenter__(self) -> Self:

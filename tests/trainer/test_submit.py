@@ -144,6 +144,21 @@ def test_event_still_pending_at_the_limit_is_unavailable(node: FakeNode, client:
 
 
 @pytest.mark.asyncio
+async def test_proxy_of_the_environment_gets_nothing(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_node() as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        with Client(node.url, token="secret", retries=QUICK) as client:
+            client.checkpoint()
+        async with AsyncClient(node.url, token="secret", retries=QUICK) as other:
+            await other.checkpoint()
+        assert proxy.requests == []
+    assert len(node.requests) == 2
+
+
+@pytest.mark.asyncio
 async def test_async_client_answers_as_the_blocking_one(node: FakeNode) -> None:
     policy, source = node.policy(), node.source("a", [b"x"])
     campaign, key = bytes([7]) * 32, Ed25519SigningKey(bytes([9]) * 32)
