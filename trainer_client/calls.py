@@ -40,6 +40,7 @@ from consensus.state import (
 )
 
 RETRIED_STATUSES = frozenset({429, 502, 503, 504})
+OVERSIZED_STATUS = 413
 MAXIMUM_WAIT_SECONDS = 30.0
 OCTETS = "application/octet-stream"
 
@@ -407,9 +408,11 @@ def _refusal(request: Request, reply: Reply) -> CountersignError:
         said = _read_json(reply.body, _ErrorAnswer)
         return Rejected(_reason(said.error, where), said.detail)
     except (msgspec.DecodeError, ValueError):
-        return UnexpectedAnswer(f"{where}: {reply.body[:200]!r}")
-    except UnexpectedAnswer as unknown:
-        return unknown
+        unknown = UnexpectedAnswer(f"{where}: {reply.body[:200]!r}")
+    except UnexpectedAnswer as error:
+        unknown = error
+    # A proxy before the node says what is too large in words of its own.
+    return Rejected(Reason.OVERSIZED, str(unknown)) if reply.status == OVERSIZED_STATUS else unknown
 
 
 def _reason(name: str, where: str) -> Reason:

@@ -6,6 +6,8 @@
 * An overloaded node is waited for without a limit: it says nothing against the event, only that it has no room yet. It
   checks all of a batch before it refuses any, so one event asks for room, after growing pauses; once that is taken,
   batches grow again.
+* A node, or a proxy before it, may take less at once than is sent: a batch it calls too large is halved, and what
+  follows stays within that. A single event that is too large is refused.
 * An event final implies every earlier accepted one is: a campaign's events are numbered without gaps.
 * A node that does not know what it accepted (it was killed) is told again. So is one that dropped it for a reason
   that may pass: a pool drops what has waited ten minutes, also where nothing could become final because no quorum was
@@ -74,6 +76,8 @@ class Delivery:
         self._waiting_since: float | None = None
         self._batch_events = BATCH_EVENTS
         """How many events are sent at once: all that may be, fewer for a node that was overloaded lately."""
+        self._batch_bytes = BATCH_BYTES
+        """How much is sent at once: all that may be, less where the node called it too large."""
         self._slow_seconds = 0.0
         """How long an overloaded node was last left alone; 0 where it takes what it is sent."""
         self._send_from: float | None = None
@@ -160,11 +164,17 @@ class Delivery:
         if self._send_from is not None and self._monotonic() < self._send_from:
             return False
         self._send_from = None
-        batch = self._outbox.queued(self._batch_events, BATCH_BYTES, self._refused_position())
+        batch = self._outbox.queued(self._batch_events, self._batch_bytes, self._refused_position())
         if not batch:
             self._told_of_slowness = False
             return False
-        results = self._client.submit_batch([outgoing.event for outgoing in batch])
+        try:
+            results = self._client.submit_batch([outgoing.event for outgoing in batch])
+        except Rejected as refusal:
+            if refusal.reason is not Reason.OVERSIZED:
+                raise
+            self._note_oversized(batch, refusal)
+            return True
         if not all(self._note_answer(outgoing, result) for outgoing, result in zip(batch, results, strict=True)):
             return False
         self._batch_events = min(2 * self._batch_events, BATCH_EVENTS)
@@ -191,6 +201,15 @@ class Delivery:
             return False
         self._waiting_since = None
         return True
+
+    def _note_oversized(self, batch: tuple[Outgoing, ...], refusal: Rejected) -> None:
+        size_bytes = sum(len(outgoing.event) for outgoing in batch)
+        if len(batch) > 1:
+            self._batch_bytes = size_bytes // 2
+            _log.warning("the node takes no batch of %d bytes, smaller ones are sent: %s", size_bytes, refusal.detail)
+        else:
+            why = EventStatus(batch[0].id.hex(), "rejected", error=refusal.reason.value, detail=refusal.detail)
+            self._reject(batch[0].id, why)
 
     def _slow_down(self, result: EventStatus) -> None:
         self._waiting_since = None

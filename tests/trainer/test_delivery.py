@@ -266,6 +266,46 @@ def test_what_ends_the_delivery_reaches_the_job(
         _ = delivery.failure
 
 
+@pytest.fixture
+def narrow(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How large the batches were that a node which takes 900 bytes at once was sent; an event has 411."""
+    sizes: list[int] = []
+    answer = node.answer
+
+    def refuse_large(method: str, target: str, body: bytes) -> tuple[int, bytes]:
+        if method == "POST":
+            sizes.append(len(body))
+            if len(body) > 900:
+                return 413, b"<html>Request Entity Too Large</html>"
+        return answer(method, target, body)
+
+    monkeypatch.setattr(node, "answer", refuse_large)
+    return sizes
+
+
+def test_batch_too_large_for_the_node_is_halved_until_it_fits_and_stays_so(
+    node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]], narrow: list[int]
+) -> None:
+    outbox.put(events)
+    delivery.start()
+    assert outbox.wait_settled(events[2][0], 60).state is State.FINAL
+    assert [event.id for event in node.order] == [identifier for identifier, _ in events]
+    assert [size > 900 for size in narrow] == [True, False, False, False]
+
+
+def test_single_event_too_large_for_the_node_is_refused_by_name(
+    outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]], narrow: list[int]
+) -> None:
+    large = (bytes(32), bytes(1_000))
+    outbox.put([events[0], large, events[1]])
+    delivery.start()
+    eventually(lambda: delivery.failure is not None)
+    assert delivery.failure is not None
+    assert (delivery.failure.id, delivery.failure.reason) == (large[0], "oversized")
+    assert "Too Large" in delivery.failure.detail
+    assert len(narrow) == 3
+
+
 def test_nothing_is_sent_behind_a_refused_event_until_told_to(
     node: FakeNode, outbox: Outbox, delivery: Delivery, events: list[tuple[bytes, bytes]]
 ) -> None:
