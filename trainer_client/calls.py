@@ -4,8 +4,9 @@ A call is a generator: it yields a ``Request`` and is sent the ``Reply`` (or Non
 made), yields a ``Pause`` and is resumed after it, and returns its typed result. ``submit.py`` drives the
 same generators with a blocking and with an asyncio client, so both do exactly the same.
 
-Retries: no connection, 429, 502, 503 and 504 are tried again with growing pauses, or after what
-``Retry-After`` says. A named rejection never is: it is raised as ``Rejected`` with the node's reason.
+Retries: no connection, 408, 429, 500, 502, 503 and 504 are tried again with growing pauses, or after what
+``Retry-After`` says: they tell of the node's state or the network's, none of what was asked, and every request may be
+repeated. A named rejection never is: it is raised as ``Rejected`` with the node's reason.
 
 Exceptions::
 
@@ -39,7 +40,7 @@ from consensus.state import (
     read_record,
 )
 
-RETRIED_STATUSES = frozenset({429, 502, 503, 504})
+RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 OVERSIZED_STATUS = 413
 MAXIMUM_WAIT_SECONDS = 30.0
 OCTETS = "application/octet-stream"
@@ -373,7 +374,7 @@ def _reliably(request: Request, retries: Retries) -> Call[Reply]:
             raise _refusal(request, reply)
         wanted_seconds = pause_seconds
         if reply is not None:
-            problem = f"HTTP {reply.status}"
+            problem = f"HTTP {reply.status}{_said(reply)}"
             wanted_seconds = max(pause_seconds, _retry_after_seconds(reply.retry_after))
         if attempt + 1 < retries.attempts:
             yield Pause(wanted_seconds)
@@ -413,6 +414,15 @@ def _refusal(request: Request, reply: Reply) -> CountersignError:
         unknown = error
     # A proxy before the node says what is too large in words of its own.
     return Rejected(Reason.OVERSIZED, str(unknown)) if reply.status == OVERSIZED_STATUS else unknown
+
+
+def _said(reply: Reply) -> str:
+    """The node's words about a passing trouble, empty where there are none of its own."""
+    try:
+        said = _read_json(reply.body, _ErrorAnswer)
+    except (msgspec.DecodeError, ValueError):
+        return ""
+    return f" ({said.error}: {said.detail})" if said.detail else f" ({said.error})"
 
 
 def _reason(name: str, where: str) -> Reason:

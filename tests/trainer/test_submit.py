@@ -1,5 +1,6 @@
 """The clients against a real HTTP server: typed answers, retries that stop at a named rejection."""
 
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -104,6 +105,22 @@ def test_node_that_stays_busy_is_unavailable(node: FakeNode, client: Client) -> 
     assert len(node.requests) == 3
 
 
+@pytest.mark.parametrize(("status", "error"), [(408, "too-slow"), (500, "internal"), (502, "x"), (503, "unavailable")])
+def test_passing_trouble_of_the_node_is_tried_again_and_told_in_its_words(
+    node: FakeNode, client: Client, status: int, error: str
+) -> None:
+    trouble: tuple[int, dict[str, str], bytes] = (
+        status,
+        {},
+        json.dumps({"error": error, "detail": "see its log"}).encode(),
+    )
+    node.answers = [trouble]
+    assert client.checkpoint()
+    node.answers = [trouble] * 3
+    with pytest.raises(Unavailable, match=rf"HTTP {status} \({error}: see its log\) after 3 attempts"):
+        client.checkpoint()
+
+
 def test_closed_connection_is_tried_again_and_then_unavailable(node: FakeNode, client: Client) -> None:
     node.down = True
     with pytest.raises(Unavailable, match="no connection"):
@@ -122,7 +139,7 @@ def test_nobody_listening_is_unavailable() -> None:
 
 def test_answers_outside_the_contract_are_named(node: FakeNode, client: Client) -> None:
     for answer in (
-        (500, {}, b"oops"),
+        (418, {}, b"oops"),
         (409, {}, b'{"error": "no-such-reason"}'),
         (200, {}, b"not json"),
         (200, {}, b'{"results": []}'),
