@@ -10,8 +10,7 @@
   follows stays within that. A single event that is too large is refused.
 * An event final implies every earlier accepted one is: a campaign's events are numbered without gaps.
 * A node that does not know what it accepted (it was killed) is told again. So is one that dropped it for a reason
-  that may pass: a pool drops what has waited ten minutes, also where nothing could become final because no quorum was
-  there, and takes the same event again.
+  that may pass: a pool drops what has waited too long for others, and takes the same event again.
 * Without a node the outbox fills and the job goes on: no trouble with it is raised into the training loop.
 * On a full disk what the node says cannot be noted, so it is asked again until it can.
 * Anything else that ends the thread, a fault of ours or a broken outbox, is raised by ``failure``: the job would wait
@@ -39,8 +38,9 @@ UNREACHABLE_PAUSE_SECONDS = 1.0
 RETRYABLE_LIMIT_SECONDS = 60.0
 FIRST_SLOW_SECONDS = 0.2
 LONGEST_SLOW_SECONDS = 5.0
-DROPS_WHILE_THE_LOG_GREW = 6
-"""So often a node whose log grew meanwhile drops an event (after ten minutes each) before that counts as a refusal."""
+DROPS_WHILE_THE_LOG_GREW = 2
+"""So often a node whose log grew meanwhile drops (after ten minutes each) what it was sent again, before that counts as
+a refusal."""
 
 PASSING = frozenset(reason.value for reason in RETRYABLE)
 
@@ -248,11 +248,12 @@ class Delivery:
     def _may_still_pass(self, identifier: bytes, found: EventStatus) -> bool:
         """Whether the oldest accepted event, which the node dropped for a reason that may pass, is sent again.
 
-        The reason does not tell why it had to wait. Without a quorum nothing becomes final, however long: that counts
-        for nothing, and ends with the outage. An event that lacks something which never comes (a delegation that was
-        never made) could be sent for ever, to a log on which others become final. All before it in the outbox is
-        settled, so what it lacks is nothing of ours: each wait in which the log grew was a chance, and after
-        ``DROPS_WHILE_THE_LOG_GREW`` of them, in all, it is over. Several, as others may have been taken first.
+        The reason does not tell why it had to wait. A node may count time without a quorum, when nothing becomes final:
+        that counts for nothing here, and ends with the outage. An event that lacks something which never comes (a
+        delegation that was never made) could be sent for ever, to a log on which others become final. All before it in
+        the outbox is settled, so what it lacks is nothing of ours: each wait in which the log grew was a chance, and
+        after ``DROPS_WHILE_THE_LOG_GREW`` of them, in all, it is over. More than one, as others may have been taken
+        first.
         """
         dropped = self._dropped
         if dropped is None or dropped.id != identifier:
