@@ -55,7 +55,7 @@ MEMORY is bounded by votes of ``LOOKAHEAD_VIEWS`` views ahead, three per voter a
 view, and the certificates of views above the last finalized one; below it everything is dropped.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from consensus.absence import Absence
@@ -280,6 +280,8 @@ class Engine:
             block = self.branches.add(proposal, header)
             block.status = Status.VALID
             state.proposal = proposal
+            # A traitor may have shown them to us alone: without them others could not vote for what rests on them.
+            self._effects += [Broadcast(one) for one in self._rests_on(header) if one != self._entry]
             self._vote(VoteKind.NOTARIZE, self.view, block.digest, proposal)
         return self._settle(now_ms)
 
@@ -839,16 +841,18 @@ class Engine:
         if state is None or state.proposal is None or not state.votes or state.notarized != state.proposal.digest:
             return
         header = decode_header(state.proposal.header, self.committee.chain_id)
-        if header.leader != self.own:
-            return
-        for view in range(max(header.parent_view, self.view - MAX_ANSWER_MESSAGES), self.view):
+        if header.leader == self.own:
+            self._effects += [Broadcast(one) for one in (*self._rests_on(header), state.proposal)]
+
+    def _rests_on(self, header: Header) -> Iterator[Notarization | Nullification]:
+        """The certificates by which others accept a proposal: its parent's, and those of the views in between."""
+        for view in range(max(header.parent_view, header.view - MAX_ANSWER_MESSAGES), header.view):
             before = self._rounds.get(View(view))
             if before is None:
                 continue
             certificate = before.notarization if view == header.parent_view else before.nullification
             if certificate is not None:
-                self._effects.append(Broadcast(certificate))
-        self._effects.append(Broadcast(state.proposal))
+                yield certificate
 
     def _missing_view(self) -> View:
         view = View(self.final_view + 1)

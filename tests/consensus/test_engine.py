@@ -348,6 +348,28 @@ def test_voter_votes_in_no_view_that_its_journal_has_forgotten():
     assert host.cast() == [(NOTARIZE, 5, fifth.digest)]
 
 
+def test_leader_sends_along_what_its_proposal_rests_on_for_others_may_never_have_seen_it():
+    host = Host(IDS[3]).do("start").do("work_available")
+    header, proposal = build(1)
+    host.hear(proposal, nullification(1), notarization(header), nullification(2), nullification(3))
+    assert [asked.parent for asked in host.asked(RequestProposal)] == [header]
+    sent = [effect.message for effect in host.asked(Broadcast)]
+    assert notarization(header) not in sent, "it came when view 1 was left already"
+    host.effects.clear()
+    _, own = build(4, header)
+    host.do("own_proposal", own)
+    assert [effect.message for effect in host.asked(Broadcast)] == [notarization(header), nullification(2)]
+    assert host.cast() == [(NOTARIZE, 4, own.digest)]
+
+
+def test_leader_of_the_view_after_its_parent_sends_nothing_twice():
+    host = Host(IDS[3]).do("start").do("work_available")
+    parent = notarized_run(host, 3)[-1]
+    host.effects.clear()
+    host.do("own_proposal", build(4, parent)[1])
+    assert host.asked(Broadcast) == []
+
+
 def test_vote_nobody_asked_for_is_not_counted():
     with pytest.raises(InvariantBroken):
         follower().do("own_vote", vote(NULLIFY, 1, voter=FOLLOWER))

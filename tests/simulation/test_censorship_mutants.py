@@ -53,7 +53,7 @@ def carriers_are_to_hold_events(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (admissible_only_after_the_ledger_block, ONE_EPOCH, 0),
         (no_room_is_no_excuse, ONE_EPOCH, 46),
-        (carriers_are_to_hold_events, EPOCHS, 25),
+        (carriers_are_to_hold_events, EPOCHS, 4),
     ],
 )
 def test_rule_without_an_exception_lets_admissible_events_wait_for_ever(
