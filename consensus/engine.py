@@ -157,6 +157,7 @@ class Engine:
         self._rounds: dict[View, _Round] = {}
         self._unsettled: set[View] = set()
         self._first_view = View(0)
+        """How we voted in earlier ones may be forgotten."""
         self._highest_certified = final_view
         self._highest_notarized = final_view
         self._highest_seen = final_view

@@ -141,9 +141,8 @@ MISREADINGS = {
         "if before else 0)",
     ),
     "an evaluation is a last event": (
-        'standing="met" if met else "unmet",\n        recorded_at_ms=now,\n    )',
-        'standing="met" if met else "unmet",\n        recorded_at_ms=now,\n    )\n'
-        "    log.change(6, event.campaign, last_event=event.id)",
+        'standing="met" if met else "unmet",\n    )',
+        'standing="met" if met else "unmet",\n    )\n    log.change(6, event.campaign, last_event=event.id)',
     ),
     "a successor is nobody": (
         'successor=joins.get(old[member], b"")',

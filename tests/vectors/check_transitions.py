@@ -465,6 +465,12 @@ def membership(log: Log, event: Event, now: int) -> None:
     log.epoch, log.members, log.groups = epoch, members, groups
 
 
+def put_review(log: Log, table: int, event: Event, now: int, **said: object) -> None:
+    """A record of what somebody says about a campaign, under the event that says it."""
+    key = review_key(event.campaign, event.id)
+    log.put(table, key, campaign=event.campaign, event=event.id, recorded_at_ms=now, **said)
+
+
 def evaluation(log: Log, event: Event, now: int) -> None:
     head, said = log.get(6, event.campaign), event.operation
     refuse_if((said["parameter_root"], said["steps"]) != (head["root"], head["steps"]), "root-not-final")
@@ -483,16 +489,15 @@ def evaluation(log: Log, event: Event, now: int) -> None:
         if threshold is not None:
             side, bound = threshold
             met = met and (low >= bound if side == "at-least" else high <= bound)
-    log.put(
+    put_review(
+        log,
         12,
-        review_key(event.campaign, event.id),
-        campaign=event.campaign,
-        event=event.id,
+        event,
+        now,
         test=test,
         steps=said["steps"],
         parameter_root=said["parameter_root"],
         standing="met" if met else "unmet",
-        recorded_at_ms=now,
     )
     log.found_open(event.campaign, event.id, not met)
 
@@ -504,15 +509,14 @@ def decision(log: Log, event: Event, now: int) -> None:
         table = next(table for table in (12, 15) if log.find(table, event.campaign, subject) is not None)
         log.change(table, review_key(event.campaign, subject), standing=f"{outcome}ed")
         log.found_open(event.campaign, subject, outcome == "reject")
-    log.put(
+    put_review(
+        log,
         13,
-        review_key(event.campaign, event.id),
-        campaign=event.campaign,
-        event=event.id,
+        event,
+        now,
         author=event.author,
         subject=subject,
         outcome=outcome,
-        recorded_at_ms=now,
     )
 
 
@@ -523,18 +527,17 @@ def audit_challenge(log: Log, event: Event, now: int) -> None:
     rules = named(POLICY, log.get(2, log.get(1, ZERO)["policy"])["policy"])
     barring = bool(rules["auditors"])
     told = {field: said[field] for field in ("number", "first_step", "last_step", "picks", "answer_by_ms")}
-    log.put(
+    put_review(
+        log,
         15,
-        review_key(event.campaign, event.id),
-        campaign=event.campaign,
-        event=event.id,
+        event,
+        now,
         auditor=event.author,
         epoch=log.epoch,
         beacon_key=bytes(total_of([key_of(group[2]) for group in log.groups])),
         barring=barring,
         answer=b"",
         standing="open",
-        recorded_at_ms=now,
         **told,
     )
     log.change(6, event.campaign, next_audit=head["next_audit"] + 1)
@@ -560,11 +563,11 @@ def audit_result(log: Log, event: Event, now: int) -> None:
         log.change(15, key, answer=event.id, standing=standing)
         bars = standing == "rejected" or (held["barring"] and standing in ("open", "differed"))
         log.found_open(event.campaign, challenge, bars)
-    log.put(
+    put_review(
+        log,
         14,
-        review_key(event.campaign, event.id),
-        campaign=event.campaign,
-        event=event.id,
+        event,
+        now,
         auditor=event.author,
         first_step=said["first_step"],
         last_step=said["last_step"],
@@ -572,7 +575,6 @@ def audit_result(log: Log, event: Event, now: int) -> None:
         challenge=challenge,
         matching=matching,
         differing=differing,
-        recorded_at_ms=now,
     )
 
 
