@@ -235,6 +235,7 @@ def open_voter(identity: Identity, ledger: Ledger, keystore: Path, data_director
     remembered, head = ledger.store.vote_mark(committee.epoch), ledger.store.head()
     # In a later epoch a data directory may well be newer than this voter's first vote; peers are asked either way.
     may_be_new = head is None or head.height == 0 or committee.epoch != GENESIS_EPOCH
+    journal: Journal | None = None
     try:
         if not path.exists() and remembered is None and may_be_new:
             journal = Journal.create(path, ledger.genesis.chain_id, member.id)
@@ -244,6 +245,8 @@ def open_voter(identity: Identity, ledger: Ledger, keystore: Path, data_director
         voter = Voter(keys, committee, ledger.scheme, journal, ledger.store)
         voter.restored()
     except JournalLost as error:
+        if journal is not None:
+            journal.close()
         log.critical("this node does not vote: %s", error)
         return str(error)
     return voter

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from consensus.identifiers import Digest
 from consensus.policy import band_count, maximum_profile, why_refused
 from consensus.portions import ClassProfile, Policy
-from consensus.rejection import CountersignError, Reason, Rejected, Unavailable
+from consensus.rejection import CountersignError, InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state import DELEGATION_TABLE, POLICY_TABLE, DelegationRecord, PolicyRecord, SourceRecord
 from trainer_client.calls import GrantStatus
 from trainer_client.plan import RunSettings
@@ -130,6 +130,7 @@ class GrantKeeper:
 
         Raises:
             Rejected: a grant cannot be had, and why. Unavailable: the pause limit is over.
+            InvariantBroken: asking has ended by itself, and why.
         """
         started = time.monotonic()
         logged = False
@@ -213,6 +214,17 @@ class GrantKeeper:
             self._changed.notify_all()
 
     def _run(self) -> None:
+        try:
+            self._keep_in_grants()
+        except Exception as fault:  # the root of this thread: ``permission_for`` raises it in the job's
+            _log.exception("asking for grants ends")
+            problem = InvariantBroken(f"grants are not asked for any more: {type(fault).__name__}: {fault}")
+            problem.__cause__ = fault
+            with self._changed:
+                self._problem = problem
+                self._changed.notify_all()
+
+    def _keep_in_grants(self) -> None:
         while True:
             with self._changed:
                 while self._wanted is None and not self._stopping:

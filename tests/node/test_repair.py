@@ -1,5 +1,6 @@
 """Damaged databases of real nodes: each is named, none is served, and a repaired node has what its peers have."""
 
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -246,6 +247,8 @@ def test_a_journal_restored_from_an_older_copy_is_still_noticed_after_a_repair(h
     node = history.node(VOTER)
     try:
         assert "as the store remembers" in node.snapshot().why_not_voting
+        opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        assert str(victim.directory / JOURNAL_FILE) not in opened
     finally:
         node.ledger.store.close()
 

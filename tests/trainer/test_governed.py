@@ -44,7 +44,7 @@ from consensus.portions import (
     SaltedPortion,
     StepOperation,
 )
-from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
+from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, Unavailable
 from trainer_client import ledger_side
 from trainer_client.commitment import parameter_root_of, root_of_tensors
 from trainer_client.course import ReplayFailed
@@ -349,6 +349,15 @@ def test_job_without_a_grant_gives_up_only_at_its_pause_limit(scene: Scene) -> N
     with scene.run() as run:
         limit_pauses(run, 0.3)
         with pytest.raises(Unavailable, match="no grant for step 1"):
+            next(run.batches())
+    assert_unpatched(scene.model)
+
+
+def test_job_is_told_that_nobody_asks_for_grants_any_more(scene: Scene) -> None:
+    scene.register()
+    with scene.run() as run:
+        run._ledger._own._grants._client = None  # type: ignore[union-attr,assignment]
+        with pytest.raises(InvariantBroken, match="grants are not asked for any more: AttributeError"):
             next(run.batches())
     assert_unpatched(scene.model)
 

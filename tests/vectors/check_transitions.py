@@ -1,6 +1,6 @@
 """Checks the vectors of transitions: computes what each event does to the state, from the specification alone.
 
-    python tests/vectors/check_transitions.py FOLDER
+    python tests/vectors/check_transitions.py [FOLDER]
 
 As ``check_vectors.py``, whose helpers it uses, without a line of the implementation. Effects are those of section 13,
 whole; of its rules only those that the refused events of the vectors break, and what decides an effect.
@@ -653,10 +653,10 @@ def check_story(case: dict) -> int:
     return total
 
 
-def main(folder: str) -> None:
+def main(folder: str | Path = Path(__file__).parent) -> None:
     cases = json.loads(Path(folder, "transitions.json").read_text(encoding="ascii"))
     print(f"{sum(check_story(case) for case in cases)} events do what the vectors say")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """Checks the golden vectors without a line of the implementation: hashlib, struct, json and libraries for signatures.
 
-    python tests/vectors/check_vectors.py FOLDER
+    python tests/vectors/check_vectors.py [FOLDER]
 
 Written from the specification, so that a mistake made twice the same way is made by two people. A vector
 that does not hold raises, and so does one that must be refused and is not, or for another reason; the number of
@@ -1063,7 +1063,7 @@ CHECKS = {
 }
 
 
-def main(folder: str) -> None:
+def main(folder: str | Path = Path(__file__).parent) -> None:
     total = 0
     for file, checker in CHECKS.items():
         cases = json.loads(Path(folder, f"{file}.json").read_text(encoding="ascii"))
@@ -1074,4 +1074,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
