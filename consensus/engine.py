@@ -6,7 +6,7 @@ members of every voting role. In view ``v`` a voter:
 
 1. *Enter*: on any certificate of ``v - 1`` or a later view, which it forwards once, go to the view after it.
 2. *Propose*: the leader, once a ledger block is due, proposes on the highest notarized ledger block whose
-   branch it has verified, with every view between nullified; its proposal is its notarize vote, too.
+   branch it has verified, with every view between nullified; it sends its notarize vote with the proposal.
 3. *Notarize* ◆ the leader's first proposal, once, if its parent is notarized (or final), every view between
    the parent's and ``v`` is nullified (the gap check), and the host finds it valid on its parent's overlay.
 4. *Finalize* ◆ a ledger block as soon as it is notarized and found valid, if it did not nullify its view.
@@ -22,13 +22,13 @@ by the gap check, extend it.
 *When a ledger block is due*: at once while there is work that is not on its branch yet; after half the first
 timeout while the highest notarized ledger block is not final; ``heartbeat_ms`` after the last one otherwise. *When the
 timer runs*: while there is work, a message of this or a later view has been seen, the highest notarized ledger
-block is not final, or a heartbeat is due. Timeouts grow by half up to a cap with every view nullified after one,
-and go a quarter of the way back to where they began with every finalization.
+block is not final, or a heartbeat is due. Timeouts grow by half up to a cap with every view left after one, and
+go a quarter of the way back to where they began with every finalization.
 *On standstill*, two timeouts after the last finalization (whatever views ended meanwhile: others may have
 finalized what we lack) and then every timeout: repeat own votes that are not final yet, the
 own proposal with the certificates of its gap, and the certificate that led to this view; ask all for
 what is missing (``Stalled``); repeat requests. The asked answer with certificates, at most
-``MAX_ANSWER_MESSAGES`` at a time.
+``MAX_ANSWER_MESSAGES`` and ``MAX_ANSWER_BYTES`` at a time.
 
 EPOCHS. One engine serves one epoch. The host ends it once the epoch's terminal ledger block is final (``transition``),
 even if a carrier's certificate made it so, and begins another under the new members, whose views count from 1.
@@ -49,7 +49,8 @@ HOST. One call per input, with the host's monotonic clock in milliseconds; each 
 carried out in order (``effect`` has the promises). Messages are checked (``check_vote`` ...) before;
 ``wants`` tells which need no check since they would change nothing. On restart: ``restore`` with the
 journalled votes and proposals above the last finalized ledger block, then ``start``. A voter whose journal
-is lost or rolled back must run with ``own=None``; a vote of ours that our journal lacks halts the engine.
+is lost or rolled back must run with ``own=None``; a vote of ours that our journal lacks and has not forgotten
+halts the engine.
 
 MEMORY is bounded by votes of ``LOOKAHEAD_VIEWS`` views ahead, three per voter and view, two proposals per
 view, and the certificates of views above the last finalized one; below it everything is dropped.
@@ -62,6 +63,7 @@ from consensus.absence import Absence
 from consensus.block import VERSION, Header, decode_header
 from consensus.branches import Branch, Branches, Status, Verdict
 from consensus.certificate import Certificate
+from consensus.codec import encode
 from consensus.effect import (
     Broadcast,
     CastVote,
@@ -98,6 +100,11 @@ MAX_UNFINAL_BLOCKS = 1_000
 stores and peers take (1,024); where all of a role must vote, one that withholds its finalize votes decides how far.
 """
 MAX_ANSWER_MESSAGES = 128
+MAX_ANSWER_BYTES = 2 << 20
+"""Of certificates said at once, encoded. What waits for a peer is bounded: of many members with large signatures, more
+would push out what was asked for first."""
+Certified = Notarization | Nullification | Certificate
+"""What ends a view."""
 DECIDED = (Status.VALID, Status.REFUSED, Status.INVALID)
 
 
@@ -172,7 +179,7 @@ class Engine:
         self._timeout_ms = timing.timeout_ms
         self._repeat_from = 0
         self.view = View(final_view + 1)
-        self._entry: Message | None = certificate
+        self._entry: Certified | None = certificate
         self._entered_ms = 0
         self._active_since_ms: int | None = None
         self._repeat_at_ms: int | None = None
@@ -282,7 +289,7 @@ class Engine:
             block.status = Status.VALID
             state.proposal = proposal
             # A traitor may have shown them to us alone: without them others could not vote for what rests on them.
-            self._effects += [Broadcast(one) for one in self._rests_on(header) if one != self._entry]
+            self._effects += [Broadcast(one) for one in _at_once(self._rests_on(header)) if one != self._entry]
             self._vote(VoteKind.NOTARIZE, self.view, block.digest, proposal)
         return self._settle(now_ms)
 
@@ -414,7 +421,7 @@ class Engine:
 
     def _add_vote(self, vote: Vote) -> None:
         state = self._round(View(vote.view))
-        if vote.voter == self.own and not self._decided_to_cast(state, vote):
+        if vote.voter == self.own and vote.view >= self._first_view and not self._decided_to_cast(state, vote):
             self._halt(f"a vote of ours for view {vote.view} that our journal lacks")
             return
         self._hear(MemberId(vote.voter), View(vote.view))
@@ -498,14 +505,14 @@ class Engine:
         if answered_ms is not None and self._now_ms < answered_ms + self.timing.timeout_ms // 2:
             return
         self._answered_ms[sender] = self._now_ms
-        messages: list[Message] = []
+        messages: list[Certified] = []
         newest = self._pending or self._certificate
         if newest is not None and newest.view > stalled.finalized_view:
             messages.append(newest)
         for view in sorted(view for view in self._rounds if view >= stalled.missing_view):
             state = self._rounds[view]
             messages.extend(one for one in (state.notarization, state.nullification) if one is not None)
-        self._effects.extend(Send(sender, message) for message in messages[:MAX_ANSWER_MESSAGES])
+        self._effects.extend(Send(sender, message) for message in _at_once(messages))
 
     # Counting
 
@@ -636,7 +643,7 @@ class Engine:
             self._entry = state.nullification
         elif self._pending is not None:
             self._entry = self._pending
-        if self._entry is not None and self._entry != self._certificate:
+        if self._entry is not None and self._entry.view == self._highest_certified:
             self._effects.append(Broadcast(self._entry))
         self.view = View(self._highest_certified + 1)
         self._entered_ms = self._now_ms
@@ -843,17 +850,20 @@ class Engine:
             return
         header = decode_header(state.proposal.header, self.committee.chain_id)
         if header.leader == self.own:
-            self._effects += [Broadcast(one) for one in (*self._rests_on(header), state.proposal)]
+            self._effects += [Broadcast(one) for one in (*_at_once(self._rests_on(header)), state.proposal)]
 
-    def _rests_on(self, header: Header) -> Iterator[Notarization | Nullification]:
-        """The certificates by which others accept a proposal: its parent's, and those of the views in between."""
-        for view in range(max(header.parent_view, header.view - MAX_ANSWER_MESSAGES), header.view):
+    def _rests_on(self, header: Header) -> Iterator[Certified]:
+        """The certificates by which others accept a proposal: of views since its parent, newest first, and of that."""
+        for view in range(header.view - 1, header.parent_view, -1):
             before = self._rounds.get(View(view))
-            if before is None:
-                continue
-            certificate = before.notarization if view == header.parent_view else before.nullification
-            if certificate is not None:
-                yield certificate
+            if before is not None and before.nullification is not None:
+                yield before.nullification
+        parent = self._rounds.get(View(header.parent_view))
+        if parent is not None and parent.notarization is not None:
+            yield parent.notarization
+        elif header.parent_view == self.final_view < header.view - 1 and self._certificate is not None:
+            # Not where no view lies between: what led us here has been forwarded.
+            yield self._certificate
 
     def _missing_view(self) -> View:
         view = View(self.final_view + 1)
@@ -862,3 +872,13 @@ class Engine:
         ):
             view = View(view + 1)
         return view
+
+
+def _at_once(certificates: Iterable[Certified]) -> Iterator[Certified]:
+    """The first of them, as many as may be sent in one go."""
+    size_bytes = 0
+    for number, certificate in enumerate(certificates):
+        size_bytes += len(encode(certificate))
+        if number and (number == MAX_ANSWER_MESSAGES or size_bytes > MAX_ANSWER_BYTES):
+            return
+        yield certificate

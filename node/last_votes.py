@@ -12,7 +12,7 @@ import trio
 from consensus.codec import decode, encode
 from consensus.identifiers import MemberId
 from consensus.rejection import Rejected, Unavailable
-from consensus.vote import Vote, check_vote
+from consensus.vote import Vote, VoteKind, check_vote
 from node.ledger import Ledger
 from node.messages import GetLastVote, LastVote
 from node.network import Network
@@ -40,7 +40,7 @@ class LastVotes:
         """A checked vote."""
         voter = MemberId(vote.voter)
         held = self._last_votes.get(voter)
-        if held is None or (vote.epoch, vote.view) >= (held.epoch, held.view):
+        if held is None or _order(vote) > _order(held):
             self._last_votes[voter] = vote
 
     def of(self, voter: MemberId) -> Vote | None:
@@ -77,3 +77,9 @@ class LastVotes:
                 clear.add(peer)
             await trio.sleep(ASK_AGAIN_SECONDS)
         return None
+
+
+def _order(vote: Vote) -> tuple[int, int, bool]:
+    """Rises with each vote of a member that may conflict with another: in a view it notarizes, if it does, before it
+    nullifies or finalizes. Heard it may be the other way round, since certificates carry votes too."""
+    return vote.epoch, vote.view, vote.kind != VoteKind.NOTARIZE

@@ -209,6 +209,7 @@ class Network:
                     attempt.cancel()
                 for link in state.links.values():
                     link.abort()
+                self.incoming.forget(member)
         self._identity, self._own_id_bytes = identity, identity.peer_id.to_bytes()
         for peer, is_former in wanted.values():
             if peer.member not in self._members:

@@ -240,7 +240,7 @@ class Replica:
             self._proposals.held_block,
             self._send_votes,
             self._count_vote,
-            lambda: self._durable_view,
+            lambda: min(self._durable_view, self.engine.final_view),  # it still votes in views that it takes for open
         )
 
     def _stop(self, reason: str) -> None:
@@ -457,6 +457,8 @@ class Replica:
                 self._do(self.engine.receive(*found, self._now_ms))
             return
         header = check_proposal(known, self._committee)
+        # The engine may have dropped it when it came: it was being told of what is final meanwhile.
+        self._do(self.engine.receive(known, MemberId(header.leader), self._now_ms))
         if await self._is_overtaken(header):
             return
         verdict = await self._proposals.verdict(known, header, effect.sources)

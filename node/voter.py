@@ -77,6 +77,8 @@ class Voter:
         self._waiting: list[CastVote] = []
         self._wake = trio.Event()
         self._shares: dict[tuple[View, Digest], bytes] = {}
+        self._compacted_view = 0
+        self._compact_at_bytes = COMPACT_AT_BYTES
         self.votes_cast = 0
 
     def restored(self) -> Restored:
@@ -139,8 +141,10 @@ class Voter:
             while self._waiting:
                 casting, self._waiting = self._waiting, []
                 await self._cast_all(casting, held, send, counted)
-            if self._journal.size_bytes > COMPACT_AT_BYTES:
-                await trio.to_thread.run_sync(self._journal.compact, durable_view() + 1)
+            if self._journal.size_bytes > self._compact_at_bytes and durable_view() > self._compacted_view:
+                self._compacted_view = durable_view()
+                await trio.to_thread.run_sync(self._journal.compact, self._compacted_view + 1)
+                self._compact_at_bytes = max(COMPACT_AT_BYTES, 2 * self._journal.size_bytes)
 
     async def _cast_all(
         self,

@@ -348,6 +348,18 @@ def test_voter_votes_in_no_view_that_its_journal_has_forgotten():
     assert host.cast() == [(NOTARIZE, 5, fifth.digest)]
 
 
+def test_votes_of_views_that_the_journal_has_forgotten_halt_nobody_who_hears_its_own() -> None:
+    """Any peer may keep one, and certificates carry them."""
+    host = Host(FOLLOWER)
+    host.engine.restore([], [], View(50))
+    host.do("start")
+    host.hear(Nullification(view=7, votes=votes(NULLIFY, 7, ids={*OTHERS, FOLLOWER})), vote(NULLIFY, 9, voter=FOLLOWER))
+    assert host.engine.halted is None
+    assert host.engine.view == 8
+    host.hear(vote(NULLIFY, 50, voter=FOLLOWER))
+    assert host.engine.halted is not None
+
+
 def test_leader_sends_along_what_its_proposal_rests_on_for_others_may_never_have_seen_it():
     host = Host(IDS[3]).do("start").do("work_available")
     header, proposal = build(1)
@@ -358,8 +370,45 @@ def test_leader_sends_along_what_its_proposal_rests_on_for_others_may_never_have
     host.effects.clear()
     _, own = build(4, header)
     host.do("own_proposal", own)
-    assert [effect.message for effect in host.asked(Broadcast)] == [notarization(header), nullification(2)]
+    assert [effect.message for effect in host.asked(Broadcast)] == [nullification(2), notarization(header)]
     assert host.cast() == [(NOTARIZE, 4, own.digest)]
+
+
+def test_leader_sends_the_finalization_of_its_parent_along_where_a_view_lies_between() -> None:
+    host = Host(IDS[3]).do("start").do("work_available")
+    header, proposal = build(1)
+    own_header, own = build(4, header)
+    between = [nullification(2), nullification(3)]
+    host.hear(proposal, *between, certificate(header))
+    assert [asked.parent for asked in host.asked(RequestProposal)] == [header]
+    host.effects.clear()
+    host.do("own_proposal", own)
+    sent = [effect.message for effect in host.asked(Broadcast)]
+    assert sent == [between[0], certificate(header)], "the nullification of view 3 has been forwarded"
+    assert (NOTARIZE, 4, own_header.digest) in follower().hear(proposal, between[1], *sent, own).cast()
+
+
+def test_finalization_that_leads_on_by_itself_is_forwarded_like_any_certificate() -> None:
+    header, proposal = build(1)
+    host = follower().hear(proposal)
+    host.effects.clear()
+    host.hear(certificate(header))
+    assert host.engine.view == 2
+    assert [effect.message for effect in host.asked(Broadcast)] == [certificate(header)]
+
+
+def test_certificates_sent_at_once_are_as_many_as_a_peer_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest it asked for first: what does not fit would be dropped where it waits for the peer."""
+    host = follower().hear(*(nullification(view) for view in range(1, 9)))
+    stalled = Stalled(version=1, chain_id=VOTERS.chain_id, epoch=0, view=1, finalized_view=0, missing_view=2)
+    monkeypatch.setattr("consensus.engine.MAX_ANSWER_BYTES", 3 * len(encode(nullification(1))))
+    host.effects.clear()
+    host.do("receive", stalled, IDS[1])
+    assert [effect.message.view for effect in host.asked(Send)] == [2, 3, 4]
+    monkeypatch.setattr("consensus.engine.MAX_ANSWER_BYTES", 1)
+    host.effects.clear()
+    host.do("receive", stalled, IDS[2])
+    assert [effect.message.view for effect in host.asked(Send)] == [2]
 
 
 def test_leader_of_the_view_after_its_parent_sends_nothing_twice():

@@ -441,6 +441,18 @@ def test_inbox_forgets_what_waits_of_one_member_and_nothing_else() -> None:
     assert inbox.receive_nowait().member == bad
 
 
+def test_frames_of_a_member_that_left_the_roster_are_not_received_any_more() -> None:
+    """Nobody could answer them: who is no peer can be sent nothing."""
+    parties = make_parties(3)
+    network = network_of(parties[0], parties)
+    for party in parties[1:]:
+        network.incoming.put(Received(party.member, Lane.VOTES, b"stalled"))
+    network.change_roster(parties[0].seed, [parties[2].peer])
+    assert network.incoming.receive_nowait().member == parties[2].member
+    with pytest.raises(trio.WouldBlock):
+        network.incoming.receive_nowait()
+
+
 def test_inbox_serves_members_in_turn_so_that_a_flooding_one_starves_nobody() -> None:
     inbox = Inbox([ALICE, BOB], dict.fromkeys(Lane, 1_000_000))
     for number in range(100):

@@ -11,11 +11,13 @@ from node_fixtures import Consortium, running, until
 
 from consensus.certificate import verify_certificate
 from consensus.codec import encode
+from consensus.effect import FetchBlock
 from consensus.epochs import anchor
-from consensus.identifiers import ZERO_DIGEST, MemberId
+from consensus.identifiers import ZERO_DIGEST, MemberId, View
 from consensus.membership import BLS_THRESHOLD, SCHEME_NEEDS
 from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
-from consensus.vote import Vote, VoteKind
+from consensus.transition import build
+from consensus.vote import Notarization, Vote, VoteKind, sign_proposal, sign_vote
 from node.journal import JOURNAL_FILE, Journal, VoteRecord
 from node.service import EventState
 from node.voter import Voter
@@ -180,6 +182,28 @@ async def test_voter_whose_journal_lost_the_last_vote_of_a_view_never_votes_agai
         assert again[3].snapshot().votes_sent == 0
 
 
+@pytest.mark.parametrize("later", [VoteKind.NULLIFY, VoteKind.FINALIZE])
+async def test_notarize_vote_that_comes_last_does_not_hide_what_was_voted_after_it(
+    tmp_path: Path, later: VoteKind
+) -> None:
+    """A notarization that somebody forwards carries it to peers that have heard the later vote."""
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    operator = next(MemberId(member.id) for member in consortium.genesis.members if member.name == "operator-1")
+
+    def vote(kind: VoteKind, view: int) -> Vote:
+        return Vote(1, consortium.genesis.chain_id, 0, kind, view, ZERO_DIGEST, operator, b"", bytes(64))
+
+    memory = nodes[0].replica._last_votes
+    for heard in (vote(VoteKind.NOTARIZE, 3), vote(later, 3), vote(VoteKind.NOTARIZE, 3), vote(later, 2)):
+        memory.note(heard)
+    assert memory.of(operator) == vote(later, 3)
+    memory.note(vote(VoteKind.NOTARIZE, 4))
+    assert memory.of(operator) == vote(VoteKind.NOTARIZE, 4)
+    for node in nodes:
+        node.ledger.store.close()
+
+
 async def test_voter_with_the_journal_of_another_epoch_follows_and_does_not_vote(tmp_path: Path) -> None:
     consortium = Consortium(tmp_path)
     operator = next(MemberId(member.id) for member in consortium.genesis.members if member.name == "operator-1")
@@ -227,6 +251,63 @@ async def test_journal_forgets_no_vote_before_the_finality_that_makes_it_useless
         await until(lambda: not nodes[3].replica.undurable)
         event = nodes[0].submit(consortium.source_event("data-source-1", 3))
         await until(lambda: min(journalled_views()) > first_view)
+
+
+async def test_journal_is_read_again_for_what_may_be_forgotten_only_where_more_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing becomes final for long, it grows, and reading it takes the longer."""
+    monkeypatch.setattr("node.voter.COMPACT_AT_BYTES", 0)
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    voter = nodes[3]._voter
+    assert isinstance(voter, Voter)
+    compact, kept_from = voter._journal.compact, list[int]()
+
+    def note_and_compact(first_view_kept: int) -> None:
+        kept_from.append(first_view_kept)
+        compact(first_view_kept)
+
+    monkeypatch.setattr(voter._journal, "compact", note_and_compact)
+    async with running(nodes):
+        for number in range(5):
+            event = nodes[0].submit(consortium.source_event("data-source-1", number))
+            assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+    assert kept_from
+    assert len(set(kept_from)) == len(kept_from)
+
+
+async def test_proposal_that_the_host_keeps_is_handed_again_to_an_engine_that_dropped_it(tmp_path: Path) -> None:
+    """It came while the engine was being told what is final, and did not take it."""
+    consortium = Consortium(tmp_path)
+    node = consortium.node("verifier-1")
+    committee, replica = node.ledger.committee, node.replica
+    leader = committee.leader(View(1))
+    built = build(
+        node.ledger.final,
+        (),
+        view=View(1),
+        leader=leader.id,
+        timestamp_ms=consortium.genesis.created_ms,
+        committee=committee,
+        max_events=1,
+        max_bytes=1,
+    )
+    signers = {member.id: consortium.secrets[member.name].identity for member in committee.voters}
+    proposal = sign_proposal(built.state.header, built.body, signers[leader.id].sign)
+    votes = tuple(
+        sign_vote(committee, voter, VoteKind.NOTARIZE, View(1), proposal.digest, share=b"", sign=signers[voter].sign)
+        for voter in sorted(signers)
+    )
+    asked = replica.engine.receive(Notarization(view=1, block=proposal.digest, votes=votes), leader.id, 0)
+    fetch = next(effect for effect in asked if isinstance(effect, FetchBlock))
+    replica._proposals.remember(proposal)
+    async with trio.open_nursery() as nursery:
+        replica._nursery = nursery
+        await replica._fetch(fetch)
+        await until(lambda: replica.engine.branches.next_needed(proposal.digest) is None)
+        nursery.cancel_scope.cancel()
+    node.ledger.store.close()
 
 
 async def test_events_of_a_voted_ledger_block_survive_a_power_cut_at_every_member(tmp_path: Path) -> None:
