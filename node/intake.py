@@ -2,7 +2,8 @@
 
 An event enters through the API (``submit``) or by gossip (``receive``); either way ``check_event`` runs once.
 What was submitted here is flooded to all peers, many events to a frame when many wait (no timer: whatever
-has gathered while the last frame was written goes into the next). Whoever waits for an event to be final is
+has gathered while the last frame was written goes into the next). What peers brought is not passed on, but for urgent
+events that wait (``proposals``). Whoever waits for an event to be final is
 woken when its ledger block is durable.
 """
 
@@ -73,7 +74,7 @@ class Intake:
             if isinstance(event, CheckedEvent):
                 try:
                     if self._pool(event, None, self._orphan_of(event)):
-                        self._pass_on(event, one)
+                        self._taken(event, one)
                 except Rejected as error:
                     answer = _told(error)
             if isinstance(answer, Rejected):
@@ -81,13 +82,22 @@ class Intake:
             answers.append(answer)
         return answers
 
-    def _pass_on(self, event: CheckedEvent, encoded: bytes) -> None:
+    def _taken(self, event: CheckedEvent, encoded: bytes) -> None:
         self._tell_arrival()
         self._submitted_ms[event.id] = self._clock.monotonic_ms()
         if len(self._submitted_ms) > 4 * FINALITY_SAMPLES:
             self._submitted_ms.popitem(last=False)
+        self.pass_on(encoded)
+
+    def pass_on(self, encoded: bytes) -> None:
+        """Send an event to all peers."""
         self._outgoing.append(encoded)
         self._outgoing_wake.set()
+
+    def take_outgoing(self) -> list[bytes]:
+        """What is to be sent to all peers, once."""
+        outgoing, self._outgoing = self._outgoing, []
+        return outgoing
 
     def receive(self, sender: MemberId, frame: bytes) -> int:
         """Take gossip; returns how many events were new. Bad ones are counted, the rest taken.
@@ -237,8 +247,7 @@ class Intake:
             await self._outgoing_wake.wait()
             self._outgoing_wake = trio.Event()
             while self._outgoing:
-                waiting, self._outgoing = self._outgoing, []
-                for turn in in_turns(waiting):
+                for turn in in_turns(self.take_outgoing()):
                     self._network.broadcast(Lane.EVENTS, pack_gossip(turn))
                     await trio.lowlevel.checkpoint()
 

@@ -114,7 +114,8 @@ class Mempool:
         """When each event came that ``to_settle`` has not given yet."""
         self._settled: OrderedDict[Digest, int] = OrderedDict()
         """When ``to_settle`` last gave each of the others."""
-        self._urgent: set[Digest] = set()
+        self._urgent: OrderedDict[Digest, None] = OrderedDict()
+        """In order of arrival."""
         self._orphans: dict[bytes, set[Digest]] = {}
         """By job key."""
         self._rejected: OrderedDict[Digest, Rejected] = OrderedDict()
@@ -163,7 +164,7 @@ class Mempool:
         self._fresh[event.leaf_hash] = now_ms
         self._held_bytes += waiting.size_bytes
         if event.entry.kind in URGENT_KINDS:
-            self._urgent.add(event.leaf_hash)
+            self._urgent[event.leaf_hash] = None
         return True
 
     def require_room(self, size_bytes: int, sender: MemberId | None, ahead: tuple[int, int] = (0, 0)) -> None:
@@ -240,15 +241,10 @@ class Mempool:
             share.refused[leaf_hash] = waiting.event
             share.refused.move_to_end(leaf_hash)
 
-    def urgent_before(self, since_ms: int) -> list[CheckedEvent]:
+    def urgent_before(self, since_ms: int) -> list[Waiting]:
         """Urgent events that came before ``since_ms``, in order of arrival, changes of members last."""
         held = [waiting for leaf in self._urgent if (waiting := self._waiting[leaf]).since_ms < since_ms]
-        return [
-            waiting.event
-            for waiting in sorted(
-                held, key=lambda one: (one.event.entry.kind is Kind.MEMBERSHIP, one.since_ms, one.event.leaf_hash)
-            )
-        ]
+        return sorted(held, key=lambda one: one.event.entry.kind is Kind.MEMBERSHIP)
 
     def to_settle(self, since_ms: int, now_ms: int, most: int) -> list[CheckedEvent]:
         """At most ``most`` events that have waited since ``since_ms`` or before without being given here.
@@ -281,7 +277,7 @@ class Mempool:
             self._fresh.pop(leaf_hash, None)
             self._settled.pop(leaf_hash, None)
             self._by_id.pop(waiting.event.id, None)
-            self._urgent.discard(leaf_hash)
+            self._urgent.pop(leaf_hash, None)
             self._held_bytes -= waiting.size_bytes
 
     def reject(self, event: CheckedEvent, why: Rejected) -> None:

@@ -9,10 +9,14 @@ An event is omitted only if the leader could have appended it: it is admissible 
 block itself, the parent takes events at all, and there was room. A full ledger block is excused if all of it is urgent
 and we have held all of it for half as long; leaders therefore put first, oldest first, what they have held so long.
 Without these exceptions what has waited through a long partition would be refused in every order and at every size.
+
+A traitor may have told one member alone of an urgent event; then that member would refuse the ledger blocks of all
+others, who cannot know why. So urgent events that have waited for a tenth of ``censorship_ms`` and could be appended
+are passed on, once: others have them long before anybody refuses a ledger block that lacks them.
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
@@ -66,6 +70,9 @@ SETTLED_WHILE_MOVING = 16
 """Of a backlog that is being appended most events wait for their turn, not for what will never be."""
 GROWTH_MS = 60_000
 """How long the log at most counts as having grown for one ledger block, where the heartbeat is longer still."""
+NOT_YET_TRIED = 256
+"""How many urgent events of one sender are tried in vain for one ledger block: a member may sign any number that wait
+for what never comes."""
 MOVING_MS = 2_000
 """How long after events were appended the others count as such a backlog: several views."""
 
@@ -105,6 +112,12 @@ class Proposals:
         """Events that could not be appended at the last try; tried again once the log has grown."""
         self._grown_ms = clock.monotonic_ms()
         """On the monotonic clock, when the log last grew."""
+        self._passed_on: set[Digest] = set()
+        """Urgent events that wait and that peers have been told of."""
+        self._pass_on_at_ms = 0
+        """On the monotonic clock, when to look for others next."""
+        self._judged: Digest | None = None
+        """The last ledger block judged that applies."""
         self._moving_until_ms = 0
         """On the monotonic clock, until when what waits counts as a backlog that is being appended."""
         self.clocks_ahead_ms: dict[str, int] = {}
@@ -251,6 +264,23 @@ class Proposals:
             except Rejected as error:
                 if is_final(error):
                     self._reject(event, error)
+        if now_ms >= self._pass_on_at_ms:
+            self._pass_on_at_ms = now_ms + self._parameters.censorship_ms // 20
+            self._pass_on_pressing()
+
+    def _pass_on_pressing(self) -> None:
+        """Tell all peers of urgent events that have waited a while and could be appended."""
+        self._passed_on = {leaf for leaf in self._passed_on if self._mempool.get(leaf) is not None}
+        newest = None if self._judged is None else self._ledger.state_of(self._judged)
+        state = newest or self._ledger.final
+        timestamp_ms = max(state.header.timestamp_ms, self._clock.now_ms())
+        for event in self._pressing(state, timestamp_ms, self._parameters.censorship_ms // 10):
+            self._pass_on(event)
+
+    def _pass_on(self, event: CheckedEvent) -> None:
+        if event.leaf_hash not in self._passed_on:
+            self._passed_on.add(event.leaf_hash)
+            self._intake.pass_on(pack_parts(event.entry_bytes, event.portions_bytes))
 
     def _reject(self, event: CheckedEvent, why: Rejected) -> None:
         self._blocked.discard(event.leaf_hash)
@@ -274,6 +304,7 @@ class Proposals:
         except Rejected as error:
             log.warning("ledger block of view %d is invalid: %s", header.view, error)
             return Verdict.INVALID
+        self._judged = header.digest
         size_bytes = sum(len(event.entry_bytes) + len(event.portions_bytes) for event in events)
         if len(events) > self._parameters.max_block_events or size_bytes > MAX_BLOCK_BYTES:
             log.warning(
@@ -303,12 +334,17 @@ class Proposals:
         urgent = self._mempool.urgent_before(self._clock.monotonic_ms() - held_ms)
         if not urgent or not takes_events(parent, self._ledger.committee):
             return []
-        in_flight = self._in_flight(parent)
-        return [
-            event
-            for event in urgent
-            if event.leaf_hash not in in_flight and self._is_admissible(parent, event, timestamp_ms)
-        ]
+        in_flight, found = self._in_flight(parent), list[CheckedEvent]()
+        in_vain = Counter[MemberId | None]()
+        for waiting in urgent:
+            event = waiting.event
+            if event.leaf_hash in in_flight or in_vain[waiting.sender] == NOT_YET_TRIED:
+                continue
+            if self._is_admissible(parent, event, timestamp_ms):
+                found.append(event)
+            else:
+                in_vain[waiting.sender] += 1
+        return found
 
     def _is_admissible(self, state: LedgerState, event: CheckedEvent, timestamp_ms: int) -> bool:
         try:
@@ -328,6 +364,7 @@ class Proposals:
             if self._is_full(events, size_bytes) and self._have_pressed(events):
                 return False
             log.warning("ledger block of view %d omits %s %s", header.view, event.entry.kind.value, event.id.hex())
+            self._pass_on(event)
             return True
         return False
 
@@ -339,7 +376,7 @@ class Proposals:
     def _have_pressed(self, events: list[CheckedEvent]) -> bool:
         """Whether there are events, all urgent, and each would be put first by us, too."""
         since_ms = self._clock.monotonic_ms() - self._parameters.censorship_ms // 2
-        held = {event.leaf_hash for event in self._mempool.urgent_before(since_ms)}
+        held = {waiting.event.leaf_hash for waiting in self._mempool.urgent_before(since_ms)}
         return bool(events) and held.issuperset(event.leaf_hash for event in events)
 
     async def _gather(self, leaves: list[Digest], sources: Iterable[MemberId]) -> list[CheckedEvent] | None:

@@ -18,6 +18,7 @@ from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import ED25519_LIST, Parameters
 from consensus.portions import Abandon, BlockWeight, ClassRule, ManifestRange, Portions
 from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.transition import LedgerState
 from consensus.vote import Proposal
 from node.intake import Intake
 from node.ledger import Finalized, Ledger
@@ -322,8 +323,56 @@ def test_urgent_events_are_told_in_order_of_arrival(memory: MemoryLedger) -> Non
     events = policies(memory, 4)
     for since_ms, event in zip((3, 1, 4, 2), events, strict=True):
         mempool.add(event, since_ms)
-    assert mempool.urgent_before(4) == [events[1], events[3], events[0]]
-    assert [Digest(event.leaf_hash) for event in mempool.urgent_before(1)] == []
+    assert [waiting.event for waiting in mempool.urgent_before(4)] == [events[0], events[1], events[3]]
+    assert mempool.urgent_before(1) == []
+
+
+def test_urgent_event_that_waits_and_could_be_appended_is_passed_on_once(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    """Its sender may have told this member alone, which would refuse what others propose without it."""
+    desk = desks[0]
+    waits, new = policies(memory, 2)
+    needs_a_source = memory.revocation(LIBRARIAN, Digest(bytes(32)))
+    ordinary = memory.source(LIBRARIAN, "ordinary")
+    desk.hold(LONG_AGO_MS, waits, needs_a_source, ordinary).hold(LATELY_MS, new)
+    desk.proposals.settle()
+    assert desk.intake.take_outgoing() == [packed(waits)]
+    desk.clock.go_on(CENSORSHIP_MS)
+    desk.proposals.settle()
+    assert desk.intake.take_outgoing() == [packed(new)]
+
+
+def test_urgent_event_for_which_a_vote_is_refused_is_passed_on_at_once(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    leader, voter = desks
+    (policy,) = policies(memory, 1)
+    assert voter.hold(LONG_AGO_MS, policy).judge(leader.propose()) is Verdict.REFUSED
+    assert voter.intake.take_outgoing() == [packed(policy)]
+
+
+def test_urgent_events_that_wait_for_what_never_comes_cost_little_and_hide_those_of_no_other(
+    memory: MemoryLedger, desks: tuple[Desk, Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.proposals.NOT_YET_TRIED", 3)
+    leader, voter = desks
+    in_vain = [memory.revocation(LIBRARIAN, Digest(bytes([number]) * 32)) for number in range(10)]
+    of_the_same, of_another = policies(memory, 2)
+    for event in (*in_vain, of_the_same):
+        voter.mempool.add(event, LONG_AGO_MS, MemberId(b"m" * 32))
+    voter.mempool.add(of_another, LONG_AGO_MS, MemberId(b"n" * 32))
+    tried: list[CheckedEvent] = []
+    admissible = voter.proposals._is_admissible
+
+    def note(state: LedgerState, event: CheckedEvent, timestamp_ms: int) -> bool:
+        tried.append(event)
+        return admissible(state, event, timestamp_ms)
+
+    monkeypatch.setattr(voter.proposals, "_is_admissible", note)
+    assert voter.judge(leader.propose()) is Verdict.REFUSED
+    assert set(tried) & set(in_vain) == set(in_vain[:3])
+    assert voter.intake.take_outgoing() == [packed(of_another)]
 
 
 @pytest.mark.trio

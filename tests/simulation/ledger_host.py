@@ -22,7 +22,7 @@ from consensus.certificate import Certificate
 from consensus.codec import decode, encode
 from consensus.effect import CastVote, Effect, Finalized, Message, PublishEvidence, RequestProposal
 from consensus.engine import Engine
-from consensus.event import CheckedEvent, Kind, check_event, make_entry, pack, pack_parts, sign_entry
+from consensus.event import CheckedEvent, Kind, make_entry, pack, pack_parts, sign_entry
 from consensus.evidence import Conviction, EvidenceReport, check_evidence
 from consensus.identifiers import Digest, MemberId, View
 from consensus.membership import Committee
@@ -186,8 +186,13 @@ class LedgerNode(Node):
             Rejected: as ``Intake.submit``.
         """
         self.intake.submit(encoded)
-        self.simulation.gossip(self.own, self.peers(), encoded)
+        self.pass_on()
         self.tell_work()
+
+    def pass_on(self) -> None:
+        """What waits to be sent to all peers."""
+        for encoded in self.intake.take_outgoing():
+            self.simulation.gossip(self.own, self.peers(), encoded)
 
     def take_event(self, sender: MemberId, encoded: bytes) -> None:
         if self.engine is not None and self.intake.receive(sender, pack_gossip([encoded])):
@@ -281,7 +286,9 @@ class LedgerNode(Node):
 
     def judged(self, proposal: Proposal, header: Header, events: list[CheckedEvent]) -> Verdict:
         """Whether a ledger block may have this member's vote."""
-        return self.proposals.judge(proposal, header, events)
+        verdict = self.proposals.judge(proposal, header, events)
+        self.pass_on()
+        return verdict
 
     def _ask_for_events(self, found: dict[Digest, CheckedEvent], leaves: list[Digest], header: Header) -> None:
         for peer in self._askable([MemberId(header.leader)]):
@@ -290,7 +297,7 @@ class LedgerNode(Node):
                 return
             try:
                 for encoded in self.simulation.events_from(peer, self, missing):
-                    event = check_event(encoded, self.log.committee)
+                    event = self.intake.take_fetched(encoded, peer, frozenset(missing))
                     found[event.leaf_hash] = event
             except Rejected as refusal:
                 self.simulation.distrusts(peer, refusal)
@@ -432,3 +439,4 @@ class LedgerNode(Node):
         """Now and then: what can never be admitted waits no more."""
         if self.engine is not None:
             self.proposals.settle()
+            self.pass_on()

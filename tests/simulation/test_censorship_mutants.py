@@ -35,7 +35,7 @@ def admissible_only_after_the_ledger_block(monkeypatch: pytest.MonkeyPatch) -> N
     def pressing(self: Proposals, parent: LedgerState, timestamp_ms: int, held_ms: int) -> list[CheckedEvent]:
         in_flight = self._in_flight(parent)
         urgent = self._mempool.urgent_before(self._clock.monotonic_ms() - held_ms)
-        return [event for event in urgent if event.leaf_hash not in in_flight]
+        return [waiting.event for waiting in urgent if waiting.event.leaf_hash not in in_flight]
 
     monkeypatch.setattr(Proposals, "_pressing", pressing)
 
