@@ -13,6 +13,8 @@ from simulation.host import Node
 from simulation.plan import Plan
 from simulation.simulator import Simulation
 
+from consensus.identifiers import VOTING_ROLES, Role
+
 P = TypeVar("P", bound=Plan)
 J = TypeVar("J", bound="Outcome")
 
@@ -34,6 +36,11 @@ the second makes the voter ask what it lacks, and the leader after it may be sil
 def seeds(count: int) -> range:
     """``COUNTERSIGN_SIMULATION_SEEDS`` replaces a plan's count, for long runs."""
     return range(count if SEEDS is None else int(SEEDS))
+
+
+def seeds_of_role(count: int, role: Role) -> range:
+    """One third of ``seeds(count)``, another for each role: for plans that are run with each role as their last."""
+    return seeds(count)[VOTING_ROLES.index(role) :: len(VOTING_ROLES)]
 
 
 def worst_gap_ms(simulation: Simulation) -> int:

@@ -1,10 +1,11 @@
 """What a simulated run is made of."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 from consensus.engine import Timing
-from consensus.identifiers import VOTING_ROLES
+from consensus.identifiers import VOTING_ROLES, Role
 from consensus.membership import (
     Committee,
     Genesis,
@@ -58,6 +59,17 @@ class Plan:
     idle: bool = False
     """Work comes once a second instead of always."""
     timing: Timing = TIMING
+
+
+P = TypeVar("P", bound=Plan)
+
+
+def turned(plan: P, last: Role) -> P:
+    """The same with the roles turned round: ``last`` has what the last role has in ``plan``."""
+    by = VOTING_ROLES.index(last) + 1
+    held: dict[str, Any] = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    per_role = {name: it for name, it in held.items() if isinstance(it, tuple) and [*map(type, it)] == [int] * 3}
+    return replace(plan, **{name: it[-by:] + it[:-by] for name, it in per_role.items()})
 
 
 def named_committee(plan: Plan) -> Committee:

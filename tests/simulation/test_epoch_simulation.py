@@ -5,10 +5,11 @@ from collections import Counter
 import pytest
 from simulation.ledger_outcomes import LedgerOutcome, ledger_outcome
 from simulation.ledgers import LedgerSimulation
-from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, outcomes, seeds
-from simulation.plan import DELAY_MS, Change, LedgerPlan
+from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, outcomes, seeds, seeds_of_role
+from simulation.plan import DELAY_MS, Change, LedgerPlan, turned
 
 from consensus.engine import Timing
+from consensus.identifiers import VOTING_ROLES
 from consensus.membership import SCHEME_NEEDS
 
 HASTY = Timing(timeout_ms=100, max_timeout_ms=400, heartbeat_ms=1_000)
@@ -78,7 +79,11 @@ def test_removed_traitor_votes_on_in_old_and_new_epoch_and_is_refused_by_name() 
 
 
 def test_two_roles_of_traitors_fork_no_history_across_epochs() -> None:
-    runs = list(outcomes(SAFE, seeds(10), ledger_outcome))
+    runs = [
+        run
+        for honest in VOTING_ROLES
+        for run in outcomes(turned(SAFE, honest), seeds_of_role(12, honest), ledger_outcome)
+    ]
     assert max(run.epoch for run in runs) == 2
 
 

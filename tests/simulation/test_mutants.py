@@ -9,12 +9,13 @@ from collections.abc import Iterable
 
 import pytest
 from simulation.failures import DoubleVote, Fork, Halted
-from simulation.plan import Plan
+from simulation.plan import Plan, turned
 from simulation.simulator import Simulation
 
 from consensus.effect import Message
 from consensus.engine import Engine
-from consensus.identifiers import View
+from consensus.identifiers import VOTING_ROLES, MemberId, Role, View
+from consensus.membership import Committee
 from consensus.vote import Notarization, Proposal, Vote
 
 ONE_HONEST = Plan(counts=(1, 1, 1), traitors=(1, 1, 0), end_ms=20_000)
@@ -105,9 +106,9 @@ MUTANTS = [
 SEARCHED_SEEDS = 150
 
 
-def fork_seed(mutant: type[Engine], plan: Plan) -> int | None:
+def fork_seed(mutant: type[Engine], plan: Plan, seeds: Iterable[int] = range(SEARCHED_SEEDS)) -> int | None:
     """The first seed under which the mutant's history forks."""
-    for seed in range(SEARCHED_SEEDS):
+    for seed in seeds:
         try:
             Simulation(seed, plan, mutant, judge_votes=False).run()
         except Fork:
@@ -131,6 +132,23 @@ def test_engine_without_one_rule_forks_where_the_real_one_does_not(mutant: type[
 def test_broken_voting_rule_is_seen_on_the_vote_itself(mutant: type[Engine]) -> None:
     with pytest.raises(DoubleVote):
         run_all_seeds(ONE_HONEST, mutant)
+
+
+@pytest.mark.parametrize("counted", VOTING_ROLES)
+def test_quorum_of_one_role_forks_where_another_one_alone_is_honest(
+    counted: Role, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is enough where that role itself is the honest one: hence every plan is run with each as the honest one."""
+
+    def of_one_role(self: Committee, identifiers: Iterable[MemberId]) -> bool:
+        needed = {member.id for member in self.role_members(counted)}
+        return len(needed & set(identifiers)) >= self.threshold(counted)
+
+    with monkeypatch.context() as mutated:
+        mutated.setattr(Committee, "has_quorum", of_one_role)
+        for honest in VOTING_ROLES:
+            seed = fork_seed(Engine, turned(ONE_HONEST, honest), range(30))
+            assert (seed is None) == (honest is counted), seed
 
 
 def test_voter_with_a_lost_journal_is_stopped_by_its_own_old_votes() -> None:
