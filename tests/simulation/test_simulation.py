@@ -105,7 +105,33 @@ def test_traitors_below_the_agreement_bound_cannot_fork_history(name: str, hones
     assert [run.seed for run in outcomes(turned(plan, honest), chosen)] == list(chosen)
 
 
-def test_traitors_at_the_agreement_bound_fork_history() -> None:
+EDGE = {
+    "4/4/4": Plan(traitors=(4, 4, 1), loss=0.1, partition_every_ms=500, heal_ms=8_000, end_ms=8_000),
+    "3/3/3 with t=2": Plan(
+        counts=(3, 3, 3),
+        thresholds=(2, 2, 2),
+        traitors=(3, 3, 0),
+        loss=0.1,
+        partition_every_ms=500,
+        heal_ms=8_000,
+        end_ms=8_000,
+    ),
+}
+"""As many traitors as there may be for a fork to be impossible: ``2t - n - 1`` in the last role, all of the others."""
+
+
+@pytest.mark.parametrize("last", VOTING_ROLES)
+@pytest.mark.parametrize("name", EDGE)
+def test_same_committee_forks_with_one_traitor_more_and_not_without(name: str, last: Role) -> None:
+    first, second, third = EDGE[name].traitors
+    more = turned(dataclasses.replace(EDGE[name], traitors=(first, second, third + 1)), last)
+    seed = next((seed for seed in range(100) if _forks(seed, more)), None)
+    assert seed is not None, "one more than the bound found no fork"
+    for spared in range(seed + 1):
+        Simulation(spared, turned(EDGE[name], last)).run()
+
+
+def test_traitors_at_the_agreement_bound_in_every_role_fork_history() -> None:
     """The bound is tight (``2t - n`` traitors in every role suffice) and the simulation can see a fork."""
     plan = Plan(
         counts=(3, 3, 3),
