@@ -1,6 +1,6 @@
-"""A correct host: it carries out its engine's effects, and may die between any two."""
+"""A correct host: it carries out its engine's effects, and may die between any two; one kind forgets its votes then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from simulation.cryptography import Cryptography
@@ -39,6 +39,16 @@ class Crash(Exception):
     """The simulated process dies here."""
 
 
+class ForgetfulEngine(Engine):
+    """Comes back without its votes, and votes again whatever it hears of them."""
+
+    def restore(self, votes: Iterable[Vote], proposals: Iterable[Proposal], first_view: View) -> None:
+        super().restore((), (), View(0))
+
+    def _decided_to_cast(self, state: object, vote: Vote) -> bool:
+        return True
+
+
 class Node:
     """A correct host: durable journal, ledger and ledger block store; an engine that dies with the process."""
 
@@ -69,6 +79,12 @@ class Node:
         """What it signs and checks with now."""
         return self.simulation.cryptography
 
+    @property
+    def engine_class(self) -> type[Engine]:
+        """What it runs."""
+        simulation = self.simulation
+        return ForgetfulEngine if self.own in simulation.forgetful else simulation.engine_class
+
     def boot(self) -> None:
         simulation = self.simulation
         self.engine = self.new_engine()
@@ -79,9 +95,7 @@ class Node:
     def new_engine(self) -> Engine:
         """An engine that knows what is durable."""
         simulation = self.simulation
-        engine = simulation.engine_class(
-            simulation.committee, self.own, simulation.plan.timing, self.head, self.certificate
-        )
+        engine = self.engine_class(simulation.committee, self.own, simulation.plan.timing, self.head, self.certificate)
         engine.restore(self.journal, self.journalled_proposals, View(0))
         return engine
 
@@ -180,7 +194,7 @@ class Node:
                 simulation.evidence.append(effect)
             case Halt(reason):
                 self.engine = None
-                if simulation.judge_votes:
+                if simulation.judge_votes and self.own not in simulation.forgetful:
                     raise Halted(f"seed {simulation.seed}: {reason}")
 
     def tick(self) -> None:

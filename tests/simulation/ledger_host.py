@@ -102,7 +102,7 @@ class LedgerNode(Node):
         member = next((member for member in committee.voters if member.name == self.name), None)
         self.member = None if member is None else member.id
         final = self.log.final.header
-        engine = simulation.engine_class(
+        engine = self.engine_class(
             committee,
             self.member,
             simulation.plan.timing,

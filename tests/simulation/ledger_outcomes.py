@@ -29,7 +29,7 @@ def ledger_outcome(seed: int, plan: LedgerPlan) -> LedgerOutcome:
     """One run with real ledgers, judged; events may wait for ever only if traitors may stop the log."""
     simulation = LedgerSimulation(seed, plan).run()
     committee = simulation.committee_of(simulation.epoch)
-    nodes = [node for at, node in simulation.nodes.items() if at in simulation.addresses(committee)]
+    nodes = [node for node in simulation.correct if node.own in simulation.addresses(committee)]
     began_ms = max(plan.heal_ms, simulation.epoch_began_ms, plan.away_ms)
     if plan.heal_ms < plan.end_ms:
         simulation.check_end()

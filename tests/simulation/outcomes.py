@@ -45,7 +45,7 @@ def seeds_of_role(count: int, role: Role) -> range:
 
 def worst_gap_ms(simulation: Simulation) -> int:
     """The longest any correct node waited between two finalizations after healing, up to the end."""
-    return longest_wait_ms(simulation, simulation.nodes.values(), simulation.plan.heal_ms)
+    return longest_wait_ms(simulation, simulation.correct, simulation.plan.heal_ms)
 
 
 def longest_wait_ms(simulation: Simulation, nodes: Iterable[Node], from_ms: int) -> int:
@@ -72,7 +72,7 @@ class Outcome:
 def outcome(seed: int, plan: Plan) -> Outcome:
     """One run, judged."""
     simulation = Simulation(seed, plan).run()
-    behind = sum(node.head.height <= node.height_at_heal for node in simulation.nodes.values())
+    behind = sum(node.head.height <= node.height_at_heal for node in simulation.correct)
     return Outcome(seed, worst_gap_ms(simulation), behind)
 
 

@@ -41,6 +41,8 @@ class Plan:
     """Send spoiled messages, those of other epochs and chains, and signed votes for what there is not."""
     censors: tuple[int, int, int] = (0, 0, 0)
     """Leave an urgent event out of their ledger blocks and vote for none that holds it."""
+    forgetful: tuple[int, int, int] = (0, 0, 0)
+    """Correct but for their journal: after each crash they vote again without it, whatever they hear of their votes."""
     urgent_ms: int = 0
     """When an urgent event reaches everybody; 0 for none."""
     censorship_ms: int = 0

@@ -82,6 +82,7 @@ class Simulation:
         self.forgers: set[MemberId] = set()
         self.censors: set[MemberId] = set()
         self.garbage: set[MemberId] = set()
+        self.forgetful: set[MemberId] = set()
         self.refused: Counter[str] = Counter()
         """Messages that a host refused before its engine saw them, by reason."""
         self._assign()
@@ -128,6 +129,7 @@ class Simulation:
             self.slow.update(first[len(first) - self.plan.slow[index] :])
             self.forgers.update(first[len(first) - self.plan.forgers[index] :])
             self.censors.update(first[len(first) - self.plan.censors[index] :])
+            self.forgetful.update(first[len(first) - self.plan.forgetful[index] :])
 
     def run(self) -> "Simulation":
         """Until ``end_ms``; raises with the seed in the message when a rule breaks."""
@@ -165,6 +167,11 @@ class Simulation:
         """Do ``action`` after ``delay_ms``."""
         self._sequence += 1
         heapq.heappush(self._heap, (self.now_ms + delay_ms, self._sequence, action))
+
+    @property
+    def correct(self) -> list[Node]:
+        """The hosts that keep every rule of voting: what is asked of progress is asked of them."""
+        return [node for node in self.nodes.values() if node.own not in self.forgetful]
 
     @property
     def healed(self) -> bool:
@@ -220,15 +227,18 @@ class Simulation:
             self.send(sender, to, message)
 
     def judge(self, vote: Vote) -> None:
-        """A correct voter's vote is about to be sendable."""
+        """A vote is about to be sendable: a correct voter's keeps the rules."""
         voter, committee = MemberId(vote.voter), self.committee_of(vote.epoch)
+        if self.aliases.get(voter, voter) in self.forgetful:
+            return
         cast = self.cast.setdefault((voter, vote.epoch, vote.view), {})
         before = cast.setdefault(vote.kind, vote.block)
         both = VoteKind.NULLIFY in cast and VoteKind.FINALIZE in cast
         if self.judge_votes and (before != vote.block or both):
             raise DoubleVote(f"seed {self.seed}: voter {voter.hex()[:8]} in view {vote.view}: {cast}")
         if vote.kind == VoteKind.FINALIZE:
-            bad = {member.id for member in committee.voters} & (self.traitors | self.garbage)
+            able = self.traitors | self.garbage | self.forgetful
+            bad = {member.id for member in committee.voters if self.aliases.get(member.id, member.id) in able}
             voters = self.finalize_votes.setdefault((vote.epoch, vote.view, vote.block), bad)
             voters.add(voter)
             if committee.has_quorum(voters):

@@ -29,6 +29,7 @@ LIVE = {
     "4/4/4, one slow per role": (Plan(slow=(1, 1, 1), **CHAOS, end_ms=14_000), 15),
     "4/4/4, one forger of shares per role": (Plan(forgers=(1, 1, 1), **CHAOS, end_ms=11_000), 15),
     "4/4/4, one sender of garbage per role": (Plan(garbage=(1, 1, 1), **CHAOS, end_ms=11_000), 15),
+    "4/4/4, one per role that votes again after each crash": (Plan(forgetful=(1, 1, 1), **CHAOS, end_ms=11_000), 10),
     "4/4/4, one traitor per role": (Plan(traitors=(1, 1, 1), **CHAOS, end_ms=11_000), 25),
     "4/4/4, one traitor per role that pushes timestamps": (
         Plan(traitors=(1, 1, 1), pushed=0.5, **CHAOS, end_ms=11_000),
@@ -62,6 +63,10 @@ SAFE = {
     "two roles of traitors and one in the third": (
         Plan(traitors=(4, 4, 1), loss=0.1, crash=0.002, heal_ms=8_000, end_ms=8_000),
         60,
+    ),
+    "two roles of traitors and one in the third that votes again after each crash": (
+        Plan(traitors=(4, 4, 0), forgetful=(0, 0, 1), loss=0.1, crash=0.01, heal_ms=8_000, end_ms=8_000),
+        20,
     ),
     "a traitor in every role, for ever in chaos": (
         Plan(traitors=(1, 1, 1), **{**CHAOS, "heal_ms": 8_000}, end_ms=8_000),
@@ -150,6 +155,31 @@ def test_equivocating_voters_and_leaders_are_named_by_evidence() -> None:
     reports = [EvidenceReport(effect.evidence) for effect in simulation.evidence]
     culprits = {convicted(report, simulation.committee).member for report in reports}
     assert culprits == simulation.traitors
+
+
+def test_members_at_the_agreement_bound_that_vote_again_after_a_crash_fork_history_without_any_traitor() -> None:
+    plan = Plan(
+        counts=(3, 3, 3),
+        thresholds=(2, 2, 2),
+        forgetful=(1, 1, 1),
+        loss=0.1,
+        crash=0.005,
+        heal_ms=6_000,
+        end_ms=6_500,
+    )
+    assert any(_forks(seed, plan) for seed in range(40))
+    honest = dataclasses.replace(plan, forgetful=(0, 0, 0))
+    assert not any(_forks(seed, honest) for seed in range(10))
+
+
+def test_members_that_vote_again_after_a_crash_are_named_where_they_contradict_themselves() -> None:
+    plan = Plan(forgetful=(1, 1, 1), loss=0.4, crash=0.005, heal_ms=6_000, end_ms=6_500)
+    named = set()
+    for seed in range(10):
+        simulation = Simulation(seed, plan).run()
+        reports = [EvidenceReport(effect.evidence) for effect in simulation.evidence]
+        named |= {convicted(report, simulation.committee).member for report in reports}
+    assert named == simulation.forgetful
 
 
 @pytest.mark.parametrize("seed", [45, 108])
