@@ -35,7 +35,7 @@ PLAN = LedgerPlan(
 )
 """Members change often, and nobody is a traitor."""
 
-SEARCHED_SEEDS = range(270, 300)
+SEARCHED_SEEDS = range(125, 150)
 """The earlier ones survive."""
 
 
@@ -49,7 +49,9 @@ class EndsWhereCertified(Ledger):
         for header in headers:
             if header.height <= final.header.height or header.epoch < self.committee.epoch:
                 continue
-            built = self.overlays[header.digest]
+            built = self.overlays.get(header.digest)
+            if built is None:  # it followed one of the other history
+                break
             last = header is headers[-1]
             if last and built.state.ends_epoch:
                 link = self._link(headers, certificate)
