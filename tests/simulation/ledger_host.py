@@ -224,6 +224,8 @@ class LedgerNode(Node):
             who = "traitor"
         elif sender in self.simulation.garbage:
             who = "garbage"
+        elif sender in self.simulation.replayers:
+            who = "replayer"
         elif refusal.reason is not Reason.WRONG_EPOCH:
             raise refusal
         self.simulation.refused[f"{who}: {refusal.reason.value}"] += 1

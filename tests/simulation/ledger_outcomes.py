@@ -22,6 +22,7 @@ class LedgerOutcome(Outcome):
     refused: Counter[str] = field(default_factory=Counter)
     refused_events: Counter[str] = field(default_factory=Counter)
     distrusted: Counter[str] = field(default_factory=Counter)
+    replayed: Counter[str] = field(default_factory=Counter)
     """As in ``LedgerSimulation``."""
 
 
@@ -45,4 +46,5 @@ def ledger_outcome(seed: int, plan: LedgerPlan) -> LedgerOutcome:
         simulation.refused,
         simulation.refused_events,
         simulation.distrusted,
+        simulation.replayed,
     )

@@ -1,23 +1,25 @@
-"""Members of one kind each over real ledgers: censors, and senders of garbage with garbage events among it.
+"""Members of one kind each over real ledgers: censors, senders of garbage with garbage events among it, replayers.
 
-Neither is a traitor that ``ledger_adversary`` leads: a censor keeps every rule but those against censorship, and a
-sender of garbage says nothing that an honest member would say.
+None is a traitor that ``ledger_adversary`` leads: a censor keeps every rule but those against censorship, a sender of
+garbage says nothing that an honest member would say, and a replayer what others said in an epoch that has ended.
 """
 
 from collections import deque
 from typing import TYPE_CHECKING
 
-from simulation.adversary import REMEMBERED, GarbageSender
+from simulation.adversary import LONGEST_PAUSE_MS, REMEMBERED, GarbageSender
 from simulation.ledger_host import LedgerNode
 
 from consensus.block import Header
 from consensus.codec import decode
+from consensus.effect import Message
 from consensus.engine import Verdict
 from consensus.event import MAX_ENTRY_BYTES, CheckedEvent, Entry, unpack
 from consensus.identifiers import MemberId
 from consensus.rejection import Rejected
 from consensus.vote import Proposal
 from node.mempool import URGENT_KINDS
+from node.replica import epoch_of
 
 if TYPE_CHECKING:
     from simulation.ledgers import LedgerSimulation
@@ -63,6 +65,38 @@ class LedgerGarbageSender(GarbageSender):
                 event[chance.randrange(len(event))] ^= 1 << chance.randrange(8)
             self.simulation.gossip(self.own, list(self.simulation.nodes), bytes(event))
         super().act()
+
+
+class Replayer:
+    """Keeps what correct members say, unspoiled, and says it again once its epoch has ended."""
+
+    def __init__(self, simulation: "LedgerSimulation", own: MemberId) -> None:
+        self.simulation = simulation
+        self.own = own
+        self.heard: dict[type, dict[int, deque[Message]]] = {}
+        """By kind and epoch."""
+
+    def hear(self, message: Message) -> None:
+        """Overheard on its way."""
+        epoch = epoch_of(message, self.simulation.committee.chain_id)
+        of_kind = self.heard.setdefault(type(message), {})
+        of_kind.setdefault(epoch, deque(maxlen=REMEMBERED)).append(message)
+
+    def hear_event(self, encoded: bytes) -> None:
+        """Events are of no epoch."""
+
+    def act(self) -> None:
+        """One of each kind, to everybody."""
+        simulation = self.simulation
+        chance = simulation.random
+        for kind, by_epoch in self.heard.items():
+            ended = [message for epoch, told in by_epoch.items() if epoch < simulation.epoch for message in told]
+            if ended:
+                message = chance.choice(ended)
+                simulation.replayed[kind.__name__] += 1
+                for to in simulation.nodes:
+                    simulation.send(self.own, to, message)
+        simulation.at(chance.randint(1, LONGEST_PAUSE_MS), self.act)
 
 
 def _is_urgent(encoded: bytes) -> bool:

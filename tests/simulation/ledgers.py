@@ -1,7 +1,8 @@
 """Simulated runs whose hosts hold real logs and states, judge real events, and go through epochs.
 
 Hosts are ``ledger_host``, members' clients ``voices``, servers that lie ``liars``, traitors ``ledger_adversary``,
-censors and senders of garbage ``ledger_saboteurs``, the making of a new epoch's keys ``ceremonies``. Checked beside
+censors, senders of garbage and replayers
+``ledger_saboteurs``, the making of a new epoch's keys ``ceremonies``. Checked beside
 what ``simulator`` and ``judgement`` check:
 
 - ``Distrusted``: nobody refuses what a correct host answers to who catches up.
@@ -23,7 +24,7 @@ from simulation.host import Node
 from simulation.judgement import JudgedSimulation
 from simulation.ledger_adversary import LedgerAdversary
 from simulation.ledger_host import LedgerNode
-from simulation.ledger_saboteurs import CensorNode, LedgerGarbageSender
+from simulation.ledger_saboteurs import CensorNode, LedgerGarbageSender, Replayer
 from simulation.liars import lie
 from simulation.plan import DELAY_MS, Change, LedgerPlan
 from simulation.voices import Voices
@@ -48,7 +49,7 @@ class LedgerSimulation(JudgedSimulation):
     """One run with real ledgers."""
 
     nodes: dict[MemberId, LedgerNode]  # type: ignore[assignment]
-    garbage_senders: list[LedgerGarbageSender]  # type: ignore[assignment]
+    garbage_senders: list[LedgerGarbageSender | Replayer]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -70,11 +71,15 @@ class LedgerSimulation(JudgedSimulation):
         """Who spoilt a ceremony: by whom named, and who."""
         self.carried = 0
         """How often an epoch ended for a host by the certificate of a carrier."""
+        self.replayed: Counter[str] = Counter()
+        """Messages of ended epochs that replayers said to everybody, by kind."""
+        self.replayers: set[MemberId] = set()
         self.liars: set[MemberId] = set()
         self.away: set[MemberId] = set()
         self.stale_answers: dict[MemberId, Blocks] = {}
         super().__init__(seed, plan, engine)
         self.garbage_senders = [LedgerGarbageSender(self, member) for member in sorted(self.garbage)]
+        self.garbage_senders += [Replayer(self, member) for member in sorted(self.replayers)]
         self.voices = Voices(self)
 
     # Who takes part
@@ -84,6 +89,10 @@ class LedgerSimulation(JudgedSimulation):
         """By what a host is found by."""
         self.traitor_names = {self.names[traitor] for traitor in self.traitors}
         absent = self.traitors | self.silent | self.garbage
+        for index, role in enumerate(VOTING_ROLES):
+            rest = [one.id for one in self.committee.role_members(role) if one.id not in absent]
+            self.replayers.update(rest[len(rest) - self.plan.replayers[index] :])
+        absent |= self.replayers
         for index, role in enumerate(VOTING_ROLES):
             honest = [one.id for one in self.committee.role_members(role) if one.id not in absent]
             honest.sort(reverse=True)  # who catches up asks the lowest first: the liars

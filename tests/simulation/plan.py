@@ -130,6 +130,8 @@ class LedgerPlan(Plan):
     away: tuple[int, int, int] = (0, 0, 0)
     """Correct and switched on for the first time at ``away_ms``; they come before the liars."""
     away_ms: int = 0
+    replayers: tuple[int, int, int] = (0, 0, 0)
+    """Say nothing but true votes, certificates and proposals of epochs that have ended, to everybody."""
     event_every_ms: int = 150
     """How often some member says something, on average."""
     changes: tuple[Change, ...] = ()

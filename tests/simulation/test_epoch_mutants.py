@@ -1,17 +1,22 @@
-"""An epoch that may have ordinary children forks, with no traitor at all, in runs that the real one survives."""
+"""An epoch that may have ordinary children forks, with no traitor at all, in runs that the real one survives.
+
+And members that do not ask what epoch a vote is of are stopped by who replays those of ended ones.
+"""
 
 from collections.abc import Iterable, Sequence
 
 import pytest
-from simulation.failures import Fork
+from simulation.failures import Fork, Halted
+from simulation.host import Node
 from simulation.ledger_host import LedgerNode
 from simulation.ledgers import LedgerSimulation
 from simulation.plan import Change, LedgerPlan
 
-from consensus import transition
+from consensus import transition, vote
 from consensus.block import Header
 from consensus.certificate import Certificate
 from consensus.codec import encode
+from consensus.effect import Message
 from consensus.engine import Engine
 from consensus.epochs import EpochLink
 from consensus.identifiers import MemberId
@@ -116,3 +121,24 @@ def test_epoch_change_with_ordinary_children_forks_without_any_traitor(monkeypat
         seed = fork_seed()
     assert seed is not None, f"ordinary children survived {len(SEARCHED_SEEDS)} seeds"
     assert LedgerSimulation(seed, PLAN).run().epoch > 0
+
+
+REPLAYED = LedgerPlan(
+    counts=(4, 1, 1), replayers=(1, 0, 0), end_ms=3_000, changes=(Change(500, rotate=("data-source-1",)),)
+)
+
+
+class AnyEpochNode(LedgerNode):
+    """Hands its engine messages of whatever epoch, if they are signed."""
+
+    def deliver(self, message: Message, sender: MemberId) -> None:
+        if not self.ended:
+            Node.deliver(self, message, sender)
+
+
+def test_votes_replayed_from_an_ended_epoch_halt_members_that_ask_for_no_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as mutated:
+        mutated.setattr(vote, "_check_place", lambda chain_id, epoch, committee: None)
+        with pytest.raises(Halted):
+            LedgerSimulation(1, REPLAYED, host=AnyEpochNode).run()
+    assert LedgerSimulation(1, REPLAYED).run().epoch == 1

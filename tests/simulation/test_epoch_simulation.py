@@ -44,6 +44,17 @@ LIVE = {
         ),
         5,
     ),
+    "a member replays what was said in epochs that have ended": (
+        LedgerPlan(
+            counts=(4, 1, 1),
+            replayers=(1, 0, 0),
+            event_every_ms=300,
+            **CHAOS,
+            end_ms=9_000,
+            changes=(Change(500, rotate=("data-source-1", "operator-1")), Change(2_000, rotate=("data-source-2",))),
+        ),
+        4,
+    ),
 }
 
 SAFE = LedgerPlan(
@@ -76,6 +87,14 @@ def test_members_join_rotate_and_leave_in_chaos_and_every_log_goes_on() -> None:
 def test_removed_traitor_votes_on_in_old_and_new_epoch_and_is_refused_by_name() -> None:
     refused = sum((run.refused for run in lived_through("a traitor is removed")), Counter[str]())
     assert {"traitor: wrong-epoch", "traitor: unknown-member"} <= set(refused)
+
+
+def test_true_votes_certificates_and_proposals_of_ended_epochs_are_refused_from_who_replays_them() -> None:
+    runs = lived_through("a member replays what was said in epochs that have ended")
+    replayed = sum((run.replayed for run in runs), Counter[str]())
+    refused = sum((run.refused for run in runs), Counter[str]())
+    assert {name for name in refused if name.startswith("replayer")} == {"replayer: wrong-epoch"}
+    assert {"Vote", "Proposal", "Certificate", "Notarization", "Nullification", "Stalled"} <= set(replayed)
 
 
 def test_two_roles_of_traitors_fork_no_history_across_epochs() -> None:
