@@ -1,7 +1,7 @@
 """A correct host: it carries out its engine's effects, and may die between any two; one kind forgets its votes then."""
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simulation.cryptography import Cryptography
 from simulation.failures import Fork, Halted
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from simulation.simulator import Simulation
 
 
+LOSES_LEDGER = 0.5
+"""How often a crash takes an unlucky host's ledger."""
+
+
 class Crash(Exception):
     """The simulated process dies here."""
 
@@ -49,14 +53,33 @@ class ForgetfulEngine(Engine):
         return True
 
 
+class Journal:
+    """Votes of one epoch and what they are for; it forgets as ``node.journal`` does."""
+
+    def __init__(self) -> None:
+        self.votes: list[Vote] = []
+        self.held: list[tuple[int, Any]] = []
+        """The view of each ledger block, and what the host keeps of it."""
+        self.first_view = View(0)
+        """How this host voted in earlier ones it may have forgotten."""
+
+    def compact(self, final_view: int) -> None:
+        """Forget what was voted in views up to ``final_view``."""
+        kept = [vote for vote in self.votes if vote.view > final_view]
+        if len(kept) < len(self.votes):
+            highest_view = max(vote.view for vote in self.votes)
+            self.first_view = View(min((vote.view for vote in kept), default=highest_view + 1))
+            self.votes = kept
+            self.held = [(view, held) for view, held in self.held if view > final_view]
+
+
 class Node:
     """A correct host: durable journal, ledger and ledger block store; an engine that dies with the process."""
 
     def __init__(self, simulation: "Simulation", own: MemberId) -> None:
         self.simulation = simulation
         self.own = own
-        self.journal: list[Vote] = []
-        self.journalled_proposals: list[Proposal] = []
+        self.journal = Journal()
         self.store: dict[Digest, Proposal] = {}
         self.head = simulation.genesis
         self.ledger: list[Header] = [simulation.genesis]
@@ -96,14 +119,27 @@ class Node:
         """An engine that knows what is durable."""
         simulation = self.simulation
         engine = self.engine_class(simulation.committee, self.own, simulation.plan.timing, self.head, self.certificate)
-        engine.restore(self.journal, self.journalled_proposals, View(0))
+        engine.restore(self.journal.votes, [proposal for _, proposal in self.journal.held], self.journal.first_view)
         return engine
 
     def die(self) -> None:
         self.simulation.note("crash", self.own)
         self.incarnation += 1
         self.engine = None
+        if self.incarnation % 2 == 0:
+            self.compact_journal()
+        if self.own in self.simulation.unlucky and self.simulation.random.random() < LOSES_LEDGER:
+            self.lose_ledger()
         self.simulation.at(self.simulation.random.randint(10, 1_500), self.boot)
+
+    def compact_journal(self) -> None:
+        """Behind what is final and durable; no vote that was asked for earlier is on its way any more."""
+        self.journal.compact(self.head.view)
+
+    def lose_ledger(self) -> None:
+        """Whoever ran it begins anew beside the journal."""
+        self.store = {proposal.digest: proposal for _, proposal in self.journal.held}
+        self.head, self.ledger, self.certificate = self.simulation.genesis, [self.simulation.genesis], None
 
     def hazard(self) -> None:
         """The process may die here."""
@@ -219,9 +255,9 @@ class Node:
     def write_journal(self, vote: Vote, proposal: Proposal | None) -> None:
         """Durable before anything leaves."""
         if proposal is not None:
-            self.journalled_proposals.append(proposal)
+            self.journal.held.append((vote.view, proposal))
             self.store[proposal.digest] = proposal
-        self.journal.append(vote)
+        self.journal.votes.append(vote)
 
     def propose(self, asked: RequestProposal) -> None:
         """Where nothing need be proposed, now and then nothing is: more to append comes a little later."""
@@ -280,7 +316,7 @@ class Node:
         self.append(effect.headers, effect.certificate)
 
     def append(self, headers: tuple[Header, ...], certificate: Certificate) -> None:
-        """One atomic write; the journal is pruned behind it."""
+        """One atomic write."""
         simulation = self.simulation
         for header in headers:
             if header.height <= self.head.height:
@@ -294,7 +330,5 @@ class Node:
         if headers[-1] == self.head:
             self.certificate = certificate
         self.finalized_at.append(simulation.now_ms)
-        view = self.head.view
-        self.journal = [vote for vote in self.journal if vote.view > view]
         if simulation.plan.idle:
             self.later(0, lambda: self.step("idle", lambda engine: engine.work_exhausted(simulation.now_ms)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from simulation.cryptography import Keys
 from simulation.failures import Halted
-from simulation.host import Node
+from simulation.host import Journal, Node
 from simulation.memory_store import MemoryStore
 from simulation.plan import DELAY_MS
 
@@ -24,7 +24,7 @@ from consensus.effect import CastVote, Effect, Finalized, Message, PublishEviden
 from consensus.engine import Engine
 from consensus.event import CheckedEvent, Kind, make_entry, pack, pack_parts, sign_entry
 from consensus.evidence import Conviction, EvidenceReport, check_evidence
-from consensus.identifiers import Digest, MemberId, View
+from consensus.identifiers import Digest, MemberId
 from consensus.membership import Committee
 from consensus.portions import Portions, SaltedPortion
 from consensus.rejection import Reason, Rejected
@@ -60,7 +60,10 @@ class NoNetwork:
 
 
 class LedgerNode(Node):
-    """Durable: the store, the vote journal of each epoch, evidence. All else dies with the process."""
+    """Durable: the store, the vote journal of each epoch, evidence. All else dies with the process.
+
+    A host that has lost its store goes through all epochs again, and votes in the one that it was in.
+    """
 
     simulation: "LedgerSimulation"
 
@@ -69,9 +72,8 @@ class LedgerNode(Node):
         super().__init__(simulation, own)
         self.name = name
         self.disk = MemoryStore()
-        self.journals: dict[int, list[Vote]] = {}
-        self.held_blocks: dict[int, list[tuple[int, HeldBlock]]] = {}
-        """By epoch: the view, and what was voted for in it."""
+        self.journals: dict[int, Journal] = {}
+        """By epoch."""
         self.reports: dict[Conviction, tuple[EvidenceReport, int]] = {}
         """Evidence, and since when it is kept."""
 
@@ -100,7 +102,9 @@ class LedgerNode(Node):
             simulation.clock,
         )
         member = next((member for member in committee.voters if member.name == self.name), None)
-        self.member = None if member is None else member.id
+        # The journals of epochs that have ended are never written again.
+        self.member = None if member is None or any(epoch > committee.epoch for epoch in self.journals) else member.id
+        self.journal = self.journals.setdefault(committee.epoch, Journal())
         final = self.log.final.header
         engine = self.engine_class(
             committee,
@@ -109,12 +113,21 @@ class LedgerNode(Node):
             final,
             self.log.certificate if final.epoch == committee.epoch else None,
         )
-        held = [block for _, block in self.held_blocks.get(committee.epoch, [])]
-        self.intake.restore([event for block in held for event in block.events])
-        engine.restore(self.journals.get(committee.epoch, []), [block.proposal for block in held], View(0))
-        for block in held:
-            self.proposals.remember(block.proposal)
+        if self.member is not None:
+            held: list[HeldBlock] = [block for _, block in self.journal.held]
+            self.intake.restore([event for block in held for event in block.events])
+            engine.restore(self.journal.votes, [block.proposal for block in held], self.journal.first_view)
+            for block in held:
+                self.proposals.remember(block.proposal)
         return engine
+
+    def compact_journal(self) -> None:
+        if self.head.epoch == self.committee.epoch:
+            super().compact_journal()
+
+    def lose_ledger(self) -> None:
+        self.disk = MemoryStore()
+        self.head, self.ledger = self.simulation.genesis, [self.simulation.genesis]
 
     def boot(self) -> None:
         super().boot()
@@ -248,8 +261,8 @@ class LedgerNode(Node):
         if vote.kind == VoteKind.NOTARIZE:
             held = self.proposals.held_block(Digest(vote.block))
             assert held is not None
-            self.held_blocks.setdefault(vote.epoch, []).append((vote.view, held))
-        self.journals.setdefault(vote.epoch, []).append(vote)
+            self.journal.held.append((vote.view, held))
+        self.journal.votes.append(vote)
 
     def propose(self, asked: RequestProposal) -> None:
         if self.member is None or self.ended:
@@ -432,9 +445,6 @@ class LedgerNode(Node):
         if self.log.committee.epoch != self.committee.epoch:
             self.end_epoch()
             return
-        epoch, view = self.committee.epoch, self.head.view
-        self.journals[epoch] = [vote for vote in self.journals.get(epoch, []) if vote.view > view]
-        self.held_blocks[epoch] = [held for held in self.held_blocks.get(epoch, []) if held[0] > view]
         self.later(0, self.tell_work)
 
     def settle(self) -> None:

@@ -43,6 +43,8 @@ class Plan:
     """Leave an urgent event out of their ledger blocks and vote for none that holds it."""
     forgetful: tuple[int, int, int] = (0, 0, 0)
     """Correct but for their journal: after each crash they vote again without it, whatever they hear of their votes."""
+    unlucky: tuple[int, int, int] = (0, 0, 0)
+    """Correct; some crashes take their ledger, and leave their journal."""
     urgent_ms: int = 0
     """When an urgent event reaches everybody; 0 for none."""
     censorship_ms: int = 0

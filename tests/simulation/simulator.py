@@ -2,7 +2,8 @@
 
 Network: random delay (hence reordering), loss, duplication and partitions until ``heal_ms``; from then on
 every message arrives within ``DELAY_MS``. Hosts crash at every step they take for an effect, also between
-signing, journalling and sending, and come back from their journal and ledger. The traitors are one
+signing, journalling and sending, and come back from their journal and ledger; every second crash finds the journal
+compacted, and some lose the ledger. The traitors are one
 adversary that hears everything at once, signs anything with their names, and sends to whom and when it likes.
 
 Checked after every step that could break it:
@@ -83,6 +84,7 @@ class Simulation:
         self.censors: set[MemberId] = set()
         self.garbage: set[MemberId] = set()
         self.forgetful: set[MemberId] = set()
+        self.unlucky: set[MemberId] = set()
         self.refused: Counter[str] = Counter()
         """Messages that a host refused before its engine saw them, by reason."""
         self._assign()
@@ -130,6 +132,7 @@ class Simulation:
             self.forgers.update(first[len(first) - self.plan.forgers[index] :])
             self.censors.update(first[len(first) - self.plan.censors[index] :])
             self.forgetful.update(first[len(first) - self.plan.forgetful[index] :])
+            self.unlucky.update(first[len(first) - self.plan.unlucky[index] :])
 
     def run(self) -> "Simulation":
         """Until ``end_ms``; raises with the seed in the message when a rule breaks."""

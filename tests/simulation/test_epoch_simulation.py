@@ -44,6 +44,20 @@ LIVE = {
         ),
         5,
     ),
+    "join, rotate and leave, and four lose their ledgers": (
+        LedgerPlan(
+            counts=(3, 1, 1),
+            thresholds=(2, 1, 1),
+            unlucky=(3, 1, 0),
+            event_every_ms=300,
+            loss=0.05,
+            crash=0.004,
+            heal_ms=6_000,
+            end_ms=11_000,
+            changes=(JOIN, ROTATE, LEAVE),
+        ),
+        4,
+    ),
     "a member replays what was said in epochs that have ended": (
         LedgerPlan(
             counts=(4, 1, 1),
@@ -82,6 +96,10 @@ def test_members_join_rotate_and_leave_in_chaos_and_every_log_goes_on() -> None:
     runs = lived_through("join, rotate and leave")
     assert all(run.kinds["membership"] == 3 for run in runs)
     assert sum(run.carried for run in runs) > 0, "no epoch ended through a carrier"
+
+
+def test_members_that_lose_their_ledgers_go_through_all_epochs_again_and_vote_in_the_newest() -> None:
+    lived_through("join, rotate and leave, and four lose their ledgers")
 
 
 def test_removed_traitor_votes_on_in_old_and_new_epoch_and_is_refused_by_name() -> None:

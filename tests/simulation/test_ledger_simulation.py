@@ -22,7 +22,11 @@ HASTY = Timing(timeout_ms=100, max_timeout_ms=400, heartbeat_ms=1_000)
 """Where traitors that do not vote cost most of the time."""
 
 LIVE = {
-    "2/1/1": (LedgerPlan(censorship_ms=2_000, **CHAOS, end_ms=9_000), 10),
+    "2/1/1": (LedgerPlan(censorship_ms=2_000, **CHAOS, end_ms=9_000), 5),
+    "2/1/1, and three lose their ledgers": (
+        LedgerPlan(unlucky=(2, 1, 0), censorship_ms=2_000, loss=0.05, crash=0.008, heal_ms=4_000, end_ms=9_000),
+        5,
+    ),
     "4/1/1, one traitor": (
         LedgerPlan(counts=(4, 1, 1), traitors=(1, 0, 0), pushed=0.3, censorship_ms=2_000, **CHAOS, end_ms=9_000),
         8,

@@ -23,6 +23,9 @@ ONE_HONEST = Plan(counts=(1, 1, 1), traitors=(1, 1, 0), end_ms=20_000)
 
 ONE_HONEST_CRASHING = Plan(counts=(1, 1, 1), traitors=(1, 1, 0), crash=0.01, heal_ms=20_000, end_ms=20_000)
 
+ALL_UNLUCKY = Plan(counts=(1, 1, 1), unlucky=(1, 1, 1), idle=True, crash=0.01, heal_ms=8_000, end_ms=8_000)
+"""Often all that was voted last is final, forgotten by the journal, and lost."""
+
 CRASHING = Plan(counts=(2, 1, 1), crash=0.005, heal_ms=6_000, end_ms=6_000)
 
 TRAITOR_IN_EVERY_ROLE = Plan(counts=(4, 4, 4), traitors=(1, 1, 1), loss=0.1, heal_ms=8_000, end_ms=8_000)
@@ -94,6 +97,13 @@ class NoJournal(NaiveAboutNotarizations):
         super().restore((), (), first_view)
 
 
+class VotesWhatItForgot(NaiveAboutNotarizations):
+    """Takes what a compacted journal does not say for what was never voted."""
+
+    def restore(self, votes: Iterable[Vote], proposals: Iterable[Proposal], first_view: View) -> None:
+        super().restore(votes, proposals, View(0))
+
+
 MUTANTS = [
     (NullifyAndFinalize, ONE_HONEST),
     (NoGapCheck, ONE_HONEST),
@@ -128,10 +138,15 @@ def test_engine_without_one_rule_forks_where_the_real_one_does_not(mutant: type[
     Simulation(seed, plan).run()
 
 
-@pytest.mark.parametrize("mutant", [NullifyAndFinalize, DoubleNotarize])
-def test_broken_voting_rule_is_seen_on_the_vote_itself(mutant: type[Engine]) -> None:
-    with pytest.raises(DoubleVote):
-        run_all_seeds(ONE_HONEST, mutant)
+@pytest.mark.parametrize(
+    ("mutant", "plan"),
+    [(NullifyAndFinalize, ONE_HONEST), (DoubleNotarize, ONE_HONEST), (VotesWhatItForgot, ALL_UNLUCKY)],
+)
+def test_broken_voting_rule_is_seen_on_the_vote_itself(mutant: type[Engine], plan: Plan) -> None:
+    with pytest.raises(DoubleVote) as seen:
+        run_all_seeds(plan, mutant)
+    seed = int(str(seen.value).split(":")[0].removeprefix("seed "))
+    Simulation(seed, plan).run()
 
 
 @pytest.mark.parametrize("counted", VOTING_ROLES)

@@ -18,7 +18,11 @@ from consensus.membership import SCHEME_NEEDS
 
 LIVE = {
     "one member per role": (Plan(counts=(1, 1, 1), **CHAOS, end_ms=11_000), 200),
-    "2/2/1, all needed": (Plan(counts=(2, 2, 1), **CHAOS, end_ms=11_000), 110),
+    "2/2/1, all needed": (Plan(counts=(2, 2, 1), **CHAOS, end_ms=11_000), 55),
+    "2/2/1, all needed, and four lose their ledgers": (
+        Plan(counts=(2, 2, 1), unlucky=(2, 2, 0), loss=0.05, crash=0.004, heal_ms=4_000, end_ms=10_000),
+        55,
+    ),
     "4/4/4": (Plan(**CHAOS, end_ms=10_000), 15),
     "4/4/4, one silent per role": (Plan(silent=(1, 1, 1), **CHAOS, end_ms=11_000), 40),
     "3/3/3 with t=2, one silent per role": (
@@ -47,7 +51,11 @@ LIVE = {
         ),
         30,
     ),
-    "idle with work once a second": (Plan(counts=(2, 1, 1), idle=True, **CHAOS, end_ms=12_000), 300),
+    "idle with work once a second": (Plan(counts=(2, 1, 1), idle=True, **CHAOS, end_ms=12_000), 200),
+    "idle with work once a second, and three lose their ledgers": (
+        Plan(counts=(2, 1, 1), unlucky=(2, 1, 0), idle=True, loss=0.05, crash=0.004, heal_ms=4_000, end_ms=10_000),
+        100,
+    ),
 }
 
 SAFE = {
@@ -55,6 +63,10 @@ SAFE = {
     "one role alone is honest and crashes": (
         Plan(counts=(1, 1, 1), traitors=(1, 1, 0), crash=0.01, heal_ms=20_000, end_ms=20_000),
         400,
+    ),
+    "one role alone is honest and loses its ledger": (
+        Plan(counts=(1, 1, 1), traitors=(1, 1, 0), unlucky=(0, 0, 1), crash=0.01, heal_ms=20_000, end_ms=20_000),
+        90,
     ),
     "one honest of two in one role": (
         Plan(counts=(2, 2, 2), traitors=(2, 2, 1), loss=0.1, heal_ms=10_000, end_ms=10_000),
