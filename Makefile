@@ -13,7 +13,7 @@ PEERS := .venv-peers/.installed
 
 # The Python to make .venv with: `make demo PYTHON=/path/to/python3.12`. Without it, the first that runs.
 PYTHON ?=
-# Seeds per plan of `make simulate`.
+# Seeds per plan of `make simulate`; a tenth where one run takes seconds.
 SEEDS ?= 200
 # How long `make soak` takes.
 MINUTES ?= 60

@@ -38,6 +38,16 @@ def seeds(count: int) -> range:
     return range(count if SEEDS is None else int(SEEDS))
 
 
+def seeds_of_slow_runs(count: int) -> range:
+    """A tenth of what ``seeds`` gives in long runs, for plans of which one run takes seconds."""
+    return range(count if SEEDS is None else max(1, int(SEEDS) // 10))
+
+
+def enough_seeds(count: int) -> bool:
+    """Whether no fewer are run than ``count``: only then must what happens in some runs have happened in one."""
+    return SEEDS is None or int(SEEDS) >= count
+
+
 def seeds_of_role(count: int, role: Role) -> range:
     """One third of ``seeds(count)``, another for each role: for plans that are run with each role as their last."""
     return seeds(count)[VOTING_ROLES.index(role) :: len(VOTING_ROLES)]

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from simulation.ledger_outcomes import LedgerOutcome, ledger_outcome
 from simulation.ledgers import LedgerSimulation
-from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, outcomes, seeds, seeds_of_role
+from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, enough_seeds, outcomes, seeds, seeds_of_role
 from simulation.plan import DELAY_MS, Change, LedgerPlan, turned
 
 from consensus.engine import Timing
@@ -81,6 +81,8 @@ SAFE = LedgerPlan(
     changes=(Change(500, add=(("late", "data-source"),)), Change(2_000, rotate=("governance-1", "operator-1"))),
 )
 
+SAFE_SEEDS = 12
+
 
 def lived_through(name: str) -> list[LedgerOutcome]:
     plan, count = LIVE[name]
@@ -93,9 +95,11 @@ def lived_through(name: str) -> list[LedgerOutcome]:
 
 
 def test_members_join_rotate_and_leave_in_chaos_and_every_log_goes_on() -> None:
-    runs = lived_through("join, rotate and leave")
+    name = "join, rotate and leave"
+    runs = lived_through(name)
     assert all(run.kinds["membership"] == 3 for run in runs)
-    assert sum(run.carried for run in runs) > 0, "no epoch ended through a carrier"
+    if enough_seeds(LIVE[name][1]):
+        assert sum(run.carried for run in runs) > 0, "no epoch ended through a carrier"
 
 
 def test_members_that_lose_their_ledgers_go_through_all_epochs_again_and_vote_in_the_newest() -> None:
@@ -103,25 +107,29 @@ def test_members_that_lose_their_ledgers_go_through_all_epochs_again_and_vote_in
 
 
 def test_removed_traitor_votes_on_in_old_and_new_epoch_and_is_refused_by_name() -> None:
-    refused = sum((run.refused for run in lived_through("a traitor is removed")), Counter[str]())
-    assert {"traitor: wrong-epoch", "traitor: unknown-member"} <= set(refused)
+    name = "a traitor is removed"
+    refused = sum((run.refused for run in lived_through(name)), Counter[str]())
+    if enough_seeds(LIVE[name][1]):
+        assert {"traitor: wrong-epoch", "traitor: unknown-member"} <= set(refused)
 
 
 def test_true_votes_certificates_and_proposals_of_ended_epochs_are_refused_from_who_replays_them() -> None:
-    runs = lived_through("a member replays what was said in epochs that have ended")
+    name = "a member replays what was said in epochs that have ended"
+    runs = lived_through(name)
     replayed = sum((run.replayed for run in runs), Counter[str]())
     refused = sum((run.refused for run in runs), Counter[str]())
-    assert {name for name in refused if name.startswith("replayer")} == {"replayer: wrong-epoch"}
-    assert {"Vote", "Proposal", "Certificate", "Notarization", "Nullification", "Stalled"} <= set(replayed)
+    assert {reason for reason in refused if reason.startswith("replayer")} == {"replayer: wrong-epoch"}
+    if enough_seeds(LIVE[name][1]):
+        assert {"Vote", "Proposal", "Certificate", "Notarization", "Nullification", "Stalled"} <= set(replayed)
 
 
 def test_two_roles_of_traitors_fork_no_history_across_epochs() -> None:
     runs = [
         run
         for honest in VOTING_ROLES
-        for run in outcomes(turned(SAFE, honest), seeds_of_role(12, honest), ledger_outcome)
+        for run in outcomes(turned(SAFE, honest), seeds_of_role(SAFE_SEEDS, honest), ledger_outcome)
     ]
-    assert max(run.epoch for run in runs) == 2
+    assert not enough_seeds(SAFE_SEEDS) or max(run.epoch for run in runs) == 2
 
 
 @pytest.mark.parametrize("scheme", SCHEME_NEEDS)

@@ -8,7 +8,7 @@ from simulation.hash_seeds import printed_under_two_hash_seeds
 from simulation.ledger_host import LedgerNode
 from simulation.ledger_outcomes import ledger_outcome
 from simulation.ledgers import LedgerSimulation
-from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, outcomes, seeds, seeds_of_role
+from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, enough_seeds, outcomes, seeds, seeds_of_role
 from simulation.plan import DELAY_MS, LedgerPlan, turned
 
 from consensus.engine import Engine, Timing
@@ -92,6 +92,8 @@ def test_every_admissible_event_is_on_every_log_within_the_bound_after_healing(n
         distrusted += run.distrusted
         refused += run.refused
         refused_events += run.refused_events
+    if not enough_seeds(count):
+        return
     assert {"source", "revocation", "policy", "delegation"} <= set(kinds)
     if any(plan.traitors):
         broken = {"bad-block", "bad-timestamp", "duplicate", "log-root-mismatch", "state-root-mismatch"}
@@ -112,8 +114,9 @@ def test_traitors_put_nothing_inadmissible_on_an_honest_members_log(name: str) -
     for honest in VOTING_ROLES:
         runs += outcomes(turned(plan, honest), seeds_of_role(count, honest), ledger_outcome)
     assert [run.seed for run in sorted(runs, key=lambda run: run.seed)] == list(seeds(count))
-    assert any(max(run.heights) > 0 for run in runs), "the traitors let nothing be final at all"
-    assert {"duplicate", "unknown-source", "state-root-mismatch"} <= set().union(*(run.spoiled for run in runs))
+    if enough_seeds(count):
+        assert any(max(run.heights) > 0 for run in runs), "the traitors let nothing be final at all"
+        assert {"duplicate", "unknown-source", "state-root-mismatch"} <= set().union(*(run.spoiled for run in runs))
 
 
 class CredulousLedger(Ledger):
@@ -148,7 +151,7 @@ def test_hosts_that_do_not_judge_ledger_blocks_are_found_out() -> None:
         run_until_found()
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", seeds(5))
 def test_event_takes_one_ledger_block_and_no_empty_one_after_it(seed: int) -> None:
     """An empty one would cost everybody as much as the event did. Later some events wait that are not admissible."""
     run = LedgerSimulation(seed, LedgerPlan(event_every_ms=1_000, end_ms=8_000)).run()

@@ -7,7 +7,7 @@ from consensus_fixtures import make_genesis
 from simulation.cryptography import Keys
 from simulation.failures import Fork
 from simulation.hash_seeds import printed_under_two_hash_seeds
-from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, outcomes, seeds, seeds_of_role, worst_gap_ms
+from simulation.outcomes import BOUND_IN_DELAYS, CHAOS, outcomes, seeds, seeds_of_role, seeds_of_slow_runs, worst_gap_ms
 from simulation.plan import DELAY_MS, Plan, turned
 from simulation.simulator import Simulation
 
@@ -108,7 +108,7 @@ def test_history_goes_on_where_every_message_takes_half_a_timeout_and_more(
 ) -> None:
     """Notarizations then come when timers have fired: nobody who has nullified a view finalizes it."""
     end_ms = 40 * steady_ms
-    for run in outcomes(Plan(counts=counts, steady_ms=steady_ms, end_ms=end_ms), range(1)):
+    for run in outcomes(Plan(counts=counts, steady_ms=steady_ms, end_ms=end_ms), seeds_of_slow_runs(1)):
         assert run.gap_ms <= end_ms // 2, f"{run.gap_ms} ms without finalization"
         assert run.behind == 0
 
@@ -230,7 +230,7 @@ def test_two_censoring_operators_of_four_keep_an_event_out_for_ever_without_the_
 
 def test_censors_win_nothing_under_the_rule_but_a_log_that_waits() -> None:
     """Nothing more becomes final without the event; with one censor less, it is in and the log goes on."""
-    for seed in range(5):
+    for seed in seeds(5):
         simulation = Simulation(seed, dataclasses.replace(CENSORED, censorship_ms=2_000)).run()
         late = [header.timestamp_ms for node in simulation.nodes.values() for header in node.ledger]
         assert max(late) <= 3_000 + 2 * DELAY_MS
@@ -285,7 +285,7 @@ def test_real_signatures_and_certificates_carry_the_round(scheme: str) -> None:
     counts = {"data-source": 2, "governance": 1, "operator": 1}
     cryptography = Keys(*make_genesis(counts, certificate_scheme=scheme))
     plan = Plan(counts=(2, 1, 1), loss=0.1, crash=0.003, heal_ms=1_500, end_ms=3_500)
-    for seed in range(2):
+    for seed in seeds_of_slow_runs(2):
         simulation = Simulation(seed, plan, cryptography=cryptography, voters=cryptography.committee).run()
         assert all(node.head.height > node.height_at_heal for node in simulation.nodes.values())
 
