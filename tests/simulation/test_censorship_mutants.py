@@ -1,7 +1,7 @@
 """The censorship rule without one of its exceptions stops a log that nobody attacks, in runs the real one survives.
 
-The seeds were found by search: without the first exception nearly every run stands still, without the others one in
-twenty or fewer.
+The seeds were found by search: without the first exception nearly every run stands still, without the second one in
+forty, without the third one in ten.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ def carriers_are_to_hold_events(monkeypatch: pytest.MonkeyPatch) -> None:
     ("mutate", "plan", "seed"),
     [
         (admissible_only_after_the_ledger_block, ONE_EPOCH, 0),
-        (no_room_is_no_excuse, ONE_EPOCH, 46),
-        (carriers_are_to_hold_events, EPOCHS, 4),
+        (no_room_is_no_excuse, ONE_EPOCH, 41),
+        (carriers_are_to_hold_events, EPOCHS, 0),
     ],
 )
 def test_rule_without_an_exception_lets_admissible_events_wait_for_ever(
