@@ -101,10 +101,14 @@ class Chunk:
         verify_certificate(self._ledger.scheme, self._ledger.genesis.chain_id, self._certificate)
 
     def lacking(self) -> Iterator[tuple[Header, BlockRecord]]:
-        """The ledger blocks to apply, oldest first, up to the end of an epoch; none that is on the log already."""
+        """The ledger blocks to apply, oldest first; none that is on the log already.
+
+        Raises:
+            Rejected: ``WRONG_EPOCH`` for one after the end of its epoch: a carrier is no ledger block of the log.
+        """
         for header, record in zip(self._headers, self._blocks.blocks, strict=False):
             if self._ended_height:
-                return
+                raise Rejected(Reason.WRONG_EPOCH, f"ledger block {header.height} after the end of its epoch")
             self._pending.headers.append(header)
             self._pending.size_bytes += sum(map(len, record.events))
             if header.height > self._ledger.final.header.height:
@@ -139,6 +143,8 @@ class Chunk:
             raise Rejected(Reason.BAD_BLOCK, f"events of ledger block {header.height} are not its body's")
         if header.height <= ledger.final.header.height:
             return False
+        if header.epoch != ledger.committee.epoch:  # the round has ended it meanwhile
+            raise Rejected(Reason.WRONG_EPOCH, f"ledger block {header.height} after the end of its epoch")
         parent = ledger.state_of(Digest(header.parent))
         if parent is None:
             raise Rejected(Reason.BAD_BLOCK, f"ledger block {header.height} does not follow our log")

@@ -82,6 +82,9 @@ class HistoryFill:
         for number, (header, record) in enumerate(zip(headers, answer.blocks, strict=False)):
             if header.height > history.base_height:
                 break
+            if frontier.size == self._ledger.epochs.of(header.epoch).end_size:
+                # A carrier: certified, empty, well-formed, and no part of the log. The next epoch does not follow it.
+                raise Rejected(Reason.WRONG_EPOCH, f"ledger block {header.height} after the end of its epoch")
             body, events = await self._checked_events(header, record)
             self._ledger.hold_to_pin(frontier, body.leaf_hashes)
             frontier, interior = frontier.append_with_nodes(body.leaf_hashes)

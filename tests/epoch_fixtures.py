@@ -76,6 +76,15 @@ def change_event(ledger: MemoryLedger, membership: Membership, signers: Iterable
     return ledger.signed(Kind.MEMBERSHIP, names, portions)
 
 
+def carrier_of(ledger: MemoryLedger) -> tuple[bytes, bytes]:
+    """Header and certificate of a carrier of the last ledger block; the log stays as it was."""
+    terminal = ledger.ledger
+    ledger.seal()
+    ledger.states.pop()
+    ledger.ledger = terminal
+    return ledger.certified.pop()
+
+
 def begin_epoch(
     ledger: MemoryLedger,
     *,

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import trio
+from epoch_fixtures import carrier_of, change_event, next_membership
 from ledger_fixtures import MemoryLedger
 from snapshot_fixtures import Answer, honest, served, written
 
+from consensus.block import Body, decode_header
+from consensus.certificate import decode_certificate
 from consensus.codec import decode, encode
-from consensus.event import CheckedEvent
+from consensus.event import CheckedEvent, pack_parts
+from consensus.identifiers import Digest
 from consensus.membership import ED25519_LIST
 from consensus.rejection import Reason, Rejected
 from node.catchup import CatchUp, serve_blocks
@@ -171,6 +175,11 @@ async def test_server_that_promises_an_end_and_never_comes_to_it_is_left(
     assert 0 < len(empty.overlays) < HEIGHT // 2
 
 
+def apply_all(chunk: Chunk) -> None:
+    for header, record in chunk.lacking():
+        chunk.apply(header, record, [event for turn in chunk.check_events(record) for event in turn])
+
+
 def test_what_lies_applied_under_one_certificate_is_bounded(
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,8 +197,7 @@ def test_what_lies_applied_under_one_certificate_is_bounded(
             assert refusal.value.reason is reason
             return
         chunk = Chunk(empty, blocks, first_height, pending)
-        for lacking, record in chunk.lacking():
-            chunk.apply(lacking, record, [event for turn in chunk.check_events(record) for event in turn])
+        apply_all(chunk)
         assert chunk.commit() == ()
 
 
@@ -204,6 +212,36 @@ def test_answer_holds_no_more_ledger_blocks_than_one_is_read_with(tmp_path: Path
     assert len(answer.blocks) == MAX_ANSWER_BLOCKS
     assert len(serve_blocks(full, GetBlocks(MAX_ANSWER_BLOCKS + 1)).blocks) == 4
     full.store.close()
+
+
+def test_carrier_as_a_ledger_block_is_refused_and_halts_no_node_whose_round_ends_the_epoch_meanwhile(
+    tmp_path: Path,
+) -> None:
+    memory = MemoryLedger()
+    membership, _ = next_membership(memory.genesis, memory.committee, memory.secrets, add={"operator-9": "operator"})
+    memory.seal(memory.source("data-source-1", "source"))
+    event = change_event(memory, membership)
+    memory.seal(event)
+    carrier = carrier_of(memory)
+    (end, _), height = memory.certified[-1], len(memory.certified)
+    ending, bodies = (end, carrier[0]), (Body((event.leaf_hash,)), Body(()))
+    parts = zip(ending, bodies, ((pack_parts(event.entry_bytes, event.portions_bytes),), ()), strict=True)
+    blocks = Blocks(
+        tuple(BlockRecord(header, encode(body), events) for header, body, events in parts), (), carrier[1], 9
+    )
+    headers = [decode_header(header, memory.chain_id) for header in ending]
+    for overtaken in (False, True):
+        ledger = written(memory, tmp_path / str(overtaken), height - 1)
+        chunk = Chunk(ledger, blocks, height, Pending())
+        chunk.check_certificate()
+        if overtaken:
+            for header, body, events in zip(headers, bodies, ((event,), ()), strict=True):
+                ledger.verify(ledger.state_of(Digest(header.parent)) or ledger.final, header, body, events)
+            ledger.commit(headers, decode_certificate(carrier[1]), ())
+        with pytest.raises(Rejected) as refusal:
+            apply_all(chunk)
+        assert refusal.value.reason is Reason.WRONG_EPOCH
+        ledger.store.close()
 
 
 def promising(full: Ledger, keeps_it: bool) -> Answer:

@@ -10,7 +10,7 @@ from typing import cast
 import msgspec
 import pytest
 import trio
-from epoch_fixtures import begin_epoch
+from epoch_fixtures import carrier_of, change_event, next_membership
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_fixtures import HOSPITAL, MemoryLedger, digest, story
@@ -37,6 +37,7 @@ from node.history import HistoryFill
 from node.ledger import Ledger
 from node.messages import (
     MAX_ANSWER_BYTES,
+    BlockRecord,
     Blocks,
     GetBlocks,
     GetSnapshot,
@@ -67,13 +68,23 @@ def short_logs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def told() -> MemoryLedger:
-    """A campaign's whole story, then a second epoch with sources of its own."""
+def told_and_carrier() -> tuple[MemoryLedger, tuple[bytes, bytes]]:
+    """``told``, and header and certificate of a carrier of the first epoch's last ledger block."""
     ledger = story().ledger
-    begin_epoch(ledger, add={"operator-9": "operator"}, rotate=[HOSPITAL])
+    membership, secrets = next_membership(
+        ledger.genesis, ledger.committee, ledger.secrets, add={"operator-9": "operator"}, rotate=[HOSPITAL]
+    )
+    ledger.seal(change_event(ledger, membership))
+    carrier = carrier_of(ledger)
+    ledger.enter_epoch(membership, secrets)
     for number in range(4):
         ledger.seal(ledger.source(HOSPITAL, f"later {number}"))
-    return ledger
+    return ledger, carrier
+
+
+def told() -> MemoryLedger:
+    """A campaign's whole story, then a second epoch with sources of its own."""
+    return told_and_carrier()[0]
 
 
 @pytest.fixture
@@ -661,6 +672,16 @@ def certified_in_the_next_epoch(held: Blocks) -> Blocks:
     return msgspec.structs.replace(held, onward=(onward,), certificate=certificate)
 
 
+def with_a_carrier(held: Blocks) -> Blocks:
+    """The end of an epoch and, as the ledger block after it, what only shows that end to be final."""
+    header, certificate = told_and_carrier()[1]
+    height = decode_header(header, told().chain_id).height
+    if not held.blocks or decode_header(held.blocks[-1].header, told().chain_id).height != height - 1:
+        return held
+    record = BlockRecord(header, encode(Body(())), ())
+    return msgspec.structs.replace(held, blocks=(*held.blocks, record), certificate=certificate)
+
+
 LIES: dict[str, Lie] = {
     "noise": noise,
     "no links": about_snapshots(lambda held: msgspec.structs.replace(held, links=())),
@@ -689,6 +710,7 @@ LIES: dict[str, Lie] = {
     ),
     "other portions": about_blocks(with_other_portions),
     "onward into the next epoch": about_blocks(certified_in_the_next_epoch),
+    "carrier as a ledger block": about_blocks(with_a_carrier),
     "onward to nowhere": about_blocks(
         lambda held: msgspec.structs.replace(held, onward=(held.blocks[0].header,) * 3) if held.blocks else held
     ),
