@@ -7,7 +7,8 @@ further.
 Peers share the time (``turns.py``): a turn ends after ``TURN_SECONDS``, or with the first answer that is none, is
 wrong, or brings little of what there is. So one that serves true ledger blocks, few at a time or late, sets no pace.
 Only what one certificate makes final is asked for to its end from whoever began it, also where its answers are small or
-late, for ``PROMISE_SECONDS``: a part is of no use.
+late, for ``PROMISE_SECONDS``: a part is of no use. Whoever waits for a height waits for one turn of others at most, and
+no peer's word for what height there is keeps us asking.
 
 The same file serves: blocks, events, proposals, as others ask.
 """
@@ -152,11 +153,6 @@ class CatchUp:
         """Whether the log is to begin at a snapshot and has not begun, nor will it be replayed."""
         return self._joining is not None and self._ledger.final.header.height == 0 and not self._joining.given_up
 
-    async def idle(self) -> None:
-        """Until nothing is being fetched."""
-        async with self._lock:
-            return
-
     async def applied(self) -> None:
         """Until the answer of a peer that is being applied, if one is, is: what it brings need not be fetched as well.
 
@@ -175,10 +171,12 @@ class CatchUp:
         """
         async with self._lock:
             await self._join()
-            await self._reach(height)
+        await self._reach(lambda: height)
 
     async def from_peer(self, peer: MemberId) -> bool:
         """Apply what a peer has beyond our log, from whoever serves it once the first turn is over; whether it grew.
+
+        How far that is, is the peer's word, and taken while its own answers are ample: it may claim any height.
 
         Raises:
             CertifiedInvalid: a quorum broke the rules.
@@ -193,11 +191,11 @@ class CatchUp:
                 return False
             if not await self._from_peer(peer):
                 return joined
-            try:
-                await self._reach(self._claimed.get(peer, 0))
-            except Unavailable as error:
-                log.info("catching up pauses: %s", error)
-            return True
+        try:
+            await self._reach(lambda: self._claimed[peer])
+        except Unavailable as error:
+            log.info("catching up pauses: %s", error)
+        return True
 
     async def _join(self) -> bool:
         """Begin at a snapshot if that is wanted and nothing has begun; whether it was done."""
@@ -205,27 +203,30 @@ class CatchUp:
             return False
         return await self._joining.run()
 
-    async def _reach(self, height: int) -> None:
-        """``reach``, with the lock held."""
+    async def _reach(self, goal: Callable[[], int]) -> None:
+        """``reach``, a turn at a time: others whose goal is nearer, or who greet a peer, have theirs in between."""
         passed_over: set[MemberId] = set()
-        while self._ledger.final.header.height < height:
-            peers = self._network.connected - passed_over
-            for peer in self._turns.order(self._network.in_own_order(peers)):
+        while self._ledger.final.header.height < goal():
+            async with self._lock:
+                if self._ledger.final.header.height >= goal():
+                    return
+                peers = self._network.in_own_order(self._network.connected - passed_over)
+                if not peers:
+                    raise Unavailable(f"no peer serves ledger block {self._ledger.final.header.height + 1}")
+                peer = self._turns.order(peers)[0]
                 if await self._from_peer(peer):
-                    break
-                passed_over.add(peer)
-            else:
-                raise Unavailable(f"no peer serves ledger block {self._ledger.final.header.height + 1}")
+                    passed_over.clear()  # who had nothing more then may have it now
+                else:
+                    passed_over.add(peer)
 
     async def _from_peer(self, peer: MemberId) -> bool:
-        """A turn of a peer; whether the log grew."""
-        before_height = self._ledger.final.header.height
+        """A turn of a peer; whether the log grew by it: what the round appends meanwhile is not the peer's."""
         with self._turns.of(peer):
-            await self._turn(peer)
-        return self._ledger.final.header.height > before_height
+            return await self._turn(peer)
 
-    async def _turn(self, peer: MemberId) -> None:
-        """Fetch and apply chunks from a peer, the next one on its way while one is applied."""
+    async def _turn(self, peer: MemberId) -> bool:
+        """Fetch and apply chunks from a peer, the next one on its way while one is applied; whether the log grew."""
+        grew = False
         start_time = trio.current_time()
         pending = Pending()
         height = self._ledger.final.header.height + 1
@@ -241,7 +242,7 @@ class CatchUp:
                 if goes_on and (answer.onward or _is_ample(answer)):
                     nursery.start_soon(self._ask_ahead, peer, height, following)
                 try:
-                    await self._apply(answer, height - len(answer.blocks), pending)
+                    grew |= await self._apply(answer, height - len(answer.blocks), pending)
                 except (Rejected, CertifiedInvalid) as error:
                     failure = error
                     nursery.cancel_scope.cancel()
@@ -249,12 +250,17 @@ class CatchUp:
                 raise failure
             if failure is not None:
                 self._disappointed(peer, str(failure))
-                return
+                self._claimed[peer] = 0
+                return grew
             if goes_on and not following and self._ledger.committee.epoch != epoch:
                 await self._ask_ahead(peer, height, following)  # no answer goes on beyond the end of an epoch
+            if not following and not _is_ample(answer):
+                self._claimed[peer] = height - 1  # there may be more, but not by the word of one that drips
             answer = following[0] if following else None
         if pending.headers:
             self._disappointed(peer, "what it promised to be final did not follow")
+            self._claimed[peer] = 0
+        return grew
 
     async def _ask_ahead(self, peer: MemberId, height: int, following: list[Blocks | None]) -> None:
         following.append(await self._ask(peer, height))
@@ -278,8 +284,8 @@ class CatchUp:
         self._turns.disappointed(peer)
         log.info("ledger blocks from %s: %s", peer.hex()[:16], why)
 
-    async def _apply(self, blocks: Blocks, first_height: int, pending: Pending) -> None:
-        """Check and apply a chunk; ``pending`` is as in ``Chunk``."""
+    async def _apply(self, blocks: Blocks, first_height: int, pending: Pending) -> bool:
+        """Check and apply a chunk; whether the log grew by it. ``pending`` is as in ``Chunk``."""
         chunk = Chunk(self._ledger, blocks, first_height, pending)
         await trio.to_thread.run_sync(chunk.check_certificate)
         async with self._applying:
@@ -295,6 +301,7 @@ class CatchUp:
             appended = chunk.commit()
         if appended:
             self._appended(appended)
+        return bool(appended)
 
 
 def _is_ample(blocks: Blocks) -> bool:

@@ -8,9 +8,10 @@ Rules that depend on this voter's own clock live here, not in ``apply``: a propo
 from ours, or whose branch omits an urgent event we have held for ``censorship_ms``, is refused our vote but
 not called invalid.
 
-A replica serves one epoch. Once the ledger has gone on to the next, nothing is voted or proposed any more; ``run``
-tells every peer the certificate that ended it, waits until all of it is durable, and returns. The node then makes
-another replica, the same way as when it starts: so a crash at any instant of the switch needs no recovery of its own.
+A replica serves one epoch. Once the ledger has gone on to the next, nothing is voted, proposed or fetched any more;
+``run`` tells every peer the certificate that ended it, waits until all of it is durable, and returns. The node then
+makes another replica, the same way as when it starts: so a crash at any instant of the switch needs no recovery of its
+own.
 """
 
 import logging
@@ -203,6 +204,8 @@ class Replica:
             self._do(self.engine.start(self._now_ms))
             async for received in self._network.incoming:
                 self._take(received)
+        # Nothing appends any more. A snapshot may have ended the epoch: it appended no ledger block, and is not synced.
+        await self._make_durable()
 
     def _fill_up(self) -> None:
         """The log has begun at a snapshot, or still lacks what is below one."""
@@ -217,11 +220,7 @@ class Replica:
         log.info("epoch %d has ended", self._committee.epoch)
         if self._ledger.certificate is not None:
             self._network.broadcast(Lane.VOTES, encode(self._ledger.certificate))
-        await self.catch_up.idle()
-        await self._make_durable()  # also where nothing waits for it: a snapshot appends no ledger block
-        while self._undurable:
-            await self._make_durable()
-        scope.cancel()
+        scope.cancel()  # catching up as well: it may last as long as a peer likes, and the next replica begins it anew
 
     async def _vote(self, voter: Voter, restored: Restored) -> None:
         """Cast votes, once peers enough for a quorum know of none of ours that the journal lacks."""

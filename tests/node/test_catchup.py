@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from epoch_fixtures import carrier_of, change_event, next_membership
 from ledger_fixtures import MemoryLedger
-from snapshot_fixtures import Answer, honest, served, written
+from snapshot_fixtures import Answer, honest, served, write, written
 
 from consensus.block import Body, decode_header
 from consensus.certificate import decode_certificate
@@ -16,7 +17,7 @@ from consensus.codec import decode, encode
 from consensus.event import CheckedEvent, pack_parts
 from consensus.identifiers import Digest
 from consensus.membership import ED25519_LIST
-from consensus.rejection import Reason, Rejected
+from consensus.rejection import Reason, Rejected, Unavailable
 from node.catchup import CatchUp, serve_blocks
 from node.chunk import Chunk, Pending
 from node.ledger import Ledger
@@ -86,6 +87,83 @@ async def test_server_that_drips_true_ledger_blocks_sets_no_pace(
             await catch_up.reach(HEIGHT)
     assert empty.final.digest == full.final.digest
     assert dripping.asked <= 2
+
+
+def dripping(ledger: Ledger, asked: list[int]) -> Answer:
+    """Serves true ledger blocks one at a time, and claims a log without end."""
+    truth = honest(ledger)
+
+    async def answer(request: Request) -> bytes:
+        assert isinstance(request, GetBlocks)
+        asked.append(request.from_height)
+        blocks = decode(await truth(request), Blocks, MAX_ANSWER_BYTES).blocks[:1]
+        if not blocks:
+            return encode(Blocks((), (), b"", 2**53 - 1))
+        return encode(Blocks(blocks, (), told().certified[request.from_height - 1][1], 2**53 - 1))
+
+    return answer
+
+
+@pytest.mark.trio
+async def test_height_that_nobody_has_is_no_goal_by_the_word_of_one_that_drips(
+    full: Ledger, empty: Ledger, tmp_path: Path
+) -> None:
+    """Nobody else has more: for as long as it drips, others would wait who fetch what they need."""
+    write(empty, told(), 4)
+    behind = written(told(), tmp_path / "behind", 4)
+    asked: list[int] = []
+    async with served([dripping(full, asked), honest(behind)]) as network:
+        liar = next(peer for peer in network.connected if peer[0] == 1)
+        assert await CatchUp(empty, network, lambda appended: None).from_peer(liar)
+    assert asked == [5]
+    behind.store.close()
+
+
+@pytest.mark.trio
+async def test_server_with_nothing_new_for_a_moment_is_asked_again_once_the_log_grew(
+    full: Ledger, empty: Ledger
+) -> None:
+    write(empty, told(), 4)
+    truth = honest(full)
+    asked: list[int] = []
+
+    async def behind_at_first(request: Request) -> bytes:
+        return await truth(request) if asked else encode(Blocks((), (), b"", 4))
+
+    async with served([behind_at_first, dripping(full, asked)]) as network:
+        catch_up = CatchUp(empty, network, lambda appended: None)
+        liar = next(peer for peer in network.connected if peer[0] == 2)
+        catch_up._turns.disappointed(liar)  # the other one is asked first
+        await catch_up.reach(HEIGHT)
+    assert asked == [5]
+
+
+@pytest.mark.trio
+async def test_what_the_round_appends_during_a_turn_is_no_growth_by_the_peer_asked(full: Ledger, empty: Ledger) -> None:
+    write(empty, told(), 4)
+    asked = 0
+
+    async def nothing(request: Request) -> bytes:
+        nonlocal asked
+        asked += 1
+        write(empty, told(), 4 + asked)
+        return encode(Blocks((), (), b"", 4))
+
+    async with served([nothing]) as network:
+        with pytest.raises(Unavailable, match="no peer serves"):
+            await CatchUp(empty, network, lambda appended: None).reach(HEIGHT)
+    assert asked == 1
+
+
+@pytest.mark.trio
+async def test_whoever_has_a_near_goal_does_not_wait_for_others_with_a_far_one(full: Ledger, empty: Ledger) -> None:
+    async with served([dripping(full, [])]) as network, trio.open_nursery() as nursery:
+        catch_up = CatchUp(empty, network, lambda appended: None)
+        nursery.start_soon(catch_up.reach, HEIGHT)
+        await trio.testing.wait_all_tasks_blocked()
+        await catch_up.reach(3)
+        assert 3 <= empty.final.header.height < HEIGHT
+    assert empty.final.header.height == HEIGHT
 
 
 @pytest.mark.trio

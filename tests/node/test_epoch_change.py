@@ -1,8 +1,10 @@
 """Nodes that go on into the next epoch without a restart, and what a node is that left, joins late or lacks keys."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import trio
 from ledger_fixtures import digest
 from node_fixtures import PASSPHRASE, Consortium, change, next_epoch, running, until
 
@@ -14,12 +16,13 @@ from consensus.membership import committee
 from consensus.rejection import ConfigError, Reason, Rejected
 from consensus.state import EVIDENCE_TABLE, EvidenceRecord, read_record
 from consensus.vote import VoteEvidence, VoteKind, check_vote, sign_vote
-from node import runner, snapshot
+from node import catchup, runner, snapshot
 from node.fsck import check_data_directory
 from node.identity import epoch_keystore
 from node.keystore import Keystore
-from node.messages import MAX_ANSWER_BYTES, Blocks, GetBlocks, GetLastVote, GetSnapshot, pack_gossip
+from node.messages import MAX_ANSWER_BYTES, Blocks, GetBlocks, GetLastVote, GetSnapshot, Request, pack_gossip
 from node.network import Lane, Received
+from node.replica import Replica
 from node.runner import Node
 from node.service import EventState
 
@@ -211,6 +214,36 @@ async def test_node_that_was_away_follows_into_the_next_epoch_and_is_the_vote_it
         async with running([late]):
             assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
             assert late.snapshot().voting
+
+
+async def test_node_that_catches_up_begins_the_next_epoch_though_there_is_more_to_fetch(
+    consortium: Consortium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who serves one ledger block after the other, in one turn, does not keep it from voting where it should."""
+    nodes = [consortium.node(name) for name in NAMES]
+    membership, _ = next_epoch(consortium)
+    async with running(nodes):
+        await finalize(nodes[0], change(consortium, membership))
+        await until(lambda: all(node.replica.engine.committee.epoch == 1 for node in nodes))
+        for number in range(8):
+            await finalize(nodes[0], consortium.source_event("data-source-1", number))
+        height = nodes[0].ledger.final.header.height
+    shutil.rmtree(consortium.folder / "data-source-3")
+    answered = Replica.answer
+
+    async def slowly(replica: Replica, member: MemberId, request: Request) -> bytes:
+        if isinstance(request, GetBlocks):
+            await trio.sleep(0.5)
+        return await answered(replica, member, request)
+
+    monkeypatch.setattr(Replica, "answer", slowly)
+    monkeypatch.setattr(catchup, "ANSWER_TARGET_BYTES", 1)
+    monkeypatch.setattr(catchup, "TURN_SECONDS", 600.0)
+    server, late = consortium.node("data-source-1"), consortium.node("data-source-3")
+    async with running([server, late]):
+        await until(lambda: late.replica.engine.committee.epoch == 1)
+        assert late.ledger.final.header.height < height - 3
+        await until(lambda: late.ledger.final.header.height == height)
 
 
 async def test_node_that_joins_at_a_snapshot_of_a_later_epoch_goes_on_in_it(
