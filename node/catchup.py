@@ -25,9 +25,9 @@ from consensus.event import CheckedEvent
 from consensus.identifiers import MemberId
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import RETIRED_TABLE, RetiredMember, read_record
-from node.chunk import CertifiedInvalid, Chunk, Pending
+from node.chunk import MAX_RECORDS_BYTES, CertifiedInvalid, Chunk, Pending
 from node.epoch_end import Certified
-from node.ledger import MAX_CERTIFICATE_BYTES, Finalized, Ledger
+from node.ledger import Finalized, Ledger
 from node.messages import (
     ANSWER_TARGET_BYTES,
     MAX_ANSWER_BLOCKS,
@@ -68,11 +68,11 @@ def serve_blocks(ledger: Ledger, request: GetBlocks, target_bytes: int | None = 
         if header_epoch != epoch and records:
             break  # whoever asks learns from the last one who certifies this
         epoch = header_epoch
-        record_bytes = len(header) + len(body) + sum(len(event) + 8 for event in events)
-        if records and size_bytes + record_bytes > MAX_ANSWER_BYTES - MAX_CERTIFICATE_BYTES:
+        record = BlockRecord(header, body, tuple(events))
+        if records and size_bytes + record.size_bytes > MAX_RECORDS_BYTES:
             break
-        records.append(BlockRecord(header, body, tuple(events)))
-        size_bytes += record_bytes
+        records.append(record)
+        size_bytes += record.size_bytes
         if ledger.store.certificate(height) is not None:
             certified = len(records)
             if size_bytes >= target_bytes:
@@ -306,7 +306,4 @@ class CatchUp:
 
 def _is_ample(blocks: Blocks) -> bool:
     """Whether an answer brings a good part of what a server aims at: one that falls short of it stops for no reason."""
-    size_bytes = 0
-    for record in blocks.blocks:
-        size_bytes += len(record.header) + len(record.body) + sum(map(len, record.events))
-    return size_bytes >= ANSWER_TARGET_BYTES // 4
+    return sum(record.size_bytes for record in blocks.blocks) >= ANSWER_TARGET_BYTES // 4

@@ -2,7 +2,8 @@
 
 The steps, in order: the headers chain from our log to the one the certificate names; a quorum certified that one; each
 ledger block's events are checked and are its body's; it applies on its parent; what the certificate makes final is
-committed. Where to pause between steps, and whom to ask next, is left to ``catchup``.
+committed, and what an earlier one does that is reached. Where to pause between steps, and whom to ask next, is left to
+``catchup``.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ from consensus.event import CheckedEvent, check_each, unpack
 from consensus.identifiers import ChainId, Digest
 from consensus.rejection import CountersignError, Reason, Rejected
 from node.ledger import MAX_BODY_BYTES, MAX_CERTIFICATE_BYTES, Finalized, Ledger
-from node.messages import BlockRecord, Blocks, in_turns
+from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, in_turns
+
+MAX_RECORDS_BYTES = MAX_ANSWER_BYTES - MAX_CERTIFICATE_BYTES
+"""The ledger blocks of one answer, where there are several."""
 
 MAX_PENDING_BYTES = 256 << 20
 """What may lie applied under one certificate: four times what a node keeps waiting by default."""
@@ -30,11 +34,15 @@ def decode_chain(blocks: Blocks, first_height: int, chain_id: ChainId) -> list[H
     """The headers of an answer that has ledger blocks: from the height asked for on, each the parent of the next.
 
     All are of one epoch: by a certificate of the next one they would be final, too, but nobody could show it by the
-    members of their own.
+    members of their own. And there are no more than we serve at once: of what is kept under one certificate the first
+    part must reach far enough for the headers that lead on from it, or nobody could be served it any more.
 
     Raises:
-        Rejected: they are not; as ``decode_header``.
+        Rejected: they are not; as ``decode_header``. ``OVERSIZED`` for more than ``MAX_RECORDS_BYTES``.
     """
+    size_bytes = sum(record.size_bytes for record in blocks.blocks)
+    if len(blocks.blocks) > 1 and size_bytes > MAX_RECORDS_BYTES:
+        raise Rejected(Reason.OVERSIZED, f"{size_bytes} bytes of ledger blocks in one answer")
     encoded = (*(record.header for record in blocks.blocks), *blocks.onward)
     headers = [decode_header(header, chain_id) for header in encoded]
     if headers[0].height != first_height:
@@ -55,13 +63,30 @@ class Pending:
 
     headers: list[Header] = field(default_factory=list)
     size_bytes: int = 0
-    promised: bytes = b""
-    """Digest of the certified ledger block that they lead up to: what comes next leads up to it, too, or reaches it."""
+    promised: tuple[Header, Certificate] | None = None
+    """The nearest certified ledger block that they lead up to, kept with its certificate for when it is reached."""
+
+    def promise(self, header: Header, certificate: Certificate) -> None:
+        """They lead up to this one. A later one than before makes none final that it does not, and may be too far."""
+        if self.promised is None or header.height < self.promised[0].height:
+            self.promised = header, certificate
+
+    def reached(self) -> tuple[list[Header], Certificate] | None:
+        """Those that the certificate promised makes final, once they are all here; they are taken out."""
+        if self.promised is None:
+            return None
+        header, certificate = self.promised
+        reached = [held for held in self.headers if held.height <= header.height]
+        if not reached or reached[-1].digest != header.digest:
+            return None
+        self.headers = self.headers[len(reached) :]
+        self.promised = None
+        return reached, certificate
 
     def clear(self) -> None:
         """They are on the log."""
         self.headers.clear()
-        self.size_bytes, self.promised = 0, b""
+        self.size_bytes, self.promised = 0, None
 
 
 class Chunk:
@@ -83,10 +108,6 @@ class Chunk:
         first, last = self._headers[0], self._headers[-1]
         if self._certificate.block != last.digest or self._certificate.view != last.view:
             raise Rejected(Reason.BAD_CERTIFICATE, "the certificate is not the last ledger block's")
-        if blocks.onward and pending.promised not in (b"", last.digest):
-            raise Rejected(
-                Reason.BAD_CERTIFICATE, "what was promised to be final is passed over for a later certificate"
-            )
         if pending.size_bytes > MAX_PENDING_BYTES:
             raise Rejected(Reason.OVERSIZED, f"{pending.size_bytes} bytes of ledger blocks under one certificate")
         if first.height > ledger.final.header.height and ledger.state_of(Digest(first.parent)) is None:
@@ -157,11 +178,15 @@ class Chunk:
         return True
 
     def commit(self) -> tuple[Finalized, ...]:
-        """Append what the certificate makes final; nothing while that is not all here yet."""
+        """Append what the certificate makes final, and one promised before it; nothing while that is not all here."""
+        appended: tuple[Finalized, ...] = ()
+        if (reached := self._pending.reached()) is not None:
+            appended = self._ledger.commit(*reached, ())
+            self._pending.size_bytes = sum(record.size_bytes for record in self._blocks.blocks)
         if self._blocks.onward and not self._ended_height:
-            self._pending.promised = self._headers[-1].digest
-            return ()
+            self._pending.promise(self._headers[-1], self._certificate)
+            return appended
         carriers = [header for header in self._headers if self._ended_height and header.height > self._ended_height]
-        appended = self._ledger.commit([*self._pending.headers, *carriers], self._certificate, ())
+        appended += self._ledger.commit([*self._pending.headers, *carriers], self._certificate, ())
         self._pending.clear()
         return appended

@@ -6,11 +6,14 @@ bodies, portions to their entries, and the tree to every header's root. What is 
 that certified the snapshot: verifying the authors' signatures and judging the events by the rules. ``countersign log
 fsck`` does both, later, on the stopped node.
 
-Each answer is one atomic write that moves ``Store.history`` on, so a node that is stopped goes on where it was. Peers
+What one certificate makes final is one atomic write that moves ``Store.history`` on, so a node that is stopped goes on
+where it was; nearly always that is one answer. Where it takes several, the first answer's certificate is kept until it
+is reached: with later ones alone, whose first part is no longer known, the log could not be served to others. Peers
 share the time (``turns.py``), and are not asked faster than the pace given.
 """
 
 import logging
+from dataclasses import dataclass
 
 import trio
 
@@ -22,7 +25,7 @@ from consensus.event import CheckedEvent, Kind, check_unsigned, unpack
 from consensus.identifiers import Digest, Height, MemberId
 from consensus.merkle import Frontier, Node
 from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
-from node.chunk import decode_chain
+from node.chunk import MAX_PENDING_BYTES, decode_chain
 from node.epoch_end import Certified
 from node.ledger import MAX_BODY_BYTES, Ledger, entry_writes
 from node.messages import MAX_ANSWER_BYTES, BlockRecord, Blocks, GetBlocks, in_turns
@@ -37,6 +40,16 @@ REQUEST_SECONDS = 10.0
 ASKED_AGAIN_SECONDS = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The next ledger blocks, from several answers, short of the certified one."""
+
+    blocks: tuple[BlockWrite, ...] = ()
+    size_bytes: int = 0
+    promised: tuple[Header, bytes] | None = None
+    """That one, with its certificate as kept on disk: the nearest that any of the answers led up to."""
+
+
 class HistoryFill:
     """Fetches what a log lacks below its snapshot."""
 
@@ -45,6 +58,7 @@ class HistoryFill:
         self._network = network
         self._pace = pace
         self._turns = Turns()
+        self._held = _Held()
 
     async def run(self) -> None:
         """Until nothing is missing.
@@ -73,12 +87,13 @@ class HistoryFill:
             Rejected: the first thing wrong with it. Unavailable: no answer.
         """
         with self._turns.of(peer):
-            encoded = await self._network.request(peer, encode(GetBlocks(history.next_height)), REQUEST_SECONDS)
+            encoded = await self._network.request(peer, encode(GetBlocks(self._next_height(history))), REQUEST_SECONDS)
         await self._pace.spend(len(encoded))
         answer = decode(encoded, Blocks, MAX_ANSWER_BYTES)
         headers, certified = await trio.to_thread.run_sync(self._checked_chain, answer, history)
-        frontier = Frontier.from_bytes(history.frontier)
-        written: list[BlockWrite] = []
+        held, promised = list(self._held.blocks), self._held.promised
+        certified_count = 0
+        frontier = Frontier.from_bytes(held[-1].frontier if held else history.frontier)
         for number, (header, record) in enumerate(zip(headers, answer.blocks, strict=False)):
             if header.height > history.base_height:
                 break
@@ -91,11 +106,26 @@ class HistoryFill:
             if (frontier.size, frontier.root) != (header.log_size, header.log_root):
                 raise Rejected(Reason.LOG_ROOT_MISMATCH, f"ledger block {header.height}: log root or size")
             last = number == len(answer.blocks) - 1 and header.height < history.base_height
-            kept = certified if last and (not answer.onward or _ends_epoch(events)) else None
-            written.append(_block_write(header, record, body, events, frontier, interior, kept))
+            kept = certified.encode() if last and (not answer.onward or _ends_epoch(events)) else None
+            if promised is not None and header.digest == promised[0].digest and kept is None:
+                kept, promised = promised[1], None
+            held.append(_block_write(header, record, body, events, frontier, interior, kept))
+            if kept is not None or header.height == history.base_height:
+                certified_count = len(held)
         if self._ledger.store.history() != history:
             raise InvariantBroken("the log is filled up by two at once")
-        self._ledger.store.fill(written)
+        self._ledger.store.fill(held[:certified_count])
+        left = tuple(held[certified_count:])
+        if left and (promised is None or headers[-1].height < promised[0].height):
+            promised = headers[-1], Certified((), certified.certificate).encode()
+        size_bytes = len(encoded) + (0 if certified_count else self._held.size_bytes)
+        self._held = _Held(left, size_bytes, promised) if left else _Held()
+        if self._held.size_bytes > MAX_PENDING_BYTES:
+            self._held = _Held()
+            raise Rejected(Reason.OVERSIZED, f"{size_bytes} bytes of ledger blocks under one certificate")
+
+    def _next_height(self, history: History) -> int:
+        return history.next_height + len(self._held.blocks)
 
     def _checked_chain(self, answer: Blocks, history: History) -> tuple[list[Header], Certified]:
         """The headers, certified and one after the other from what is here already.
@@ -104,11 +134,13 @@ class HistoryFill:
             Rejected: they are not, or there are none.
         """
         ledger = self._ledger
+        height = self._next_height(history)
         if not answer.blocks:
-            raise Rejected(Reason.NOT_FOUND, f"no ledger block {history.next_height}")
-        headers = decode_chain(answer, history.next_height, ledger.genesis.chain_id)
-        if ledger.store.height_of_block(Digest(headers[0].parent)) != history.next_height - 1:
-            raise Rejected(Reason.BAD_BLOCK, f"ledger block {history.next_height} does not follow our log")
+            raise Rejected(Reason.NOT_FOUND, f"no ledger block {height}")
+        headers = decode_chain(answer, height, ledger.genesis.chain_id)
+        held, parent = self._held.blocks, Digest(headers[0].parent)
+        if parent != held[-1].digest if held else ledger.store.height_of_block(parent) != height - 1:
+            raise Rejected(Reason.BAD_BLOCK, f"ledger block {height} does not follow our log")
         verify_header(ledger.epochs, encode(headers[-1]), answer.certificate)
         base = decode_header(ledger.store.header(history.base_height) or b"", ledger.genesis.chain_id)
         for number, header in enumerate(headers):
@@ -143,7 +175,7 @@ def _block_write(
     events: list[CheckedEvent],
     frontier: Frontier,
     interior: list[Node],
-    certified: Certified | None,
+    certificate: bytes | None,
 ) -> BlockWrite:
     first_index = header.log_size - header.event_count
     leaves = ((0, first_index + offset, Digest(leaf)) for offset, leaf in enumerate(body.leaf_hashes))
@@ -152,7 +184,7 @@ def _block_write(
         digest=header.digest,
         header=record.header,
         body=record.body,
-        certificate=None if certified is None else certified.encode(),
+        certificate=certificate,
         votes=b"",
         entries=entry_writes(first_index, events),
         nodes=(*leaves, *interior),

@@ -48,6 +48,11 @@ class BlockRecord(Wire, frozen=True):
     body: bytes
     events: Annotated[tuple[bytes, ...], Meta(max_length=MAX_BLOCK_EVENTS)]
 
+    @property
+    def size_bytes(self) -> int:
+        """What it counts in an answer."""
+        return len(self.header) + len(self.body) + sum(len(event) + 8 for event in self.events)
+
 
 class Blocks(Wire, frozen=True, tag="blocks"):
     """Consecutive ledger blocks; ``certificate`` is the last one's, empty with none.

@@ -31,10 +31,10 @@ from consensus.membership import committee as committee_of
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.transition import build
 from consensus.vote import Notarization, Proposal, VoteEvidence, VoteKind, sign_proposal, sign_vote
-from node import catchup
+from node import catchup, chunk
 from node.catchup import CatchUp, serve_blocks
 from node.journal import Journal, VoteMark, VoteRecord
-from node.ledger import MAX_CERTIFICATE_BYTES, Ledger
+from node.ledger import Ledger
 from node.messages import (
     MAX_GOSSIP_EVENTS,
     BlockRecord,
@@ -604,7 +604,8 @@ async def test_ledger_blocks_under_one_distant_certificate_are_served_in_parts(
     memory = MemoryLedger()
     for number in range(12):
         memory.seal(memory.source("data-source-1", f"source {number}"))
-    monkeypatch.setattr(catchup, "MAX_ANSWER_BYTES", MAX_CERTIFICATE_BYTES + 4_000)
+    monkeypatch.setattr(catchup, "MAX_RECORDS_BYTES", 4_000)
+    monkeypatch.setattr(chunk, "MAX_RECORDS_BYTES", 4_000)
     stores = [Store.open(tmp_path / name, memory.chain_id, create=True) for name in ("full", "empty")]
     full, empty = (Ledger(store, memory.genesis) for store in stores)
     headers = []
@@ -629,7 +630,6 @@ async def test_ledger_blocks_under_one_distant_certificate_are_served_in_parts(
     async with server.open(answer), client.open():
         await until(lambda: client.connected)
         catch_up = CatchUp(empty, client, lambda appended: None)
-        monkeypatch.setattr(catchup, "MAX_ANSWER_BYTES", 4 << 20)
         await catch_up.reach(12)
     assert empty.final.digest == full.final.digest
     assert empty.store.certificate(11) is None

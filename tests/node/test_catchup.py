@@ -226,31 +226,47 @@ async def test_whoever_waits_for_what_is_being_applied_finds_it_on_the_log(
 
 
 @pytest.mark.trio
-async def test_server_that_promises_an_end_and_never_comes_to_it_is_left(
+async def test_certificate_that_was_promised_is_kept_though_each_answer_leads_up_to_a_later_one(
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every part is certified by a ledger block after it, farther each time: nothing could ever be committed."""
-    monkeypatch.setattr("node.catchup.ANSWER_TARGET_BYTES", 4_000)
-    truth = honest(full)
-    asked: list[int] = []
+    """By later ones alone nothing would be final for long, and the log so made could not be served to anybody."""
+    monkeypatch.setattr("node.catchup.MAX_RECORDS_BYTES", 1)
+    monkeypatch.setattr("node.catchup.MAX_ONWARD_HEADERS", 3)
 
     async def answer(request: Request) -> bytes:
-        encoded = await truth(request)
-        if not isinstance(request, GetBlocks):
-            return encoded
-        asked.append(request.from_height)
-        held = decode(encoded, Blocks, MAX_ANSWER_BYTES)
-        end = request.from_height + len(held.blocks)
-        if end > HEIGHT:
+        assert isinstance(request, GetBlocks)
+        if request.from_height > HEIGHT:
             return encode(Blocks((), (), b"", HEIGHT))
-        header, certificate = told().certified[end - 1]
-        return encode(Blocks(held.blocks, (header,), certificate, HEIGHT))
+        blocks = serve_blocks(full, request).blocks
+        ahead = told().certified[request.from_height - 1 :][:4]
+        return encode(Blocks(blocks, tuple(header for header, _ in ahead[1:]), ahead[-1][1], HEIGHT))
 
     async with served([answer]) as network:
-        peer = network.in_own_order(network.connected)[0]
-        assert not await CatchUp(empty, network, lambda appended: None).from_peer(peer)
-    assert len(asked) <= 3
-    assert 0 < len(empty.overlays) < HEIGHT // 2
+        assert await CatchUp(empty, network, lambda appended: None).from_peer(min(network.connected))
+    assert empty.final.digest == full.final.digest
+    assert empty.store.certificate(4)
+    for height in range(1, HEIGHT + 1):
+        assert serve_blocks(empty, GetBlocks(height)).blocks
+
+
+def test_more_ledger_blocks_than_one_would_serve_are_refused(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [BlockRecord(header, body, tuple(events)) for header, body, events in map(full.block, range(1, 5))]
+    for kept, refused in ((4, False), (3, True), (1, True)):
+        limit = sum(record.size_bytes for record in records[:kept])
+        monkeypatch.setattr("node.chunk.MAX_RECORDS_BYTES", limit)
+        monkeypatch.setattr("node.catchup.MAX_RECORDS_BYTES", limit)
+        assert len(serve_blocks(full, GetBlocks(1), 1 << 30).blocks) == kept
+        Chunk(empty, serve_blocks(full, GetBlocks(1)), 1, Pending())
+        onward = tuple(header for header, _ in told().certified[4:])
+        blocks = Blocks(tuple(records), onward, told().certified[-1][1], HEIGHT)
+        if refused:
+            with pytest.raises(Rejected) as refusal:
+                Chunk(empty, blocks, 1, Pending())
+            assert refusal.value.reason is Reason.OVERSIZED
+    monkeypatch.setattr("node.chunk.MAX_RECORDS_BYTES", 1)
+    Chunk(empty, Blocks(tuple(records[:1]), (), told().certified[0][1], HEIGHT), 1, Pending())  # one is always served
 
 
 def apply_all(chunk: Chunk) -> None:

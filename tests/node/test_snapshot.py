@@ -314,6 +314,74 @@ async def test_filling_goes_on_where_a_stopped_node_left_it(
 
 
 @pytest.mark.trio
+async def test_certificate_that_was_promised_is_kept_below_a_snapshot_too(
+    full: Ledger, empty: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One ledger block at a time, each under a later certificate: by these alone the log could be served to nobody."""
+    truth = honest(full)
+    heights = {decode_header(header, told().chain_id).height: header for header, _ in told().certified}
+    epochs = {height: decode_header(header, told().chain_id).epoch for height, header in heights.items()}
+
+    async def answer(request: Request) -> bytes:
+        if not isinstance(request, GetBlocks):
+            return await truth(request)
+        held, first = decode(await truth(request), Blocks, MAX_ANSWER_BYTES), request.from_height
+        ahead = [height for height in range(first, first + 4) if epochs.get(height) == epochs[first]]
+        certificate = told().certified[ahead[-1] - 1][1]
+        return encode(
+            Blocks(held.blocks[:1], tuple(map(heights.__getitem__, ahead[1:])), certificate, held.head_height)
+        )
+
+    async with served([answer]) as network:
+        await join(empty, network)
+        await fill(empty, network)
+    assert empty.missing_blocks == 0
+    monkeypatch.setattr(catchup, "MAX_RECORDS_BYTES", 1)
+    monkeypatch.setattr(catchup, "MAX_ONWARD_HEADERS", 3)
+    for height in heights:
+        assert serve_blocks(empty, GetBlocks(height)).blocks, height
+    empty.store.close()
+    assert checked(tmp_path / "empty").damages == []
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("memory_bytes", [1 << 20, 1])
+async def test_peers_keep_each_others_promises_below_a_snapshot(
+    full: Ledger, empty: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_bytes: int
+) -> None:
+    """What one leads up to, others go beyond with certificates of their own; what takes too much memory is dropped."""
+    monkeypatch.setattr(history, "MAX_PENDING_BYTES", memory_bytes)
+    truth = honest(full)
+    headers = [decode_header(header, told().chain_id) for header, _ in told().certified]
+
+    def promising(ahead: int, blocks: int) -> Answer:
+        async def answer(request: Request) -> bytes:
+            if not isinstance(request, GetBlocks):
+                return await truth(request)
+            first = request.from_height
+            held = decode(await truth(request), Blocks, MAX_ANSWER_BYTES)
+            last = first + min(blocks, len(held.blocks)) - 1
+            end = max(
+                height
+                for height in range(last, last + ahead + 1)
+                if height <= len(headers) and headers[height - 1].epoch == headers[first - 1].epoch
+            )
+            onward = tuple(header for header, _ in told().certified[last:end])
+            records = held.blocks[: last - first + 1]
+            return encode(Blocks(records, onward, told().certified[end - 1][1], held.head_height))
+
+        return answer
+
+    others = [promising(1, 2), promising(3, 5)] if memory_bytes > 1 else [truth]
+    async with served([promising(7, 1), *others]) as network:
+        await join(empty, network)
+        await fill(empty, network)
+    assert empty.missing_blocks == 0
+    empty.store.close()
+    assert checked(tmp_path / "empty").damages == []
+
+
+@pytest.mark.trio
 async def test_short_log_is_replayed_and_so_is_any_without_that_wish(
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
