@@ -9,7 +9,8 @@ fsck`` does both, later, on the stopped node.
 What one certificate makes final is one atomic write that moves ``Store.history`` on, so a node that is stopped goes on
 where it was; nearly always that is one answer. Where it takes several, the first answer's certificate is kept until it
 is reached: with later ones alone, whose first part is no longer known, the log could not be served to others. Peers
-share the time (``turns.py``), and are not asked faster than the pace given.
+share the time (``turns.py``) that their answers and the checking of these take, and are not asked faster than the pace
+given.
 """
 
 import logging
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import trio
 
-from consensus.block import Body, Header, check_body, decode_header
+from consensus.block import Body, Header, check_body
 from consensus.certificate import decode_certificate
 from consensus.codec import decode, encode
 from consensus.epochs import verify_header
@@ -71,7 +72,8 @@ class HistoryFill:
             failed = not peers
             if peers:
                 try:
-                    await self._fill_from(peers[0], history)
+                    with self._turns.of(peers[0]):  # with the checking, or small answers would cost others the time
+                        await self._fill_from(peers[0], history)
                 except (Rejected, Unavailable) as error:
                     log.info("ledger blocks from %d of %s: %s", history.next_height, peers[0].hex()[:16], error)
                     self._turns.disappointed(peers[0])
@@ -85,15 +87,15 @@ class HistoryFill:
 
         Raises:
             Rejected: the first thing wrong with it. Unavailable: no answer.
+            InvariantBroken: the disk does not hold what was written; the log is another than pinned.
         """
-        with self._turns.of(peer):
-            encoded = await self._network.request(peer, encode(GetBlocks(self._next_height(history))), REQUEST_SECONDS)
+        encoded = await self._network.request(peer, encode(GetBlocks(self._next_height(history))), REQUEST_SECONDS)
         await self._pace.spend(len(encoded))
         answer = decode(encoded, Blocks, MAX_ANSWER_BYTES)
         headers, certified = await trio.to_thread.run_sync(self._checked_chain, answer, history)
         held, promised = list(self._held.blocks), self._held.promised
         certified_count = 0
-        frontier = Frontier.from_bytes(held[-1].frontier if held else history.frontier)
+        frontier = Frontier.from_bytes(held[-1].frontier) if held else self._ledger.filled_frontier(history)
         for number, (header, record) in enumerate(zip(headers, answer.blocks, strict=False)):
             if header.height > history.base_height:
                 break
@@ -112,6 +114,7 @@ class HistoryFill:
             held.append(_block_write(header, record, body, events, frontier, interior, kept))
             if kept is not None or header.height == history.base_height:
                 certified_count = len(held)
+            await trio.lowlevel.checkpoint()  # 4,096 ledger blocks without events would hold votes up
         if self._ledger.store.history() != history:
             raise InvariantBroken("the log is filled up by two at once")
         self._ledger.store.fill(held[:certified_count])
@@ -142,7 +145,7 @@ class HistoryFill:
         if parent != held[-1].digest if held else ledger.store.height_of_block(parent) != height - 1:
             raise Rejected(Reason.BAD_BLOCK, f"ledger block {height} does not follow our log")
         verify_header(ledger.epochs, encode(headers[-1]), answer.certificate)
-        base = decode_header(ledger.store.header(history.base_height) or b"", ledger.genesis.chain_id)
+        base = ledger.header_at(history.base_height)
         for number, header in enumerate(headers):
             # What leads on from the end of an epoch is no part of the log, and may be as high as the log's next.
             is_carrier = number >= len(answer.blocks) and header.epoch != base.epoch

@@ -92,6 +92,32 @@ class Ledger:
         history = self.store.history()
         return 0 if history is None else history.base_height - history.next_height + 1
 
+    def header_at(self, height: int) -> Header:
+        """The header of a ledger block that is here.
+
+        Raises:
+            InvariantBroken: the disk does not hold it.
+        """
+        try:
+            return decode_header(self.store.header(height) or b"", self.genesis.chain_id)
+        except Rejected as error:
+            raise _damaged(error) from error
+
+    def filled_frontier(self, history: History) -> Frontier:
+        """The tree of what is filled up below the snapshot this log began at.
+
+        Raises:
+            InvariantBroken: the disk holds another tree than the last ledger block's there.
+        """
+        header = self.header_at(history.next_height - 1)
+        try:
+            frontier = Frontier.from_bytes(history.frontier)
+            if (frontier.size, frontier.root) != (header.log_size, header.log_root):
+                raise Rejected(Reason.LOG_ROOT_MISMATCH, f"the tree filled up is not ledger block {header.height}'s")
+        except Rejected as error:
+            raise _damaged(error) from error
+        return frontier
+
     def require_whole(self) -> None:
         """Nothing is missing below the snapshot this log began at.
 
@@ -124,7 +150,7 @@ class Ledger:
 
     def _hold_disk_to_pin(self) -> None:
         pin, history = self._pin, self.store.history()
-        frontier = self.final.frontier if history is None else Frontier.from_bytes(history.frontier)
+        frontier = self.final.frontier if history is None else self.filled_frontier(history)
         if pin is None or frontier.size < pin.log_size:
             return
         proof = merkle.consistency_proof(pin.log_size, frontier.size, self.node)
@@ -161,9 +187,7 @@ class Ledger:
             if state.root != header.state_root:
                 raise Rejected(Reason.STATE_ROOT_MISMATCH, f"the state on disk is not ledger block {head.height}'s")
         except Rejected as error:
-            raise InvariantBroken(
-                f"the data directory is damaged ({error}): run 'countersign log fsck', then 'countersign log repair'"
-            ) from error
+            raise _damaged(error) from error
         self.certificate, self._onward = certified.certificate, certified.onward
         return LedgerState(header, header.digest, frontier, state)
 
@@ -417,6 +441,12 @@ class Ledger:
     def checked(self, index: int) -> CheckedEvent:
         """The event at a log index, checked again."""
         return check_parts(*self.event(index), self.epochs.at(index).committee)
+
+
+def _damaged(error: Rejected) -> InvariantBroken:
+    return InvariantBroken(
+        f"the data directory is damaged ({error}): run 'countersign log fsck', then 'countersign log repair'"
+    )
 
 
 def _another_log(pin: Pin, root: bytes = b"") -> str:

@@ -1,6 +1,7 @@
 """Beginning at a snapshot: what a quorum certified is taken from whoever has it, and nothing else from anybody."""
 
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,10 +24,11 @@ from consensus.block import Body, Header, decode_header
 from consensus.certificate import decode_certificate
 from consensus.codec import decode, encode
 from consensus.epochs import anchor
+from consensus.event import CheckedEvent
 from consensus.identifiers import MemberId
 from consensus.merkle import Frontier
 from consensus.receipt import verify_receipt
-from consensus.rejection import Reason, Rejected, Unavailable
+from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state import SOURCE_TABLE
 from consensus.state_map import KEY_BYTES, StateMap
 from node import catchup, history, snapshot
@@ -891,6 +893,64 @@ async def test_voter_with_an_empty_disk_begins_at_a_snapshot_and_votes(tmp_path:
 # What can be checked while the log is filled up
 
 
+ONLY_PEER = MemberId(bytes(32))
+
+
+def only_peer(ledger: Ledger, target_bytes: int | None = None) -> Network:
+    """A network with one peer that serves this log."""
+
+    class Peer:
+        connected = frozenset({ONLY_PEER})
+
+        async def request(self, member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
+            return encode(serve_blocks(ledger, decode(payload, GetBlocks, MAX_ANSWER_BYTES), target_bytes))
+
+    return cast(Network, Peer())
+
+
+@pytest.mark.trio
+async def test_filling_up_with_empty_ledger_blocks_lets_others_run_after_each_and_counts_the_checking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle, checking_seconds = MemoryLedger(), 0.2
+    for _ in range(100):
+        idle.seal()
+    full = written(idle, tmp_path / "idle")
+    ledger = Ledger(Store.open(tmp_path / "empty", idle.chain_id, create=True), idle.genesis)
+    ledger.begin_at(full.final, full.links, decode_certificate(idle.certificate))
+    filling = HistoryFill(ledger, only_peer(full), Pace(FAST))
+    checked_chain = filling._checked_chain
+
+    def slowly(answer: Blocks, history: History) -> tuple[list[Header], Certified]:
+        time.sleep(checking_seconds)
+        return checked_chain(answer, history)
+
+    turns, begun = 0, False
+    checked_events = filling._checked_events
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += begun
+
+    async def checks(header: Header, record: BlockRecord) -> tuple[Body, list[CheckedEvent]]:
+        nonlocal begun
+        begun = True
+        return await checked_events(header, record)
+
+    monkeypatch.setattr(filling, "_checked_chain", slowly)
+    monkeypatch.setattr(filling, "_checked_events", checks)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        await filling.run()
+        nursery.cancel_scope.cancel()
+    assert turns > 90
+    assert filling._turns.seconds(ONLY_PEER) > checking_seconds
+    for held in (full, ledger):
+        held.store.close()
+
+
 @dataclass(frozen=True)
 class Partial:
     """A log that began at a snapshot two ledger blocks before its head, and is filled up in part."""
@@ -917,14 +977,10 @@ def partly_filled(tmp_path_factory: pytest.TempPathFactory) -> Partial:
     ledger.begin_at(behind.final, behind.links, behind.certificate)
     write(ledger, told())
 
-    class Peer:
-        async def request(self, member: MemberId, payload: bytes, timeout_seconds: float) -> bytes:
-            return encode(serve_blocks(behind, decode(payload, GetBlocks, MAX_ANSWER_BYTES), 4_000))
-
     async def fill_once() -> None:
         history = ledger.store.history()
         assert history is not None
-        await HistoryFill(ledger, cast(Network, Peer()), Pace(FAST))._fill_from(MemberId(bytes(32)), history)
+        await HistoryFill(ledger, only_peer(behind, 4_000), Pace(FAST))._fill_from(ONLY_PEER, history)
 
     trio.run(fill_once)
     left = ledger.store.history()
@@ -955,6 +1011,24 @@ def flipped(value: bytes) -> bytes:
 
 def strange(_: bytes) -> bytes:
     return b"strange"
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("damage", [strange, flipped, lambda value: value[:-1]])
+async def test_damaged_tree_below_a_snapshot_stops_the_node_and_is_no_peers_fault(
+    partial: Partial, full: Ledger, damage: Callable[[bytes], bytes]
+) -> None:
+    damaged = replace(partial.history, frontier=damage(partial.history.frontier))
+    ledger = Ledger(Store.open(partial.directory, told().chain_id, create=False), told().genesis)
+    with pytest.raises(InvariantBroken, match="the data directory is damaged"):
+        await HistoryFill(ledger, only_peer(full), Pace(FAST))._fill_from(ONLY_PEER, damaged)
+    ledger.store.close()
+    partial.change("meta", HISTORY_KEY, lambda _: damaged.encode())
+    with (
+        Store.open(partial.directory, told().chain_id, create=False) as store,
+        pytest.raises(InvariantBroken, match="the data directory is damaged"),
+    ):
+        Ledger(store, told().genesis)
 
 
 def filled_size(partial: Partial) -> int:
