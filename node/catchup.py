@@ -45,6 +45,7 @@ from node.turns import Turns
 log = logging.getLogger("countersign.catchup")
 
 REQUEST_SECONDS = 5.0
+"""How long an answer is waited for, or longer where all are late (``turns.py``)."""
 TURN_SECONDS = 2.0
 """How long a peer is asked for more before it is another's turn."""
 PROMISE_SECONDS = 300.0
@@ -268,7 +269,8 @@ class CatchUp:
     async def _ask(self, peer: MemberId, height: int) -> Blocks | None:
         """A peer's ledger blocks from a height on, None if it has or gives none."""
         try:
-            encoded = await self._network.request(peer, encode(GetBlocks(height)), REQUEST_SECONDS)
+            with self._turns.waiting(peer, self._network.connected, REQUEST_SECONDS) as seconds:
+                encoded = await self._network.request(peer, encode(GetBlocks(height)), seconds)
             answer = decode(encoded, Blocks, MAX_ANSWER_BYTES)
         except (Unavailable, Rejected) as error:
             self._disappointed(peer, str(error))

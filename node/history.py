@@ -89,7 +89,8 @@ class HistoryFill:
             Rejected: the first thing wrong with it. Unavailable: no answer.
             InvariantBroken: the disk does not hold what was written; the log is another than pinned.
         """
-        encoded = await self._network.request(peer, encode(GetBlocks(self._next_height(history))), REQUEST_SECONDS)
+        with self._turns.waiting(peer, self._network.connected, REQUEST_SECONDS) as seconds:
+            encoded = await self._network.request(peer, encode(GetBlocks(self._next_height(history))), seconds)
         await self._pace.spend(len(encoded))
         answer = decode(encoded, Blocks, MAX_ANSWER_BYTES)
         headers, certified = await trio.to_thread.run_sync(self._checked_chain, answer, history)

@@ -204,6 +204,26 @@ async def test_servers_share_the_time_and_the_whole_log_comes_from_no_slow_one(
 
 
 @pytest.mark.trio
+async def test_link_on_which_every_answer_is_late_catches_up_all_the_same(
+    full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.catchup.REQUEST_SECONDS", 0.1)
+    truth = honest(full)
+
+    async def slowly(request: Request) -> bytes:
+        await trio.sleep(0.5)
+        return await truth(request)
+
+    async with served([slowly, slowly]) as network:
+        catch_up = CatchUp(empty, network, lambda appended: None)
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="no peer serves"):
+                await catch_up.reach(1)
+        await catch_up.reach(HEIGHT)
+    assert empty.final.digest == full.final.digest
+
+
+@pytest.mark.trio
 async def test_whoever_waits_for_what_is_being_applied_finds_it_on_the_log(
     full: Ledger, empty: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:

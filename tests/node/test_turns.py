@@ -4,6 +4,7 @@ import pytest
 import trio.testing
 
 from consensus.identifiers import MemberId
+from consensus.rejection import Unavailable
 from node.turns import DISAPPOINTED_SECONDS, MOST_SECONDS, Turns
 
 FIRST, SECOND, THIRD = (MemberId(bytes([number]) * 32) for number in (1, 2, 3))
@@ -37,6 +38,53 @@ async def test_slow_peer_takes_its_share_of_the_time(autojump_clock: trio.testin
         answers[peer] += 1
     assert answers[FIRST] * seconds[FIRST] == pytest.approx(40, abs=5)
     assert min(answers[SECOND], answers[THIRD]) > 300
+
+
+async def is_late(turns: Turns, peer: MemberId) -> float:
+    """How long a peer was waited for, whose answer did not come."""
+    try:
+        with turns.of(peer), turns.waiting(peer, ALL, 5.0) as seconds:
+            await trio.sleep(seconds)
+            raise Unavailable("no response")
+    except Unavailable:
+        return seconds
+
+
+async def answers_after(turns: Turns, peer: MemberId, after_seconds: float) -> float:
+    with turns.of(peer), turns.waiting(peer, ALL, 5.0) as seconds:
+        await trio.sleep(after_seconds)
+    return seconds
+
+
+@pytest.mark.trio
+async def test_where_all_are_late_each_is_waited_for_longer_until_it_answers_in_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    turns = Turns()
+    waits: dict[MemberId, list[float]] = {peer: [] for peer in ALL}
+    for _ in range(15):
+        peer = turns.order(ALL)[0]
+        waits[peer].append(await is_late(turns, peer))
+    assert all(held == [5, 10, 20, 40, 60] for held in waits.values())
+    peer = turns.order(ALL)[0]
+    assert await answers_after(turns, peer, 30) == 60
+    while turns.order(ALL)[0] != peer:
+        await takes(turns, turns.order(ALL)[0], 10)
+    assert await answers_after(turns, peer, 1) == 60
+    assert await is_late(turns, peer) == 5
+
+
+@pytest.mark.trio
+async def test_who_never_answers_is_waited_for_no_longer_while_others_have_taken_less_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    turns = Turns()
+    await takes(turns, FIRST, 1)
+    for _ in range(4):
+        assert await is_late(turns, FIRST) == 5
+    with pytest.raises(Unavailable), turns.waiting(SECOND, ALL, 5.0):
+        raise Unavailable("refused at once")
+    assert await is_late(turns, SECOND) == 5
 
 
 @pytest.mark.trio
