@@ -16,7 +16,6 @@ The same file serves: blocks, events, proposals, as others ask.
 import logging
 from collections.abc import Callable, Iterator
 
-import msgspec
 import trio
 
 from consensus.block import decode_header
@@ -52,13 +51,16 @@ PROMISE_SECONDS = 300.0
 """How long a peer is asked for the rest of what one certificate makes final."""
 
 
-def serve_blocks(ledger: Ledger, request: GetBlocks, target_bytes: int | None = None) -> Blocks:
+def serve_blocks(
+    ledger: Ledger, request: GetBlocks, target_bytes: int | None = None, last_height: int | None = None
+) -> Blocks:
     """Finalized ledger blocks of one epoch from a height on, ending with a certified one where that fits.
 
-    ``target_bytes`` is what the answer aims at, ``ANSWER_TARGET_BYTES`` by default.
+    ``target_bytes`` is what the answer aims at, ``ANSWER_TARGET_BYTES`` by default. Of the log nothing is said beyond
+    ``last_height``, the head by default.
     """
     target_bytes = ANSWER_TARGET_BYTES if target_bytes is None else target_bytes
-    head_height = ledger.final.header.height
+    head_height = ledger.final.header.height if last_height is None else last_height
     records: list[BlockRecord] = []
     certified = epoch = 0
     size_bytes = 0
@@ -83,7 +85,7 @@ def serve_blocks(ledger: Ledger, request: GetBlocks, target_bytes: int | None = 
         del records[certified:]
     last = request.from_height + len(records) - 1
     certified_height = ledger.store.certified_at_or_after(last)
-    if not records or certified_height is None:
+    if not records or certified_height is None or certified_height > head_height:
         return Blocks((), (), b"", head_height)
     held = Certified.decode(ledger.store.certificate(certified_height) or b"")
     if certified_height - last + len(held.onward) > MAX_ONWARD_HEADERS:
@@ -103,9 +105,7 @@ def serve_former(ledger: Ledger, member: MemberId, request: object) -> Blocks:
     if retired is None or not isinstance(request, GetBlocks):
         raise Rejected(Reason.UNKNOWN_MEMBER, f"{member.hex()} is no member of epoch {ledger.committee.epoch}")
     last_height = ledger.end_of(read_record(retired, RetiredMember).last_epoch)
-    if request.from_height > last_height:
-        return Blocks((), (), b"", last_height)
-    return msgspec.structs.replace(serve_blocks(ledger, request), head_height=last_height)
+    return serve_blocks(ledger, request, last_height=last_height)
 
 
 def serve_events(held: Iterator[bytes]) -> Events:

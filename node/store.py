@@ -333,9 +333,13 @@ class Store:
         return None if height is None else Height(height)
 
     def height_of_index(self, index: int) -> Height | None:
-        """The height of the ledger block that appended a log index."""
+        """The height of the ledger block that appended a log index, None where that is missing below a snapshot."""
         found = self._page("lookup", BY_LOG_SIZE + u64(index + 1), BY_LOG_SIZE, 1)
-        return Height(to_int(found[0][1])) if found else None
+        height, history = Height(to_int(found[0][1])) if found else None, self._history
+        if height is None or history is None:
+            return height
+        # Of what is missing there are no log sizes: the next one found is a ledger block's above the snapshot.
+        return height if index >= history.base_size or height < history.next_height else None
 
     def certified_at_or_after(self, height: int) -> Height | None:
         """The first height from ``height`` on that has its own certificate: what proves ``height`` final."""

@@ -32,7 +32,7 @@ from consensus.rejection import InvariantBroken, Reason, Rejected, Unavailable
 from consensus.state import SOURCE_TABLE
 from consensus.state_map import KEY_BYTES, StateMap
 from node import catchup, history, snapshot
-from node.catchup import CatchUp, serve_blocks
+from node.catchup import CatchUp, serve_blocks, serve_former
 from node.epoch_end import Certified
 from node.fsck import Report, check_data_directory
 from node.history import HistoryFill
@@ -51,6 +51,7 @@ from node.messages import (
 from node.network import Network
 from node.pace import Pace
 from node.repair import set_aside
+from node.roster import why_removed
 from node.runner import Node
 from node.service import EventState
 from node.snapshot import Joining, SnapshotDesk, state_part, verified_part
@@ -271,6 +272,64 @@ async def test_joined_log_goes_on_and_proves_new_events_while_it_is_filled_up(
     assert verify_receipt(trusted, encode(empty.receipt(oldest.id))).index == 0
     with pytest.raises(Rejected, match="not on the log"):
         empty.index_of(digest("an event that nobody wrote"))
+
+
+@dataclass(frozen=True)
+class Left:
+    """A log that a member left at the end of the second epoch, at height ``end``; its ledger blocks went on."""
+
+    memory: MemoryLedger
+    former: MemberId
+    end: int
+
+
+@cache
+def told_of_a_leaver() -> Left:
+    memory = MemoryLedger()
+    begin_epoch(memory, add={"operator-9": "operator"})
+    former = memory.ids["operator-9"]
+    memory.seal(memory.source("data-source-1", "of its time"))
+    begin_epoch(memory, remove=["operator-9"])
+    end = memory.ledger.header.height
+    for number in range(4):
+        memory.seal(memory.source("data-source-1", f"after it left {number}"))
+    return Left(memory, former, end)
+
+
+@pytest.mark.trio
+async def test_former_member_is_served_nothing_of_later_epochs_while_the_end_of_its_own_is_missing(
+    tmp_path: Path,
+) -> None:
+    left, end = told_of_a_leaver(), told_of_a_leaver().end
+    behind = written(left.memory, tmp_path / "behind", end + 2)
+    joined = written(left.memory, tmp_path / "joined", 0)
+    joined.begin_at(behind.final, behind.links, behind.certificate)  # type: ignore[arg-type]
+    write(joined, left.memory)
+    size = behind.final.header.log_size
+    assert [joined.store.height_of_index(index) for index in range(size + 1)] == [None] * size + [end + 3]
+    for asked in (lambda: joined.end_of(1), lambda: serve_former(joined, left.former, GetBlocks(end + 3))):
+        with pytest.raises(Unavailable, match="still fetches the log below ledger block"):
+            asked()
+    assert why_removed(joined, left.former) == "it was removed at the end of epoch 1"
+    async with served([honest(behind)]) as network:
+        await fill(joined, network)
+    assert joined.end_of(1) == end
+    assert serve_former(joined, left.former, GetBlocks(end + 3)) == Blocks((), (), b"", end)
+    assert why_removed(joined, left.former) == f"it was removed at ledger block {end}, which ended epoch 1"
+    for ledger in (behind, joined):
+        ledger.store.close()
+
+
+def test_former_member_is_told_nothing_of_later_epochs_where_the_certificate_of_its_last_ledger_block_is_lost(
+    tmp_path: Path,
+) -> None:
+    left, end = told_of_a_leaver(), told_of_a_leaver().end
+    ledger = written(left.memory, tmp_path)
+    told_it = serve_former(ledger, left.former, GetBlocks(end))
+    assert (len(told_it.blocks), told_it.onward, told_it.head_height) == (1, (), end)
+    ledger.store._family("certificates").delete(u64(end))
+    assert serve_former(ledger, left.former, GetBlocks(end)) == Blocks((), (), b"", end)
+    ledger.store.close()
 
 
 @pytest.mark.trio
