@@ -90,6 +90,13 @@ class Store:
         With ``create`` a missing or empty directory becomes the store of ``chain_id``, and so does one in which the
         making of a database was cut off.
 
+        RocksDB deletes every table that its manifest does not list, when it opens for writing. A crash leaves some, of
+        which all is listed elsewhere or in the write-ahead log; a manifest that lost its end leaves some that hold what
+        nothing else does. So where there are such tables the log is looked at first without changing anything, and
+        unless it has every ledger block up to its head they stay. What that does not hold: a manifest that lost all
+        since the newest flush began, with nothing written since. This is a whole earlier database, as one without its
+        write-ahead log is, and such are told by no trace from what a crash leaves.
+
         Raises:
             ConfigError: no store there and not ``create``; another process holds it; it belongs to
                 another chain or an unknown schema version.
@@ -106,6 +113,11 @@ class Store:
         # What members show each other on the log is not for everybody on this machine.
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = DirectoryLock.acquire(path)
+        try:
+            cls._look_for_lost_tables(path, lock)
+        except BaseException:
+            lock.release()
+            raise
         store = cls._opened(path, lock, chain_id, create, AccessType.read_write())
         if not existing:
             sync_directory(path)
@@ -128,11 +140,7 @@ class Store:
     def _opened(cls, path: Path, lock: DirectoryLock, chain_id: ChainId, create: bool, access: AccessType) -> "Store":
         store: Store | None = None
         try:
-            try:
-                database = open_database(path / "rocksdb", create, access)
-            except InvariantBroken as error:
-                raise InvariantBroken(f"{error}: {_advice(str(error), _CHECK)}") from error
-            store = cls(path, lock, database)
+            store = cls(path, lock, _open_advising(path, create, access))
             store._identify(chain_id, create)
             store._load_head()
         except BaseException:
@@ -142,6 +150,21 @@ class Store:
                 store.close()
             raise
         return store
+
+    @classmethod
+    def _look_for_lost_tables(cls, path: Path, lock: DirectoryLock) -> None:
+        """Refuse to open for writing where that could delete what nothing else holds; see ``open``."""
+        tables = {table.name for table in (path / "rocksdb").glob("*.sst")}
+        if not tables:
+            return
+        found = cls(path, lock, _open_advising(path, False, AccessType.read_only(False)))
+        try:
+            unlisted = tables.difference(found._listed_tables())
+            if unlisted:
+                found._load_head()
+                found._require_every_header(f"{len(unlisted)} tables that no manifest lists, as {min(unlisted)}")
+        finally:
+            found._close_database()
 
     def __enter__(self) -> "Store":
         return self
@@ -158,12 +181,8 @@ class Store:
         with self._sync_lock:
             if self._database is None:
                 return
-            database, self._database = self._database, None
-            database.families.clear()
-            database.handles.clear()
             try:
-                with self._translated("close"):
-                    database.root.close()
+                self._close_database()
             finally:
                 self._lock.release()
 
@@ -406,6 +425,32 @@ class Store:
             found = "none" if chain is None else chain.hex()
             raise ConfigError(f"{self._directory}: expected chain {chain_id.hex()}, found chain {found}")
 
+    def _close_database(self) -> None:
+        database, self._database = self._opened_database(), None
+        database.families.clear()
+        database.handles.clear()
+        with self._translated("close"):
+            database.root.close()
+
+    def _listed_tables(self) -> set[str]:
+        with self._translated("list of tables"):
+            return {str(table["name"]).lstrip("/") for table in self._opened_database().root.live_files()}
+
+    def _require_every_header(self, unlisted: str) -> None:
+        """Every ledger block is there, hence all that was written up to the head: flushes are of all families at once.
+
+        Those of a clean close are not, but that of ``meta``, with the head, is the last.
+        """
+        history, height = self._history, -1 if self._head is None else self._head.height
+        expected = height + 1 - (0 if history is None else history.base_height - history.next_height)
+        held, start = 0, b""
+        while page := self._page("headers", start, b"", STATE_PAGE_ITEMS):
+            held, start = held + len(page), page[-1][0] + b"\x00"
+        if self._get("meta", SCHEMA_KEY) is None or held != expected:
+            raise InvariantBroken(
+                f"{self._directory}: {unlisted}, and {held} headers, expected {expected} up to head {height}: {_CHECK}"
+            )
+
     def _load_head(self) -> None:
         """Read the head; it, the newest header and the newest entry belong together."""
 
@@ -483,6 +528,13 @@ class Store:
 
 
 __all__ = ["BlockWrite", "EntryWrite", "Head", "Store"]
+
+
+def _open_advising(path: Path, create: bool, access: AccessType) -> Database:
+    try:
+        return open_database(path / "rocksdb", create, access)
+    except InvariantBroken as error:
+        raise InvariantBroken(f"{error}: {_advice(str(error), _CHECK)}") from error
 
 
 def _advice(error: str, otherwise: str) -> str:

@@ -26,6 +26,7 @@ from rocksdict import (
 from consensus.epochs import MAX_LINKS
 from consensus.identifiers import Digest, Height
 from consensus.rejection import InvariantBroken
+from node.manifest import check_manifest
 
 SCHEMA_VERSION = 1
 MAX_TERM_BYTES = 255
@@ -171,9 +172,15 @@ class Database:
 def open_database(path: Path, create: bool, access: AccessType) -> Database:
     """Open RocksDB with every column family.
 
+    With ``create`` a missing database is made, or its families where that was cut off. Of one that holds anything a
+    missing family is damage: made anew, it would hide that the manifest lost it, and RocksDB would drop all that the
+    write-ahead log and the tables have of it. It finds a family missing only when it has begun to drop them.
+
     Raises:
         InvariantBroken: it does not open: a damaged file, or a write-ahead log damaged before its tail.
     """
+    create = create and not _holds_anything(path)
+    check_manifest(path)
     cache = Cache(_BLOCK_CACHE_BYTES)
     families = {name: _family_options(cache) for name in _FAMILIES}
     options = Options(raw_mode=True)
@@ -187,6 +194,10 @@ def open_database(path: Path, create: bool, access: AccessType) -> Database:
     options.set_keep_log_file_num(4)
     options.set_max_log_file_size(16 << 20)
     try:
+        missing = set() if create else set(_FAMILIES).difference(Rdict.list_cf(str(path)))
+        if missing:
+            lost = ", ".join(sorted(missing))
+            raise InvariantBroken(f"{path}: the database does not open: Corruption: its manifest does not list {lost}")
         root = Rdict(str(path), options=options, column_families=families, access_type=access)
     except Exception as error:
         if type(error) is not Exception:
@@ -207,6 +218,11 @@ def was_never_made(path: Path) -> bool:
     and deletes the first. So a database that lost its CURRENT has files besides these.
     """
     return all(held.name in _MADE_FIRST or held.name.startswith("LOG.old.") for held in path.iterdir())
+
+
+def _holds_anything(path: Path) -> bool:
+    """Whether something was ever written to the database at ``path``: it is in a table or in the write-ahead log."""
+    return any(path.glob("*.sst")) or any(log.stat().st_size for log in path.glob("*.log"))
 
 
 def _family_options(cache: Cache) -> Options:

@@ -118,6 +118,21 @@ def flip(path: Path, place: float = 0.4) -> None:
     path.write_bytes(content)
 
 
+def flip_length(manifest: Path, place: float) -> None:
+    """In the last record that begins before ``place``."""
+    content = bytearray(manifest.read_bytes())
+    at = following = 0
+    while following < len(content) * place:
+        at, following = following, following + 7 + int.from_bytes(content[following + 4 : following + 6], "little")
+    content[at + 5] ^= 0x20
+    manifest.write_bytes(content)
+
+
+def cut_off(path: Path, place: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * place)])
+
+
 def flip_tables(victim: Victim) -> None:
     for table in victim.files("*.sst"):
         content = bytearray(table.read_bytes())
@@ -131,6 +146,15 @@ DAMAGES: dict[str, tuple[Callable[[Victim], None], str]] = {
     "byte flipped in the write-ahead log": (lambda victim: flip(victim.files("*.log")[-1]), "Corruption"),
     "table missing": (lambda victim: victim.files("*.sst")[-1].unlink(), ".sst"),
     "manifest missing": (lambda victim: victim.files("MANIFEST-*")[-1].unlink(), "MANIFEST"),
+    "manifest record's length flipped": (
+        lambda victim: flip_length(victim.files("MANIFEST-*")[-1], 0.5),
+        "MANIFEST",
+    ),
+    "manifest's last record's length flipped": (
+        lambda victim: flip_length(victim.files("MANIFEST-*")[-1], 1.0),
+        "MANIFEST",
+    ),
+    "manifest cut off": (lambda victim: cut_off(victim.files("MANIFEST-*")[-1], 0.2), "does not list"),
     "CURRENT missing": (lambda victim: (victim.database / "CURRENT").unlink(), "CURRENT"),
 }
 

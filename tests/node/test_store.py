@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -341,7 +342,7 @@ def test_advice_is_for_what_the_disk_said(
         with store._translated("sync"):
             failing()
     assert str(caught.value).endswith(f": {advice}")
-    monkeypatch.setattr(store_layout, "Rdict", failing)
+    monkeypatch.setattr(store_layout, "Rdict", SimpleNamespace(list_cf=failing))
     with pytest.raises(InvariantBroken) as caught:
         Store.open(tmp_path, CHAIN, create=False)
     assert str(caught.value).endswith(f"the database does not open: {said}: {advice}")
@@ -480,6 +481,131 @@ def test_deleted_write_ahead_log_leaves_a_whole_earlier_log(tmp_path: Path) -> N
     write_ahead_log(tmp_path).unlink()
     with Store.open(tmp_path, CHAIN, create=False) as store:
         assert check_whole(store, EVENTS) == 3
+
+
+def records(manifest: bytes) -> list[int]:
+    """Where each record of a manifest begins; see ``node/manifest.py``."""
+    at, found = 0, []
+    while at < len(manifest):
+        found.append(at)
+        at += 7 + int.from_bytes(manifest[at + 4 : at + 6], "little")
+    return found
+
+
+def holding(path: Path) -> dict[str, bytes]:
+    """The files that the log is in."""
+    return {file.name: file.read_bytes() for file in (path / "rocksdb").iterdir() if file.suffix in (".sst", ".log")}
+
+
+class Killed:
+    """A data directory as kill -9 left it, and its manifest, of which copies are damaged."""
+
+    def __init__(self, path: Path, blocks: int) -> None:
+        self.path, self.blocks = path, blocks
+        (self.manifest,) = (path / "rocksdb").glob("MANIFEST-*")
+        self.content = self.manifest.read_bytes()
+
+    def opens_whole(self, manifest: bytes, copy: Path) -> bool:
+        """Whether it opens with this manifest, and then has all; otherwise it is refused and nothing is deleted."""
+        shutil.copytree(self.path, copy)
+        (copy / "rocksdb" / self.manifest.name).write_bytes(manifest)
+        before = holding(copy)
+        refused = ""
+        try:
+            with Store.open(copy, CHAIN, create=True) as store:
+                assert check_whole(store, EVENTS) == self.blocks
+        except InvariantBroken as error:
+            refused = str(error)
+        assert not refused or ("run 'countersign log fsck'" in refused and holding(copy) == before), refused
+        shutil.rmtree(copy)
+        return not refused
+
+
+def killed(path: Path, monkeypatch: pytest.MonkeyPatch) -> Killed:
+    """In its tables are ledger blocks of before its last start, and later ones; in its write-ahead log is one more."""
+    monkeypatch.setattr(store_layout, "_WRITE_BUFFERS_BYTES", 2 << 20)
+    files = path / "data" / "rocksdb"
+    filled(path / "data", 5, EVENTS)
+    with Store.open(path / "data", CHAIN, create=True) as store:
+        height, before = 5, len(list(files.glob("*.sst")))
+        while len(list(files.glob("*.sst"))) < before + 11 or len(list(files.glob("*.log"))) > 1:
+            assert height < 1_000
+            store.commit([block(height, height * EVENTS, EVENTS, padding=10_000)])
+            height += 1
+            time.sleep(0.02)
+        store.commit([block(height, height * EVENTS, EVENTS)])
+        store.sync()
+        shutil.copytree(path / "data", path / "killed")
+    return Killed(path / "killed", height + 1)
+
+
+@pytest.mark.parametrize("since_the_newest_flush", ["a ledger block", "nothing"])
+def test_flipped_bit_in_the_length_of_any_record_of_the_manifest_is_refused_and_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since_the_newest_flush: str
+) -> None:
+    directory = killed(tmp_path, monkeypatch)
+    if since_the_newest_flush == "nothing":
+        write_ahead_log(directory.path).write_bytes(b"")
+        with Store.open_read_only(directory.path, CHAIN) as store:
+            directory.blocks = check_whole(store, EVENTS)
+    assert directory.opens_whole(directory.content, tmp_path / "copy")
+    for number, at in enumerate(records(directory.content)):
+        manifest = bytearray(directory.content)
+        manifest[at + 5] ^= 0x40 >> number % 3
+        assert not directory.opens_whole(bytes(manifest), tmp_path / "copy"), (number, at)
+
+
+@pytest.mark.parametrize("ended", ["killed", "stopped"])
+def test_manifest_that_lost_its_end_opens_whole_or_is_refused_and_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str
+) -> None:
+    """The end lost is also that of flushes whose part of the write-ahead log is gone."""
+    if ended == "killed":
+        directory = killed(tmp_path, monkeypatch)
+    else:
+        filled(tmp_path / "stopped", 5, EVENTS)
+        directory = Killed(tmp_path / "stopped", 5)
+    starts = records(directory.content)
+    opened = [directory.opens_whole(directory.content[:at], tmp_path / "copy") for at in starts]
+    torn = [directory.opens_whole(directory.content[: at + 9], tmp_path / "copy") for at in starts]
+    assert opened == torn == sorted(opened)
+    assert not opened[len(starts) // 2]
+
+
+def test_young_database_whose_manifest_lost_families_is_refused_and_keeps_its_write_ahead_log(tmp_path: Path) -> None:
+    run_killed(tmp_path / "data", stop_after=3)
+    directory = Killed(tmp_path / "data", -1)
+    for at in records(directory.content):
+        assert not directory.opens_whole(directory.content[:at], tmp_path / "copy")
+
+
+def test_what_a_crash_left_of_an_unfinished_table_stops_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = killed(tmp_path, monkeypatch)
+    tables = sorted((directory.path / "rocksdb").glob("*.sst"))
+    unfinished = directory.path / "rocksdb" / "000900.sst"
+    unfinished.write_bytes(tables[-1].read_bytes()[:100])
+    assert directory.opens_whole(directory.content, tmp_path / "copy")
+    with Store.open(directory.path, CHAIN, create=True):
+        assert not unfinished.exists()
+
+
+def test_making_of_families_cut_off_before_its_end_is_finished_at_the_next_start(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "data", CHAIN, create=True):
+        shutil.copytree(tmp_path / "data", tmp_path / "killed")
+    for log in (tmp_path / "killed" / "rocksdb").glob("*.log"):
+        log.write_bytes(b"")
+    directory = Killed(tmp_path / "killed", 0)
+    starts, names = records(directory.content), [name.encode() for name in store_layout._FAMILIES]
+    families = [
+        at
+        for at, after in zip(starts, [*starts[1:], None], strict=True)
+        if any(name in directory.content[at:after] for name in names)
+    ]
+    assert len(families) == len(names)
+    for at in families:
+        assert directory.opens_whole(directory.content[:at], tmp_path / "copy")
 
 
 def test_flipped_byte_in_a_table_is_reported_by_scans_that_would_end_silently(tmp_path: Path) -> None:
