@@ -3,7 +3,8 @@
 Reads the database below ``Store``, so that damage which stops a node from starting does not stop the check, and
 changes nothing. In order, per ledger block:
 
-1. header: canonical, of this chain, at its height, naming its predecessor's digest;
+1. header: canonical, of this chain, at its height, naming its predecessor's digest, within its epoch: what leads on
+   from the end of one is no part of the log;
 2. certificate, where there is one: of this header or a carrier after it, by a quorum of every role of its epoch; the
    head has one;
 3. body: the one the header names; votes: signed by members, for this view;
@@ -243,6 +244,7 @@ class _Check:
             self._cut_tree(name)
             return
         self._previous, self._last_header = header.digest, header
+        self._check_epoch(name, header)
         self._check_lookup(BY_BLOCK + header.digest, f"ledger block {header.digest.hex()}", history.base_height)
         if self._reader.need("certificates", u64(history.base_height), name) is not None:
             self._check_certificate(name, header)
@@ -268,6 +270,7 @@ class _Check:
             return
         after_gap = self._last_header is None
         self._previous, self._last_header = header.digest, header
+        self._check_epoch(name, header)
         self._check_lookup(BY_BLOCK + header.digest, f"ledger block {header.digest.hex()}", height)
         self._check_certificate(name, header)
         self._check_votes(name, header)
@@ -298,6 +301,16 @@ class _Check:
         if self._previous is not None and header.parent != self._previous:
             self._report.add("headers", name, f"parent {header.parent.hex()}, header {height - 1} is another")
         return header
+
+    def _check_epoch(self, name: str, header: Header) -> None:
+        """An epoch's keys go on certifying after its end, so a certificate alone does not make a header the log's."""
+        if header.epoch >= len(self._epochs.epochs):
+            return  # no certificate of it holds, which is noted
+        keys, first = self._epochs.of(header.epoch), header.log_size - header.event_count
+        end = keys.end_size
+        if first < keys.first_index or (end is not None and (first >= end or header.log_size > end)):
+            within = f"epoch {header.epoch}, which reaches from index {keys.first_index} to before {end}"
+            self._report.add("headers", name, f"of {within}; its events would be from index {first} on")
 
     def _check_certificate(self, name: str, header: Header) -> None:
         encoded = self._reader.get("certificates", u64(header.height), name)

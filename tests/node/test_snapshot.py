@@ -11,7 +11,7 @@ from typing import cast
 import msgspec
 import pytest
 import trio
-from epoch_fixtures import carrier_of, change_event, next_membership
+from epoch_fixtures import begin_epoch, carrier_of, change_event, next_membership
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_fixtures import HOSPITAL, MemoryLedger, digest, story
@@ -1138,3 +1138,55 @@ def test_damaged_log_that_is_not_whole_is_set_aside(partial: Partial) -> None:
     set_aside(partial.directory, told().chain_id)
     report = checked(partial.directory)
     assert (report.damages, report.height, report.missing_blocks) == ([], 0, 0)
+
+
+def filled_with_a_carrier(tmp_path: Path) -> tuple[MemoryLedger, int, Path]:
+    """A log whose first epoch ends at the height given, and of it a data directory, begun at a snapshot of the second,
+    in which what was certified in the first epoch after its end was taken for the ledger block that follows."""
+    memory = MemoryLedger()
+    memory.seal(memory.source(HOSPITAL, "source"))
+    membership, secrets = next_membership(
+        memory.genesis, memory.committee, memory.secrets, add={"operator-9": "operator"}
+    )
+    memory.seal(change_event(memory, membership))
+    terminal = memory.ledger
+    carrier = memory.seal()
+    certificate, memory.ledger = memory.certified.pop()[1], terminal
+    memory.enter_epoch(membership, secrets)
+    for number in range(6):
+        memory.seal(memory.source(HOSPITAL, f"later {number}"))
+    behind, joined = written(memory, tmp_path / "behind", 6), written(memory, tmp_path / "joined", 0)
+    joined.begin_at(behind.final, behind.links, behind.certificate)  # type: ignore[arg-type]
+    write(joined, memory)
+    held = [
+        (behind.store.header(height) or b"", behind.store.certificate(height) or b"")
+        for height in range(1, terminal.header.height + 1)
+    ]
+    for encoded, certified in (*held, (encode(carrier), certificate)):
+        header = decode_header(encoded, memory.chain_id)
+        events = memory.events[header.log_size - header.event_count : header.log_size]
+        body = Body(tuple(event.leaf_hash for event in events))
+        before = Frontier.from_bytes(joined.store.history().frontier)  # type: ignore[union-attr]
+        after, interior = before.append_with_nodes(body.leaf_hashes)
+        record = BlockRecord(encoded, encode(body), ())
+        write_of = history._block_write(header, record, body, events, after, interior, certified)
+        joined.store.fill([write_of])
+    for ledger in (behind, joined):
+        ledger.store.close()
+    return memory, terminal.header.height, tmp_path / "joined"
+
+
+@pytest.mark.trio
+async def test_what_was_certified_after_the_end_of_an_epoch_is_found_on_the_log_and_repaired(tmp_path: Path) -> None:
+    memory, end, directory = filled_with_a_carrier(tmp_path)
+    report = check_data_directory(directory, memory.genesis, lambda stage, done, total: None)
+    assert [(held.family, held.key) for held in report.damages] == [("headers", f"height {end + 1}")]
+    assert "of epoch 0, which reaches from index 0 to before 2" in report.damages[0].detail
+    set_aside(directory, memory.chain_id)
+    full, repaired = written(memory, tmp_path / "full"), written(memory, directory, 0)
+    async with served([honest(full)]) as network:
+        await CatchUp(repaired, network, lambda appended: None).reach(full.final.header.height)
+    assert repaired.final.digest == full.final.digest
+    for ledger in (full, repaired):
+        ledger.store.close()
+    assert check_data_directory(directory, memory.genesis, lambda stage, done, total: None).damages == []
