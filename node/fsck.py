@@ -6,7 +6,7 @@ changes nothing. In order, per ledger block:
 1. header: canonical, of this chain, at its height, naming its predecessor's digest, within its epoch: what leads on
    from the end of one is no part of the log;
 2. certificate, where there is one: of this header or a carrier after it, by a quorum of every role of its epoch; the
-   head has one;
+   head has one, and so has each epoch's last ledger block;
 3. body: the one the header names; votes: signed by members, for this view;
 4. events: bytes that hash to the body's leaves, portions that hash to the entry's commitments, signatures;
 5. tree: every complete node, and the root and size the header names;
@@ -175,7 +175,13 @@ class _Check:
         if len(encoded) < HEAD_BYTES:
             self._report.add("meta", "head", f"{len(encoded)} bytes")
             return None
-        return Head.decode(encoded)
+        head = Head.decode(encoded)
+        if self._reader.get("headers", u64(head.height), f"height {head.height}") is None:
+            newest = self._newest_header()
+            if head.height > newest:  # up to there nothing is missing: a flipped bit would say so of 2**63 heights
+                self._report.add("meta", "head", f"height {head.height}, the newest ledger block is {newest}")
+                return None
+        return head
 
     def _read_history(self, height: int) -> History | None:
         """What is missing of the log; None where nothing is, or where that is damaged: then all of it is wanting."""
@@ -197,7 +203,15 @@ class _Check:
         return history
 
     def _newest_header(self) -> int:
-        return max((to_int(key) for key, _ in self._reader.items("headers")), default=0)
+        """The greatest height of which a header says itself that it is of it: a strange key may be any number."""
+        newest = 0
+        for key, encoded in self._reader.items("headers"):
+            try:
+                if decode_header(encoded, self._genesis.chain_id).height == to_int(key):
+                    newest = to_int(key)
+            except Rejected:
+                continue
+        return newest
 
     def _check_head(self, head: Head) -> None:
         if self._previous is not None and head.digest != self._previous:
@@ -313,7 +327,10 @@ class _Check:
             self._report.add("headers", name, f"of {within}; its events would be from index {first} on")
 
     def _check_certificate(self, name: str, header: Header) -> None:
-        encoded = self._reader.get("certificates", u64(header.height), name)
+        # Nobody can be served across the end of an epoch without one: those of the next epoch do not count there.
+        ended = header.epoch < len(self._epochs.epochs) and self._epochs.of(header.epoch).end_size == header.log_size
+        wanted = self._reader.need if ended else self._reader.get
+        encoded = wanted("certificates", u64(header.height), name)
         if encoded is None:
             return
         try:

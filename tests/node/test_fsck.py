@@ -288,6 +288,28 @@ def test_a_head_that_forgets_the_newest_ledger_block_is_found(chain: Chain) -> N
     assert not chain.check().sound
 
 
+@pytest.mark.parametrize("height", [BLOCKS + 1, 1 << 63])
+def test_a_head_beyond_every_ledger_block_is_named_and_the_check_comes_to_an_end(chain: Chain, height: int) -> None:
+    """One flipped bit is enough to make it of a height that no check reaches in a lifetime."""
+    alter(
+        chain,
+        lambda database: database.families["meta"].put(
+            HEAD_KEY, u64(height) + database.families["meta"].get(HEAD_KEY)[8:]
+        ),
+    )
+    report = chain.check()
+    assert report.damages == [Damage("meta", "head", f"height {height}, the newest ledger block is {BLOCKS}")]
+    assert report.height == BLOCKS
+
+
+def test_a_strange_header_of_an_enormous_height_does_not_count_where_the_head_is_lost(chain: Chain) -> None:
+    remove(chain, "meta", HEAD_KEY)
+    put(chain, "headers", u64(1 << 63), b"strange")
+    report = chain.check()
+    assert named(report) == {("meta", "head"), ("headers", f"key {u64(1 << 63).hex()}")}
+    assert report.height == BLOCKS
+
+
 def test_a_damaged_database_file_is_a_damage_not_a_crash(chain: Chain) -> None:
     alter(chain, lambda database: database.root.flush())
     for name in ("entries", "portions", "state"):

@@ -34,7 +34,7 @@ from consensus.state_map import KEY_BYTES, StateMap
 from node import catchup, history, snapshot
 from node.catchup import CatchUp, serve_blocks, serve_former
 from node.epoch_end import Certified
-from node.fsck import Report, check_data_directory
+from node.fsck import Damage, Report, check_data_directory
 from node.history import HistoryFill
 from node.ledger import Ledger
 from node.messages import (
@@ -1190,3 +1190,14 @@ async def test_what_was_certified_after_the_end_of_an_epoch_is_found_on_the_log_
     for ledger in (full, repaired):
         ledger.store.close()
     assert check_data_directory(directory, memory.genesis, lambda stage, done, total: None).damages == []
+
+
+def test_lost_certificate_at_the_end_of_an_epoch_is_found(tmp_path: Path) -> None:
+    """Nobody who catches up could be served across it, though the head and all else is there."""
+    ledger, end = written(told(), tmp_path), ending_height(told())
+    ledger.store._family("certificates").delete(u64(end - 1))
+    ledger.store.close()
+    assert checked(tmp_path).damages == []
+    with Store.open(tmp_path, told().chain_id, create=False) as store:
+        store._family("certificates").delete(u64(end))
+    assert checked(tmp_path).damages == [Damage("certificates", f"height {end}", "missing")]
