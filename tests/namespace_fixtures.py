@@ -7,10 +7,8 @@ tests are skipped and say why. ``namespace_switch`` makes the network and is its
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +17,8 @@ import pytest
 from namespace_switch import address_of
 from process_fixtures import COUNTERSIGN, Processes
 
-from consensus.genesis import genesis_from_json
 from consensus.identifiers import Role
 from node.config import Address
-from node.fsck import check_data_directory
 from node.provision import MemberRequest
 
 SWITCH = Path(__file__).with_name("namespace_switch.py")
@@ -120,46 +116,6 @@ class NamespaceProcesses(Processes):
     def heal(self) -> None:
         """Every frame arrives, at once."""
         self.link(NAMES, NAMES)
-
-    # Judgement
-
-    def is_final(self, name: str, event: str, within_seconds: float = 0.0) -> bool:
-        """Whether an event is final for a node, or becomes so in time."""
-        deadline = time.monotonic() + within_seconds
-        while True:
-            found = self.get(name, f"/v1/events/{event}")
-            if found is not None and found["status"] == "final":
-                return True
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.05)
-
-    def assert_whole(self, acknowledged: Iterable[str]) -> None:
-        """All logs become one that has every acknowledged event; nobody is convicted; every disk is sound.
-
-        Stops the nodes.
-        """
-        events = list(acknowledged)
-        for name in NAMES:
-            for event in events:
-                self.wait_until(lambda name=name, event=event: self.is_final(name, event), 60)  # type: ignore[misc]
-        self.wait_until(lambda: len({str(self.status(name)["log_root"]) for name in NAMES}) == 1, 60)
-        for name in NAMES:
-            status = self.status(name)
-            assert status["evidence"] == 0, self.log(name)
-            assert status["halted"] == "", self.log(name)
-        for name in NAMES:
-            os.killpg(self.running[name].pid, signal.SIGTERM)
-        for name in NAMES:
-            assert self.running.pop(name).wait(timeout=30) == 0, self.log(name)
-            assert "Traceback" not in self.log(name)
-            assert "contradicts itself" not in self.log(name)
-        genesis = genesis_from_json(self.provisioned.genesis_path.read_bytes())
-        for name in NAMES:
-            report = check_data_directory(
-                self.provisioned.members[name].directory / "data", genesis, lambda stage, done, total: None
-            )
-            assert report.sound, (name, report.damages)
 
 
 @contextmanager

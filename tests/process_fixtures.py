@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +15,13 @@ import httpx
 from consensus import portions as p
 from consensus.codec import encode
 from consensus.event import Kind, make_entry, pack, sign_entry
+from consensus.genesis import genesis_from_json
 from consensus.identifiers import MemberId, Role
 from consensus.keys import signer_for
 from consensus.membership import Member, Parameters
 from consensus.portions import Portions
+from node.client import NodeClient
+from node.fsck import check_data_directory
 from node.keystore import Keystore, Secrets
 from node.provision import MemberRequest, Provisioned, provision
 
@@ -122,6 +125,58 @@ class Processes:
         signer = signer_for(member.scheme, self.secrets(name).identity_seed)  # type: ignore[arg-type]
         entry = make_entry(self.provisioned.chain_id, kind, MemberId(member.id), portions)
         return pack(sign_entry(entry, member.id, member.role, signer), portions)
+
+    # Judgement
+
+    def is_final(self, name: str, event: str, within_seconds: float = 0.0) -> bool:
+        """Whether an event is final for a node, or becomes so in time."""
+        deadline = time.monotonic() + within_seconds
+        while True:
+            found = self.get(name, f"/v1/events/{event}")
+            if found is not None and found["status"] == "final":
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+
+    def events_on_log(self, name: str) -> list[str]:
+        """The ids of all final events, as a node lists them."""
+        with NodeClient(self.provisioned.members[name].api_url) as client:
+            return [row.id for row in client.every_event({})]
+
+    def assert_one_log(self, acknowledged: Iterable[str]) -> None:
+        """The logs of all that run become one that has every acknowledged event once; nobody is convicted."""
+        events, names = set(acknowledged), list(self.running)
+
+        def is_one() -> bool:
+            roots = {str(self.status(name)["log_root"]) for name in names}
+            return len(roots) == 1 and events.issubset(self.events_on_log(names[0]))
+
+        self.wait_until(is_one, 60)
+        for name in names:
+            listed = self.events_on_log(name)
+            assert events.issubset(listed), (name, events.difference(listed))
+            assert len(listed) == len(set(listed)), name
+            assert self.status(name)["evidence"] == 0, self.log(name)
+
+    def assert_whole(self, acknowledged: Iterable[str]) -> None:
+        """``assert_one_log``; and all that run end in order, saw nobody contradict himself, and have sound disks."""
+        self.assert_one_log(acknowledged)
+        names = list(self.running)
+        for name in names:
+            assert self.status(name)["halted"] == "", self.log(name)
+        for name in names:
+            os.killpg(self.running[name].pid, signal.SIGTERM)
+        for name in names:
+            assert self.running.pop(name).wait(timeout=30) == 0, self.log(name)
+            said = (self.provisioned.members[name].directory / "node.log").read_text()
+            assert "Traceback" not in said, name
+            assert "contradicts itself" not in said, name
+        genesis = genesis_from_json(self.provisioned.genesis_path.read_bytes())
+        for name in names:
+            data = self.provisioned.members[name].directory / "data"
+            report = check_data_directory(data, genesis, lambda stage, done, total: None)
+            assert report.sound, (name, report.damages)
 
     @staticmethod
     def wait_until(condition: object, seconds: float = START_SECONDS) -> None:
