@@ -81,6 +81,15 @@ class Processes:
         os.killpg(process.pid, number)
         process.wait(timeout=20)
 
+    @contextmanager
+    def suspended(self, name: str) -> Iterator[None]:
+        """A node that SIGSTOP has stopped; it goes on when the block is left."""
+        os.killpg(self.running[name].pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.running[name].pid, signal.SIGCONT)
+
     def close(self) -> None:
         """Kill all that still run."""
         for name in list(self.running):

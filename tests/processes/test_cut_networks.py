@@ -93,6 +93,26 @@ def test_node_that_hears_and_is_not_heard_forks_nothing_and_is_back_when_it_is(n
     network.assert_whole([*acknowledged, back])
 
 
+def test_node_that_is_suspended_holds_up_nobody_and_is_whole_when_it_goes_on(network: NamespaceProcesses) -> None:
+    """SIGSTOP under load, for longer than the silence after which the others close their connections."""
+    acknowledged = [submit(network, owner, 350 + number) for number in range(5) for owner in ("press", "library")]
+    with network.suspended("press"):
+        meanwhile = 360
+
+        def is_missed() -> bool:
+            nonlocal meanwhile
+            acknowledged.append(submit(network, "library", meanwhile))
+            meanwhile += 1
+            assert network.is_final("library", acknowledged[-1], 60), network.log("library")
+            return not any("press" in str(network.status(name)["peers_connected"]) for name in connected("press"))
+
+        network.wait_until(is_missed, SILENT_SECONDS)
+    back = submit(network, "press", 351)
+    assert network.is_final("press", back, 60), network.log("press")
+    network.wait_until(lambda: bool(network.status("press")["voting"]), 60)
+    network.assert_whole([*acknowledged, back])
+
+
 def test_slow_and_lossy_links_delay_events_and_lose_none(network: NamespaceProcesses) -> None:
     network.link(NAMES, NAMES, delay_seconds=0.05, loss=0.05)
     acknowledged = [submit(network, owner, 400 + number) for number in range(5) for owner in NAMES[:3]]
