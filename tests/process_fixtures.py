@@ -90,6 +90,13 @@ class Processes:
         finally:
             os.killpg(self.running[name].pid, signal.SIGCONT)
 
+    def run(self, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """What ``countersign WORDS --config FILE`` answers a member's operator."""
+        config = str(self.provisioned.members[name].config)
+        return subprocess.run(
+            [COUNTERSIGN, *words, "--config", config], capture_output=True, text=True, timeout=120, check=False
+        )
+
     def close(self) -> None:
         """Kill all that still run."""
         for name in list(self.running):
