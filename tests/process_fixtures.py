@@ -18,7 +18,7 @@ from consensus.event import Kind, make_entry, pack, sign_entry
 from consensus.genesis import genesis_from_json
 from consensus.identifiers import MemberId, Role
 from consensus.keys import signer_for
-from consensus.membership import Member, Parameters
+from consensus.membership import BLS_THRESHOLD, Member, Parameters
 from consensus.portions import Portions
 from node.client import NodeClient
 from node.fsck import check_data_directory
@@ -44,12 +44,14 @@ class Processes:
         directory: Path,
         members: Sequence[MemberRequest] = MEMBERS,
         thresholds: Mapping[Role, int] | None = None,
+        certificate_scheme: str = BLS_THRESHOLD,
     ) -> None:
         self.provisioned: Provisioned = provision(
             directory,
             "countersign.example/processes",
             members,
             created_ms=time.time_ns() // 1_000_000,
+            certificate_scheme=certificate_scheme,
             thresholds=thresholds,
             parameters=Parameters(heartbeat_ms=1_000),
         )
@@ -210,9 +212,10 @@ def processes(
     *start: str,
     members: Sequence[MemberRequest] = MEMBERS,
     thresholds: Mapping[Role, int] | None = None,
+    certificate_scheme: str = BLS_THRESHOLD,
 ) -> Iterator[Processes]:
     """A consortium with some of its nodes running, all gone afterwards."""
-    consortium = Processes(directory, members, thresholds)
+    consortium = Processes(directory, members, thresholds, certificate_scheme)
     try:
         consortium.start(*start)
         yield consortium

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from process_fixtures import COUNTERSIGN, processes, source
 
+from consensus.membership import BLS_THRESHOLD, SCHEME_NEEDS
+
 pytestmark = pytest.mark.processes
 
 NAMES = ("library", "press", "council", "laboratory", "guild")
@@ -37,6 +39,24 @@ def test_kill_minus_nine_at_random_instants_loses_nothing_acknowledged(tmp_path:
                 assert found["status"] == "final", (found, consortium.log(owner))
                 acknowledged.append(event)
         assert all(consortium.status(name)["voting"] for name in NAMES[:4])
+        consortium.assert_whole(acknowledged)
+
+
+@pytest.mark.parametrize("certificate_scheme", [name for name in SCHEME_NEEDS if name != BLS_THRESHOLD])
+def test_kill_minus_nine_under_every_other_certificate_scheme_loses_nothing_acknowledged(
+    tmp_path: Path, certificate_scheme: str
+) -> None:
+    voters = NAMES[:4]
+    with processes(tmp_path / "consortium", *voters, certificate_scheme=certificate_scheme) as consortium:
+        acknowledged: list[str] = []
+        for victim in ("press", "council"):
+            for number in range(len(acknowledged), len(acknowledged) + 10):
+                answer = consortium.post("library", source(consortium, "library", number))
+                assert answer.status_code == 202, answer.text
+                acknowledged.append(answer.json()["id"])
+            assert consortium.is_final("library", acknowledged[0], 60), consortium.log("library")
+            consortium.kill(victim)
+            consortium.start(victim)
         consortium.assert_whole(acknowledged)
 
 
