@@ -206,12 +206,12 @@ class Outbox:
         )
 
     def reject(self, identifiers: Sequence[bytes], reason: str, detail: str) -> None:
-        """They will never be on the log, and why."""
+        """They will never be on the log, and why: a node's words, of which what is no character is kept as "?"."""
         self._move(
             "UPDATE events SET state = 'rejected', event = x'', reason = ?2, detail = ?3"
             " WHERE id = ?1 AND state IN ('queued', 'accepted')",
             identifiers,
-            (reason, detail),
+            tuple(said.encode(errors="replace").decode() for said in (reason, detail)),
         )
 
     def fate(self, identifier: bytes) -> Fate | None:
@@ -275,18 +275,19 @@ class Outbox:
                 )
                 added_bytes += len(event) if cursor.rowcount else 0
             self._connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except BaseException as error:
             if self._undo(error):
                 return False
             raise
         self._held_bytes += added_bytes
         return True
 
-    def _undo(self, error: sqlite3.OperationalError) -> bool:
+    def _undo(self, error: BaseException) -> bool:
         """End a transaction that failed; whether it may succeed later, for it failed at the disk."""
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
-        return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in full
 
     def _move(self, statement: str, keys: Sequence[bytes | int | str], extra: tuple[str, ...] = ()) -> None:
         with self._changed:
@@ -295,7 +296,7 @@ class Outbox:
                 for key in keys:
                     self._connection.execute(statement, (key, *extra))
                 self._connection.execute("COMMIT")
-            except sqlite3.OperationalError as error:
+            except BaseException as error:
                 if self._undo(error):
                     raise OutboxFull(f"what became of events cannot be written to the disk: {error}") from error
                 raise

@@ -112,6 +112,26 @@ def test_rejection_keeps_its_reason_and_a_settled_event_never_changes(outbox: Ou
     assert (fate.state, fate.reason, fate.detail) == (State.REJECTED, "outside-grant", "step 9")
 
 
+def test_what_is_no_character_in_a_rejection_is_replaced(outbox: Outbox) -> None:
+    outbox.put([named(1)])
+    outbox.reject([named(1)[0]], "bad\udfff", "step \ud800")
+    fate = outbox.fate(named(1)[0])
+    assert fate is not None
+    assert (fate.state, fate.reason, fate.detail) == (State.REJECTED, "bad?", "step ?")
+
+
+def test_change_that_fails_for_whatever_reason_leaves_the_outbox_usable(outbox: Outbox) -> None:
+    unbindable: list[bytes] = [named(1)[0], "\ud800"]  # type: ignore[list-item]
+    outbox.put([named(1)])
+    with pytest.raises(UnicodeEncodeError):
+        outbox.accept(unbindable)
+    with pytest.raises(UnicodeEncodeError):
+        outbox.put([named(2), ("\ud800", b"event")])  # type: ignore[list-item]
+    assert [out.id for out in outbox.queued(10, 10_000)] == [named(1)[0]]
+    outbox.put([named(3)])
+    assert outbox.held_bytes == 200
+
+
 def test_second_process_is_refused(tmp_path: Path) -> None:
     with Outbox(tmp_path / "outbox.sqlite"):
         script = (
