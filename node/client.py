@@ -24,6 +24,9 @@ DEFAULT_TIMEOUT_SECONDS = 30.0
 MAX_JSON_BYTES = 64 << 20
 PAGE_EVENTS = 500
 
+UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
+"""What the decoder raises for a body that is not the JSON asked for: nested without end, it is a ``RecursionError``."""
+
 A = TypeVar("A")
 
 
@@ -249,7 +252,10 @@ class NodeClient:
     def events(self, filters: dict[str, str], start: int, limit: int) -> EventPage:
         """Part of the log's listing; ``filters`` are ``kind``, ``campaign``, ``source``."""
         parameters = {**filters, "start": str(start), "limit": str(limit)}
-        return _decoded(self._request("GET", "/v1/events", parameters), EventPage)
+        page = _decoded(self._request("GET", "/v1/events", parameters), EventPage)
+        if page.next is not None and page.next <= start:
+            raise Unavailable(f"the node's answer is not understood: the page after {start} begins at {page.next}")
+        return page
 
     def every_event(self, filters: dict[str, str]) -> Iterator[EventRow]:
         """The log's listing to its end, a page at a time; ``filters`` as ``events``."""
@@ -392,7 +398,7 @@ def _wait(seconds: float) -> dict[str, str]:
 def _decoded(body: bytes, kind: type[A]) -> A:
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise Unavailable(f"the node's answer is not understood: {error}") from error
 
 
@@ -406,7 +412,7 @@ def _refused_if_rejected(answer: EventAnswer) -> EventAnswer:
 def _failure(url: str, status: int, body: bytes) -> Rejected | Unavailable:
     try:
         answer = msgspec.json.decode(body, type=ErrorAnswer)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return Unavailable(f"{url} answered with status {status} and no reason: is it a Countersign node?")
     reason = _reason(answer.error)
     if status in (429, 503) or reason is None:

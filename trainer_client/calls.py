@@ -15,13 +15,13 @@ Exceptions::
     UnexpectedAnswer      the node answered something the contract does not know
 """
 
-import json
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from consensus.genesis import genesis_from_json
 from consensus.identifiers import ChainId
@@ -44,6 +44,11 @@ RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 OVERSIZED_STATUS = 413
 MAXIMUM_WAIT_SECONDS = 30.0
 OCTETS = "application/octet-stream"
+
+UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
+"""What the decoder raises for a body that is not the JSON asked for: nested without end, it is a ``RecursionError``."""
+
+HexDigest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Wire)
@@ -140,11 +145,11 @@ class CampaignStatus:
     """A campaign's head on the log; digests in hex, ``closed`` is empty while it is open."""
 
     steps: int
-    root: str
+    root: HexDigest
     next_sequence: int
     next_grant: int
     attempt: int
-    last_event: str
+    last_event: HexDigest
     rollback_required: bool
     closed: str
     presented: int
@@ -153,7 +158,7 @@ class CampaignStatus:
     discarded_steps: int
     rollbacks: int
     job_key: str
-    undo_root: str = ""
+    undo_root: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +166,11 @@ class ListedEvent:
     """A row of the log's listing."""
 
     index: int
-    id: str
+    id: HexDigest
     kind: str
 
 
-@dataclass(frozen=True, slots=True)
-class SourceSummary:
+class SourceSummary(msgspec.Struct, frozen=True):
     """One registered source as the node lists it; ``revoked_at_ms`` is 0 while it stands."""
 
     id: str
@@ -175,7 +179,7 @@ class SourceSummary:
     author_name: str
     licence: str
     purposes: tuple[str, ...]
-    content_class: str = field(metadata={"name": "class"})
+    content_class: str = msgspec.field(name="class")
     example_count: int
     revoked_at_ms: int | None = 0
 
@@ -245,13 +249,17 @@ def receipt(event_id: bytes, wait_seconds: float, retries: Retries) -> Call[byte
 
 def state_record(key: bytes, record: type[R], retries: Retries) -> Call[R | None]:
     """The decoded state record under a 33-byte key, or None where there is none."""
+    request = Request("GET", f"/v1/state/{key.hex()}")
     try:
-        encoded = yield from _bytes(Request("GET", f"/v1/state/{key.hex()}"), retries)
+        encoded = yield from _bytes(request, retries)
     except Rejected as refusal:
         if refusal.reason is Reason.NOT_FOUND:
             return None
         raise
-    return read_record(encoded, record)
+    try:
+        return read_record(encoded, record)
+    except ValueError as error:
+        raise _unexpected(request, error) from error
 
 
 def policy_in_force(retries: Retries) -> Call[PolicyInForce]:
@@ -294,6 +302,8 @@ def campaign_events(identifier: bytes, retries: Retries) -> Call[tuple[ListedEve
         query = (("campaign", identifier.hex()), ("start", str(start)), ("limit", str(LISTING_EVENTS)))
         page = yield from _json(Request("GET", "/v1/events", query), _EventPage, retries)
         listed += page.events
+        if page.next is not None and page.next <= start:
+            raise UnexpectedAnswer(f"/v1/events: the page after {start} begins at {page.next}")
         start = page.next
     return tuple(listed)
 
@@ -323,7 +333,11 @@ def genesis(chain_id: ChainId, retries: Retries) -> Call[Genesis]:
 
 def checkpoint(retries: Retries) -> Call[str]:
     """The newest checkpoint: a C2SP signed note."""
-    return (yield from _bytes(Request("GET", "/v1/checkpoint"), retries)).decode()
+    request = Request("GET", "/v1/checkpoint")
+    try:
+        return (yield from _bytes(request, retries)).decode()
+    except UnicodeDecodeError as error:
+        raise _unexpected(request, error) from error
 
 
 def log_size(retries: Retries) -> Call[int]:
@@ -389,26 +403,21 @@ def _bytes(request: Request, retries: Retries) -> Call[bytes]:
 def _json(request: Request, answer: type[J], retries: Retries) -> Call[J]:
     reply = yield from _reliably(request, retries)
     try:
-        return _read_json(reply.body, answer)
-    except (msgspec.DecodeError, ValueError) as error:
-        raise UnexpectedAnswer(f"{request.method} {request.path}: {error}") from error
+        return msgspec.json.decode(reply.body, type=answer)  # Unknown names are ignored: a newer node may say more.
+    except UNREADABLE as error:
+        raise _unexpected(request, error) from error
 
 
-def _read_json(body: bytes, answer: type[J]) -> J:
-    """Unknown names are ignored: a newer node may say more."""
-    text = json.loads(body)
-    if answer is _SourcesAnswer:
-        for source in text["sources"]:
-            source["content_class"] = source.pop("class")
-    return msgspec.convert(text, answer)
+def _unexpected(request: Request, error: Exception) -> UnexpectedAnswer:
+    return UnexpectedAnswer(f"{request.method} {request.path}: {error}")
 
 
 def _refusal(request: Request, reply: Reply) -> CountersignError:
     where = f"{request.method} {request.path}: HTTP {reply.status}"
     try:
-        said = _read_json(reply.body, _ErrorAnswer)
+        said = msgspec.json.decode(reply.body, type=_ErrorAnswer)
         return Rejected(_reason(said.error, where), said.detail)
-    except (msgspec.DecodeError, ValueError):
+    except UNREADABLE:
         unknown = UnexpectedAnswer(f"{where}: {reply.body[:200]!r}")
     except UnexpectedAnswer as error:
         unknown = error
@@ -419,8 +428,8 @@ def _refusal(request: Request, reply: Reply) -> CountersignError:
 def _said(reply: Reply) -> str:
     """The node's words about a passing trouble, empty where there are none of its own."""
     try:
-        said = _read_json(reply.body, _ErrorAnswer)
-    except (msgspec.DecodeError, ValueError):
+        said = msgspec.json.decode(reply.body, type=_ErrorAnswer)
+    except UNREADABLE:
         return ""
     return f" ({said.error}: {said.detail})" if said.detail else f" ({said.error})"
 

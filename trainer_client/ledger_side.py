@@ -32,7 +32,7 @@ from consensus.state import (
     review_key,
     usage_key,
 )
-from trainer_client.calls import CampaignStatus
+from trainer_client.calls import CampaignStatus, UnexpectedAnswer
 from trainer_client.delivery import Delivery
 from trainer_client.grants import GrantKeeper, OpenGrant
 from trainer_client.outbox import Fate, Outbox, OutboxFull, State
@@ -474,9 +474,10 @@ class LedgerSide:
         while True:
             try:
                 return ask()
-            except Unavailable as problem:
+            except (Unavailable, UnexpectedAnswer) as problem:
                 _log.warning("waiting to learn where the campaign stands: %s", problem)
                 self._check_limit(started, "the campaign's head")
+                time.sleep(WAIT_SECONDS)
 
     def _require_final(self, event: RecordedEvent) -> None:
         fate = self._wait_settled(event.id)

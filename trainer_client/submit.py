@@ -148,7 +148,7 @@ class Client:
             if isinstance(wanted, Request):
                 try:
                     reply = _reply(self._http.send(_http_request(self._http, wanted)))
-                except httpx.TransportError:
+                except httpx.RequestError:
                     continue
             else:
                 time.sleep(wanted.seconds)
@@ -257,7 +257,7 @@ class AsyncClient:
             if isinstance(wanted, Request):
                 try:
                     reply = _reply(await self._http.send(_http_request(self._http, wanted)))
-                except httpx.TransportError:
+                except httpx.RequestError:
                     continue
             else:
                 await asyncio.sleep(wanted.seconds)

@@ -28,8 +28,10 @@ from consensus.identifiers import Role
 from consensus.merkle import inclusion_proof_of, verify_inclusion
 from consensus.overlap import OverlapIndex, overlaps
 from consensus.portions import BandRule, BlockWeight, ClassRule, Policy, SourceClaim, content_leaf, content_salt
+from consensus.rejection import Unavailable
 from consensus.reserve import LOT_BITS, bound_of, reserved_among
 from node.cli import COMMANDS, every_command, main
+from node.client import NodeClient
 from node.commands.content import measure, pieces_of, read_examples
 from node.commands.log_disk import print_report
 from node.commands.member import load_member
@@ -632,6 +634,14 @@ def test_a_refusal_keeps_the_nodes_reason_and_an_overloaded_node_is_not_a_no(
     table["/v1/policy"] = (200, b"<html>")
     refused(2, "not understood", "policy", "show", "--url", url)
     refused(2, "is it a Countersign node?", "source", "list", "--url", url)
+    nested = b'{"error": "x", "more": ' + b"[" * 200_000
+    table["/v1/policy"] = (200, nested)
+    refused(2, "not understood", "policy", "show", "--url", url)
+    table["/v1/policy"] = (502, nested)
+    refused(2, "is it a Countersign node?", "policy", "show", "--url", url)
+    table["/v1/events"] = (200, b'{"events": [], "next": 0}')
+    with NodeClient(url) as client, pytest.raises(Unavailable, match="the page after 0 begins at 0"):
+        list(client.every_event({}))
     table["/v1/policy"] = (401, b'{"error": "unauthorized", "detail": "token"}')
     refused(1, "unauthorized", "policy", "show", "--url", url)
 

@@ -266,6 +266,32 @@ def test_what_ends_the_delivery_reaches_the_job(
         _ = delivery.failure
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "body"),
+    [
+        (200, {"Content-Encoding": "gzip"}, b"<html>no gzip</html>"),
+        (503, {"Content-Encoding": "gzip"}, b"<html>no gzip</html>"),
+        (200, {}, b'{"more": ' + b"[" * 200_000),
+        (502, {}, b'{"more": ' + b"[" * 200_000),
+        (200, {}, b'{"results": [{"id": "00", "status": "rejected", "error": "bad-field", "detail": "\\ud800"}]}'),
+    ],
+)
+def test_answer_that_no_node_gives_does_not_end_the_delivery(
+    node: FakeNode,
+    outbox: Outbox,
+    delivery: Delivery,
+    events: list[tuple[bytes, bytes]],
+    status: int,
+    headers: dict[str, str],
+    body: bytes,
+) -> None:
+    node.answers = [(status, headers, body)] * 2
+    outbox.put(events[:1])
+    delivery.start()
+    assert outbox.wait_settled(events[0][0], 60).state is State.FINAL
+    assert delivery.failure is None
+
+
 @pytest.fixture
 def narrow(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How large the batches were that a node which takes 900 bytes at once was sent; an event has 411."""

@@ -353,6 +353,23 @@ def test_job_without_a_grant_gives_up_only_at_its_pause_limit(scene: Scene) -> N
     assert_unpatched(scene.model)
 
 
+def test_page_of_a_proxy_in_place_of_the_campaigns_head_is_waited_out(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.register()
+    answer, pages = scene.node.answer, [b"<html>", b"{}"]
+
+    def behind_a_proxy(method: str, target: str, body: bytes) -> tuple[int, bytes]:
+        if pages and "/v1/campaigns/" in target:
+            return 200, pages.pop()
+        return answer(method, target, body)
+
+    monkeypatch.setattr(scene.node, "answer", behind_a_proxy)
+    scene.train()
+    assert not pages
+    assert scene.node.head(CAMPAIGN).closed == "released"
+
+
 def test_job_is_told_that_nobody_asks_for_grants_any_more(scene: Scene) -> None:
     scene.register()
     with scene.run() as run:

@@ -149,6 +149,63 @@ def test_answers_outside_the_contract_are_named(node: FakeNode, client: Client) 
             client.submit_batch([b"event"])
 
 
+NESTED = b'{"error": "x", "more": ' + b"[" * 200_000
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({"Content-Encoding": "gzip"}, b"<html>no gzip</html>"),
+        ({"Location": "http://[::1"}, b"moved"),
+        ({}, NESTED),
+        ({}, b"[" * 200_000),
+        ({}, b"\xff\xfe"),
+        ({}, b'{"error": "x", "results": null, "events": [{}], "sources": ["x"], "log_size": NaN}'),
+        ({}, b'{"error": "\\ud800", "results": [{"id": "00", "status": "rejected", "error": "\\ud800"}]}'),
+        ({}, b'{"events": [], "next": 0, "sources": 1, "log_size": 1' + b"0" * 10_000 + b"}"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_answer_that_no_node_gives_is_named_and_never_another_exception(
+    node: FakeNode, client: Client, status: int, headers: dict[str, str], body: bytes
+) -> None:
+    async with AsyncClient(node.url, retries=QUICK) as other:
+        for ask in (
+            lambda: client.submit_batch([b"event"]),
+            client.sources,
+            client.log_size,
+            lambda: client.campaign(bytes(32)),
+            lambda: client.campaign_events(bytes(32)),
+        ):
+            node.answers = [(status, headers, body)] * QUICK.attempts
+            with pytest.raises((UnexpectedAnswer, Unavailable)):
+                ask()
+        node.answers = [(status, headers, body)] * QUICK.attempts
+        with pytest.raises((UnexpectedAnswer, Unavailable)):
+            await other.submit_batch([b"event"])
+
+
+def test_digest_that_is_none_and_a_page_that_leads_nowhere_are_named(node: FakeNode, client: Client) -> None:
+    row = {"index": 0, "id": "no digest", "kind": "policy"}
+    node.answers = [(200, {}, json.dumps({"events": [row]}).encode())]
+    with pytest.raises(UnexpectedAnswer, match="regex"):
+        client.campaign_events(bytes(32))
+    node.answers = [(200, {}, b'{"events": [], "next": 500}'), (200, {}, b'{"events": [], "next": 500}')]
+    with pytest.raises(UnexpectedAnswer, match="the page after 500 begins at 500"):
+        client.campaign_events(bytes(32))
+
+
+def test_text_that_is_none_is_named(node: FakeNode, client: Client) -> None:
+    source = node.source("some name", [b"x"])
+    record = node.answer("GET", f"/v1/state/{(SOURCE_TABLE + source).hex()}", b"")[1]
+    node.answers = [(200, {}, b"\xff"), (200, {}, record.replace(b"some name", b"\xffome name"))]
+    with pytest.raises(UnexpectedAnswer):
+        client.checkpoint()
+    with pytest.raises(UnexpectedAnswer):
+        client.source_record(source)
+
+
 def test_event_still_pending_at_the_limit_is_unavailable(node: FakeNode, client: Client) -> None:
     policy = node.policy()
     node.pending[bytes(32)] = node.events[policy]
