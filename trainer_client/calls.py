@@ -5,8 +5,8 @@ made), yields a ``Pause`` and is resumed after it, and returns its typed result.
 same generators with a blocking and with an asyncio client, so both do exactly the same.
 
 Retries: no connection, 408, 429, 500, 502, 503 and 504 are tried again with growing pauses, or after what
-``Retry-After`` says: they tell of the node's state or the network's, none of what was asked, and every request may be
-repeated. A named rejection never is: it is raised as ``Rejected`` with the node's reason.
+``Retry-After`` says, up to a minute: they tell of the node's state or the network's, none of what was asked, and every
+request may be repeated. A named rejection never is: it is raised as ``Rejected`` with the node's reason.
 
 Exceptions::
 
@@ -43,6 +43,9 @@ from consensus.state import (
 RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 OVERSIZED_STATUS = 413
 MAXIMUM_WAIT_SECONDS = 30.0
+LONGEST_WISH_SECONDS = 60.0
+"""No ``Retry-After`` is granted more."""
+MAXIMUM_DIGITS = 9
 OCTETS = "application/octet-stream"
 
 UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
@@ -441,8 +444,10 @@ def _reason(name: str, where: str) -> Reason:
 
 
 def _retry_after_seconds(header: str) -> float:
-    """The delay form of RFC 9110 §10.2.3; its date form counts as no wish."""
-    return float(header) if header.isascii() and header.isdigit() else 0.0
+    """The delay form of RFC 9110 §10.2.3, as far as it is granted; its date form counts as no wish."""
+    if not (header.isascii() and header.isdigit()):
+        return 0.0
+    return min(float(header[:MAXIMUM_DIGITS]), LONGEST_WISH_SECONDS)
 
 
 def _wait(wait_seconds: float) -> tuple[tuple[str, str], ...]:

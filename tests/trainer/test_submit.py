@@ -13,7 +13,8 @@ from consensus.identifiers import ChainId
 from consensus.keys import Ed25519SigningKey
 from consensus.rejection import Reason, Rejected, Unavailable
 from consensus.state import SOURCE_TABLE, SourceRecord
-from trainer_client.calls import Retries, UnexpectedAnswer
+from trainer_client import calls
+from trainer_client.calls import Pause, Reply, Retries, UnexpectedAnswer
 from trainer_client.submit import AsyncClient, Client
 
 QUICK = Retries(attempts=3, first_seconds=0.01, longest_seconds=0.02)
@@ -96,6 +97,16 @@ def test_busy_node_is_asked_again_after_the_time_it_names(node: FakeNode, client
     assert client.checkpoint()
     assert time.monotonic() - started >= 1.0
     assert len(node.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("wish", "seconds"),
+    [("7", 7.0), ("3600", 60.0), ("31536000000", 60.0), ("9" * 400, 60.0), ("x", 0.01), ("", 0.01)],
+)
+def test_wish_for_a_pause_is_granted_up_to_a_minute(wish: str, seconds: float) -> None:
+    call = calls.checkpoint(QUICK)
+    next(call)
+    assert call.send(Reply(503, b"", wish)) == Pause(seconds)
 
 
 def test_node_that_stays_busy_is_unavailable(node: FakeNode, client: Client) -> None:
