@@ -8,8 +8,9 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from urllib.parse import parse_qs, urlsplit
 
 from consensus_fixtures import make_genesis
@@ -428,6 +429,37 @@ def running_node(seed: int = 0) -> Iterator[FakeNode]:
     try:
         yield node
     finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def endless_node(answer: str) -> Iterator[str]:
+    """The URL of what is no node: its answer is ``silence``, a ``drip`` of spaces, a ``header`` or a ``flood``."""
+    over = threading.Event()
+    beginning = {
+        "drip": b"HTTP/1.1 200 OK\r\n\r\n",
+        "flood": b"HTTP/1.1 200 OK\r\n\r\n",
+        "header": b"HTTP/1.1 200 OK\r\nA:",
+    }
+
+    class Handler(BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                self.request.recv(1 << 16)
+                self.request.sendall(beginning.get(answer, b""))
+                while not over.wait(0.0 if answer == "flood" else 0.05):
+                    self.request.sendall({"silence": b"", "flood": bytes(1 << 16)}.get(answer, b" "))
+
+    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        over.set()
         server.shutdown()
         server.server_close()
         thread.join()

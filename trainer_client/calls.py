@@ -46,6 +46,9 @@ MAXIMUM_WAIT_SECONDS = 30.0
 LONGEST_WISH_SECONDS = 60.0
 """No ``Retry-After`` is granted more."""
 MAXIMUM_DIGITS = 9
+TRANSFER_SECONDS = 60.0
+MAX_ANSWER_BYTES = 64 << 20
+"""Room for the largest honest answer: the list of all sources, or a receipt with the way from a genesis."""
 OCTETS = "application/octet-stream"
 
 UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
@@ -64,13 +67,18 @@ class UnexpectedAnswer(CountersignError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request. ``timeout_seconds`` is how long its answer may take."""
+    """One HTTP request. It may see nothing come for ``timeout_seconds``, and take ``limit_seconds`` in all."""
 
     method: str
     path: str
     query: tuple[tuple[str, str], ...] = ()
     body: bytes | None = None
     timeout_seconds: float = 30.0
+
+    @property
+    def limit_seconds(self) -> float:
+        """To connect, to send, to wait and to read the answer to its end."""
+        return self.timeout_seconds + TRANSFER_SECONDS
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ class Delivery:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._outbox = outbox
-        self._client = client
+        self._client = client.again()
         self._retryable_limit_seconds = retryable_limit_seconds
         self._monotonic = monotonic
         self._stopping = threading.Event()
@@ -95,8 +95,9 @@ class Delivery:
         self._thread.start()
 
     def stop(self) -> None:
-        """End; what is not delivered stays in the outbox."""
+        """End at once; what is not delivered, or not answered yet, stays in the outbox."""
         self._stopping.set()
+        self._client.close()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -140,7 +141,7 @@ class Delivery:
                 self._stopping.wait(DISK_FULL_RETRY_SECONDS)
                 continue
             except CountersignError as problem:
-                if self._reachable:
+                if self._reachable and not self._stopping.is_set():
                     _log.warning("events are spooled, the node gives no usable answer: %s", problem)
                 self._reachable = False
                 self._stopping.wait(UNREACHABLE_PAUSE_SECONDS)

@@ -92,7 +92,8 @@ class GrantKeeper:
         on_grant: Callable[[OpenGrant], None],
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self._client = client
+        self._client = client.again()
+        self._close_client = self._client.close
         self._recorder = recorder
         self._campaign = campaign
         self._job_key = job_key
@@ -122,6 +123,7 @@ class GrantKeeper:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+        self._close_client()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -261,7 +263,8 @@ class GrantKeeper:
                 return grant
             finally:
                 self.cpu_seconds = time.thread_time()
-            _log.warning("the grant for steps from %d is asked for again: %s", step, problem)
+            if not self._stopping:
+                _log.warning("the grant for steps from %d is asked for again: %s", step, problem)
             self._pause(pause_seconds)
             pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
         return None

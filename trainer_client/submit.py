@@ -4,21 +4,29 @@ Both drive the calls of ``calls.py``, where requests, answers and retries are de
 twice. Every method raises as described there: ``Rejected`` with the node's reason, ``Unavailable`` after the
 last retry, ``UnexpectedAnswer``.
 
+An answer has a size limit and a request a time limit, however slowly something comes, and bodies are asked for
+uncoded. A blocking client is closed from any thread: what it asks or waits for ends at once.
+
 Nothing of the environment is used: a proxy from there would be sent the node's token and all that the job records, and
 a ``.netrc`` could say who asks.
 """
 
 import asyncio
-import time
-from collections.abc import Sequence
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
+from weakref import WeakSet
 
 import httpx
 
 from consensus.identifiers import ChainId
 from consensus.membership import Genesis
 from consensus.portions import Wire
+from consensus.rejection import Unavailable
 from consensus.state import GrantRecord, SourceRecord
 from trainer_client import calls
 from trainer_client.calls import (
@@ -31,6 +39,7 @@ from trainer_client.calls import (
     Request,
     Retries,
     SourceSummary,
+    UnexpectedAnswer,
 )
 
 CONNECT_SECONDS = 5.0
@@ -49,8 +58,11 @@ class Client:
     """
 
     def __init__(self, url: str, token: str | None = None, retries: Retries = DEFAULT_RETRIES) -> None:
-        self._http = httpx.Client(base_url=url, headers=_headers(token), trust_env=False)
+        self._url = url
+        self._token = token
         self._retries = retries
+        self._http = httpx.Client(base_url=url, headers=_headers(token), trust_env=False)
+        self._connections = _Connections()
 
     def __enter__(self) -> Self:
         return self
@@ -61,8 +73,13 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close its connections. What another thread asks meanwhile, or asks later, is ``Unavailable`` at once."""
+        self._connections.end()
         self._http.close()
+
+    def again(self) -> "Client":
+        """A client of the same node with connections of its own: to close it closes nothing of this one's."""
+        return Client(self._url, self._token, self._retries)
 
     def submit(self, event: bytes, wait_seconds: float = 0.0) -> EventStatus:
         """Submit one signed event."""
@@ -144,14 +161,39 @@ class Client:
             except StopIteration as done:
                 result: T = done.value
                 return result
+            cuts = self._connections.cuts  # read first: what ends the client after the look below is a later one
+            if self._connections.ended.is_set():
+                raise Unavailable("the client is closed")
             reply = None
             if isinstance(wanted, Request):
-                try:
-                    reply = _reply(self._http.send(_http_request(self._http, wanted)))
-                except httpx.RequestError:
-                    continue
+                reply = self._ask(wanted, cuts)
             else:
-                time.sleep(wanted.seconds)
+                self._connections.ended.wait(wanted.seconds)
+
+    def _ask(self, wanted: Request, cuts: int) -> Reply | None:
+        connections = self._connections
+        request = _http_request(self._http, wanted, {"trace": partial(connections.note, cuts)})
+        limit = threading.Timer(wanted.limit_seconds, connections.cut)
+        limit.daemon = True
+        limit.start()
+        try:
+            response = self._http.send(request, stream=True)
+            try:
+                answer = _Answer(wanted)
+                for part in response.iter_raw():
+                    answer.add(part)
+            finally:
+                response.close()
+        except (httpx.RequestError, httpx.StreamError):
+            return None
+        except RuntimeError:  # httpx's word for a client that was closed since
+            if connections.ended.is_set():
+                return None
+            raise
+        finally:
+            limit.cancel()
+        # The end of a connection that was cut looks like the end of an answer without a length.
+        return answer.reply(response) if connections.cuts == cuts else None
 
 
 class AsyncClient:
@@ -256,18 +298,90 @@ class AsyncClient:
             reply = None
             if isinstance(wanted, Request):
                 try:
-                    reply = _reply(await self._http.send(_http_request(self._http, wanted)))
-                except httpx.RequestError:
+                    async with asyncio.timeout(wanted.limit_seconds):
+                        reply = await self._ask(wanted)
+                except (httpx.RequestError, TimeoutError):
                     continue
             else:
                 await asyncio.sleep(wanted.seconds)
 
+    async def _ask(self, wanted: Request) -> Reply:
+        response = await self._http.send(_http_request(self._http, wanted), stream=True)
+        try:
+            answer = _Answer(wanted)
+            async for part in response.aiter_raw():
+                answer.add(part)
+        finally:
+            await response.aclose()
+        return answer.reply(response)
+
+
+class _Connections:
+    """A client's connections, to be cut from another thread: to close a socket does not wake who reads from it.
+
+    ``cuts`` counts. What was asked before the last one has no answer, and a connection made for it is cut, too.
+    """
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.cuts = 0
+        self._lock = threading.Lock()
+        self._sockets: WeakSet[socket.socket] = WeakSet()
+
+    def note(self, cuts: int, event: str, info: Mapping[str, Any]) -> None:
+        """What httpx tells of a request that was begun after so many cuts."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            made = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._sockets.add(made)
+                if self.cuts != cuts:
+                    _shut(made)
+
+    def cut(self) -> None:
+        """End all that is asked."""
+        with self._lock:
+            self.cuts += 1
+            for made in self._sockets:
+                _shut(made)
+
+    def end(self) -> None:
+        """End all that is asked, and all pauses, for good."""
+        self.ended.set()
+        self.cut()
+
+
+def _shut(made: socket.socket) -> None:
+    with suppress(OSError):  # closed already
+        socket.socket.shutdown(made, socket.SHUT_RDWR)  # an encrypted one's own does more, while another thread reads
+
+
+class _Answer:
+    """A body as it comes, up to the size limit."""
+
+    def __init__(self, wanted: Request) -> None:
+        self._wanted = wanted
+        self._parts: list[bytes] = []
+        self._size_bytes = 0
+
+    def add(self, part: bytes) -> None:
+        self._size_bytes += len(part)
+        if self._size_bytes > calls.MAX_ANSWER_BYTES:
+            where = f"{self._wanted.method} {self._wanted.path}"
+            raise UnexpectedAnswer(f"{where}: more than {calls.MAX_ANSWER_BYTES} bytes")
+        self._parts.append(part)
+
+    def reply(self, response: httpx.Response) -> Reply:
+        return Reply(response.status_code, b"".join(self._parts), response.headers.get("Retry-After", ""))
+
 
 def _headers(token: str | None) -> dict[str, str]:
-    return {} if token is None else {"Authorization": f"Bearer {token}"}
+    uncoded = {"Accept-Encoding": "identity"}
+    return uncoded if token is None else {**uncoded, "Authorization": f"Bearer {token}"}
 
 
-def _http_request(http: httpx.Client | httpx.AsyncClient, wanted: Request) -> httpx.Request:
+def _http_request(
+    http: httpx.Client | httpx.AsyncClient, wanted: Request, extensions: dict[str, Any] | None = None
+) -> httpx.Request:
     return http.build_request(
         wanted.method,
         wanted.path,
@@ -275,8 +389,5 @@ def _http_request(http: httpx.Client | httpx.AsyncClient, wanted: Request) -> ht
         content=wanted.body,
         headers={"Content-Type": calls.OCTETS} if wanted.body is not None else {},
         timeout=httpx.Timeout(wanted.timeout_seconds, connect=CONNECT_SECONDS),
+        extensions=extensions,
     )
-
-
-def _reply(response: httpx.Response) -> Reply:
-    return Reply(response.status_code, response.content, response.headers.get("Retry-After", ""))

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from fake_node import FakeNode, running_node
+from fake_node import FakeNode, endless_node, running_node
 
 from consensus.event import CheckedEvent
 from consensus.rejection import InvariantBroken, Reason, Rejected
@@ -290,6 +290,40 @@ def test_answer_that_no_node_gives_does_not_end_the_delivery(
     delivery.start()
     assert outbox.wait_settled(events[0][0], 60).state is State.FINAL
     assert delivery.failure is None
+
+
+@pytest.mark.parametrize("answer", ["silence", "header", "drip"])
+def test_delivery_ends_at_once_while_an_answer_does_not(
+    outbox: Outbox, events: list[tuple[bytes, bytes]], answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    outbox.put(events)
+    with endless_node(answer) as url, Client(url) as client:
+        delivery = Delivery(outbox, client)
+        delivery.start()
+        time.sleep(0.3)
+        started = time.monotonic()
+        delivery.stop()
+        assert time.monotonic() - started < 20
+        assert delivery.failure is None
+    assert not caplog.records
+    assert len(outbox.unsettled()) == 3
+
+
+def test_delivery_ends_at_once_while_it_waits_as_long_as_a_node_wishes(
+    node: FakeNode, outbox: Outbox, events: list[tuple[bytes, bytes]]
+) -> None:
+    node.answers = [(503, {"Retry-After": "60"}, b"")] * 2
+    outbox.put(events)
+    with Client(node.url) as client:
+        delivery = Delivery(outbox, client)
+        delivery.start()
+        eventually(lambda: bool(node.requests))
+        started = time.monotonic()
+        delivery.stop()
+        assert time.monotonic() - started < 20
+        assert delivery.failure is None
+        node.answers = []
+        assert client.checkpoint()
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """The clients against a real HTTP server: typed answers, retries that stop at a named rejection."""
 
+import gzip
 import json
 import socket
 import time
 from collections.abc import Iterator
 
 import pytest
-from fake_node import FakeNode, running_node
+from fake_node import FakeNode, endless_node, running_node
 
 from consensus.event import Kind
 from consensus.identifiers import ChainId
@@ -215,6 +216,49 @@ def test_text_that_is_none_is_named(node: FakeNode, client: Client) -> None:
         client.checkpoint()
     with pytest.raises(UnexpectedAnswer):
         client.source_record(source)
+
+
+@pytest.mark.asyncio
+async def test_answer_has_a_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "MAX_ANSWER_BYTES", 1 << 20)
+    with endless_node("flood") as url, Client(url, retries=QUICK) as client:
+        with pytest.raises(UnexpectedAnswer, match="more than 1048576 bytes"):
+            client.checkpoint()
+        async with AsyncClient(url, retries=QUICK) as other:
+            with pytest.raises(UnexpectedAnswer, match="more than 1048576 bytes"):
+                await other.checkpoint()
+
+
+@pytest.mark.asyncio
+async def test_coded_answer_is_not_unfolded(node: FakeNode, client: Client) -> None:
+    coded = gzip.compress(bytes(1 << 20))
+    node.answers = [(200, {"Content-Encoding": "gzip"}, coded)] * 2
+    assert client.raw_event(bytes(32)) == coded
+    async with AsyncClient(node.url, retries=QUICK) as other:
+        assert await other.raw_event(bytes(32)) == coded
+
+
+@pytest.mark.parametrize("answer", ["silence", "header", "drip"])
+@pytest.mark.asyncio
+async def test_request_has_a_time_limit_however_slowly_something_comes(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "TRANSFER_SECONDS", -29.7)
+    with endless_node(answer) as url, Client(url, retries=QUICK) as client:
+        with pytest.raises(Unavailable, match="no connection"):
+            client.checkpoint()
+        async with AsyncClient(url, retries=QUICK) as other:
+            with pytest.raises(Unavailable, match="no connection"):
+                await other.checkpoint()
+
+
+def test_closed_client_is_unavailable_and_another_like_it_is_not(node: FakeNode, client: Client) -> None:
+    again = client.again()
+    client.close()
+    with pytest.raises(Unavailable, match="closed"):
+        client.checkpoint()
+    with again:
+        assert again.checkpoint()
 
 
 def test_event_still_pending_at_the_limit_is_unavailable(node: FakeNode, client: Client) -> None:
