@@ -3,10 +3,11 @@
 Answers come back typed; a node's refusal comes back as the ``Rejected`` it is, with the node's own reason and
 detail. What a node says is believed only where a command says so: proofs are checked by ``consensus``.
 
-A node that does not answer, is not ready or has too much to do raises ``Unavailable``. Answers are read to a
-bound. Proxies of the environment are not used: a token is for the node alone.
+A node that does not answer, is not ready or has too much to do raises ``Unavailable``. Answers are asked for uncoded
+and read to a bound, of size and of time. Proxies of the environment are not used: a token is for the node alone.
 """
 
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Annotated, TypeVar
@@ -22,6 +23,7 @@ from consensus.rejection import ConfigError, Reason, Rejected, Unavailable
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
 MAX_JSON_BYTES = 64 << 20
+LONGEST_BODY_SECONDS = 600.0
 PAGE_EVENTS = 500
 
 UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
@@ -210,7 +212,9 @@ class NodeClient:
         if token is not None and not (token and all("!" <= character <= "~" for character in token)):
             raise ConfigError("expected one API token, of visible ASCII characters alone, found something else")
         self.url = url.rstrip("/")
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        headers = {"Accept-Encoding": "identity"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
         self._client = httpx.Client(headers=headers, timeout=timeout_seconds, trust_env=False)
 
     def __enter__(self) -> "NodeClient":
@@ -378,8 +382,11 @@ class NodeClient:
                 timeout=timeout + wait_seconds,
             ) as response:
                 body = bytearray()
-                for chunk in response.iter_bytes():
+                ends = time.monotonic() + LONGEST_BODY_SECONDS
+                for chunk in response.iter_raw():
                     body += chunk
+                    if time.monotonic() > ends:
+                        raise Unavailable(f"the node at {self.url} took more than {LONGEST_BODY_SECONDS} s for {path}")
                     if len(body) > max_bytes:
                         raise Unavailable(f"the node at {self.url} sent more than {max_bytes} bytes for {path}")
         except httpx.InvalidURL as error:

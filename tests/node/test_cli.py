@@ -2,6 +2,7 @@
 ``network init`` runs, takes a claim, and proves it.
 """
 
+import gzip
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from fake_node import endless_node, running_node
 from rocksdict import AccessType
 
 from consensus.event import CheckedEvent, Kind, check_event
@@ -644,6 +646,17 @@ def test_a_refusal_keeps_the_nodes_reason_and_an_overloaded_node_is_not_a_no(
         list(client.every_event({}))
     table["/v1/policy"] = (401, b'{"error": "unauthorized", "detail": "token"}')
     refused(1, "unauthorized", "policy", "show", "--url", url)
+
+
+def test_an_answer_that_never_ends_and_one_that_is_coded_are_no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.client.LONGEST_BODY_SECONDS", 0.3)
+    with endless_node("drip") as url, NodeClient(url) as client, pytest.raises(Unavailable, match=r"more than 0\.3 s"):
+        client.checkpoint()
+    monkeypatch.undo()
+    with running_node() as node, NodeClient(node.url) as client:
+        coded = gzip.compress(bytes(1 << 20))
+        node.answers = [(200, {"Content-Encoding": "gzip"}, coded)]
+        assert client.checkpoint() == coded
 
 
 def test_an_event_that_is_not_final_yet_is_neither_a_yes_nor_a_no(
