@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -351,6 +352,29 @@ def test_job_without_a_grant_gives_up_only_at_its_pause_limit(scene: Scene) -> N
         with pytest.raises(Unavailable, match="no grant for step 1"):
             next(run.batches())
     assert_unpatched(scene.model)
+
+
+def test_leaving_ends_a_request_for_a_grant_that_a_busy_node_holds_up(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.register()
+    answer, asked, over = scene.node.answer, threading.Event(), threading.Event()
+
+    def busy_with_grants(method: str, target: str, body: bytes) -> tuple[int, bytes]:
+        if (method, target) == ("POST", "/v1/grants"):
+            asked.set()
+            over.wait(40)
+        return answer(method, target, body)
+
+    monkeypatch.setattr(scene.node, "answer", busy_with_grants)
+    with scene.run() as run:
+        limit_pauses(run, 0.3)
+        with pytest.raises(Unavailable, match="no grant for step 1"):
+            next(run.batches())
+        assert asked.wait(20)
+        started = time.monotonic()
+    assert time.monotonic() - started < 20
+    over.set()
 
 
 def test_page_of_a_proxy_in_place_of_the_campaigns_head_is_waited_out(
