@@ -62,18 +62,21 @@ class Processes:
         """What starts a node."""
         return [COUNTERSIGN, "node", "run", "--config", str(self.provisioned.members[name].config)]
 
+    def launch(self, name: str) -> None:
+        """Start a node and wait for nothing."""
+        log = (self.provisioned.members[name].directory / "node.log").open("ab")
+        self.running[name] = subprocess.Popen(
+            self.command(name),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        log.close()
+
     def start(self, *names: str) -> None:
         """Start nodes and wait until each answers."""
         for name in names:
-            member = self.provisioned.members[name]
-            log = (member.directory / "node.log").open("ab")
-            self.running[name] = subprocess.Popen(
-                self.command(name),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            log.close()
+            self.launch(name)
         for name in names:
             self.wait_until(lambda name=name: self.get(name, "/v1/health") is not None)  # type: ignore[misc]
 

@@ -78,10 +78,16 @@ class Disk:
         assert says in repaired.stdout
 
     def come_back(self) -> None:
-        """The victim starts, and has the log of the others; what they finalized meanwhile included."""
+        """The victim starts, and has the log of the others; what they finalized meanwhile included.
+
+        It need not be healthy: it halts where a vote of its own that it does not know of comes from a peer before it
+        has asked.
+        """
+        c = self.consortium
         self.write()
-        self.consortium.start(VICTIM)
-        self.consortium.assert_one_log(self.acknowledged)
+        c.launch(VICTIM)
+        c.wait_until(lambda: c.get(VICTIM, "/v1/status") is not None)
+        c.assert_one_log(self.acknowledged)
 
     def await_votes(self) -> None:
         """The victim votes again: on what is new, since an idle log moves with its heartbeat alone."""
