@@ -5,7 +5,6 @@ copy learns from its peers that it voted later than its journal remembers.
 """
 
 import logging
-from collections.abc import Collection
 
 import trio
 
@@ -16,6 +15,7 @@ from consensus.vote import Vote, VoteKind, check_vote
 from node.ledger import Ledger
 from node.messages import GetLastVote, LastVote
 from node.network import Network
+from node.voter import Restored
 
 log = logging.getLogger("countersign.votes")
 
@@ -43,6 +43,18 @@ class LastVotes:
         if held is None or _order(vote) > _order(held):
             self._last_votes[voter] = vote
 
+    def note_late(self, vote: Vote, final_view: int) -> None:
+        """A vote, not checked, that its voter sends when its view is final already. Others needed it not; but one that
+        is always late would leave no trace.
+
+        Raises:
+            Rejected: as ``check_vote``.
+        """
+        held = self._last_votes.get(MemberId(vote.voter))
+        if vote.view <= final_view and (held is None or _order(vote) > _order(held)):
+            check_vote(vote, self._ledger.committee)
+            self.note(vote)
+
     def of(self, voter: MemberId) -> Vote | None:
         """The latest vote of a member: of this run, or kept behind the last ledger blocks."""
         if voter not in self._last_votes:
@@ -53,11 +65,10 @@ class LastVotes:
             self._looked_at_height = height
         return self._last_votes.get(voter)
 
-    async def missing_from(self, voter: MemberId, journalled: Collection[Vote], first_view: int) -> Vote | None:
-        """A vote of ``voter`` that its journal lacks, which holds ``journalled`` from ``first_view`` on; None once
-        those peers who know of none are, with it, a quorum: no fewer could finalize anything against it.
+    async def missing_from(self, voter: MemberId, restored: Restored) -> Vote | None:
+        """A vote of ``voter`` that its journal lacks; None once those peers who know of none are, with it, a quorum: no
+        fewer could finalize anything against it.
         """
-        known = {(vote.kind, vote.view, vote.block) for vote in journalled}
         clear = {voter}
         while not self._ledger.committee.has_quorum(clear):
             for peer in sorted(self._network.connected - clear):
@@ -71,12 +82,17 @@ class LastVotes:
                 except (Unavailable, Rejected) as error:
                     log.debug("last vote from %s: %s", peer.hex()[:16], error)
                     continue
-                is_own = vote is not None and vote.voter == voter and vote.view >= first_view
-                if vote is not None and is_own and (vote.kind, vote.view, vote.block) not in known:
+                if vote is not None and vote.voter == voter and lacks(restored, vote):
                     return vote
                 clear.add(peer)
             await trio.sleep(ASK_AGAIN_SECONDS)
         return None
+
+
+def lacks(restored: Restored, vote: Vote) -> bool:
+    """Whether a vote of ours is none of those that the journal holds, nor of a view that it has forgotten."""
+    held = ((one.kind, one.view, one.block) for one in restored.votes)
+    return vote.view >= restored.first_view and (vote.kind, vote.view, vote.block) not in held
 
 
 def _order(vote: Vote) -> tuple[int, int, bool]:

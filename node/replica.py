@@ -62,7 +62,7 @@ from node.clock import Clock
 from node.evidence import EvidenceDesk
 from node.history import HistoryFill
 from node.intake import Intake
-from node.last_votes import LastVotes
+from node.last_votes import LastVotes, lacks
 from node.ledger import Finalized as Appended
 from node.ledger import Ledger
 from node.mempool import Mempool
@@ -167,6 +167,8 @@ class Replica:
         self._stopped: str | None = None
         self.voting_since_start = voter is not None
         self.why_not_voting = ""
+        self._restored: Restored | None = None
+        """What the journal holds, until peers enough know of no vote of ours beside."""
 
     @property
     def clocks_ahead_ms(self) -> dict[str, int]:
@@ -199,6 +201,7 @@ class Replica:
                 self.engine.restore(restored.votes, restored.proposals, restored.first_view)
                 for proposal in restored.proposals:
                     self._proposals.remember(proposal)
+                self._restored = restored
                 nursery.start_soon(self._vote, self._voter, restored)
             self._evidence.hand_in_kept()
             self._do(self.engine.start(self._now_ms))
@@ -224,23 +227,33 @@ class Replica:
 
     async def _vote(self, voter: Voter, restored: Restored) -> None:
         """Cast votes, once peers enough for a quorum know of none of ours that the journal lacks."""
-        unknown = await self._last_votes.missing_from(voter.keys.member, restored.votes, restored.first_view)
+        unknown = await self._last_votes.missing_from(voter.keys.member, restored)
         if unknown is not None:
-            self.voting_since_start = False
-            kind = VoteKind(unknown.kind).name.lower()
-            self.why_not_voting = (
-                f"the vote journal ends at view {voter.highest_view} and lacks this identity's {kind} vote of view "
-                f"{unknown.view}, which a peer holds: it was lost or restored from an old copy, and this identity must "
-                "not vote until it is rotated"
-            )
-            log.critical("this node does not vote: %s", self.why_not_voting)
+            self._vote_no_more(voter, unknown)
+        if not self.voting_since_start:
             return
+        self._restored = None
         await voter.run(
             self._proposals.held_block,
             self._send_votes,
             self._count_vote,
             lambda: min(self._durable_view, self.engine.final_view),  # it still votes in views that it takes for open
         )
+
+    def _was_lost(self, vote: Vote) -> bool:
+        """Whether it is ours and not in the journal, as far as we have not voted yet since we started."""
+        return self._restored is not None and vote.voter == self.engine.own and lacks(self._restored, vote)
+
+    def _vote_no_more(self, voter: Voter, unknown: Vote) -> None:
+        self.voting_since_start = False
+        self._restored = self.engine.own = None  # or the engine would halt when it meets such a vote: it only follows
+        kind = VoteKind(unknown.kind).name.lower()
+        self.why_not_voting = (
+            f"the vote journal ends at view {voter.highest_view} and lacks this identity's {kind} vote of view "
+            f"{unknown.view}, which a peer holds: it was lost or restored from an old copy, and this identity must "
+            "not vote until it is rotated"
+        )
+        log.critical("this node does not vote: %s", self.why_not_voting)
 
     def _stop(self, reason: str) -> None:
         """Take no more part: what a quorum certified breaks the rules."""
@@ -267,10 +280,14 @@ class Replica:
                     self._ask_ahead(received.member, epoch)
                     raise Rejected(Reason.WRONG_EPOCH, f"a message of epoch {epoch}, this is {self._committee.epoch}")
                 if not self.engine.wants(message):
+                    if isinstance(message, Vote) and received.member == message.voter:
+                        self._last_votes.note_late(message, self.engine.final_view)
                     return
                 self._check(message)
                 for vote in _votes_in(message):
                     self._last_votes.note(vote)
+                    if self._voter is not None and self._was_lost(vote):
+                        self._vote_no_more(self._voter, vote)
                 effects = self.engine.receive(message, received.member, self._now_ms)
                 if isinstance(message, Proposal) and self.engine.branches.get(message.digest) is not None:
                     # Only what the engine keeps, which is bounded by view: a leader that signs proposals without end

@@ -19,6 +19,7 @@ from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected
 from consensus.transition import build
 from consensus.vote import Notarization, Vote, VoteKind, sign_proposal, sign_vote
 from node.journal import JOURNAL_FILE, Journal, VoteRecord
+from node.network import Lane, Received
 from node.service import EventState
 from node.voter import Voter
 
@@ -202,6 +203,54 @@ async def test_notarize_vote_that_comes_last_does_not_hide_what_was_voted_after_
     assert memory.of(operator) == vote(VoteKind.NOTARIZE, 4)
     for node in nodes:
         node.ledger.store.close()
+
+
+async def test_vote_that_comes_when_its_view_is_final_is_remembered_as_well(tmp_path: Path) -> None:
+    """No certificate holds the votes of a member that is slower than its role's quorum."""
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    async with running(nodes):
+        event = nodes[0].submit(consortium.source_event("data-source-1", 1))
+        assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+        replica, committee = nodes[0].replica, nodes[0].ledger.committee
+        operator = next(member.id for member in committee.voters if member.name == "operator-1")
+        view = replica.engine.final_view
+
+        def late(of_view: int, forged: bool = False) -> Vote:
+            signer = consortium.secrets["governance-1" if forged else "operator-1"].identity
+            return sign_vote(
+                committee, operator, VoteKind.NULLIFY, View(of_view), ZERO_DIGEST, share=b"", sign=signer.sign
+            )
+
+        def hear(vote: Vote, sender: MemberId = operator) -> Vote | None:
+            replica._last_votes._last_votes.clear()
+            replica._last_votes._looked_at_height = 1 << 40
+            replica._take(Received(sender, Lane.VOTES, encode(vote)))
+            return replica._last_votes.of(operator)
+
+        assert hear(late(view)) == late(view)
+        assert hear(late(view, forged=True)) is None
+        assert hear(late(view + 1_000)) is None
+        assert hear(late(view), next(member.id for member in committee.voters if member.id != operator)) is None
+
+
+async def test_voter_that_meets_a_vote_it_lost_before_peers_were_asked_follows_and_does_not_halt(
+    tmp_path: Path,
+) -> None:
+    consortium = Consortium(tmp_path)
+    node = consortium.node("operator-1")
+    async with running([node]):
+        committee = node.ledger.committee
+        operator = node.replica.engine.own
+        assert operator is not None
+        sign = consortium.secrets["operator-1"].identity.sign
+        lost = sign_vote(committee, operator, VoteKind.NULLIFY, View(3), ZERO_DIGEST, share=b"", sign=sign)
+        peer = next(member.id for member in committee.voters if member.id != operator)
+        await until(lambda: node.replica._restored is not None)
+        node.replica._take(Received(peer, Lane.VOTES, encode(lost)))
+        assert node.replica.halted is None
+        assert "lacks this identity's nullify vote of view 3" in node.snapshot().why_not_voting
+        assert not node.snapshot().voting
 
 
 async def test_voter_with_the_journal_of_another_epoch_follows_and_does_not_vote(tmp_path: Path) -> None:
