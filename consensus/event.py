@@ -312,7 +312,7 @@ def check_parts(entry_bytes: bytes, portions_bytes: bytes, committee: Committee)
 def check_each(events: Iterable[SignedEvent], committee: Committee) -> list[CheckedEvent | Rejected]:
     """``check_parts`` of each, in order; where one is refused, why.
 
-    Without its traceback, which would hold it and the event in a cycle.
+    Without tracebacks, which would hold it and the event in a cycle.
 
     The content of all is checked before the signatures of any: going to and fro between the two, a processor takes a
     tenth longer over each.
@@ -322,13 +322,13 @@ def check_each(events: Iterable[SignedEvent], committee: Committee) -> list[Chec
         try:
             checked.append(check_unsigned(wire.entry, wire.portions, committee))
         except Rejected as error:
-            checked.append(error.with_traceback(None))
+            checked.append(error.anew())
     for place, event in enumerate(checked):
         if isinstance(event, CheckedEvent):
             try:
                 _check_claims(event, committee)
             except Rejected as error:
-                checked[place] = error.with_traceback(None)
+                checked[place] = error.anew()
     return checked
 
 

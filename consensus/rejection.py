@@ -120,6 +120,12 @@ class Rejected(CountersignError):
         self.reason = reason
         self.detail = detail
 
+    def anew(self) -> "Rejected":
+        """The same without traceback and causes. Raised itself, what a frame holds would hold that frame: a cycle, and
+        all that the frame knows stays until it is collected.
+        """
+        return Rejected(self.reason, self.detail)
+
     def __reduce__(self) -> tuple[type["Rejected"], tuple[Reason, str]]:
         """Copies, also in another process, have both parts."""
         return type(self), (self.reason, self.detail)

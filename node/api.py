@@ -155,7 +155,7 @@ class Api:
         """Id and leaf hash of an event that was taken: all that is kept of it while its client waits."""
         (answer,) = self._submit_each((encoded,))
         if isinstance(answer, Rejected):
-            raise answer
+            raise answer.anew()
         return answer.id, answer.leaf_hash
 
     def _submit_each(self, encoded: Sequence[bytes]) -> list[CheckedEvent | Rejected]:

@@ -63,7 +63,7 @@ class Intake:
         """
         (answer,) = self.submit_each((encoded,))
         if isinstance(answer, Rejected):
-            raise answer
+            raise answer.anew()
         return answer
 
     def submit_each(self, encoded: Sequence[bytes]) -> list[CheckedEvent | Rejected]:
@@ -294,5 +294,5 @@ class Intake:
 
 
 def _told(error: Rejected) -> Rejected:
-    """As an answer. Its traceback holds the frames that hold it, and the event: a cycle, until it is collected."""
-    return error.with_traceback(None)
+    """As an answer. Tracebacks, its own and its causes', hold the frames that hold it, and the event: a cycle."""
+    return error.anew()

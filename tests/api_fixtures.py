@@ -185,7 +185,7 @@ class InstantNode:
             try:
                 answers.append(self.submit(one))
             except Rejected as error:
-                answers.append(error)
+                answers.append(error.anew())
         return answers
 
     def seal(self, event: CheckedEvent) -> None:

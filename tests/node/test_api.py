@@ -9,6 +9,7 @@ import pytest
 import trio
 from api_fixtures import TOKEN, ZEROS, Served, node_of, refusal, served, told, wire
 from ledger_fixtures import HOSPITAL, LIBRARIAN
+from uncollected import refusals_left
 
 from consensus.codec import encode
 from consensus.event import Kind, make_entry, pack
@@ -104,6 +105,17 @@ async def test_event_that_is_still_on_its_way_to_this_node_is_waited_for(tmp_pat
             await trio.sleep(0.1)
             assert (await running.client.post("/v1/events", content=wire(event))).status_code == 202
         assert receipts[0].status_code == 200
+
+
+@pytest.mark.trio
+async def test_body_that_is_refused_is_freed_without_the_collector(tmp_path: Path) -> None:
+    async with at(tmp_path) as running:
+        for path, body in (("/v1/events", b"nothing"), ("/v1/events/batch", framed(b"nothing"))):
+            await running.client.post(path, content=body)  # the first one leaves what the client and the node remember
+            with refusals_left() as left:
+                for _ in range(5):
+                    await running.client.post(path, content=body)
+                assert left() == 0
 
 
 @pytest.mark.trio

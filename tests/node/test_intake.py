@@ -1,12 +1,14 @@
 """The pool's door: what is known, or has no room, costs a peer's frame and no check."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from ledger_fixtures import CampaignRun, MemoryLedger, begin
 from network_fixtures import make_parties, network_of
 from snapshot_fixtures import written
+from uncollected import refusals_left
 
 from consensus.event import CheckedEvent, Kind, SignedEvent, check_each, pack_parts
 from consensus.identifiers import MemberId
@@ -102,6 +104,28 @@ async def test_each_of_a_few_events_has_its_own_answer(memory: MemoryLedger, led
         "overloaded",
     ]
     assert intake.refused == {"malformed": 1, "oversized": 1, "overloaded": 1}
+
+
+@pytest.mark.trio
+async def test_refused_event_leaves_nothing_that_only_the_collector_frees(memory: MemoryLedger, ledger: Ledger) -> None:
+    intake = door(ledger, 2)
+    event = memory.source("data-source-1", "new")
+    entry, portions = event.entry_bytes, event.portions_bytes
+    wrong = [
+        b"nothing",
+        bytes(2 << 20),
+        pack_parts(b"nothing", portions),
+        pack_parts(entry, b"nothing"),
+        pack_parts(entry[:-1] + bytes([entry[-1] ^ 1]), portions),
+    ]
+    with refusals_left() as left:
+        for encoded in wrong:
+            with suppress(Rejected):
+                intake.submit(encoded)
+            assert len(intake.submit_each([encoded, encoded])) == 2
+            intake.receive(SENDER, pack_gossip([encoded]))
+            assert left() == 0
+    assert sum(intake.refused.values()) == 4 * len(wrong)
 
 
 @pytest.mark.trio
