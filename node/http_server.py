@@ -6,8 +6,9 @@ Rules:
 2. A connection's failure ends that connection alone; only ``InvariantBroken`` leaves ``serve_http``.
 3. Time is bounded: for the head, for the body as a whole, for each part of a reply the client takes, and
    between requests. Cancellation ends every connection at once, one whose client does not read included.
-4. Connections take turns: of those whose requests are here a few are answered between two turns of all the node's
-   other tasks, and a body is taken a few pieces at a time. However many clients ask at once, votes do not wait long.
+4. Connections take turns: of those whose requests are here a few are taken apart and answered between two turns of
+   all the node's other tasks, and a body is taken a few pieces at a time. However many clients ask at once, votes do
+   not wait long. Heads and trailers are bounded in lines as in bytes: each line costs the same whatever is in it.
 5. Memory is bounded: head, body, the sum of all bodies until their requests are answered, the sum of all replies until
    they are taken, the number of connections. When there are so many, one that waits for its client, to ask or to take a
    reply, or for an event to be final, gives its place to the next (``places.py``).
@@ -19,6 +20,7 @@ raise out of the whole server, and writes are shielded from cancellation.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +51,11 @@ MOST_SMALL_PIECES = 4_096
 SMALL_PIECE_BYTES = 64
 """A body of more than ``MOST_SMALL_PIECES`` chunks has this many bytes in each, on average, or is refused: to take a
 chunk apart costs the same whatever is in it."""
+_FIELDS_END = re.compile(rb"\n\r?\n")
+_NO_REQUEST = frozenset(bytes([byte]) for byte in range(0x21))
+"""What begins with one of these h11 refuses without waiting for the end of it."""
+_CHUNK_BEGINS = re.compile(rb"\r?\n?([0-9A-Fa-f]+).*?\r\n", re.DOTALL)
+"""With what is left of the end of the chunk before. h11 may still refuse what this takes, and takes no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,8 @@ class HttpLimits:
 
     connections: int = 512
     head_bytes: int = 16 << 10
+    head_lines: int = 100
+    """Of a request, its first and its empty one included; of a chunked body's trailers likewise."""
     bodies_bytes: int = 64 << 20
     """All bodies of requests that are not answered yet, together."""
     replies_bytes: int = 64 << 20
@@ -194,6 +203,8 @@ class _Connection:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
         self._body_bytes = 0
         self._body_pieces = 0
+        self._is_between_chunks = False
+        self._is_in_trailers = False
 
     async def run(self) -> None:
         """Serve requests until the client, a limit or an error ends the connection."""
@@ -219,8 +230,8 @@ class _Connection:
                     await self._send("GET", error_reply(400, Reason.MALFORMED.value, why, CLOSING))
                     await self._linger()
                     return
-                async with self._server.turn:
-                    await trio.lowlevel.checkpoint()
+                self._is_between_chunks = any(name == b"transfer-encoding" for name, _ in event.headers)
+                self._is_in_trailers = False
                 self._server.places.serve(self._place)
                 try:
                     await self._answer(event)
@@ -236,16 +247,35 @@ class _Connection:
             log.debug("connection ended: %s", error)
 
     async def _next_request(self) -> object:
-        event = self._http.next_event()
-        if event is h11.NEED_DATA:
+        """A request, when its turn has come, or that there is none any more."""
+        if self._needs_more():
             with trio.fail_after(self._limits.idle_seconds):
                 await self._receive()
-            event = self._http.next_event()
-        if event is h11.NEED_DATA:
+        if self._needs_more():
             with trio.fail_after(self._limits.head_seconds):
-                while (event := self._http.next_event()) is h11.NEED_DATA:
+                while self._needs_more():
                     await self._receive()
-        return event
+        async with self._server.turn:
+            await trio.lowlevel.checkpoint()
+        return self._http.next_event()
+
+    def _needs_more(self) -> bool:
+        """Whether more is to be received before h11 can say what it is."""
+        data, is_over = self._http.trailing_data
+        return not (is_over or data[:1] in _NO_REQUEST or self._is_whole(data))
+
+    def _is_whole(self, data: bytes) -> bool:
+        """Whether a head, or the trailers of a body, are here to their end.
+
+        Raises:
+            h11.RemoteProtocolError: they have too many bytes or lines, whether they are whole or not.
+        """
+        found = _FIELDS_END.search(data, 0, self._limits.head_bytes)
+        end = len(data) if found is None else found.end()
+        if end > self._limits.head_bytes or data.count(b"\n", 0, end) > self._limits.head_lines:
+            most = f"{self._limits.head_bytes} bytes and {self._limits.head_lines} lines"
+            raise h11.RemoteProtocolError(f"header fields of more than {most}", error_status_hint=431)
+        return found is not None
 
     async def _receive(self) -> None:
         self._http.receive_data(await self._stream.receive_some(RECEIVE_BYTES))
@@ -270,7 +300,7 @@ class _Connection:
     async def _take_body(self, body: bytearray, max_bytes: int) -> bool:
         """Add to ``body`` what has arrived; whether that was the end of it."""
         server = self._server
-        while isinstance(event := self._http.next_event(), h11.Data):
+        while isinstance(event := self._body_event(), h11.Data):
             self._body_pieces += 1
             if self._body_pieces > MOST_SMALL_PIECES and len(body) < SMALL_PIECE_BYTES * self._body_pieces:
                 raise Rejected(Reason.MALFORMED, f"a body in {self._body_pieces} chunks of next to nothing")
@@ -284,6 +314,21 @@ class _Connection:
             if server.held_bytes > self._limits.bodies_bytes:
                 raise Rejected(Reason.OVERLOADED, "too many bodies are being sent at once; retry")
         return event is not h11.NEED_DATA
+
+    def _body_event(self) -> object:
+        """What h11 has of a body, unless that is trailers without end: it takes them apart like a head."""
+        if self._is_between_chunks:
+            data, _ = self._http.trailing_data
+            if self._is_in_trailers:
+                self._is_whole(b"\n" + data)
+            elif begins := _CHUNK_BEGINS.match(data):
+                self._is_between_chunks = self._is_in_trailers = not begins[1].strip(b"0")
+                if self._is_in_trailers:
+                    self._is_whole(data[begins.end() - 1 :])
+        event = self._http.next_event()
+        if isinstance(event, h11.Data):
+            self._is_between_chunks = event.chunk_end
+        return event
 
     def release_body(self) -> None:
         """``HttpRequest.release_body``."""
@@ -341,7 +386,7 @@ class _Connection:
         """Whether nothing of the request is left unread."""
         if self._http.their_state is h11.SEND_BODY:
             try:
-                self._http.next_event()
+                self._body_event()
             except h11.RemoteProtocolError as error:
                 log.debug("what is left of a body is malformed: %s", error)
         return self._http.their_state is h11.DONE

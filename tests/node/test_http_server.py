@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
+import h11
 import pytest
 import trio
 
-from consensus.rejection import ConfigError, InvariantBroken, breaks_invariant
+from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, breaks_invariant
 from node.config import Address
 from node.errors_http import HttpReply, json_reply
 from node.http_server import (
@@ -28,6 +29,7 @@ from node.http_server import (
 
 LOOPBACK = Address("127.0.0.1", 0)
 HEAD = b"host: localhost\r\n"
+CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 ALIVE = b"GET /alive HTTP/1.1\r\n" + HEAD + b"connection: close\r\n\r\n"
 SMALL = HttpLimits(connections=4, head_bytes=2_048, bodies_bytes=1_000, idle_seconds=0.6, linger_seconds=0.1)
 BRISK = replace(SMALL, head_seconds=0.3, body_seconds=0.3, send_seconds=0.3)
@@ -128,6 +130,25 @@ WEBSOCKET = (
         pytest.param(400, b"POST / HTTP/1.1\r\n" + HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n", id="chunk-size"),
         pytest.param(501, b"POST / HTTP/1.1\r\n" + HEAD + b"transfer-encoding: gzip\r\n\r\n", id="encoding"),
         pytest.param(431, b"GET / HTTP/1.1\r\n" + HEAD + b"a: " + b"b" * 5_000, id="head-too-long"),
+        pytest.param(431, b"GET / HTTP/1.1\r\n" + HEAD + b"a: " + b"b" * 5_000 + b"\r\n\r\n", id="whole-head-too-long"),
+        pytest.param(431, b"GET / HTTP/1.1\r\n" + HEAD + b"a:\r\n" * 98 + b"\r\n", id="head-of-101-lines"),
+        pytest.param(431, b"GET / HTTP/1.1\n" + b"host: localhost\n" + b"a:\n" * 98 + b"\n", id="head-of-bare-lines"),
+        pytest.param(431, b"GET / HTTP/1.1\n" + b"host: localhost\n" + b"a:\n" * 99, id="lines-without-end"),
+        pytest.param(200, b"GET / HTTP/1.1\r\n" + HEAD + b"a:\r\n" * 97 + b"\r\n", id="head-of-100-lines"),
+        pytest.param(
+            400, b"POST / HTTP/1.1\r\n" + HEAD + CHUNKED + b"1\r\nx\r\n0\r\n" + b"a:\n" * 101, id="trailers-without-end"
+        ),
+        pytest.param(
+            400, b"POST / HTTP/1.1\r\n" + HEAD + CHUNKED + b"0\r\n" + b"a:\r\n" * 101 + b"\r\n", id="trailers-too-many"
+        ),
+        pytest.param(
+            200, b"POST / HTTP/1.1\r\n" + HEAD + CHUNKED + b"2\r\nab\r\n00;x\r\nb: c\r\n\r\n", id="chunks-and-a-trailer"
+        ),
+        pytest.param(
+            200,
+            b"POST / HTTP/1.1\r\n" + HEAD + CHUNKED + b"12e\r\n0\r\n" + b"\n" * 299 + b"\r\n0\r\n\r\n",
+            id="chunk-of-lines",
+        ),
         pytest.param(500, b"GET /fault HTTP/1.1\r\n" + HEAD + b"\r\n", id="handler-fault"),
     ],
 )
@@ -172,6 +193,45 @@ async def test_pipelined_requests_are_answered_in_order_on_one_connection() -> N
         answer = await exchange(address, requests)
         assert [b'"path":"/%d","body":"%02d"' % (number, number) in answer for number in range(40)] == [True] * 40
         assert answer.count(b"HTTP/1.1 200 ") == 40
+
+
+@pytest.mark.trio
+async def test_lines_of_a_body_and_of_the_next_request_are_not_of_the_head_before_them() -> None:
+    lines = replace(SMALL, head_lines=5)
+    async with listening(lines) as address:
+        body = b"\n" * 900
+        post = b"POST / HTTP/1.1\r\n" + HEAD + b"content-length: 900\r\n\r\n" + body
+        get = b"GET / HTTP/1.1\r\n" + HEAD + b"\r\n"
+        answer = await exchange(address, post + get * 20 + get[:-2] + b"a:\r\n" * 3 + b"\r\n" + get)
+        assert answer.count(b"HTTP/1.1 200 ") == 21
+        assert answer.count(b"HTTP/1.1 ") == 22
+        assert b"HTTP/1.1 431 " in answer
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+async def test_trailers_are_bounded_wherever_the_body_before_them_was_divided(step: int) -> None:
+    lines = replace(SMALL, head_lines=10)
+    for count, status in ((8, 200), (9, 400)):
+        body = b"5\r\nhello\r\na\r\n0\r\n\r\n\n\n\n\n\n\r\n000\r\n" + b"a:\r\n" * count + b"\r\n"
+        body = b"POST / HTTP/1.1\r\n" + HEAD + b"connection: close\r\n" + CHUNKED + body
+        async with listening(lines) as address:
+            parts = [body[start : start + step] for start in range(0, len(body), step)]
+            answer = await exchange(address, *parts, pause_seconds=0.001)
+            assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+
+
+@pytest.mark.trio
+async def test_trailers_of_a_request_that_is_refused_unread_are_not_taken_apart() -> None:
+    async def refusing(request: HttpRequest) -> HttpReply:
+        raise Rejected(Reason.NOT_FOUND, "whatever it is")
+
+    async with listening(handler=refusing) as address:
+        for count, closes in ((90, False), (101, True)):
+            trailers = b"0\r\n" + b"a:\n" * count + b"\n"
+            answer = await exchange(address, b"POST / HTTP/1.1\r\n" + HEAD + CHUNKED + trailers)
+            assert answer.startswith(b"HTTP/1.1 404 ")
+            assert (b"connection: close" in answer) == closes
 
 
 @pytest.mark.trio
@@ -414,6 +474,34 @@ async def test_few_requests_are_answered_between_two_turns_of_all_other_tasks_ho
         nursery.cancel_scope.cancel()
     assert len(answered_in) == 50 * 50
     assert max(Counter(answered_in).values()) <= REQUESTS_A_TURN
+
+
+@pytest.mark.trio
+async def test_few_heads_are_taken_apart_between_two_turns_of_all_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, taken_apart_in = [0], []
+    plain = h11.Connection.next_event
+
+    def noting(connection: h11.Connection) -> object:
+        event = plain(connection)
+        if isinstance(event, h11.Request):
+            taken_apart_in.append(turns[0])
+        return event
+
+    monkeypatch.setattr(h11.Connection, "next_event", noting)
+    many = 5 * REQUESTS_A_TURN
+    async with listening(replace(SMALL, connections=many)) as address, trio.open_nursery() as nursery:
+        nursery.start_soon(counting_turns, turns)
+        clients = [socket.create_connection(address_of(address)) for _ in range(many)]
+        await trio.sleep(0.1)
+        for client in clients:
+            client.sendall(ALIVE)  # all of them before the server has a turn
+        for client in clients:
+            client.setblocking(False)
+            async with trio.SocketStream(trio.socket.from_stdlib_socket(client)) as stream:
+                assert (await rest_of(stream)).startswith(b"HTTP/1.1 200 ")
+        nursery.cancel_scope.cancel()
+    assert len(taken_apart_in) == many
+    assert max(Counter(taken_apart_in).values()) <= REQUESTS_A_TURN
 
 
 @pytest.mark.trio
