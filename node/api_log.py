@@ -4,10 +4,11 @@ Everything answered here is of the finalized log. What a client should not take 
 receipts, ``?proof=1``, bundles, checkpoint and tiles (C2SP tlog-tiles: hashes at levels 0, 8, 16 … in tiles of 256,
 entries with 2-byte big-endian lengths). The JSON answers are for people and for the trainer's convenience.
 
-Work on the node's thread is bounded per request; bundles are made in a worker thread, one at a time.
+Work on the node's thread is bounded per request, and what is long is done in slices that take turns; bundles are made
+in a worker thread, one at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 import trio
@@ -44,6 +45,7 @@ from node.store import Store
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1_000
 MAX_PAGE_BYTES = 16 << 20
+MAX_SLICE_BYTES = 1 << 20
 MAX_SEEKS = 20_000
 YIELD_EVERY = 64
 _FOREVER = (("cache-control", "public, max-age=31536000, immutable"),)
@@ -127,18 +129,23 @@ class LogApi:
                 terms.append(prefix + fields.digest(name, query[name]))
         limit = fields.whole_number("limit", query.get("limit", str(DEFAULT_LIMIT)), least=1, most=MAX_LIMIT)
         start = fields.optional_number(query, "start", 0)
-        indexes, following = await _matching(self._ledger.store, terms, start, limit, log_size)
+        next_turn = call.request.next_turn
+        if limit > YIELD_EVERY:
+            await next_turn()
+        indexes, following = await _matching(self._ledger.store, terms, start, limit, log_size, next_turn)
         listed: list[dict[str, object]] = []
-        page_bytes = 0
+        page_bytes = slice_bytes = 0
         for index in indexes:
             if page_bytes > MAX_PAGE_BYTES:
                 following = index
                 break
             entry_bytes, portions = self._ledger.event(index)
             page_bytes += len(entry_bytes) + len(portions)
+            slice_bytes += len(entry_bytes) + len(portions)
             listed.append(self._listed(index, entry_bytes, len(portions)))
-            if len(listed) % YIELD_EVERY == 0:
-                await trio.lowlevel.checkpoint()
+            if len(listed) % YIELD_EVERY == 0 or slice_bytes > MAX_SLICE_BYTES:
+                await next_turn()
+                slice_bytes = 0
         return json_reply({"events": listed, "next": following})
 
     def _listed(self, index: int, entry_bytes: bytes, portions_size: int) -> dict[str, object]:
@@ -213,7 +220,9 @@ class LogApi:
     async def sources(self, call: Call) -> HttpReply:
         """Every registered source, by id."""
         listed = []
-        for number, (key, encoded) in enumerate(self._ledger.final.state.items_with_prefix(SOURCE_TABLE), start=1):
+        for number, (key, encoded) in enumerate(self._ledger.final.state.items_with_prefix(SOURCE_TABLE)):
+            if number % YIELD_EVERY == 0:
+                await call.request.next_turn()
             record = read_record(encoded, SourceRecord)
             claim = record.claim
             listed.append(
@@ -237,8 +246,6 @@ class LogApi:
                     "statement": claim.statement,
                 }
             )
-            if number % YIELD_EVERY == 0:
-                await trio.lowlevel.checkpoint()
         return json_reply({"sources": listed})
 
     async def policy(self, call: Call) -> HttpReply:
@@ -352,11 +359,17 @@ class LogReading:
 
 
 async def _matching(
-    store: Store, terms: Sequence[bytes], start: int, limit: int, log_size: int
+    store: Store,
+    terms: Sequence[bytes],
+    start: int,
+    limit: int,
+    log_size: int,
+    next_turn: Callable[[], Awaitable[None]],
 ) -> tuple[list[int], int | None]:
     """At most ``limit`` indexes from ``start`` on that are under every term, and where to go on, if anywhere.
 
-    A page may be short, even empty, and still say where to go on: seeks per request are bounded.
+    A page may be short, even empty, and still say where to go on: seeks per request are bounded, and
+    ``next_turn`` is waited for after every few of them.
     """
     if not terms:
         found = list(range(start, min(start + limit, log_size)))
@@ -377,7 +390,7 @@ async def _matching(
             found.append(at)
             at, agreed = at + 1, 0
         if seeks % YIELD_EVERY == 0:
-            await trio.lowlevel.checkpoint()
+            await next_turn()
     return found[:limit], found[limit] if len(found) > limit else at
 
 

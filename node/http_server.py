@@ -8,7 +8,8 @@ Rules:
    between requests. Cancellation ends every connection at once, one whose client does not read included.
 4. Connections take turns: of those whose requests are here a few are taken apart and answered between two turns of
    all the node's other tasks, and a body is taken a few pieces at a time. However many clients ask at once, votes do
-   not wait long. Heads and trailers are bounded in lines as in bytes: each line costs the same whatever is in it.
+   not wait long. Long work has turns of its own, one at a time (``HttpRequest.next_turn``). Heads and trailers are
+   bounded in lines as in bytes: each line costs the same whatever is in it.
 5. Memory is bounded: head, body, the sum of all bodies until their requests are answered, the sum of all replies until
    they are taken, the number of connections. When there are so many, one that waits for its client, to ask or to take a
    reply, or for an event to be final, gives its place to the next (``places.py``).
@@ -46,6 +47,8 @@ SMALL_REPLY_BYTES = 16 << 10
 BACKLOG = 512
 REQUESTS_A_TURN = 16
 """Fewer take more time: what clients send together is checked, kept and passed on together."""
+SLICE_BYTES = 64 << 10
+"""To check so many bytes of an event takes some milliseconds, as long as a slice of long work may take."""
 PIECES_A_TURN = 64
 MOST_SMALL_PIECES = 4_096
 SMALL_PIECE_BYTES = 64
@@ -85,6 +88,8 @@ class _Server:
         self.places = Places(limits.connections)
         self.turn = trio.CapacityLimiter(REQUESTS_A_TURN)
         """Whose requests are to be answered next, in the order in which they came."""
+        self.long_turn = trio.CapacityLimiter(1)
+        """Whose long work goes on next: a slice of each of a hundred requests in one turn would hold up votes."""
         self.held_bytes = 0
         """Of bodies."""
         self.replies_bytes: Counter[bytes] = Counter()
@@ -141,6 +146,12 @@ class HttpRequest:
     def release_body(self) -> None:
         """Nothing holds the body any more, though the request is not answered yet."""
         self._connection.release_body()
+
+    async def next_turn(self, size_bytes: int = 0) -> None:
+        """Wait for the turn of a slice of long work, of a few milliseconds. Before it all other tasks have had a turn
+        since the last such slice, of whichever request; more of them where it is of many bytes and cannot be divided.
+        """
+        await self._connection.next_turn(size_bytes)
 
     def give_way(self) -> None:
         """The answer may be long in coming: from now on a newcomer may have this connection's place."""
@@ -334,6 +345,12 @@ class _Connection:
         """``HttpRequest.release_body``."""
         self._server.held_bytes -= self._body_bytes
         self._body_bytes = self._body_pieces = 0
+
+    async def next_turn(self, size_bytes: int) -> None:
+        """``HttpRequest.next_turn``."""
+        async with self._server.long_turn:
+            for _ in range(1 + size_bytes // SLICE_BYTES):
+                await trio.lowlevel.checkpoint()
 
     def give_way(self) -> None:
         """``HttpRequest.give_way``."""

@@ -1,7 +1,8 @@
 """The HTTP interface over a real ledger, store and socket: submitting, grants, the node itself."""
 
+import functools
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,15 +13,16 @@ from ledger_fixtures import HOSPITAL, LIBRARIAN
 from uncollected import refusals_left
 
 from consensus.codec import encode
-from consensus.event import Kind, make_entry, pack
+from consensus.event import CheckedEvent, Kind, make_entry, pack
 from consensus.job_key import job_key_id
 from consensus.portions import DataItem, DataPortion, GrantedSource, GrantOperation, GrantTerms, Portions
-from consensus.rejection import InvariantBroken, Reason
-from node.api import MAX_BATCH_EVENTS, split_batch
+from consensus.rejection import InvariantBroken, Reason, Rejected
+from node.api import LONG_EVENT_BYTES, MAX_BATCH_EVENTS, split_batch
 from node.config import ApiSection
 from node.endpoints import Router
 from node.errors_http import status_of_reason
 from node.link import NetworkCounters
+from node.messages import TURN_EVENTS
 from node.metrics import Metrics
 
 
@@ -220,6 +222,39 @@ def test_batch_of_too_many_frames_is_oversized() -> None:
     assert len(split_batch(bytes(4) * MAX_BATCH_EVENTS)) == MAX_BATCH_EVENTS
     with pytest.raises(Exception, match="oversized"):
         split_batch(bytes(4) * (MAX_BATCH_EVENTS + 1))
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("path", "body", "checks"),
+    [
+        ("/v1/events/batch", framed(*[b"nothing"] * 4 * TURN_EVENTS), 4),
+        ("/v1/events", bytes(LONG_EVENT_BYTES + 1), 1),
+    ],
+)
+async def test_requests_of_many_events_or_a_large_one_are_checked_a_few_events_in_a_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, body: bytes, checks: int
+) -> None:
+    async with at(tmp_path) as running, trio.open_nursery() as nursery:
+        turns, checked_in = [0], []
+        plain = running.node.submit_each
+
+        def noting(encoded: Sequence[bytes]) -> list[CheckedEvent | Rejected]:
+            checked_in.append(turns[0])
+            return plain(encoded)
+
+        async def count_turns() -> None:
+            while True:
+                turns[0] += 1
+                await trio.lowlevel.checkpoint()
+
+        monkeypatch.setattr(running.node, "submit_each", noting)
+        nursery.start_soon(count_turns)
+        async with trio.open_nursery() as clients:
+            for _ in range(30):
+                clients.start_soon(functools.partial(running.client.post, path, content=body))
+        nursery.cancel_scope.cancel()
+        assert len(set(checked_in)) == len(checked_in) == 30 * checks
 
 
 # Grants

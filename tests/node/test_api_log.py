@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
 from api_fixtures import ZEROS, Served, node_of, refusal, served, told, wire
 from ledger_fixtures import HOSPITAL, LIBRARIAN, MemoryLedger, Story
 
@@ -19,6 +20,7 @@ from consensus.portions import Policy
 from consensus.receipt import verify_receipt, verify_state_receipt
 from consensus.state import POLICY_HEAD_KEY, SOURCE_TABLE, SourceRecord, read_record
 from node.api_log import _matching
+from node.http_server import HttpRequest
 from node.ledger import CAMPAIGN_TERM, KIND_TERM
 
 
@@ -26,6 +28,20 @@ from node.ledger import CAMPAIGN_TERM, KIND_TERM
 async def at(tmp_path: Path, **options: object) -> AsyncIterator[Served]:
     async with served(tmp_path / "store", **options) as running:  # type: ignore[arg-type]
         yield running
+
+
+@pytest.fixture
+def turns_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the requests that waited for a turn of long work, in order."""
+    paths: list[str] = []
+    plain = HttpRequest.next_turn
+
+    async def noting(request: HttpRequest, size_bytes: int = 0) -> None:
+        paths.append(request.path)
+        await plain(request, size_bytes)
+
+    monkeypatch.setattr(HttpRequest, "next_turn", noting)
+    return paths
 
 
 # Reading
@@ -112,10 +128,33 @@ async def test_seeks_of_a_listing_are_bounded_and_can_be_gone_on_with(
         found: list[int] = []
         following: int | None = 0
         while following is not None:
-            page, following = await _matching(store, terms, following, 100, node.ledger.final.header.log_size)
+            log_size = node.ledger.final.header.log_size
+            page, following = await _matching(store, terms, following, 100, log_size, trio.lowlevel.checkpoint)
             found += page
         kinds = [event.entry.kind for event in told().ledger.events]
         assert found == [index for index, kind in enumerate(kinds) if kind is Kind.STEP]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("path", ["/v1/events?limit=1000", "/v1/sources", "/v1/events?limit=3&kind=step&campaign={}"])
+async def test_listings_go_on_in_turns_of_all_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns_taken: list[str], path: str
+) -> None:
+    monkeypatch.setattr("node.api_log.YIELD_EVERY", 2)
+    async with at(tmp_path) as running:
+        answer = (await running.client.get(path.format(told().run.id.hex()))).json()
+        listed = answer.get("events") or answer["sources"]
+        assert len(listed) >= 3
+        assert len(turns_taken) >= len(listed) / 2
+
+
+@pytest.mark.trio
+async def test_listing_goes_on_in_the_next_turn_after_a_large_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns_taken: list[str]
+) -> None:
+    monkeypatch.setattr("node.api_log.MAX_SLICE_BYTES", 0)
+    async with at(tmp_path) as running:
+        assert len((await running.client.get("/v1/events?limit=10")).json()["events"]) == len(turns_taken) == 10
 
 
 @pytest.mark.trio

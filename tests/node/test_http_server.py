@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from itertools import pairwise
 
 import h11
 import pytest
@@ -21,6 +22,7 @@ from node.http_server import (
     MOST_SMALL_PIECES,
     PIECES_A_TURN,
     REQUESTS_A_TURN,
+    SLICE_BYTES,
     Handler,
     HttpLimits,
     HttpRequest,
@@ -474,6 +476,44 @@ async def test_few_requests_are_answered_between_two_turns_of_all_other_tasks_ho
         nursery.cancel_scope.cancel()
     assert len(answered_in) == 50 * 50
     assert max(Counter(answered_in).values()) <= REQUESTS_A_TURN
+
+
+@pytest.mark.trio
+async def test_long_work_is_done_a_slice_at_a_time_however_many_requests_are_of_it() -> None:
+    turns, slices_in = [0], []
+
+    async def long(request: HttpRequest) -> HttpReply:
+        for _ in range(10):
+            await request.next_turn()
+            slices_in.append(turns[0])
+        return HttpReply(200, b"")
+
+    async with listening(replace(SMALL, connections=50), long) as address, trio.open_nursery() as nursery:
+        nursery.start_soon(counting_turns, turns)
+        async with trio.open_nursery() as clients:
+            for _ in range(50):
+                clients.start_soon(exchange, address, ALIVE)
+        nursery.cancel_scope.cancel()
+    assert len(set(slices_in)) == len(slices_in) == 50 * 10
+
+
+@pytest.mark.trio
+async def test_votes_have_as_many_turns_before_long_work_as_it_is_long() -> None:
+    turns, slices_in = [0], [0]
+
+    async def long(request: HttpRequest) -> HttpReply:
+        await request.next_turn(20 * SLICE_BYTES)
+        slices_in.append(turns[0])
+        return HttpReply(200, b"")
+
+    async with listening(replace(SMALL, connections=50), long) as address, trio.open_nursery() as nursery:
+        nursery.start_soon(counting_turns, turns)
+        async with trio.open_nursery() as clients:
+            for _ in range(10):
+                clients.start_soon(exchange, address, ALIVE)
+        nursery.cancel_scope.cancel()
+    assert len(slices_in) == 1 + 10
+    assert min(later - before for before, later in pairwise(slices_in)) >= 20
 
 
 @pytest.mark.trio
