@@ -186,6 +186,31 @@ def finish(path: Path, keystore: Keystore) -> tuple[Genesis | Membership, str]:
     return made, name
 
 
+def has_finished(transcript: Transcript, keystore: Keystore) -> bool:
+    """Whether the keystore has all that this ceremony gives its member: there is nothing more to contribute.
+
+    A member that stays has its identity in several keystores: where it has BLS keys, its share tells them apart.
+    """
+    secrets = keystore.secrets
+    joined = {member.identity_key: member for member in (said.member for said in transcript.said(Join).values())}
+    held = [
+        key for scheme in SignatureScheme if (key := signer_for(scheme, secrets.identity_seed).public_key) in joined
+    ]
+    if secrets.ceremony_seed is not None or not held or transcript.awaited():
+        return False
+    made, member = result_of(transcript), joined[held[0]]
+    shares = {
+        share_key
+        for group in made.groups
+        for peer, share_key in zip(
+            (peer for peer in made.members if peer.role == group.role), group.share_keys, strict=True
+        )
+        if peer.name == member.name
+    } or {member.bls_key}
+    share = _share(secrets)
+    return shares == {b"" if share is None else bls.public_key(share)}
+
+
 def result_of(transcript: Transcript) -> Genesis | Membership:
     """What a ceremony ends in. Raises as ``Transcript.membership``."""
     return transcript.genesis() if transcript.invitation.epoch == GENESIS_EPOCH else transcript.membership()

@@ -159,8 +159,12 @@ class Keystore:
         return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
 
 
-def read_passphrase(passphrase_file: Path | None, environment: Mapping[str, str]) -> bytes:
-    """The passphrase: the configured file without its final line break, else the environment's.
+def read_passphrase(
+    passphrase_file: Path | None, environment: Mapping[str, str], named_by: str = "node.passphrase_file"
+) -> bytes:
+    """The passphrase: that of the file without its final line break, else the environment's.
+
+    ``named_by`` is how whoever asks names the file: a setting, or an option.
 
     Raises:
         ConfigError: neither is there, the file is readable by others, or it is empty.
@@ -171,7 +175,7 @@ def read_passphrase(passphrase_file: Path | None, environment: Mapping[str, str]
     elif PASSPHRASE_VARIABLE in environment:
         passphrase, origin = os.fsencode(environment[PASSPHRASE_VARIABLE]), PASSPHRASE_VARIABLE
     else:
-        raise ConfigError(f"expected node.passphrase_file or the variable {PASSPHRASE_VARIABLE}, found neither")
+        raise ConfigError(f"expected {named_by} or the variable {PASSPHRASE_VARIABLE}, found neither")
     if not passphrase:
         raise ConfigError(f"{origin}: expected a passphrase, found nothing")
     return passphrase

@@ -25,6 +25,7 @@ from node.ceremony import (
     GENESIS_FILE,
     contribute,
     finish,
+    has_finished,
     holds,
     join,
     read_folder,
@@ -51,8 +52,9 @@ _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 _KEYSTORE = click.option(
     "--keystore", "keystore_path", type=click.Path(path_type=Path), required=True, help="This member's keystore file."
 )
+_PASSPHRASE_OPTION = "--passphrase-file"
 _PASSPHRASE = click.option(
-    "--passphrase-file",
+    _PASSPHRASE_OPTION,
     type=click.Path(path_type=Path),
     help="File of mode 0600 with the keystore's passphrase; else the variable COUNTERSIGN_PASSPHRASE.",
 )
@@ -147,7 +149,8 @@ def ceremony_init(
     _print_invitation(invitation)
     click.echo(
         f"\nSend {folder} to every member, and read them the digest by another channel. Each then joins with\n"
-        f"  countersign ceremony join {folder} --as NAME --invitation {invitation.digest.hex()} --keystore FILE"
+        f"  countersign ceremony join {folder} --as NAME --invitation {invitation.digest.hex()} --keystore FILE "
+        "--passphrase-file FILE"
     )
 
 
@@ -189,7 +192,7 @@ def ceremony_join(
       countersign ceremony join founding --as library --invitation DIGEST \\
         --keystore library.keystore --passphrase-file library.passphrase
     """
-    passphrase = read_passphrase(passphrase_file, os.environ)
+    passphrase = read_passphrase(passphrase_file, os.environ, _PASSPHRASE_OPTION)
     scheme = None if identity is None else SignatureScheme.labelled(identity)
     keep = None if kept_path is None else Keystore.open(kept_path, passphrase).secrets
     written = join(folder, name, invitation, keystore_path, passphrase, scheme, MODERATE_COST, keep)
@@ -213,7 +216,10 @@ def ceremony_contribute(folder: Path, keystore_path: Path, passphrase_file: Path
     Example:
       countersign ceremony contribute founding --keystore library.keystore --passphrase-file library.passphrase
     """
-    keystore = Keystore.open(keystore_path, read_passphrase(passphrase_file, os.environ))
+    keystore = Keystore.open(keystore_path, read_passphrase(passphrase_file, os.environ, _PASSPHRASE_OPTION))
+    if has_finished(read_folder(folder).transcript(), keystore):
+        click.echo(f"{keystore_path} has finished this ceremony: nothing more is due")
+        return
     transcript = contribute(folder, keystore, lambda written: click.echo(f"wrote {folder / written}: send it on"))
     _print_awaited(transcript)
 
@@ -256,7 +262,7 @@ def ceremony_finish(folder: Path, keystore_path: Path, passphrase_file: Path | N
     Example:
       countersign ceremony finish founding --keystore library.keystore --passphrase-file library.passphrase
     """
-    keystore = Keystore.open(keystore_path, read_passphrase(passphrase_file, os.environ))
+    keystore = Keystore.open(keystore_path, read_passphrase(passphrase_file, os.environ, _PASSPHRASE_OPTION))
     made, name = finish(folder, keystore)
     if isinstance(made, Membership):
         file, _ = result_file(folder, made)

@@ -165,7 +165,8 @@ def _invite(
     later = f"STEM.epoch-{invitation.epoch}.SUFFIX"
     click.echo(
         f"\nSend {folder} to every member, and read them the digest by another channel. Each then joins with\n"
-        f"  countersign ceremony join {folder} --as NAME --invitation {invitation.digest.hex()} --keystore {later}"
+        f"  countersign ceremony join {folder} --as NAME --invitation {invitation.digest.hex()} --keystore {later} "
+        "--passphrase-file FILE"
     )
 
 

@@ -340,8 +340,39 @@ def test_keystore_of_no_member_or_of_an_older_ceremony_takes_no_part(partners: P
     assert "expected a keystore of a member that has joined" in output
     other.contribute()
     other.finish()
-    output = run("ceremony", "contribute", other.folder("press"), *other.secrets("press"), code=2).output
+    second = second_epoch(other)
+    finish_second(other, second, {name: other.root / name / "keystore.epoch-1.json" for name in other.members})
+    output = run("ceremony", "contribute", second, *other.secrets("press"), code=2).output
     assert "takes part in none" in output
+
+
+@pytest.mark.parametrize(("members", "options"), [(DEALT, ("--threshold", "data-source=2")), (SMALL, ())])
+def test_contributing_after_the_end_says_that_nothing_more_is_due(
+    members: dict[str, str], options: tuple[str, ...], tmp_path: Path
+) -> None:
+    partners = Partners(tmp_path, members, *options)
+    partners.join()
+    for _ in range(3 if options else 1):
+        partners.contribute()
+    partners.finish()
+    for name in members:
+        said = run("ceremony", "contribute", partners.folder(name), *partners.secrets(name)).output
+        assert said == f"{tmp_path / name / 'keystore.json'} has finished this ceremony: nothing more is due\n"
+
+
+def test_join_line_of_an_invitation_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COUNTERSIGN_PASSPHRASE", raising=False)
+    members = [word for name, role in SMALL.items() for word in ("--member", f"{name}:{role}")]
+    said = run("ceremony", "init", tmp_path / "f", "--name", "our.example/log", *members).output
+    passphrase = tmp_path / "passphrase"
+    passphrase.write_text("words\n")
+    passphrase.chmod(0o600)
+    command, keystore_and_passphrase = said.splitlines()[-1].split("--keystore FILE")
+    assert keystore_and_passphrase == " --passphrase-file FILE"
+    joining = [*command.replace("NAME", "press").split()[1:], "--keystore", tmp_path / "keystore"]
+    refused = run(*joining, code=2).output
+    assert "expected --passphrase-file or the variable COUNTERSIGN_PASSPHRASE, found neither" in refused
+    run(*joining, "--passphrase-file", passphrase)
 
 
 def test_verify_refuses_another_chain_an_unfinished_ceremony_and_a_changed_genesis(tmp_path: Path) -> None:
