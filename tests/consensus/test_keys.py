@@ -1,6 +1,7 @@
 """Identity signatures: every verifier must accept exactly the same ones."""
 
 import pytest
+from ed25519_fixtures import NON_CANONICAL_KEYS, ORDER, SMALL_ORDER_KEYS, add, decode_point, encode_point
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,55 +18,6 @@ from consensus.rejection import Reason, Rejected
 ED25519 = SignatureScheme.ED25519
 ML_DSA_65 = SignatureScheme.ML_DSA_65
 SEED = bytes(range(32))
-ORDER = 2**252 + 27742317777372353535851937790883648493
-FIELD = 2**255 - 19
-
-SMALL_ORDER_KEYS = [
-    "0100000000000000000000000000000000000000000000000000000000000000",  # order 1
-    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",  # order 2
-    "0000000000000000000000000000000000000000000000000000000000000000",  # order 4
-    "0000000000000000000000000000000000000000000000000000000000000080",  # order 4
-    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",  # order 8
-    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",  # order 8
-    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",  # order 8
-    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",  # order 8
-]
-NON_CANONICAL_KEYS = [
-    "0100000000000000000000000000000000000000000000000000000000000080",  # -0 as x
-    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",  # -0 as x, order 2
-    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",  # y = p
-    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",  # y = p + 1
-    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
-    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
-    "f0ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",  # y = p + 3
-    "ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-]
-
-
-def edwards_add(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
-    d = -121665 * pow(121666, -1, FIELD) % FIELD
-    (x1, y1), (x2, y2) = first, second
-    product = d * x1 * x2 * y1 * y2
-    x3 = (x1 * y2 + x2 * y1) * pow(1 + product, -1, FIELD)
-    y3 = (y1 * y2 + x1 * x2) * pow(1 - product, -1, FIELD)
-    return x3 % FIELD, y3 % FIELD
-
-
-def edwards_decode(encoded: bytes) -> tuple[int, int]:
-    d = -121665 * pow(121666, -1, FIELD) % FIELD
-    number = int.from_bytes(encoded, "little")
-    y, sign = number % 2**255, number >> 255
-    square = (y * y - 1) * pow(d * y * y + 1, -1, FIELD) % FIELD
-    x = pow(square, (FIELD + 3) // 8, FIELD)
-    if x * x % FIELD != square:
-        x = x * pow(2, (FIELD - 1) // 4, FIELD) % FIELD
-    assert x * x % FIELD == square
-    return (FIELD - x if x % 2 != sign else x), y
-
-
-def edwards_encode(point: tuple[int, int]) -> bytes:
-    x, y = point
-    return (y | (x % 2) << 255).to_bytes(32, "little")
 
 
 def test_rfc8032_vector_2_is_reproduced():
@@ -97,9 +49,9 @@ def test_signature_for_every_message_under_small_order_key_is_refused(key):
 
 
 def test_key_of_mixed_order_is_refused():
-    honest = edwards_decode(Ed25519SigningKey(SEED).public_key)
-    mixed = edwards_encode(edwards_add(honest, edwards_decode(bytes.fromhex(SMALL_ORDER_KEYS[4]))))
-    assert edwards_encode(honest) == Ed25519SigningKey(SEED).public_key
+    honest = decode_point(Ed25519SigningKey(SEED).public_key)
+    mixed = encode_point(add(honest, decode_point(bytes.fromhex(SMALL_ORDER_KEYS[4]))))
+    assert encode_point(honest) == Ed25519SigningKey(SEED).public_key
     with pytest.raises(Rejected, match="prime order"):
         check_public_key(ED25519, mixed)
 

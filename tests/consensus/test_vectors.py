@@ -21,6 +21,7 @@ FILES = (
     "blocks",
     "ceremony",
     "certificates",
+    "ed25519",
     "epochs",
     "events",
     "evidence",

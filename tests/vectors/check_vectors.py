@@ -27,6 +27,12 @@ FIELD = 0x1A0111EA397FE69A4B1BA7B6434BACD764774B84F38512BF6730D2A0F6B0F6241EABFF
 ORDER = 0x73EDA753299D7D483339D80809A1D80553BDA402FFFE5BFEFFFFFFFF00000001
 """Of BLS12-381: the field's size, and the order of the groups of keys and signatures."""
 
+EDWARDS_FIELD = 2**255 - 19
+EDWARDS_ORDER = 2**252 + 27742317777372353535851937790883648493
+EDWARDS_D = -121665 * pow(121666, -1, EDWARDS_FIELD) % EDWARDS_FIELD
+EDWARDS_BASE = "58" + "66" * 31
+"""Of edwards25519 (RFC 8032 section 5.1): the field, the order of the group of keys, d, and the generator."""
+
 Judge = Callable[[dict], None]
 
 
@@ -268,7 +274,75 @@ def on_curve(encoded: bytes) -> bool:
     return is_square(low**3 - 3 * low * high**2 + 4, (3 * low**2 * high - high**3 + 4) % FIELD)
 
 
+# Ed25519 as section 4 tells it. A library's word on the cases where libraries differ would be worth nothing.
+
+Extended = tuple[int, int, int, int]
+IDENTITY: Extended = (0, 1, 1, 0)
+
+
+def edwards_sum(one: Extended, other: Extended) -> Extended:
+    """RFC 8032 section 5.1.4."""
+    low, high = (one[1] - one[0]) * (other[1] - other[0]), (one[1] + one[0]) * (other[1] + other[0])
+    cross, depth = 2 * one[3] * other[3] * EDWARDS_D, 2 * one[2] * other[2]
+    e, f, g, h = high - low, depth - cross, depth + cross, high + low
+    return e * f % EDWARDS_FIELD, g * h % EDWARDS_FIELD, f * g % EDWARDS_FIELD, e * h % EDWARDS_FIELD
+
+
+def edwards_times(scalar: int, point: Extended) -> Extended:
+    total = IDENTITY
+    for digit in f"{scalar:b}":
+        total = edwards_sum(total, total)
+        if digit == "1":
+            total = edwards_sum(total, point)
+    return total
+
+
+def edwards_same(one: Extended, other: Extended) -> bool:
+    return all((one[axis] * other[2] - other[axis] * one[2]) % EDWARDS_FIELD == 0 for axis in (0, 1))
+
+
+def edwards_point(encoded: bytes, reason: str) -> Extended:
+    """RFC 8032 section 5.1.3: one encoding for each point, and of these points only those of prime order."""
+    number = int.from_bytes(encoded, "little")
+    y, sign = number % 2**255, number >> 255
+    refuse_if(y >= EDWARDS_FIELD, reason)
+    over, under = (y * y - 1) % EDWARDS_FIELD, (EDWARDS_D * y * y + 1) % EDWARDS_FIELD
+    square = over * pow(under, -1, EDWARDS_FIELD) % EDWARDS_FIELD
+    x = pow(square, (EDWARDS_FIELD + 3) // 8, EDWARDS_FIELD)
+    if x * x % EDWARDS_FIELD != square:
+        x = x * pow(2, (EDWARDS_FIELD - 1) // 4, EDWARDS_FIELD) % EDWARDS_FIELD
+    refuse_if(x * x % EDWARDS_FIELD != square or (x == 0 and sign == 1), reason)
+    if x % 2 != sign:
+        x = EDWARDS_FIELD - x
+    point = (x, y, 1, x * y % EDWARDS_FIELD)
+    refuse_if(edwards_same(point, IDENTITY), reason)
+    refuse_if(not edwards_same(edwards_times(EDWARDS_ORDER, point), IDENTITY), reason)
+    return point
+
+
+def verify_ed25519(key: bytes, signed: bytes, signature: bytes) -> None:
+    refuse_if(len(signature) != 64, "bad-signature")
+    s = int.from_bytes(signature[32:], "little")
+    refuse_if(s >= EDWARDS_ORDER, "bad-signature")
+    public, r = edwards_point(key, "bad-signature"), edwards_point(signature[:32], "bad-signature")
+    challenge = int.from_bytes(hashlib.sha512(signature[:32] + key + signed).digest(), "little") % EDWARDS_ORDER
+    left = edwards_times(s, edwards_point(bytes.fromhex(EDWARDS_BASE), "bad-signature"))
+    refuse_if(not edwards_same(left, edwards_sum(r, edwards_times(challenge, public))), "bad-signature")
+
+
 # The files.
+
+
+def check_ed25519(case: dict) -> None:
+    def judge(trial: dict) -> None:
+        key = bytes.fromhex(trial["key"])
+        if "signature" in trial:
+            verify_ed25519(key, bytes.fromhex(trial["message"]), bytes.fromhex(trial["signature"]))
+            return
+        refuse_if(len(key) != 32, "bad-key")
+        edwards_point(key, "bad-key")
+
+    expect(judge, case)
 
 
 def check_hash(case: dict) -> None:
@@ -1043,6 +1117,7 @@ def open_boxes(
 
 
 CHECKS = {
+    "ed25519": check_ed25519,
     "tagged_hash": check_hash,
     "portions": check_portions,
     "events": check_event,

@@ -17,6 +17,7 @@ import agreement
 import ceremonies
 import contradictions
 import msgspec
+import signatures
 import transitions
 
 from consensus import portions as p
@@ -443,6 +444,7 @@ def audits() -> list[Case]:
 
 
 FILES = {
+    "ed25519": signatures.ed25519,
     "tagged_hash": hashes,
     "portions": portions,
     "events": events,
