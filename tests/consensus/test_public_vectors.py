@@ -1,15 +1,14 @@
 """Vectors others published: Ed25519 edge cases, BLS encodings, RFC 6962 proofs, signed notes.
 
-Sources: the twelve cases of "Taming the many EdDSAs" (``ed25519_fixtures.py``), the BLS12-381 deserialization and verification cases of the Ethereum consensus tests, a proof of the
-reference log of RFC 6962 implementations. Keys, proofs and notes of RFC 8032, RFC 9162 and C2SP stand in the
-tests of their own modules.
+Sources: the twelve cases of "Taming the many EdDSAs" (``ed25519_fixtures.py``), the BLS12-381 deserialization and
+verification cases of the Ethereum consensus tests, a proof of the reference log of RFC 6962 implementations. Keys,
+proofs and notes of RFC 8032, RFC 9162 and C2SP stand in the tests of their own modules.
 """
 
 from base64 import b64decode, b64encode
 from hashlib import sha512
 
 import pytest
-
 from ed25519_fixtures import BASE_POINT, EDGE_CASES, ORDER, add, decode_point, encode_point, multiple, torsion_points
 
 from consensus import bls, keys

@@ -26,6 +26,7 @@ FILES = (
     "events",
     "evidence",
     "job_keys",
+    "log_proofs",
     "log_tree",
     "portions",
     "possession",

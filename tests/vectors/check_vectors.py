@@ -451,6 +451,71 @@ def check_tree(case: dict) -> None:
     check(tree([leaf(bytes.fromhex(entry)) for entry in case["entries"]]).hex(), case["root"], "log root")
 
 
+def split_of(size: int) -> int:
+    """The largest power of two below the size (RFC 9162 §2.1.1)."""
+    return 1 << (size - 1).bit_length() - 1
+
+
+def node(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+def included_root(leaf_hash: bytes, index: int, size: int, proof: list[bytes]) -> bytes:
+    """The root that an inclusion proof leads to: PATH of §2.1.3.1, backwards."""
+    refuse_if(not 0 <= index < size or any(len(held) != 32 for held in proof), "bad-proof")
+    refuse_if((size == 1) != (not proof), "bad-proof")
+    if size == 1:
+        return leaf_hash
+    split = split_of(size)
+    if index < split:
+        return node(included_root(leaf_hash, index, split, proof[:-1]), proof[-1])
+    return node(proof[-1], included_root(leaf_hash, index - split, size - split, proof[:-1]))
+
+
+def roots_by(first: int, second: int, proof: list[bytes], older: bytes | None) -> tuple[bytes, bytes]:
+    """Both roots that a consistency proof leads to: SUBPROOF of §2.1.4.1, backwards; ``older`` where it is left out."""
+    if first == second:
+        refuse_if(len(proof) != (older is None), "bad-proof")
+        known = proof[0] if older is None else older
+        return known, known
+    refuse_if(not proof, "bad-proof")
+    split = split_of(second)
+    if first <= split:
+        old, new = roots_by(first, split, proof[:-1], older)
+        return old, node(new, proof[-1])
+    old, new = roots_by(first - split, second - split, proof[:-1], None)
+    return node(proof[-1], old), node(proof[-1], new)
+
+
+def verify_consistency(first: int, second: int, proof: list[bytes], older: bytes, newer: bytes) -> None:
+    refuse_if(not 0 <= first <= second or any(len(held) != 32 for held in proof), "bad-proof")
+    refuse_if((first == 0 and older != tree([])) or (second == 0 and newer != tree([])), "bad-proof")
+    if first == 0:
+        refuse_if(bool(proof), "bad-proof")
+        return
+    refuse_if(roots_by(first, second, proof, older) != (older, newer), "bad-proof")
+
+
+def check_log_proof(case: dict) -> None:
+    """Of an entry in the tree, or of a tree that continues another; what holds is the proof RFC 9162 makes."""
+    leaves = [leaf(f"entry {number}".encode()) for number in range(100)]
+    proof = [bytes.fromhex(held) for held in case["proof"]]
+
+    def judge_inclusion(trial: dict) -> None:
+        held, index, size = bytes.fromhex(trial["leaf_hash"]), trial["index"], trial["size"]
+        refuse_if(included_root(held, index, size, proof).hex() != trial["root"], "bad-proof")
+        check((held, proof), (leaves[index], path(leaves[:size], index)), "inclusion proof")
+        check(tree(leaves[:size]).hex(), trial["root"], "root of an inclusion proof")
+
+    def judge_consistency(trial: dict) -> None:
+        first, second = trial["first_size"], trial["second_size"]
+        roots = [bytes.fromhex(trial[field]) for field in ("first_root", "second_root")]
+        verify_consistency(first, second, proof, *roots)
+        check(roots, [tree(leaves[:first]), tree(leaves[:second])], "roots of a consistency proof")
+
+    expect(judge_inclusion if "index" in case else judge_consistency, case)
+
+
 def bit_of(key: bytes, bit: int) -> int:
     return key[bit // 8] >> (7 - bit % 8) & 1
 
@@ -1125,6 +1190,7 @@ CHECKS = {
     "batch_signatures": check_batch,
     "blocks": check_block,
     "log_tree": check_tree,
+    "log_proofs": check_log_proof,
     "state_map": check_state,
     "sampler": check_sample,
     "reserve": check_reserve,

@@ -17,6 +17,7 @@ import agreement
 import ceremonies
 import contradictions
 import msgspec
+import proofs
 import signatures
 import transitions
 
@@ -452,6 +453,7 @@ FILES = {
     "batch_signatures": batch_signatures,
     "blocks": blocks,
     "log_tree": trees,
+    "log_proofs": proofs.log_proofs,
     "state_map": states,
     "sampler": samples,
     "reserve": reserves,
