@@ -19,9 +19,12 @@ FILES = (
     "audits",
     "batch_signatures",
     "blocks",
+    "bundles",
     "ceremony",
     "certificates",
+    "checkpoints",
     "ed25519",
+    "epoch_links",
     "epochs",
     "events",
     "evidence",
@@ -30,13 +33,18 @@ FILES = (
     "log_tree",
     "portions",
     "possession",
+    "receipts",
     "reserve",
     "sampler",
     "state_map",
     "tagged_hash",
     "transitions",
 )
-CHECKERS = {name: "check_transitions.py" if name == "transitions" else "check_vectors.py" for name in FILES}
+OF_OTHER_CHECKERS = {
+    "transitions": "check_transitions.py",
+    **dict.fromkeys(("bundles", "checkpoints", "epoch_links", "receipts"), "check_shown.py"),
+}
+CHECKERS = {name: OF_OTHER_CHECKERS.get(name, "check_vectors.py") for name in FILES}
 
 
 def run(program: str, folder: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
@@ -67,6 +75,38 @@ def test_vectors_hold_by_code_that_shares_nothing_with_the_implementation() -> N
     plain = [name for name in FILES if CHECKERS[name] == "check_vectors.py"]
     cases = sum(len(json.loads((VECTORS / f"{name}.json").read_text())) for name in plain)
     assert checked.stdout == f"{cases} vectors hold\n"
+
+
+def test_what_a_log_shows_outsiders_holds_by_code_that_shares_nothing() -> None:
+    checked = run("check_shown.py", VECTORS)
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout == f"{len(listed_cases('check_shown.py'))} cases hold\n"
+
+
+def listed_cases(checker: str) -> list[dict]:
+    """The cases that a checker judges, those of one file that stand under what they share as well."""
+    files = [json.loads((VECTORS / f"{name}.json").read_text()) for name in FILES if CHECKERS[name] == checker]
+    return [
+        case
+        for file in files
+        for held in file
+        for case in (*held.get("accepted", ()), *held.get("refused", ())) or [held]
+    ]
+
+
+@pytest.mark.parametrize("name", ["bundles", "checkpoints", "ed25519", "epoch_links", "log_proofs", "receipts"])
+def test_each_refused_case_is_refused_and_would_not_pass_as_accepted(name: str, tmp_path: Path) -> None:
+    """The checker that is told to accept one of them says no."""
+    for file in FILES:
+        (tmp_path / f"{file}.json").write_bytes((VECTORS / f"{file}.json").read_bytes())
+    target = tmp_path / f"{name}.json"
+    text = target.read_text()
+    reasons = [at for at in range(len(text)) if text.startswith('"reason": "', at)]
+    assert len(reasons) > 10
+    for at in (reasons[0], reasons[len(reasons) // 2], reasons[-1]):
+        end = text.index('"', at + len('"reason": "'))
+        target.write_text(text[:at] + '"reason": ""' + text[end + 1 :])
+        assert run(CHECKERS[name], tmp_path).returncode != 0
 
 
 def test_every_kind_of_event_does_what_the_specification_says_by_code_that_shares_nothing() -> None:
@@ -184,6 +224,7 @@ def test_no_misreading_of_an_effect_passes(right: str, wrong: str, tmp_path: Pat
     [
         ("check_vectors.py", "blspy collections cryptography hashlib json nacl pathlib struct sys"),
         ("check_transitions.py", "check_vectors json pathlib struct sys"),
+        ("check_shown.py", "base64 check_vectors cryptography hashlib json pathlib struct sys"),
     ],
 )
 def test_checker_imports_nothing_of_ours(checker: str, expected: str) -> None:

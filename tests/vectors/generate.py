@@ -17,7 +17,9 @@ import agreement
 import ceremonies
 import contradictions
 import msgspec
+import notes
 import proofs
+import shown
 import signatures
 import transitions
 
@@ -464,6 +466,10 @@ FILES = {
     "possession": agreement.possession,
     "evidence": contradictions.evidence,
     "ceremony": ceremonies.ceremony,
+    "checkpoints": notes.checkpoints,
+    "receipts": shown.receipts,
+    "epoch_links": shown.epoch_links,
+    "bundles": shown.bundles,
     "transitions": transitions.transitions,
 }
 
