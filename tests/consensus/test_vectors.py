@@ -29,21 +29,42 @@ FILES = (
     "events",
     "evidence",
     "job_keys",
+    "ledger_blocks",
     "log_proofs",
     "log_tree",
+    "node_messages",
     "portions",
     "possession",
     "receipts",
     "reserve",
+    "round_messages",
     "sampler",
+    "signed_events",
     "state_map",
     "tagged_hash",
     "transitions",
 )
 OF_OTHER_CHECKERS = {
     "transitions": "check_transitions.py",
-    **dict.fromkeys(("bundles", "checkpoints", "epoch_links", "receipts"), "check_shown.py"),
+    **dict.fromkeys(
+        ("bundles", "checkpoints", "epoch_links", "ledger_blocks", "receipts", "signed_events"), "check_shown.py"
+    ),
+    **dict.fromkeys(("node_messages", "round_messages"), "check_said.py"),
 }
+WITH_REASONS = (
+    "batch_signatures",
+    "bundles",
+    "checkpoints",
+    "ed25519",
+    "epoch_links",
+    "job_keys",
+    "ledger_blocks",
+    "log_proofs",
+    "node_messages",
+    "receipts",
+    "round_messages",
+    "signed_events",
+)
 CHECKERS = {name: OF_OTHER_CHECKERS.get(name, "check_vectors.py") for name in FILES}
 
 
@@ -77,10 +98,11 @@ def test_vectors_hold_by_code_that_shares_nothing_with_the_implementation() -> N
     assert checked.stdout == f"{cases} vectors hold\n"
 
 
-def test_what_a_log_shows_outsiders_holds_by_code_that_shares_nothing() -> None:
-    checked = run("check_shown.py", VECTORS)
+@pytest.mark.parametrize("checker", ["check_shown.py", "check_said.py"])
+def test_what_is_shown_and_said_holds_by_code_that_shares_nothing(checker: str) -> None:
+    checked = run(checker, VECTORS)
     assert checked.returncode == 0, checked.stderr
-    assert checked.stdout == f"{len(listed_cases('check_shown.py'))} cases hold\n"
+    assert checked.stdout == f"{len(listed_cases(checker))} cases hold\n"
 
 
 def listed_cases(checker: str) -> list[dict]:
@@ -94,7 +116,7 @@ def listed_cases(checker: str) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("name", ["bundles", "checkpoints", "ed25519", "epoch_links", "log_proofs", "receipts"])
+@pytest.mark.parametrize("name", WITH_REASONS)
 def test_each_refused_case_is_refused_and_would_not_pass_as_accepted(name: str, tmp_path: Path) -> None:
     """The checker that is told to accept one of them says no."""
     for file in FILES:
@@ -224,6 +246,7 @@ def test_no_misreading_of_an_effect_passes(right: str, wrong: str, tmp_path: Pat
     [
         ("check_vectors.py", "blspy collections cryptography hashlib json nacl pathlib struct sys"),
         ("check_transitions.py", "check_vectors json pathlib struct sys"),
+        ("check_said.py", "check_vectors collections json pathlib struct sys"),
         ("check_shown.py", "base64 check_vectors cryptography hashlib json pathlib struct sys"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Checks the golden vectors of what a log shows outsiders: receipts, links between epochs, bundles, checkpoint notes.
+"""Checks the golden vectors of a small log: its events and ledger blocks, and what it shows outsiders.
 
     python tests/vectors/check_shown.py [FOLDER]
 
@@ -302,6 +302,71 @@ def check_pin(pin: list, pinned: object, header: list) -> None:
         raise Refused("bad-checkpoint") from None
 
 
+# Events and ledger blocks, as a member judges them.
+
+NAME = text(1, 128)
+CLAIM = (
+    NAME, octets(32), natural(1), natural(), NAME, NAME, lambda value: listed(NAME, 64)(value) and len(value) > 0, NAME,
+    natural(), natural(), text(0, 8_192), lambda value: value == b"" or octets(32)(value), natural(),
+)  # fmt: skip
+"""Of a source, the only kind here whose content is looked into."""
+
+
+def check_signed_events(case: dict) -> None:
+    """Events as they are sent: entry, portions, and that one fits the other."""
+
+    def judge(trial: dict) -> None:
+        entry, portions = shaped(decoded(bytes.fromhex(trial["event"])), octets(0, 1 << 23), octets(0, 1 << 23))
+        refuse_if(len(entry) > 65_535 or len(portions) > 1 << 22, "oversized")
+        opened = trust(case).entry(entry, 0)
+        identifier, kind = opened[0], opened[3]
+        refuse_if(opened[6:8] != [0, 0], "bad-field")
+        data, *salted = shaped(decoded(portions), *[anything] * 3)
+        held = [portion is not None for portion in (data, *salted)]
+        refuse_if(held != [letter in PORTIONS[kind] for letter in "dgo"], "portion-mismatch")
+        if data is not None:
+            items = data[1]
+            refuse_if(len(items) != 1 or any(examples for _, examples in items), "portion-mismatch")
+        check_disclosed(opened, data, None, salted)
+        if data is not None:
+            shaped(decoded(data[1][0][0]), *CLAIM)
+        told = (identifier.hex(), leaf(entry).hex())
+        check(told, (trial.get("id", told[0]), trial.get("leaf_hash", told[1])), "id and leaf hash")
+
+    for trial in (*case["accepted"], *case["refused"]):
+        expect(judge, trial)
+
+
+def check_ledger_blocks(case: dict) -> None:
+    """Ledger blocks on their parents; the state root that their events make is given."""
+
+    def judge(trial: dict) -> None:
+        trusted = trust(case).follow([decoded(bytes.fromhex(link)) for link in case["links"]])
+        header, parent = (
+            fields(decoded(bytes.fromhex(trial[each])), "block", *HEADER) for each in ("header", "parent")
+        )
+        (leaves,) = fields(decoded(bytes.fromhex(trial["body"])), "body", listed(octets(32), 4_096))
+        refuse_if(header[10] != len(leaves) or header[9] != tagged(name("block-body"), *leaves), "bad-block")
+        refuse_if(len(set(leaves)) != len(leaves), "duplicate")
+        refuse_if(header[1] != parent[1], "wrong-chain")
+        refuse_if(header[2] != trial["epoch"], "wrong-epoch")
+        begins = header[2] == parent[2] + 1
+        check(begins, trial["parent_is_terminal"], "an epoch that begins at a terminal ledger block")
+        parent_view = 0 if begins else parent[4]
+        place = (tagged(name("block"), bytes.fromhex(trial["parent"])), parent_view, parent[3] + 1)
+        refuse_if((header[6], header[7], header[3]) != place or header[4] <= parent_view, "bad-block")
+        voters = [member for member in trusted.epochs[header[2]]["members"][0] if member[1] in VOTING_ROLES]
+        refuse_if(header[5] != member_id(voters[(header[4] - 1) % len(voters)]), "bad-block")
+        refuse_if(header[8] < parent[8], "bad-timestamp")
+        refuse_if([held.hex() for held in leaves] != trial["events"], "bad-block")
+        log = [bytes.fromhex(held) for held in trial["log"]] + leaves
+        refuse_if((header[11], header[12]) != (len(log), tree(log)), "log-root-mismatch")
+        refuse_if(header[13].hex() != trial["state_root"], "state-root-mismatch")
+
+    for trial in (*case["accepted"], *case["refused"]):
+        expect(judge, trial)
+
+
 # Notes: C2SP signed-note, tlog-checkpoint, tlog-cosignature.
 
 
@@ -403,6 +468,8 @@ def check_checkpoint(case: dict) -> None:
 
 
 CHECKS = {
+    "signed_events": check_signed_events,
+    "ledger_blocks": check_ledger_blocks,
     "receipts": check_receipts,
     "epoch_links": check_links,
     "bundles": check_bundles,

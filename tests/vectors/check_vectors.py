@@ -408,25 +408,67 @@ def check_event(case: dict) -> None:
     VerifyKey(key).verify(signed, signature)
 
 
+def verify_field(scheme: int, key: bytes, signed: bytes, field: bytes) -> None:
+    """A signature field: plain, or the signature over a batch's root and the message's way up to it."""
+    length = {1: 64, 2: 3_309}[scheme]
+    if len(field) <= length:
+        verify_identity(scheme, key, signed, field, "bad-signature")
+        return
+    way = field[length:]
+    refuse_if(not 40 <= len(way) <= 8 + 32 * 16 or len(way) % 32 != 8, "bad-signature")
+    index, size = struct.unpack_from(">II", way)
+    refuse_if(not 2 <= size <= 65_536 or index >= size, "bad-signature")
+    hashes = [way[at : at + 32] for at in range(8, len(way), 32)]
+    try:
+        root = included_root(leaf(signed), index, size, hashes)
+    except Refused:
+        raise Refused("bad-signature") from None
+    over = message(name("event-batch"), struct.pack(">I", size), root)
+    verify_identity(scheme, key, over, field[:length], "bad-signature")
+
+
 def check_job_key(case: dict) -> None:
-    key = bytes.fromhex(case["public_key"])
-    identifier = key if case["scheme"] == 1 else tagged(name("job-key"), bytes([case["scheme"]]), key)
-    check(identifier.hex(), case["id"], "id of a job key")
+    """The id of a key, or the field that a key of this id has signed with."""
+
+    def judge(trial: dict) -> None:
+        if "public_key" in trial:
+            key = bytes.fromhex(trial["public_key"])
+            check(job_key_id(trial["scheme"], key).hex(), trial["id"], "id of a job key")
+            return
+        identifier, field = bytes.fromhex(trial["id"]), bytes.fromhex(trial["field"])
+        scheme = next((scheme for scheme, lengths in JOB_FIELDS.items() if len(field) in lengths), 0)
+        refuse_if(scheme == 0, "bad-signature")
+        key, rest = (identifier, field) if scheme == 1 else (field[:1_952], field[1_952:])
+        refuse_if(job_key_id(scheme, key) != identifier, "bad-signature")
+        verify_field(scheme, key, bytes.fromhex(trial["message"]), rest)
+
+    expect(judge, case)
+
+
+JOB_FIELDS = {
+    1: {64, *(72 + 32 * hashes for hashes in range(1, 17))},
+    2: {5_261, *(5_269 + 32 * hashes for hashes in range(1, 17))},
+}
+
+
+def job_key_id(scheme: int, key: bytes) -> bytes:
+    return key if scheme == 1 else tagged(name("job-key"), bytes([scheme]), key)
 
 
 def check_batch(case: dict) -> None:
     messages = [bytes.fromhex(held) for held in case["messages"]]
-    leaves = [leaf(held) for held in messages]
-    size = struct.pack(">I", len(leaves))
-    key = VerifyKey(bytes.fromhex(case["public_key"]))
-    for index, encoded in enumerate(case["fields"]):
-        field = bytes.fromhex(encoded)
-        if len(leaves) == 1:
-            key.verify(messages[index], field)
-            continue
-        key.verify(message(name("event-batch"), size, tree(leaves)), field[:64])
-        way = struct.pack(">I", index) + size + b"".join(path(leaves, index))
-        check(field[64:].hex(), way.hex(), f"way up from message {index}")
+    key = bytes.fromhex(case["public_key"])
+
+    def judge(trial: dict) -> None:
+        for index, encoded in enumerate(trial["fields"]):
+            field = bytes.fromhex(encoded)
+            verify_field(1, key, messages[index], field)
+            if len(messages) > 1:
+                ups = b"".join(path([leaf(held) for held in messages], index))
+                way = struct.pack(">II", index, len(messages)) + ups
+                check(field[64:].hex(), way.hex(), f"way up from message {index}")
+
+    expect(judge, case)
 
 
 def check_block(case: dict) -> None:

@@ -16,16 +16,17 @@ from pathlib import Path
 import agreement
 import ceremonies
 import contradictions
+import judged
 import msgspec
 import notes
 import proofs
+import said
 import shown
 import signatures
 import transitions
 
 from consensus import portions as p
 from consensus.accumulators import AccumulatorWindow, WindowEntry, WindowTerms, window_root
-from consensus.batch_signature import sign_messages
 from consensus.beacon import beacon_message, picked_steps
 from consensus.block import Header
 from consensus.certificate import Certificate, certificate_message
@@ -47,8 +48,7 @@ from consensus.event import (
 )
 from consensus.genesis import MemberPlan, generate_genesis
 from consensus.identifiers import ChainId, Role, Tag, View, tagged_hash, tagged_message
-from consensus.job_key import job_key_id
-from consensus.keys import Ed25519SigningKey, SignatureScheme, signer_for
+from consensus.keys import Ed25519SigningKey, SignatureScheme
 from consensus.membership import ED25519_LIST, Membership, committee, member_id
 from consensus.membership_change import MembershipChange, membership_digest
 from consensus.merkle import leaf_hash, root_of
@@ -148,29 +148,6 @@ def events() -> list[Case]:
                 "message": signature_message(entry, event_id(entry), role).hex(),
                 "public_key": key.public_key.hex(),
                 "signature": signed.signatures[0].signature.hex(),
-            }
-        )
-    return cases
-
-
-def job_keys() -> list[Case]:
-    """What the log calls a job key, by scheme."""
-    keys = [signer_for(scheme, octets("job", scheme.label)) for scheme in SignatureScheme]
-    return [{"scheme": key.scheme, "public_key": key.public_key.hex(), "id": job_key_id(key).hex()} for key in keys]
-
-
-def batch_signatures() -> list[Case]:
-    """The signature fields of messages that one Ed25519 key signed together."""
-    cases: list[Case] = []
-    key = Ed25519SigningKey(octets("seed", "batch"))
-    for count in (1, 2, 3, 7, 8):
-        messages = [octets("message", number) for number in range(count)]
-        fields = sign_messages(key, messages)
-        cases.append(
-            {
-                "public_key": key.public_key.hex(),
-                "messages": [message.hex() for message in messages],
-                "fields": [field.hex() for field in fields],
             }
         )
     return cases
@@ -451,8 +428,8 @@ FILES = {
     "tagged_hash": hashes,
     "portions": portions,
     "events": events,
-    "job_keys": job_keys,
-    "batch_signatures": batch_signatures,
+    "job_keys": signatures.job_keys,
+    "batch_signatures": signatures.batch_signatures,
     "blocks": blocks,
     "log_tree": trees,
     "log_proofs": proofs.log_proofs,
@@ -467,7 +444,11 @@ FILES = {
     "evidence": contradictions.evidence,
     "ceremony": ceremonies.ceremony,
     "checkpoints": notes.checkpoints,
+    "signed_events": judged.signed_events,
+    "ledger_blocks": judged.ledger_blocks,
     "receipts": shown.receipts,
+    "round_messages": said.round_messages,
+    "node_messages": said.node_messages,
     "epoch_links": shown.epoch_links,
     "bundles": shown.bundles,
     "transitions": transitions.transitions,

@@ -4,7 +4,7 @@ Each refused case has one fault. What honest members would not certify is certif
 has to tell.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 
 from agreement import Case, octets, refusal
@@ -29,6 +29,7 @@ from consensus.bundle import (
 )
 from consensus.codec import encode
 from consensus.epochs import Anchor, EpochLink, Pin, anchor, verify_header
+from consensus.event import CheckedEvent
 from consensus.identifiers import Role
 from consensus.membership import ED25519_LIST, Membership
 from consensus.membership_change import membership_digest
@@ -37,31 +38,35 @@ from consensus.receipt import Receipt, StateReceipt, verify_receipt, verify_stat
 from consensus.state import EPOCH_HEAD_KEY, RETIRED_TABLE, SOURCE_TABLE, EpochHead
 
 COUNTS = {"data-source": 2, "governance": 3, "operator": 1}
-Change = Callable[[MemoryLedger], None]
 
 
 class Shown:
     """A log of two epochs: a source and a policy, a source, the change of members, a source of one that joined.
 
-    ``certified`` of the ledger holds these four headers; ``ending`` is the ledger's state before the change.
+    ``certified`` of the ledger holds these four headers, ``after`` what is before the first and after each of them.
     """
 
     def __init__(self, seed: int = 0) -> None:
         ledger = self.ledger = MemoryLedger(COUNTS, seed, certificate_scheme=ED25519_LIST)
+        self.after = [ledger.ledger]
         self.books = ledger.source(LIBRARIAN, "books")
-        ledger.seal(self.books, ledger.policy())
-        ledger.seal(ledger.source(HOSPITAL, "records"))
+        self._seal(self.books, ledger.policy())
+        self._seal(ledger.source(HOSPITAL, "records"))
         self.before = ledger.committee
         membership, secrets = next_membership(
             ledger.genesis, ledger.committee, ledger.secrets, add={"archive": "data-source"}, rotate=[OPERATOR]
         )
         self.membership = membership
-        ledger.seal(change_event(ledger, membership))
+        self._seal(change_event(ledger, membership))
         self._old = ledger.scheme, ledger.committee, dict(ledger.secrets)
         ledger.enter_epoch(membership, secrets)
-        ledger.seal(ledger.source("archive", "letters"))
+        self._seal(ledger.source("archive", "letters"))
         self.trusted: Anchor = anchor(ledger.genesis, ledger.chain_id)
         self.link = ledger.all_links[0]
+
+    def _seal(self, *events: CheckedEvent) -> None:
+        self.ledger.seal(*events)
+        self.after.append(self.ledger.ledger)
 
     def receipt(self, index: int, block: int, links: tuple[EpochLink, ...] = ()) -> Receipt:
         """Of an event, under one of the certified headers."""
@@ -98,7 +103,7 @@ def shown(seed: int = 0) -> Shown:
     return Shown(seed)
 
 
-def _shared() -> Case:
+def shared() -> Case:
     ledger = shown().ledger
     return {"genesis": encode(ledger.genesis).hex(), "chain_id": ledger.chain_id.hex()}
 
@@ -145,7 +150,7 @@ def receipts() -> list[Case]:
         refusal(what, partial(verify_state_receipt, told.trusted, bad, key), key=key.hex(), state_receipt=bad.hex())
         for what, key, bad in _bad_state_receipts()
     ]
-    return [{**_shared(), "refused": refused, "accepted": accepted}]
+    return [{**shared(), "refused": refused, "accepted": accepted}]
 
 
 def _old_operator() -> bytes:
@@ -264,7 +269,7 @@ def epoch_links() -> list[Case]:
         verify_header(told.trusted.follow(links), header, certificate)
 
     refused = [refusal(what, partial(judge, *bad), **_linked(*bad)) for what, bad in _bad_links()]
-    return [{**_shared(), "refused": refused, "accepted": accepted}]
+    return [{**shared(), "refused": refused, "accepted": accepted}]
 
 
 def _linked(links: tuple[EpochLink, ...], header: bytes, certificate: bytes) -> Case:
@@ -357,7 +362,7 @@ def bundles() -> list[Case]:
         refusal(what, partial(open_bundle, told.trusted, bad, pin), pin=_pinned(pin), bundle=bad.hex())
         for what, bad, pin in _bad_bundles()
     ]
-    return [{**_shared(), "refused": refused, "accepted": accepted}]
+    return [{**shared(), "refused": refused, "accepted": accepted}]
 
 
 def _pinned(pin: Pin | None) -> list[object] | None:
@@ -381,13 +386,13 @@ def _event(index: int, block: int, **fields: object) -> BundleEvent:
     return replace(BundleEvent(told.ledger.entry(index), index, proof, None, None, None, None), **fields)
 
 
-def _portions(index: int) -> p.Portions:
+def portions_of(index: int) -> p.Portions:
     return p.decode_portions(shown().ledger.portions(index))
 
 
 def _items(index: int) -> DisclosedItems:
     """The only item of a source, disclosed by itself."""
-    portion = _portions(index).data
+    portion = portions_of(index).data
     assert portion is not None
     item = DisclosedItem(0, p.item_salt(portion.salt, 0), portion.items[0].content, (), None)
     return DisclosedItems(p.data_items_root(portion), 1, (item,))
@@ -417,8 +422,8 @@ def _full() -> tuple[str, Bundle, Pin | None]:
     bundle = _bundle(
         3,
         events=(
-            _event(0, 3, data=_portions(0).data),
-            _event(1, 3, governance=_portions(1).governance),
+            _event(0, 3, data=portions_of(0).data),
+            _event(1, 3, governance=portions_of(1).governance),
             _event(2, 3, items=_items(2)),
         ),
         records=tuple(StateProof(key, state.prove(key)) for key in keys),
@@ -451,7 +456,7 @@ def _bad_bundles() -> Iterator[tuple[str, bytes, Pin | None]]:
     yield "records in another order", changed(records=full.records[::-1]), None
     yield "a range twice", changed(ranges=full.ranges * 2), None
     yield "a proof of inclusion in another log", disclosing(0, proof=_event(0, 1).proof), None
-    data, governance = _portions(0).data, _portions(1).governance
+    data, governance = portions_of(0).data, portions_of(1).governance
     assert data is not None
     assert governance is not None
     yield "a data portion with another salt", disclosing(0, data=replace(data, salt=octets("salt"))), None

@@ -1,4 +1,4 @@
-"""The golden vectors of Ed25519 where libraries differ: what every member must accept or refuse alike."""
+"""The golden vectors of signatures: Ed25519 where libraries differ, fields of batches, and fields of job keys."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +18,11 @@ from ed25519_fixtures import (
     torsion_points,
 )
 
-from consensus.keys import Ed25519SigningKey, SignatureScheme, check_public_key, verify
+from consensus.batch_signature import sign_messages, verify_field
+from consensus.identifiers import Tag, tagged_hash, tagged_message
+from consensus.job_key import job_key_id, sign_as_job, verify_job_signature
+from consensus.keys import Ed25519SigningKey, SignatureScheme, check_public_key, signer_for, verify
+from consensus.merkle import leaf_hash, root_of
 
 SCHEME = SignatureScheme.ED25519
 SEED = octets("seed", "ed25519")
@@ -115,3 +119,105 @@ def _bad_signatures() -> Iterator[tuple[str, bytes, bytes, bytes]]:
     yield "another message", key, b"massage", good
     yield "a signature a byte short", key, b"message", good[:-1]
     yield "a signature a byte longer", key, b"message", good + b"\x00"
+
+
+# What stands beside a signer in an entry
+
+
+def batch_signatures() -> list[Case]:
+    """Signature fields of one message or of many that one Ed25519 key signed together, and what is none."""
+    key = Ed25519SigningKey(octets("seed", "batch"))
+    cases = []
+    for what, message, field in _bad_fields(key):
+        call = partial(verify_field, SCHEME, key.public_key, message, field)
+        held = {"public_key": key.public_key.hex(), "messages": [message.hex()], "fields": [field.hex()]}
+        cases.append(refusal(what, call, **held))
+    for count in (1, 2, 3, 7, 8):
+        messages = [octets("message", number) for number in range(count)]
+        fields = sign_messages(key, messages)
+        cases.append(
+            {
+                "what": f"{count} messages",
+                "public_key": key.public_key.hex(),
+                "messages": [message.hex() for message in messages],
+                "fields": [field.hex() for field in fields],
+            }
+        )
+    return cases
+
+
+def _place(index: int, size: int) -> bytes:
+    return index.to_bytes(4, "big") + size.to_bytes(4, "big")
+
+
+def _bad_fields(key: Ed25519SigningKey) -> Iterator[tuple[str, bytes, bytes]]:
+    """Of the third of three messages: its path is one hash."""
+    messages = [octets("message", number) for number in range(3)]
+    first, _, field = sign_messages(key, messages)
+    message, signature, path = messages[2], field[:64], field[72:]
+    yield "a plain signature of another message", message, key.sign(messages[0])
+    yield "the signature over the root without its way", message, signature
+    yield "a field of another message", message, first
+    yield "another index", message, signature + _place(0, 3) + path
+    yield "an index beyond the batch", message, signature + _place(3, 3) + path
+    yield "another size", message, signature + _place(2, 4) + path
+    yield "a batch of one", message, signature + _place(0, 1) + path
+    yield "a batch of more than 65,536", message, signature + _place(2, 65_537) + path
+    yield "another hash", message, signature + _place(2, 3) + octets("hash")
+    yield "a hash more", message, field + octets("hash")
+    yield "no hash", message, field[:72]
+    yield "a byte more", message, field + b"\x00"
+    yield "a byte short", message, field[:-1]
+    yield "17 hashes", message, signature + _place(2, 3) + octets("hash") * 17
+    root = root_of([leaf_hash(held) for held in messages])
+    yield "a signature over the root without a size", message, key.sign(root) + field[64:]
+    yield (
+        "a signature over the root with another size",
+        message,
+        (key.sign(tagged_message(Tag.EVENT_BATCH, (4).to_bytes(4, "big"), root)) + field[64:]),
+    )
+    flat = root_of([tagged_hash(Tag.EVENT, held) for held in messages])
+    yield (
+        "leaves with a tag",
+        message,
+        (key.sign(tagged_message(Tag.EVENT_BATCH, (3).to_bytes(4, "big"), flat)) + field[64:]),
+    )
+
+
+def job_keys() -> list[Case]:
+    """What the log calls a job key, by scheme, and signature fields that are not its own."""
+    cases = []
+    for what, identifier, message, field in _bad_job_fields():
+        call = partial(verify_job_signature, identifier, message, field)
+        cases.append(refusal(what, call, id=identifier.hex(), message=message.hex(), field=field.hex()))
+    key, messages = Ed25519SigningKey(octets("job", "ed25519")), [octets("message", number) for number in range(3)]
+    for what, fields in (("plain", sign_as_job(key, messages[:1])), ("of a batch", sign_as_job(key, messages))):
+        verify_job_signature(key.public_key, messages[0], fields[0])
+        held = {"id": key.public_key.hex(), "message": messages[0].hex(), "field": fields[0].hex()}
+        cases.append({"what": f"a field of scheme 1, {what}", **held})
+    for scheme in SignatureScheme:
+        held_key = signer_for(scheme, octets("job", scheme.label))
+        public = held_key.public_key.hex()
+        named = {"scheme": held_key.scheme, "public_key": public, "id": job_key_id(held_key).hex()}
+        cases.append({"what": f"a key of scheme {scheme.value}", **named})
+    return cases
+
+
+def _bad_job_fields() -> Iterator[tuple[str, bytes, bytes, bytes]]:
+    key, other = Ed25519SigningKey(octets("job", "ed25519")), Ed25519SigningKey(octets("another job"))
+    post_quantum = signer_for(SignatureScheme.ML_DSA_65, octets("job", "ml-dsa-65"))
+    message = octets("message", 0)
+    yield "signed by another key", key.public_key, message, other.sign(message)
+    yield "signed over another message", key.public_key, message, key.sign(octets("message", 1))
+    yield (
+        "the public key before the signature, in scheme 1",
+        key.public_key,
+        message,
+        key.public_key + key.sign(message),
+    )
+    for length in (0, 63, 65, 72, 104 + 32 * 16, 5_260, 5_262, 5_269):
+        yield f"a field of {length} bytes", key.public_key, message, bytes(length)
+    named = job_key_id(post_quantum)
+    yield "another key than the id names, in scheme 2", octets("id"), message, post_quantum.public_key + bytes(3_309)
+    yield "a wrong signature, in scheme 2", named, message, post_quantum.public_key + bytes(3_309)
+    yield "a signature of scheme 1 for an id of scheme 2", named, message, key.sign(message)
