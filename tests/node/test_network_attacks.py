@@ -228,6 +228,20 @@ async def test_bytes_that_raise_inside_stream_negotiation_kill_neither_node_nor_
 
 
 @pytest.mark.trio
+async def test_stream_that_the_accepting_side_opens_is_reset_and_the_diallers_goes_on() -> None:
+    async with victim_and_member() as (network, victim, member), attacker(member, victim) as connection:
+        (state,) = network._members.values()
+        await until(lambda: LinkKind.URGENT in state.links)
+        muxer = state.links[LinkKind.URGENT]._connection._stream.conn
+        stream = await muxer.open_stream()
+        with trio.fail_after(30), pytest.raises(LOST):
+            await muxer.read_stream(stream.stream_id, 1)
+        await connection.send(frame(FrameKind.VOTES, b"same connection"))
+        with trio.fail_after(30):
+            assert (await network.incoming.receive()).frame == b"same connection"
+
+
+@pytest.mark.trio
 async def test_bytes_that_raise_in_the_first_stream_of_a_connection_kill_nothing() -> None:
     async with victim_and_member(replace(FAST, handshake_seconds=3.0)) as (network, victim, member):
         tcp, muxer, nursery_scope = await _muxed(victim, member)
