@@ -241,6 +241,71 @@ def test_no_misreading_of_an_effect_passes(right: str, wrong: str, tmp_path: Pat
     assert "the vector says" in made.stderr or "Refused" in made.stderr, made.stderr
 
 
+LEFT_OUT = {
+    "a torsion component": ("check_vectors.py", "not edwards_same(edwards_times(EDWARDS_ORDER, point), IDENTITY)"),
+    "S above the order": ("check_vectors.py", "s >= EDWARDS_ORDER"),
+    "the identity": ("check_vectors.py", "edwards_same(point, IDENTITY)"),
+    "hashes between equal sizes": ("check_vectors.py", "len(proof) != (older is None)"),
+    "the root of nothing": ("check_vectors.py", "(first == 0 and older != tree([]))"),
+    "the size of a batch": ("check_vectors.py", "not 2 <= size <= 65_536"),
+    "the key of a job key's id": ("check_vectors.py", "job_key_id(scheme, key) != identifier"),
+    "how far an epoch went": (
+        "check_shown.py",
+        'size < held["first"][0] or (held["end"] is not None and size > held["end"][0])',
+    ),
+    "the log at which an epoch ended": ("check_shown.py", "any(size == at and root != known for at, known in ends)"),
+    "whose certificate it is": (
+        "check_shown.py",
+        '(block, view, epoch) != (tagged(name("block"), encoded), header[4], header[2])',
+    ),
+    "a changed role": (
+        "check_shown.py",
+        "any(before.get(member_id(new), new[1]) != new[1] for new in members)",
+    ),
+    "the digest of members": (
+        "check_shown.py",
+        'tagged(name("membership"), self.chain_id, membership) != digest',
+    ),
+    "a signer too many": ("check_shown.py", "len(signers) > 1"),
+    "a quorum of signers": ("check_shown.py", "role in AUTHORS[kind] and signed_by < needed"),
+    "the order of what a bundle holds": ("check_shown.py", "len(set(places)) != len(places)"),
+    "portions disclosed twice": ("check_shown.py", "(data is not None and items is not None)"),
+    "the pinned log": ("check_shown.py", "header[12] != root"),
+    "numbers outside campaigns": ("check_shown.py", "opened[6:8] != [0, 0]"),
+    "the time of a ledger block": ("check_shown.py", "header[8] < parent[8]"),
+    "100 signatures": ("check_shown.py", "len(lines) > 100"),
+    "the order of votes": ("check_said.py", "voters != sorted(set(voters))"),
+    "what votes are for": (
+        "check_said.py",
+        "any((vote[3], vote[4], vote[5]) != (kind, view, block) for vote in held)",
+    ),
+    "a share on another vote": ("check_said.py", 'share != b"" and kind != FINALIZE'),
+    "an event twice": ("check_said.py", "len(set(leaves)) != len(leaves)"),
+    "32 events": ("check_said.py", "count == 32"),
+    "the stream of a frame": ("check_said.py", '(stream == "votes" and kind > 1)'),
+    "the length of a refusal": ("check_said.py", "(kind == 5 and length > 8 + 64)"),
+}
+"""By the rule, a condition of a checker that refuses what breaks it."""
+
+
+@pytest.mark.parametrize(("checker", "rule"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_no_rule_can_be_left_out(checker: str, rule: str, tmp_path: Path) -> None:
+    for name in ("check_vectors.py", "check_shown.py", "check_said.py"):
+        text = (VECTORS / name).read_text()
+        if name == checker:
+            assert text.count(rule) == 1
+            text = text.replace(rule, "False")
+        (tmp_path / name).write_text(text)
+    made = subprocess.run(
+        [sys.executable, str(tmp_path / checker), str(VECTORS)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert made.returncode == 1, made.stdout
+
+
 @pytest.mark.parametrize(
     ("checker", "expected"),
     [

@@ -29,7 +29,7 @@ from consensus.bundle import (
 )
 from consensus.codec import encode
 from consensus.epochs import Anchor, EpochLink, Pin, anchor, verify_header
-from consensus.event import CheckedEvent
+from consensus.event import CheckedEvent, sign_entry
 from consensus.identifiers import Role
 from consensus.membership import ED25519_LIST, Membership
 from consensus.membership_change import membership_digest
@@ -196,6 +196,9 @@ def _bad_entries() -> Iterator[tuple[str, bytes]]:
     yield "a source that its author did not sign", encode(replace(source, signatures=policy.signatures[:1]))
     both = tuple(sorted((*source.signatures, *policy.signatures[:1]), key=lambda held: held.signer))
     yield "a source that somebody else signed, too", encode(replace(source, signatures=both))
+    hospital = told.ledger.secrets[HOSPITAL].identity
+    beside = sign_entry(source, told.ledger.ids[HOSPITAL], "data-source", hospital)
+    yield "a source that another of its author's role signed, too", encode(beside)
     yield "signatures out of order", encode(replace(policy, signatures=policy.signatures[::-1]))
     yield (
         "a signature of another event",

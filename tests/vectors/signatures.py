@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from hashlib import sha512
 
-from agreement import Case, octets, refusal
+from agreement import Case, Signing, octets, refusal
 from ed25519_fixtures import (
     BASE_POINT,
     EDGE_CASES,
@@ -22,6 +22,7 @@ from consensus.batch_signature import sign_messages, verify_field
 from consensus.identifiers import Tag, tagged_hash, tagged_message
 from consensus.job_key import job_key_id, sign_as_job, verify_job_signature
 from consensus.keys import Ed25519SigningKey, SignatureScheme, check_public_key, signer_for, verify
+from consensus.membership import ML_DSA_65_LIST
 from consensus.merkle import leaf_hash, root_of
 
 SCHEME = SignatureScheme.ED25519
@@ -163,6 +164,11 @@ def _bad_fields(key: Ed25519SigningKey) -> Iterator[tuple[str, bytes, bytes]]:
     yield "another size", message, signature + _place(2, 4) + path
     yield "a batch of one", message, signature + _place(0, 1) + path
     yield "a batch of more than 65,536", message, signature + _place(2, 65_537) + path
+    many = [octets("message", number) for number in range(65_537)]
+    last = leaf_hash(many[-1])
+    below = root_of([leaf_hash(held) for held in many[:-1]])
+    over = tagged_message(Tag.EVENT_BATCH, (65_537).to_bytes(4, "big"), root_of([below, last]))
+    yield "the last of 65,537 messages", many[-1], key.sign(over) + _place(65_536, 65_537) + below
     yield "another hash", message, signature + _place(2, 3) + octets("hash")
     yield "a hash more", message, field + octets("hash")
     yield "no hash", message, field[:72]
@@ -195,17 +201,20 @@ def job_keys() -> list[Case]:
         verify_job_signature(key.public_key, messages[0], fields[0])
         held = {"id": key.public_key.hex(), "message": messages[0].hex(), "field": fields[0].hex()}
         cases.append({"what": f"a field of scheme 1, {what}", **held})
+    named, message, field = _post_quantum()
+    verify_job_signature(named, message, field)
+    told = {"id": named.hex(), "message": message.hex(), "field": field.hex()}
+    cases.append({"what": "a field of scheme 2, plain", **told})
     for scheme in SignatureScheme:
         held_key = signer_for(scheme, octets("job", scheme.label))
         public = held_key.public_key.hex()
-        named = {"scheme": held_key.scheme, "public_key": public, "id": job_key_id(held_key).hex()}
-        cases.append({"what": f"a key of scheme {scheme.value}", **named})
+        held = {"scheme": held_key.scheme, "public_key": public, "id": job_key_id(held_key).hex()}
+        cases.append({"what": f"a key of scheme {scheme.value}", **held})
     return cases
 
 
 def _bad_job_fields() -> Iterator[tuple[str, bytes, bytes, bytes]]:
     key, other = Ed25519SigningKey(octets("job", "ed25519")), Ed25519SigningKey(octets("another job"))
-    post_quantum = signer_for(SignatureScheme.ML_DSA_65, octets("job", "ml-dsa-65"))
     message = octets("message", 0)
     yield "signed by another key", key.public_key, message, other.sign(message)
     yield "signed over another message", key.public_key, message, key.sign(octets("message", 1))
@@ -217,7 +226,16 @@ def _bad_job_fields() -> Iterator[tuple[str, bytes, bytes, bytes]]:
     )
     for length in (0, 63, 65, 72, 104 + 32 * 16, 5_260, 5_262, 5_269):
         yield f"a field of {length} bytes", key.public_key, message, bytes(length)
-    named = job_key_id(post_quantum)
-    yield "another key than the id names, in scheme 2", octets("id"), message, post_quantum.public_key + bytes(3_309)
-    yield "a wrong signature, in scheme 2", named, message, post_quantum.public_key + bytes(3_309)
+    named, signed, field = _post_quantum()
+    yield "another key than the id names, in scheme 2", octets("id"), signed, field
+    yield "over another message, in scheme 2", named, message, field
+    yield "a wrong signature, in scheme 2", named, signed, field[:-1] + bytes([field[-1] ^ 1])
     yield "a signature of scheme 1 for an id of scheme 2", named, message, key.sign(message)
+
+
+def _post_quantum() -> tuple[bytes, bytes, bytes]:
+    """Id, message and field of a key of scheme 2: a signature that ``certificates`` has, made anew it would differ."""
+    signing = Signing(ML_DSA_65_LIST)
+    voter, signed = signing.voters[0], signing.message()
+    signer = signing.secrets[voter.name].identity
+    return job_key_id(signer), signed, voter.identity_key + signing.shares(signed)[0]
