@@ -1,14 +1,10 @@
 """Custody over HTTP: handing in the files of a campaign's windows, in parts, and having them back.
 
 The log is read on the node's thread (``LogReading``) and everything else is done in a worker thread, one request at a
-time: what of a campaign stands is worked out once for each state of its head.
+time (``one_thread.py``): what of a campaign stands is worked out once for each state of its head.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TypeVar
-
-import trio
 
 from consensus.accumulators import MAX_WINDOW_BYTES
 from consensus.epochs import anchor
@@ -19,11 +15,10 @@ from node.api_log import LogReading
 from node.custody import MAX_READ_BYTES, CommittedWindow, CommittedWindows, HeldWindow, committed_windows
 from node.endpoints import Call, Endpoint
 from node.errors_http import OCTETS, HttpReply, json_reply
+from node.one_thread import OneThread
 from node.service import Service
 
 CAMPAIGNS_REMEMBERED = 16
-
-T = TypeVar("T")
 
 
 class CustodyApi:
@@ -35,7 +30,7 @@ class CustodyApi:
         genesis = service.ledger.genesis
         self._trusted = anchor(genesis, genesis.chain_id)
         self._remembered: OrderedDict[bytes, tuple[bytes, tuple[CommittedWindow, ...]]] = OrderedDict()
-        self._one_at_a_time = trio.CapacityLimiter(1)
+        self._thread = OneThread()
 
     def endpoints(self) -> tuple[Endpoint, ...]:
         """The table."""
@@ -45,7 +40,7 @@ class CustodyApi:
                 "/v1/custody/{campaign}",
                 "A campaign's windows of accumulators, and what of them is kept here.",
                 self.status,
-                refusals=(404, 409, 413),
+                refusals=(404, 409, 413, 429),
             ),
             Endpoint(
                 "PUT",
@@ -61,7 +56,7 @@ class CustodyApi:
                 "The list of a window.",
                 self.window,
                 content_type=OCTETS,
-                refusals=(404,),
+                refusals=(404, 429),
             ),
             Endpoint(
                 "PUT",
@@ -79,15 +74,16 @@ class CustodyApi:
                 self.part,
                 ("offset",),
                 content_type=OCTETS,
-                refusals=(404,),
+                refusals=(404, 429),
             ),
         )
 
     async def status(self, call: Call) -> HttpReply:
         """What is kept of a campaign."""
         campaign, committed, desk = self._campaign(call), self._committed(), self._service.custody
-        windows = await self._in_thread(lambda: desk.windows(campaign, committed))
-        set_aside_bytes = await self._in_thread(lambda: desk.set_aside_bytes)
+        windows, set_aside_bytes = await self._thread.run(
+            call.request, lambda: (desk.windows(campaign, committed), desk.set_aside_bytes)
+        )
         return json_reply(
             {
                 "maximum_bytes": desk.maximum_bytes,
@@ -99,22 +95,24 @@ class CustodyApi:
     async def put_window(self, call: Call) -> HttpReply:
         """Take a window's list."""
         campaign, root, committed = self._campaign(call), fields.digest("root", call.path["root"]), self._committed()
+        desk = self._service.custody
         content = await call.request.body(min(self._max_body_bytes, MAX_WINDOW_BYTES))
-        await self._in_thread(lambda: self._service.custody.take_list(campaign, root, content, committed))
+        await self._thread.run(call.request, lambda: desk.take_list(campaign, root, content, committed))
         return json_reply({"root": root.hex()})
 
     async def window(self, call: Call) -> HttpReply:
         """A window's list."""
         campaign, root = self._campaign(call), fields.digest("root", call.path["root"])
-        content = await self._in_thread(lambda: self._service.custody.read_list(campaign, root))
+        content = await self._thread.run(call.request, lambda: self._service.custody.read_list(campaign, root))
         return HttpReply(200, content, OCTETS)
 
     async def put_part(self, call: Call) -> HttpReply:
         """Take the next part of a file."""
         campaign, sha256 = self._campaign(call), fields.digest("sha256", call.path["sha256"])
         offset = fields.optional_number(call.query, "offset", 0)
+        desk = self._service.custody
         content = await call.request.body(self._max_body_bytes)
-        held_bytes = await self._in_thread(lambda: self._service.custody.take_part(campaign, sha256, offset, content))
+        held_bytes = await self._thread.run(call.request, lambda: desk.take_part(campaign, sha256, offset, content))
         return json_reply({"held_bytes": held_bytes})
 
     async def part(self, call: Call) -> HttpReply:
@@ -122,7 +120,7 @@ class CustodyApi:
         campaign, sha256 = self._campaign(call), fields.digest("sha256", call.path["sha256"])
         offset = fields.optional_number(call.query, "offset", 0)
         desk = self._service.custody
-        content = await self._in_thread(lambda: desk.read_part(campaign, sha256, offset, MAX_READ_BYTES))
+        content = await self._thread.run(call.request, lambda: desk.read_part(campaign, sha256, offset, MAX_READ_BYTES))
         return HttpReply(200, content, OCTETS)
 
     @staticmethod
@@ -147,9 +145,6 @@ class CustodyApi:
             return known[1]
 
         return committed
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(work, limiter=self._one_at_a_time)
 
 
 def _window_fields(held: HeldWindow) -> dict[str, object]:

@@ -5,13 +5,12 @@ receipts, ``?proof=1``, bundles, checkpoint and tiles (C2SP tlog-tiles: hashes a
 entries with 2-byte big-endian lengths). The JSON answers are for people and for the trainer's convenience.
 
 Work on the node's thread is bounded per request, and what is long is done in slices that take turns; bundles are made
-in a worker thread, one at a time.
+in a worker thread, one at a time (``one_thread.py``).
 """
 
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
-import trio
 
 from consensus import merkle
 from consensus.block import decode_header
@@ -39,6 +38,7 @@ from node.bundles import export_bundle
 from node.endpoints import Call, Endpoint
 from node.errors_http import NOTE, OCTETS, HttpReply, json_reply
 from node.ledger import CAMPAIGN_TERM, KIND_TERM, SOURCE_TERM, Ledger
+from node.one_thread import OneThread
 from node.service import EventState, EventStatus, Service
 from node.store import Store
 
@@ -58,7 +58,7 @@ class LogApi:
         self._service = service
         self._ledger: Ledger = service.ledger
         self._genesis = genesis_to_json(self._ledger.genesis)
-        self._bundles = trio.CapacityLimiter(1)
+        self._bundles = OneThread()
 
     def endpoints(self) -> tuple[Endpoint, ...]:
         """The table."""
@@ -96,7 +96,7 @@ class LogApi:
                 self.bundle,
                 about,
                 content_type=OCTETS,
-                refusals=(404, 409, 413),
+                refusals=(404, 409, 413, 429),
             ),
             Endpoint(
                 "GET",
@@ -283,7 +283,7 @@ class LogApi:
                 pinned_size=pinned_size,
             )
 
-        return HttpReply(200, await trio.to_thread.run_sync(export, limiter=self._bundles), OCTETS)
+        return HttpReply(200, await self._bundles.run(call.request, export), OCTETS)
 
     async def consistency(self, call: Call) -> HttpReply:
         """Proof that the log of ``second`` events extends that of ``first``."""

@@ -147,6 +147,11 @@ class HttpRequest:
         """Nothing holds the body any more, though the request is not answered yet."""
         self._connection.release_body()
 
+    @property
+    def network(self) -> bytes:
+        """Where the client is (``places.py``)."""
+        return self._connection.place.network
+
     async def next_turn(self, size_bytes: int = 0) -> None:
         """Wait for the turn of a slice of long work, of a few milliseconds. Before it all other tasks have had a turn
         since the last such slice, of whichever request; more of them where it is of many bytes and cannot be divided.
@@ -156,6 +161,10 @@ class HttpRequest:
     def give_way(self) -> None:
         """The answer may be long in coming: from now on a newcomer may have this connection's place."""
         self._connection.give_way()
+
+    def keep_place(self) -> bool:
+        """From now on nobody may have this connection's place. False where a newcomer has it: who asked is cut off."""
+        return self._connection.keep_place()
 
 
 class AddressReport(Protocol):
@@ -208,7 +217,7 @@ async def serve_http(
 class _Connection:
     def __init__(self, server: _Server, stream: trio.SocketStream, place: Place) -> None:
         self._server = server
-        self._place = place
+        self.place = place
         self._limits = server.limits
         self._stream = stream
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=server.limits.head_bytes)
@@ -243,7 +252,7 @@ class _Connection:
                     return
                 self._is_between_chunks = any(name == b"transfer-encoding" for name, _ in event.headers)
                 self._is_in_trailers = False
-                self._server.places.serve(self._place)
+                self._server.places.serve(self.place)
                 try:
                     await self._answer(event)
                 finally:
@@ -354,7 +363,12 @@ class _Connection:
 
     def give_way(self) -> None:
         """``HttpRequest.give_way``."""
-        self._server.places.wait(self._place)
+        self._server.places.wait(self.place)
+
+    def keep_place(self) -> bool:
+        """``HttpRequest.keep_place``."""
+        self._server.places.serve(self.place)
+        return self.place.is_held
 
     async def _answer(self, event: h11.Request) -> None:
         method = event.method.decode("ascii")
@@ -375,7 +389,7 @@ class _Connection:
         finally:
             self.release_body()
         self.give_way()  # a client that takes nothing waits, like one that asks nothing
-        with self._server.room_for(reply, self._place.network) as reply:
+        with self._server.room_for(reply, self.place.network) as reply:
             await self._send(method, reply)
 
     async def _send(self, method: str, reply: HttpReply) -> None:
