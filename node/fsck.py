@@ -515,12 +515,16 @@ class _Check:
         table, found, at = key[:1], key[1:], to_int(value)
         if table in (BY_BLOCK, BY_LOG_SIZE):
             header = self._reader.get("headers", u64(at), f"height {at}")
-            if header is None or table == BY_BLOCK:
-                return header is not None and header_digest(header) == found
+            if header is None:
+                return self._last_header is not None and at <= self._last_header.height
+            if table == BY_BLOCK:
+                return header_digest(header) == found
             return decode_header(header, self._genesis.chain_id).log_size == to_int(found)
         entry = self._reader.get("entries", u64(at), f"index {at}")
-        if entry is None or table == BY_LEAF:
-            return entry is not None and leaf_hash(entry) == found
+        if entry is None:
+            return table in (BY_LEAF, BY_EVENT) and at < self._log_size
+        if table == BY_LEAF:
+            return leaf_hash(entry) == found
         return table == BY_EVENT and event_id(decode(entry, Entry, MAX_ENTRY_BYTES)) == found
 
     def _listing_belongs(self, key: bytes, _value: bytes) -> bool:
@@ -528,7 +532,7 @@ class _Check:
         entry = self._reader.get("entries", at, f"index {to_int(at)}")
         portions = self._reader.get("portions", at, f"index {to_int(at)}")
         if entry is None or portions is None:
-            return False
+            return to_int(at) < self._log_size  # what it points to is damaged, and noted
         return key[1:-8] in index_terms(check_parts(entry, portions, self._epochs.at(to_int(at)).committee))
 
 

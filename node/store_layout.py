@@ -202,12 +202,20 @@ def open_database(path: Path, create: bool, access: AccessType) -> Database:
     except Exception as error:
         if type(error) is not Exception:
             raise
-        raise InvariantBroken(f"{path}: the database does not open: {error}") from error
+        raise InvariantBroken(f"{path}: the database does not open: {_with_place(path, str(error))}") from error
     database = Database(root)
     for name in _FAMILIES:
         database.families[name] = root.get_column_family(name)
         database.handles[name] = root.get_column_family_handle(name)
     return database
+
+
+def _with_place(path: Path, told: str) -> str:
+    """RocksDB names tables and manifests, but no file of the write-ahead log."""
+    if not told.startswith("Corruption") or any(name in told for name in ("MANIFEST", ".sst", "CURRENT", "manifest")):
+        return told
+    logs = ", ".join(sorted(log.name for log in path.glob("*.log") if log.stat().st_size))
+    return f"{told} in the write-ahead log ({logs})"
 
 
 def was_never_made(path: Path) -> bool:

@@ -226,6 +226,11 @@ def test_a_missing_record_is_found_where_it_was(chain: Chain, family: str, key: 
     assert found in named(chain.check())
 
 
+def test_an_event_that_is_lost_makes_strangers_of_none_that_point_to_it(chain: Chain) -> None:
+    remove(chain, "entries", u64(5))
+    assert named(chain.check()) == {("entries", "index 5"), ("state", "from height 2 on")}
+
+
 def test_damage_to_portions_alone_names_them_alone_and_what_was_not_rechecked(chain: Chain) -> None:
     flip(chain, "portions", u64(5))
     assert named(chain.check()) == {("portions", "index 5"), ("state", "from height 2 on")}

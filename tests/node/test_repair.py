@@ -143,7 +143,7 @@ def flip_tables(victim: Victim) -> None:
 DAMAGES: dict[str, tuple[Callable[[Victim], None], str]] = {
     "bytes flipped in tables": (flip_tables, "Corruption"),
     "byte flipped in the manifest": (lambda victim: flip(victim.files("MANIFEST-*")[-1]), "MANIFEST"),
-    "byte flipped in the write-ahead log": (lambda victim: flip(victim.files("*.log")[-1]), "Corruption"),
+    "byte flipped in the write-ahead log": (lambda victim: flip(victim.files("*.log")[-1]), ".log)"),
     "table missing": (lambda victim: victim.files("*.sst")[-1].unlink(), ".sst"),
     "manifest missing": (lambda victim: victim.files("MANIFEST-*")[-1].unlink(), "MANIFEST"),
     "manifest record's length flipped": (
