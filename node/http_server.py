@@ -357,8 +357,9 @@ class _Connection:
 
     async def next_turn(self, size_bytes: int) -> None:
         """``HttpRequest.next_turn``."""
-        async with self._server.long_turn:
-            for _ in range(1 + size_bytes // SLICE_BYTES):
+        turn = self._server.long_turn
+        async with turn:  # which is a turn of all other tasks; one more for each slice, if it has company
+            for _ in range(size_bytes // SLICE_BYTES + bool(turn.statistics().tasks_waiting)):
                 await trio.lowlevel.checkpoint()
 
     def give_way(self) -> None:

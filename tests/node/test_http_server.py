@@ -494,7 +494,10 @@ async def test_long_work_is_done_a_slice_at_a_time_however_many_requests_are_of_
             for _ in range(50):
                 clients.start_soon(exchange, address, ALIVE)
         nursery.cancel_scope.cancel()
-    assert len(set(slices_in)) == len(slices_in) == 50 * 10
+    assert len(slices_in) == 50 * 10
+    assert max(Counter(slices_in).values()) <= 2, (
+        "the turns are counted by a task that is first in one and last in another"
+    )
 
 
 @pytest.mark.trio
