@@ -89,7 +89,7 @@ def test_member_joins_and_one_leaves_by_commands_while_the_nodes_run(
         folder, config = tmp_path / "second", {name: members[name].config for name in (*NOW, "archive")}
         told = run("membership", "invite", folder, "--config", config["library"], "--add", "archive:data-source",
                    "--remove", "press")  # fmt: skip
-        assert "--keystore STEM.epoch-1.SUFFIX\nand with --keep STEM.SUFFIX if it stays who it is" in told
+        assert "--keystore STEM.epoch-1.SUFFIX --passphrase-file FILE\nand with --keep STEM.SUFFIX if it stays" in told
         assert "beside library.keystore its node looks for\nlibrary.epoch-1.keystore" in told
         invited = read_folder(folder).invitation.digest.hex()
         secrets = next_secrets(consortium, NEXT)
