@@ -215,7 +215,7 @@ def _with_place(path: Path, told: str) -> str:
     if not told.startswith("Corruption") or any(name in told for name in ("MANIFEST", ".sst", "CURRENT", "manifest")):
         return told
     logs = ", ".join(sorted(log.name for log in path.glob("*.log") if log.stat().st_size))
-    return f"{told} in the write-ahead log ({logs})"
+    return f"{told} in the write-ahead log ({logs})" if logs else told
 
 
 def was_never_made(path: Path) -> bool:
