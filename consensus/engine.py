@@ -103,7 +103,7 @@ MAX_ANSWER_MESSAGES = 128
 MAX_ANSWER_BYTES = 2 << 20
 """Of certificates said at once, encoded. What waits for a peer is bounded: of many members with large signatures, more
 would push out what was asked for first."""
-Certified = Notarization | Nullification | Certificate
+ViewCertificate = Notarization | Nullification | Certificate
 """What ends a view."""
 DECIDED = (Status.VALID, Status.REFUSED, Status.INVALID)
 
@@ -179,7 +179,7 @@ class Engine:
         self._timeout_ms = timing.timeout_ms
         self._repeat_from = 0
         self.view = View(final_view + 1)
-        self._entry: Certified | None = certificate
+        self._entry: ViewCertificate | None = certificate
         self._entered_ms = 0
         self._active_since_ms: int | None = None
         self._repeat_at_ms: int | None = None
@@ -505,7 +505,7 @@ class Engine:
         if answered_ms is not None and self._now_ms < answered_ms + self.timing.timeout_ms // 2:
             return
         self._answered_ms[sender] = self._now_ms
-        messages: list[Certified] = []
+        messages: list[ViewCertificate] = []
         newest = self._pending or self._certificate
         if newest is not None and newest.view > stalled.finalized_view:
             messages.append(newest)
@@ -852,7 +852,7 @@ class Engine:
         if header.leader == self.own:
             self._effects += [Broadcast(one) for one in (*_at_once(self._rests_on(header)), state.proposal)]
 
-    def _rests_on(self, header: Header) -> Iterator[Certified]:
+    def _rests_on(self, header: Header) -> Iterator[ViewCertificate]:
         """The certificates by which others accept a proposal: of views since its parent, newest first, and of that."""
         for view in range(header.view - 1, header.parent_view, -1):
             before = self._rounds.get(View(view))
@@ -874,7 +874,7 @@ class Engine:
         return view
 
 
-def _at_once(certificates: Iterable[Certified]) -> Iterator[Certified]:
+def _at_once(certificates: Iterable[ViewCertificate]) -> Iterator[ViewCertificate]:
     """The first of them, as many as may be sent in one go."""
     size_bytes = 0
     for number, certificate in enumerate(certificates):

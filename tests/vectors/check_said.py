@@ -5,11 +5,9 @@
 As ``check_vectors.py``, from which it has the encoding, the hashes and what a case is.
 """
 
-import json
 import struct
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from check_vectors import (
     FINALIZE,
@@ -18,6 +16,7 @@ from check_vectors import (
     VOTE,
     VOTING_ROLES,
     check,
+    check_all,
     decoded,
     expect,
     fields,
@@ -235,15 +234,5 @@ def check_node_message(case: dict) -> None:
 CHECKS = {"round_messages": check_round, "node_messages": check_node_message}
 
 
-def main(folder: str | Path = Path(__file__).parent) -> None:
-    total = 0
-    for file, checker in CHECKS.items():
-        cases = json.loads(Path(folder, f"{file}.json").read_text(encoding="ascii"))
-        for case in cases:
-            checker(case)
-            total += len(case.get("accepted", ())) + len(case.get("refused", ())) or 1
-    print(f"{total} cases hold")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    check_all(CHECKS, *sys.argv[1:])

@@ -7,10 +7,8 @@ As ``check_vectors.py``, from which it has the encoding, the hashes and what a c
 
 import base64
 import hashlib
-import json
 import struct
 import sys
-from pathlib import Path
 
 from check_vectors import (
     HEADER,
@@ -18,6 +16,7 @@ from check_vectors import (
     VOTING_ROLES,
     Refused,
     check,
+    check_all,
     decoded,
     expect,
     fields,
@@ -477,15 +476,5 @@ CHECKS = {
 }
 
 
-def main(folder: str | Path = Path(__file__).parent) -> None:
-    total = 0
-    for file, checker in CHECKS.items():
-        cases = json.loads(Path(folder, f"{file}.json").read_text(encoding="ascii"))
-        for case in cases:
-            checker(case)
-            total += len(case.get("accepted", ())) + len(case.get("refused", ())) or 1
-    print(f"{total} cases hold")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    check_all(CHECKS, *sys.argv[1:])
