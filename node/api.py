@@ -67,6 +67,7 @@ class Api:
         template = _UNMATCHED
         method = "OTHER"
         reply = error_reply(500, HttpFault.INTERNAL, "see the node's log")
+        is_answered = True
         try:
             self._gate.admit(request.headers)
             endpoint, path = self._router.find(request.method, request.path)
@@ -77,8 +78,12 @@ class Api:
         except MethodNotAllowed as error:
             detail = f"{request.method} {request.path[:80]}, allowed: {error.allowed}"
             reply = error_reply(405, HttpFault.METHOD_NOT_ALLOWED, detail, ("allow", error.allowed))
+        except trio.Cancelled:  # who asked was cut off, or the node ends
+            is_answered = False
+            raise
         finally:
-            self._metrics.request_answered(method, template, reply.status, time.perf_counter() - started)
+            if is_answered:
+                self._metrics.request_answered(method, template, reply.status, time.perf_counter() - started)
         return reply
 
     def _endpoints(self) -> tuple[Endpoint, ...]:

@@ -9,7 +9,7 @@ Rules:
 4. Connections take turns: of those whose requests are here a few are taken apart and answered between two turns of
    all the node's other tasks, and a body is taken a few pieces at a time. However many clients ask at once, votes do
    not wait long. Long work has turns of its own, one at a time (``HttpRequest.next_turn``). Heads and trailers are
-   bounded in lines as in bytes: each line costs the same whatever is in it.
+   bounded in lines as in bytes, what begins a chunk in bytes.
 5. Memory is bounded: head, body, the sum of all bodies until their requests are answered, the sum of all replies until
    they are taken, the number of connections. When there are so many, one that waits for its client, to ask or to take a
    reply, or for an event to be final, gives its place to the next (``places.py``).
@@ -57,7 +57,10 @@ chunk apart costs the same whatever is in it."""
 _FIELDS_END = re.compile(rb"\n\r?\n")
 _NO_REQUEST = frozenset(bytes([byte]) for byte in range(0x21))
 """What begins with one of these h11 refuses without waiting for the end of it."""
-_CHUNK_BEGINS = re.compile(rb"\r?\n?([0-9A-Fa-f]+).*?\r\n", re.DOTALL)
+CHUNK_HEAD_BYTES = 256
+"""Of the line that begins a chunk: its size and extensions, of which no client sends any. To take one apart takes time
+that grows with the square of its length."""
+_CHUNK_BEGINS = re.compile(rb"\r?\n?([0-9A-Fa-f]++).*?\r\n", re.DOTALL)
 """With what is left of the end of the chunk before. h11 may still refuse what this takes, and takes no other."""
 
 
@@ -207,7 +210,8 @@ async def serve_http(
         async with stream:
             with server.places.take(stream) as place:
                 if place is not None:
-                    await _Connection(server, stream, place).run()
+                    with place.scope:
+                        await _Connection(server, stream, place).run()
 
     async with trio.open_nursery() as nursery:
         await nursery.start(trio.serve_listeners, serve_stream, listeners)
@@ -336,15 +340,19 @@ class _Connection:
         return event is not h11.NEED_DATA
 
     def _body_event(self) -> object:
-        """What h11 has of a body, unless that is trailers without end: it takes them apart like a head."""
+        """What h11 has of a body, unless that is trailers without end, which it takes apart like a head, or the line
+        before a chunk without one.
+        """
         if self._is_between_chunks:
             data, _ = self._http.trailing_data
             if self._is_in_trailers:
                 self._is_whole(b"\n" + data)
-            elif begins := _CHUNK_BEGINS.match(data):
+            elif begins := _CHUNK_BEGINS.match(data, 0, CHUNK_HEAD_BYTES):
                 self._is_between_chunks = self._is_in_trailers = not begins[1].strip(b"0")
                 if self._is_in_trailers:
                     self._is_whole(data[begins.end() - 1 :])
+            elif len(data) >= CHUNK_HEAD_BYTES:
+                raise h11.RemoteProtocolError(f"no chunk begins in {CHUNK_HEAD_BYTES} bytes")
         event = self._http.next_event()
         if isinstance(event, h11.Data):
             self._is_between_chunks = event.chunk_end
@@ -377,7 +385,7 @@ class _Connection:
             reply = await self._server.handler(HttpRequest(self, event))
         except (Rejected, Unavailable, SlowClient) as error:
             reply = reply_to(error)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             raise
         except Exception as error:  # the border to clients: a fault of ours costs one reply
             if breaks_invariant(error):

@@ -11,7 +11,7 @@ A network is an IPv4 address, or the first 64 bits of an IPv6 address.
 import ipaddress
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -25,6 +25,8 @@ class Place:
     stream: trio.SocketStream
     network: bytes
     is_held: bool = True
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Of all that is done for the connection: it ends when a newcomer has the place, or it would hold its memory."""
 
 
 class Places:
@@ -80,6 +82,7 @@ class Places:
         place = next(iter(crowd))
         self.leave(place)
         place.stream.socket.close()
+        place.scope.cancel()
         return True
 
 

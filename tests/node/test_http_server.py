@@ -19,6 +19,7 @@ from consensus.rejection import ConfigError, InvariantBroken, Reason, Rejected, 
 from node.config import Address
 from node.errors_http import HttpReply, json_reply
 from node.http_server import (
+    CHUNK_HEAD_BYTES,
     MOST_SMALL_PIECES,
     PIECES_A_TURN,
     REQUESTS_A_TURN,
@@ -237,6 +238,59 @@ async def test_trailers_of_a_request_that_is_refused_unread_are_not_taken_apart(
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize(
+    "begins",
+    [
+        pytest.param(b"1" * 65_000, id="digits-without-end"),
+        pytest.param(b"1;" + b" " * 65_000 + b"\n\r\n", id="blanks"),
+        pytest.param(b"5\r\nhello\r\n" + b"1" * 65_000, id="second-chunk"),
+        pytest.param(b"5" + b";" * 256 + b"\r\nhello", id="a-byte-too-long"),
+        pytest.param(b"5;" + b"\n" * 65_000 + b"\r\nhello", id="bare-lines"),
+    ],
+)
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_what_begins_a_chunk_is_not_taken_apart_beyond_some_bytes(
+    monkeypatch: pytest.MonkeyPatch, begins: bytes, is_read: bool
+) -> None:
+    async def refusing(request: HttpRequest) -> HttpReply:
+        if request.path != "/alive":
+            raise Rejected(Reason.NOT_FOUND, "whatever it is")
+        return HttpReply(200, b"here")
+
+    longest = 0
+    parse = h11.Connection.next_event
+
+    def measured(connection: h11.Connection) -> object:
+        nonlocal longest
+        line = bytes(connection.trailing_data[0]).lstrip(b"\r\n").partition(b"\r\n")[0]
+        longest = max(longest, len(line) if connection.their_state is h11.SEND_BODY else 0)
+        return parse(connection)
+
+    monkeypatch.setattr(h11.Connection, "next_event", measured)
+    request = b"POST / HTTP/1.1\r\n" + HEAD + CHUNKED + begins
+    async with listening() if is_read else listening(handler=refusing) as address:
+        answer = await exchange(address, request)
+        assert answer.startswith(b"HTTP/1.1 400 " if is_read else b"HTTP/1.1 404 "), answer
+        assert b"connection: close" in answer
+        await still_serves(address)
+    assert longest <= CHUNK_HEAD_BYTES
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("step", [1, 7, 300, 5_000])
+async def test_chunk_whose_size_comes_alone_may_hold_anything(step: int) -> None:
+    data = b"0" * 700 + b"\r\n" * 20 + b"1" * 260
+    body = b"%x;a=b\r\n" % len(data)
+    async with listening() as address:
+        request = b"POST / HTTP/1.1\r\n" + HEAD + b"connection: close\r\n" + CHUNKED + body
+        rest = data + b"\r\n0\r\n\r\n"
+        answer = await exchange(
+            address, request, *(rest[at : at + step] for at in range(0, len(rest), step)), pause_seconds=0.0005
+        )
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+
+
+@pytest.mark.trio
 async def test_connection_outlives_two_thousand_requests() -> None:
     patient = replace(SMALL, idle_seconds=60.0)
     async with listening(patient) as address, await trio.open_tcp_stream(address.host, address.port) as stream:
@@ -436,13 +490,16 @@ async def test_client_that_does_not_take_its_reply_gives_its_place_to_the_next()
 
 @pytest.mark.trio
 async def test_request_that_waits_for_something_to_happen_gives_its_place_to_the_next() -> None:
-    entered = trio.Event()
+    entered, left = trio.Event(), trio.Event()
 
     async def waiting(request: HttpRequest) -> HttpReply:
         if request.path != "/alive":
             request.give_way()
             entered.set()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                left.set()
         return HttpReply(200, b"here")
 
     limits = replace(SMALL, connections=1)
@@ -451,6 +508,7 @@ async def test_request_that_waits_for_something_to_happen_gives_its_place_to_the
         await entered.wait()
         await still_serves(address)
         assert await stream.receive_some() == b""
+        assert left.is_set(), "what nobody waits for holds no memory"
 
 
 async def counting_turns(turns: list[int]) -> None:
