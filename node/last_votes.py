@@ -23,7 +23,7 @@ MAX_ANSWER_BYTES = 1 << 16
 FETCH_SECONDS = 5.0
 ASK_AGAIN_SECONDS = 0.2
 VOTES_LOOKED_BACK = 1_000
-"""Ledger blocks looked through, once, for a member's last vote before saying that it never voted."""
+"""Ledger blocks looked through, once, for members' last votes before one is told."""
 
 
 class LastVotes:
@@ -56,13 +56,14 @@ class LastVotes:
             self.note(vote)
 
     def of(self, voter: MemberId) -> Vote | None:
-        """The latest vote of a member: of this run, or kept behind the last ledger blocks."""
-        if voter not in self._last_votes:
-            height = self._ledger.final.header.height
-            for at in range(height, max(self._looked_at_height, height - VOTES_LOOKED_BACK), -1):
-                for vote in self._ledger.votes(at):
-                    self.note(vote)
-            self._looked_at_height = height
+        """The latest vote of a member: of this run, or kept behind the last ledger blocks. A run may know of votes only
+        that came late, repeated by a voter restored from an old copy.
+        """
+        height = self._ledger.final.header.height
+        for at in range(height, max(self._looked_at_height, height - VOTES_LOOKED_BACK), -1):
+            for vote in self._ledger.votes(at):
+                self.note(vote)
+        self._looked_at_height = height
         return self._last_votes.get(voter)
 
     async def missing_from(self, voter: MemberId, restored: Restored) -> Vote | None:

@@ -234,6 +234,27 @@ async def test_vote_that_comes_when_its_view_is_final_is_remembered_as_well(tmp_
         assert hear(late(view), next(member.id for member in committee.voters if member.id != operator)) is None
 
 
+async def test_old_vote_heard_again_does_not_hide_the_later_ones_that_the_log_holds(tmp_path: Path) -> None:
+    """A voter restored from an old copy repeats what it voted, to peers that have forgotten all but their logs."""
+    consortium = Consortium(tmp_path)
+    nodes = [consortium.node(name) for name in NAMES]
+    async with running(nodes):
+        for number in range(2):
+            event = nodes[0].submit(consortium.source_event("data-source-1", number))
+            assert (await nodes[0].wait_final(event.id, 20)).state is EventState.FINAL
+    peer = consortium.node("data-source-1")
+    async with running([peer]):
+        committee, replica = peer.ledger.committee, peer.replica
+        operator = next(member.id for member in committee.voters if member.name == "operator-1")
+        sign = consortium.secrets["operator-1"].identity.sign
+        old = sign_vote(committee, operator, VoteKind.NULLIFY, View(1), ZERO_DIGEST, share=b"", sign=sign)
+        replica._take(Received(operator, Lane.VOTES, encode(old)))
+        assert operator in replica._last_votes._last_votes
+        told = replica._last_votes.of(operator)
+        assert told is not None
+        assert told.view == peer.ledger.final.header.view > 1
+
+
 async def test_voter_that_meets_a_vote_it_lost_before_peers_were_asked_follows_and_does_not_halt(
     tmp_path: Path,
 ) -> None:
