@@ -78,7 +78,7 @@ class _Share:
     """What one peer, or this node's clients, brought; each event is in one of the three."""
 
     urgent: OrderedDict[Digest, CheckedEvent] = field(default_factory=OrderedDict)
-    """In order of arrival."""
+    """In order of arrival, but those a ledger block was tried with in vain after the others, in that order."""
     untried: OrderedDict[Digest, CheckedEvent] = field(default_factory=OrderedDict)
     """In order of arrival."""
     refused: OrderedDict[Digest, CheckedEvent] = field(default_factory=OrderedDict)
@@ -115,7 +115,7 @@ class Mempool:
         self._settled: OrderedDict[Digest, int] = OrderedDict()
         """When ``to_settle`` last gave each of the others."""
         self._urgent: OrderedDict[Digest, None] = OrderedDict()
-        """In order of arrival."""
+        """In order of arrival, but those a ledger block was tried with in vain after the others, in that order."""
         self._orphans: dict[bytes, set[Digest]] = {}
         """By job key."""
         self._rejected: OrderedDict[Digest, Rejected] = OrderedDict()
@@ -235,14 +235,22 @@ class Mempool:
     def refused(self, leaf_hash: Digest) -> None:
         """A ledger block was tried with a pending event and could not have it yet: its turn is after the others'."""
         waiting = self._waiting.get(leaf_hash)
-        if waiting is not None and not _goes_first(waiting.event):
-            share = self._shares[waiting.sender]
+        if waiting is None:
+            return
+        share = self._shares[waiting.sender]
+        if leaf_hash in self._urgent:
+            self._urgent.move_to_end(leaf_hash)
+        if _goes_first(waiting.event):
+            share.urgent.move_to_end(leaf_hash)
+        else:
             share.untried.pop(leaf_hash, None)
             share.refused[leaf_hash] = waiting.event
             share.refused.move_to_end(leaf_hash)
 
     def urgent_before(self, since_ms: int) -> list[Waiting]:
-        """Urgent events that came before ``since_ms``, in order of arrival, changes of members last."""
+        """Urgent events that came before ``since_ms``: in order of arrival, but those ``refused`` after the others;
+        changes of members last.
+        """
         held = [waiting for leaf in self._urgent if (waiting := self._waiting[leaf]).since_ms < since_ms]
         return sorted(held, key=lambda one: one.event.entry.kind is Kind.MEMBERSHIP)
 

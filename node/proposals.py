@@ -27,7 +27,7 @@ from consensus.block import Header
 from consensus.branches import Verdict
 from consensus.codec import decode, encode
 from consensus.effect import RequestProposal
-from consensus.event import CheckedEvent, pack_parts
+from consensus.event import CheckedEvent, Kind, pack_parts
 from consensus.identifiers import Digest, MemberId
 from consensus.portions import Delegation
 from consensus.rejection import Reason, Rejected, Unavailable
@@ -37,7 +37,7 @@ from consensus.vote import Proposal, check_proposal, sign_proposal
 from node.clock import Clock
 from node.intake import Intake
 from node.ledger import Finalized, Ledger
-from node.mempool import Mempool
+from node.mempool import Mempool, Waiting
 from node.messages import Events, FoundProposal, GetEvents, GetProposal, in_turns
 from node.network import Network
 from node.voter import HeldBlock, VotingKeys
@@ -71,8 +71,8 @@ SETTLED_WHILE_MOVING = 16
 GROWTH_MS = 60_000
 """How long the log at most counts as having grown for one ledger block, where the heartbeat is longer still."""
 NOT_YET_TRIED = 256
-"""How many urgent events of one sender are tried in vain for one ledger block: a member may sign any number that wait
-for what never comes."""
+"""How many urgent events of one sender are tried in vain for one ledger block, the next ones for the next: a member may
+sign any number that wait for what never comes."""
 MOVING_MS = 2_000
 """How long after events were appended the others count as such a backlog: several views."""
 
@@ -275,12 +275,12 @@ class Proposals:
         state = newest or self._ledger.final
         timestamp_ms = max(state.header.timestamp_ms, self._clock.now_ms())
         for event in self._pressing(state, timestamp_ms, self._parameters.censorship_ms // 10):
-            self._pass_on(event)
+            if event.leaf_hash not in self._passed_on:
+                self._pass_on(event)
 
     def _pass_on(self, event: CheckedEvent) -> None:
-        if event.leaf_hash not in self._passed_on:
-            self._passed_on.add(event.leaf_hash)
-            self._intake.pass_on(pack_parts(event.entry_bytes, event.portions_bytes))
+        self._passed_on.add(event.leaf_hash)
+        self._intake.pass_on(pack_parts(event.entry_bytes, event.portions_bytes))
 
     def _reject(self, event: CheckedEvent, why: Rejected) -> None:
         self._blocked.discard(event.leaf_hash)
@@ -330,21 +330,25 @@ class Proposals:
         return Verdict.VALID
 
     def _pressing(self, parent: LedgerState, timestamp_ms: int, held_ms: int) -> list[CheckedEvent]:
-        """Urgent events held for ``held_ms`` that a child of ``parent`` could append, in order of arrival."""
+        """Urgent events held for ``held_ms`` that a child of ``parent`` could append, in order of arrival, changes of
+        members last. Where many are tried in vain the next look is at others.
+        """
         urgent = self._mempool.urgent_before(self._clock.monotonic_ms() - held_ms)
         if not urgent or not takes_events(parent, self._ledger.committee):
             return []
-        in_flight, found = self._in_flight(parent), list[CheckedEvent]()
+        in_flight, found = self._in_flight(parent), list[Waiting]()
         in_vain = Counter[MemberId | None]()
         for waiting in urgent:
             event = waiting.event
             if event.leaf_hash in in_flight or in_vain[waiting.sender] == NOT_YET_TRIED:
                 continue
             if self._is_admissible(parent, event, timestamp_ms):
-                found.append(event)
+                found.append(waiting)
             else:
                 in_vain[waiting.sender] += 1
-        return found
+                self._mempool.refused(event.leaf_hash)
+        found.sort(key=lambda one: (one.event.entry.kind is Kind.MEMBERSHIP, one.since_ms))
+        return [waiting.event for waiting in found]
 
     def _is_admissible(self, state: LedgerState, event: CheckedEvent, timestamp_ms: int) -> bool:
         try:
@@ -364,7 +368,7 @@ class Proposals:
             if self._is_full(events, size_bytes) and self._have_pressed(events):
                 return False
             log.warning("ledger block of view %d omits %s %s", header.view, event.entry.kind.value, event.id.hex())
-            self._pass_on(event)
+            self._pass_on(event)  # again, if need be: whoever refused it may have been short of room
             return True
         return False
 

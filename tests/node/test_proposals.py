@@ -373,6 +373,38 @@ def test_urgent_events_that_wait_for_what_never_comes_cost_little_and_hide_those
     assert voter.judge(leader.propose()) is Verdict.REFUSED
     assert set(tried) & set(in_vain) == set(in_vain[:3])
     assert voter.intake.take_outgoing() == [packed(of_another)]
+    voter.mempool.remove(of_another.leaf_hash)
+    for first in (3, 6):
+        tried.clear()
+        assert voter.judge(leader.propose()) is Verdict.VALID
+        assert tried == in_vain[first : first + 3], "the next look is at others"
+    assert voter.judge(leader.propose()) is Verdict.REFUSED
+    assert voter.intake.take_outgoing() == [packed(of_the_same)]
+
+
+def test_any_number_of_urgent_events_in_vain_hide_none_from_the_leader_either(
+    memory: MemoryLedger, desks: tuple[Desk, Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.proposals.NOT_YET_TRIED", 3)
+    monkeypatch.setattr("node.proposals.TRIED_PER_EVENT", 2)
+    leader = desks[0]
+    (urgent,) = policies(memory, 1)
+    for number in range(40):
+        leader.mempool.add(memory.revocation(LIBRARIAN, Digest(bytes([number]) * 32)), LATELY_MS, OTHER)
+    leader.mempool.add(urgent, LATELY_MS, OTHER)
+    assert BusyLog(leader).blocks_until(urgent, 10)
+
+
+def test_urgent_event_is_passed_on_each_time_that_a_vote_is_refused_for_it(
+    memory: MemoryLedger, desks: tuple[Desk, Desk]
+) -> None:
+    """Whom it was told may have had no room for it then."""
+    leader, voter = desks
+    (policy,) = policies(memory, 1)
+    voter.hold(LONG_AGO_MS, policy).proposals.settle()
+    for view in (1, 2):
+        assert voter.judge(leader.propose(view)) is Verdict.REFUSED
+    assert voter.intake.take_outgoing() == [packed(policy)] * 3
 
 
 @pytest.mark.trio
