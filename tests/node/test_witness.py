@@ -7,7 +7,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -316,6 +316,8 @@ class PublicWitness:
         self.sign = lambda text: cosign(text, NAME, self.cosigner, 1_790_000_000)
         self.answer: Callable[[bytes], tuple[int, bytes]] = self.add_checkpoint
         self.asked: list[bytes] = []
+        self.pause_seconds = 0.0
+        """After each byte of an answer."""
         self.url = ""
 
     @property
@@ -358,7 +360,13 @@ def public_witness(witness: PublicWitness) -> Iterator[PublicWitness]:
             self.send_response(status)
             self.send_header("content-length", str(len(answer)))
             self.end_headers()
-            self.wfile.write(answer)
+            assert self.headers["accept-encoding"] == "identity"
+            if not witness.pause_seconds:
+                self.wfile.write(answer)
+            with suppress(ConnectionError):
+                for byte in answer if witness.pause_seconds else b"":
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(witness.pause_seconds)
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -434,6 +442,18 @@ async def test_witness_that_does_not_sign_is_told_of(
         async with served(tmp_path / "data", story=story) as node:
             refused = await ran(*asking(tmp_path, node, witness))
     assert (refused.exit_code, words in refused.stderr) == (code, True), refused.stderr
+    assert not (tmp_path / "seen.txt").exists()
+
+
+@pytest.mark.trio
+async def test_witness_whose_answer_drips_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.witness.LONGEST_ANSWER_SECONDS", 0.1)
+    story = begin()
+    with public_witness(witness_of(story)) as witness:
+        witness.pause_seconds = 0.05
+        async with served(tmp_path / "data", story=story) as node:
+            refused = await ran(*asking(tmp_path, node, witness))
+    assert (refused.exit_code, "took more than 0.1 s to answer" in refused.stderr) == (2, True), refused.stderr
     assert not (tmp_path / "seen.txt").exists()
 
 
