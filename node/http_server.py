@@ -58,8 +58,8 @@ _FIELDS_END = re.compile(rb"\n\r?\n")
 _NO_REQUEST = frozenset(bytes([byte]) for byte in range(0x21))
 """What begins with one of these h11 refuses without waiting for the end of it."""
 CHUNK_HEAD_BYTES = 256
-"""Of the line that begins a chunk: its size and extensions, of which no client sends any. To take one apart takes time
-that grows with the square of its length."""
+"""Of the line that begins a chunk: its size, and extensions, which nobody is known to send. The time to take one apart
+grows with the square of its length."""
 _CHUNK_BEGINS = re.compile(rb"\r?\n?([0-9A-Fa-f]++).*?\r\n", re.DOTALL)
 """With what is left of the end of the chunk before. h11 may still refuse what this takes, and takes no other."""
 
@@ -308,11 +308,11 @@ class _Connection:
         """``HttpRequest.body``."""
         if content_length is not None and (len(content_length) > 18 or int(content_length) > max_bytes):
             raise Rejected(Reason.OVERSIZED, f"a body of {content_length[:20]} bytes, at most {max_bytes} allowed")
-        if self._http.they_are_waiting_for_100_continue:
-            await self._write(self._http.send(h11.InformationalResponse(status_code=100, headers=[])))
         body = bytearray()
         try:
             with trio.fail_after(self._limits.body_seconds):
+                if self._http.they_are_waiting_for_100_continue:
+                    await self._write(self._http.send(h11.InformationalResponse(status_code=100, headers=[])))
                 while not await self._take_body(body, max_bytes):
                     await self._receive()
             return bytes(body)
@@ -385,7 +385,7 @@ class _Connection:
             reply = await self._server.handler(HttpRequest(self, event))
         except (Rejected, Unavailable, SlowClient) as error:
             reply = reply_to(error)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise
         except Exception as error:  # the border to clients: a fault of ours costs one reply
             if breaks_invariant(error):

@@ -248,11 +248,8 @@ class Mempool:
             share.refused.move_to_end(leaf_hash)
 
     def urgent_before(self, since_ms: int) -> list[Waiting]:
-        """Urgent events that came before ``since_ms``: in order of arrival, but those ``refused`` after the others;
-        changes of members last.
-        """
-        held = [waiting for leaf in self._urgent if (waiting := self._waiting[leaf]).since_ms < since_ms]
-        return sorted(held, key=lambda one: one.event.entry.kind is Kind.MEMBERSHIP)
+        """Urgent events that came before ``since_ms``: in order of arrival, but those ``refused`` after the others."""
+        return [waiting for leaf in self._urgent if (waiting := self._waiting[leaf]).since_ms < since_ms]
 
     def to_settle(self, since_ms: int, now_ms: int, most: int) -> list[CheckedEvent]:
         """At most ``most`` events that have waited since ``since_ms`` or before without being given here.

@@ -361,11 +361,10 @@ def public_witness(witness: PublicWitness) -> Iterator[PublicWitness]:
             self.send_header("content-length", str(len(answer)))
             self.end_headers()
             assert self.headers["accept-encoding"] == "identity"
-            if not witness.pause_seconds:
-                self.wfile.write(answer)
+            pieces = [bytes([byte]) for byte in answer] if witness.pause_seconds else [answer]
             with suppress(ConnectionError):
-                for byte in answer if witness.pause_seconds else b"":
-                    self.wfile.write(bytes([byte]))
+                for piece in pieces:
+                    self.wfile.write(piece)
                     time.sleep(witness.pause_seconds)
 
         def log_message(self, *arguments: object) -> None:
